@@ -1,0 +1,352 @@
+"""A role's checkpoints: every rank writes its own part, any layout opens it, the newest valid one is found again.
+
+Saving copies the state, then writes it (in a thread under `async_save`): shards into a temporary folder, each with a small
+note of its pieces; the leader waits for all notes, writes the manifest last and renames the folder. What has the final name is
+whole. Loading reads each rank's boxes out of whatever pieces there are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_xy import checkpoint_files as files
+from megatron_xy import device
+from megatron_xy.checkpoint_files import TrainingState
+from megatron_xy.errors import ConfigError, DataError, PeerLost, StorageError
+from megatron_xy.model.build import NamedParameter
+from megatron_xy.optimizer import torch_optimizers
+from megatron_xy.parallel import Groups, barrier, sum_over
+from megatron_xy.role import Role
+from megatron_xy.shards import ParameterShard
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAIN_PARAM = "main_param"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of this rank, its global name and place, and whether this rank writes it for its replicas."""
+
+    name: str
+    tensor: torch.Tensor
+    shard: ParameterShard
+    is_writer: bool
+
+
+def iteration_folder(checkpoints: Path, iteration: int) -> Path:
+    """CHECKPOINTS/iter_0000100."""
+    return checkpoints / f"iter_{iteration:07d}"
+
+
+def saved_iterations(checkpoints: Path) -> list[int]:
+    """Iterations that have a folder of their own, newest first; whether they are whole is not looked at."""
+    if not checkpoints.is_dir():
+        return []
+    names = (folder.name.removeprefix("iter_") for folder in checkpoints.glob("iter_*") if folder.is_dir())
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def sweep(checkpoints: Path) -> list[str]:
+    """Removes what a killed save left half-written; returns the names. Only the run's one leader calls it."""
+    leftovers = sorted(checkpoints.glob(f"{files.TEMPORARY_PREFIX}*")) if checkpoints.is_dir() else []
+    for leftover in leftovers:
+        shutil.rmtree(leftover)
+    return [leftover.name for leftover in leftovers]
+
+
+class CheckpointWriter:
+    """Saves a role's state at iterations. At most one save is under way; the next one waits for it."""
+
+    def __init__(self, checkpoints: Path, *, keep_latest: int, asynchronous: bool, timeout_seconds: float) -> None:
+        self.checkpoints = checkpoints
+        self.keep_latest = keep_latest
+        self.asynchronous = asynchronous
+        self.timeout_seconds = timeout_seconds
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, role: Role, state: TrainingState, *, facts: dict[str, Any]) -> float:
+        """Writes iter_N; returns the seconds for which the caller was held up. Collective over the role's ranks.
+
+        facts: what else the manifest says of the run (its model section, versions).
+        """
+        began = time.monotonic()
+        self.wait()
+        parts = [part for part in _parts(role) if part.is_writer]
+        tensors = {part.name: _to_host(part.tensor, part.shard) for part in parts}
+        shards = {part.name: part.shard for part in parts}
+        rank_state = {f"rank_state.{name}": value.clone() for name, value in role.generator_states.items()}
+        body = {**asdict(state), "world_size": len(role.groups.ranks), "parallel": role.parallel.model_dump(), **facts}
+        groups = role.groups
+
+        def write() -> None:
+            self._write(groups, state.iteration, tensors=tensors, shards=shards, rank_state=rank_state, state=body)
+
+        if self.asynchronous:
+            self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            write()
+        return time.monotonic() - began
+
+    def wait(self) -> None:
+        """Waits for this rank's part of the save under way, and raises what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def finish(self, groups: Groups) -> None:
+        """Waits until the save under way is whole on disk. Collective over the role's ranks."""
+        self.wait()
+        barrier(groups)
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:  # handed to the training thread, which raises it in `wait`
+            self._failure = error
+
+    def _write(
+        self,
+        groups: Groups,
+        iteration: int,
+        *,
+        tensors: dict[str, torch.Tensor],
+        shards: dict[str, ParameterShard],
+        rank_state: dict[str, torch.Tensor],
+        state: dict[str, Any],
+    ) -> None:
+        """This rank's shard and note; on the leader also the manifest, the rename and the retention."""
+        folder = self.checkpoints / f"{files.TEMPORARY_PREFIX}iter_{iteration:07d}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be made: {error}") from error
+        size = len(groups.ranks)
+        file = f"rank-{groups.role_rank:05d}-of-{size:05d}.safetensors"
+        facts = files.write_shard(folder, file=file, tensors={**tensors, **rank_state})
+        note = {
+            "file": file,
+            "facts": facts,
+            "tensors": {
+                name: {
+                    "shape": list(shard.global_shape),
+                    "dtype": files.DTYPE_NAMES[tensors[name].dtype],
+                    "boxes": [[box.start, box.stop] for box in shard.boxes],
+                }
+                for name, shard in shards.items()
+            },
+            "rank_state": [name.removeprefix("rank_state.") for name in rank_state],
+        }
+        files.write_json(folder / f"note-{groups.role_rank:05d}.json", note)
+        if groups.role_rank == 0:
+            self._complete(folder, iteration, num_ranks=size, state=state)
+
+    def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> None:
+        """Gathers the notes into the manifest, gives the folder its name, and lets go of the oldest checkpoints."""
+        notes = {rank: self._await_note(folder / f"note-{rank:05d}.json") for rank in range(num_ranks)}
+        manifest = files.Manifest(state=state, tensors={}, rank_state={}, files={})
+        for rank, note in notes.items():
+            manifest.files[note["file"]] = note["facts"]
+            manifest.rank_state[str(rank)] = {name: note["file"] for name in note["rank_state"]}
+            for name, part in note["tensors"].items():
+                shape = tuple(part["shape"])
+                entry = manifest.tensors.setdefault(name, files.TensorEntry(shape, part["dtype"]))
+                boxes = tuple(files.Box(tuple(start), tuple(stop)) for start, stop in part["boxes"])
+                entry.pieces.append(files.Piece(note["file"], ParameterShard(shape, boxes)))
+        files.write_manifest(folder, manifest)
+        for rank in notes:
+            (folder / f"note-{rank:05d}.json").unlink()
+        final = iteration_folder(self.checkpoints, iteration)
+        if final.exists():  # an older run's, damaged or of an abandoned course
+            self._remove(final)
+        folder.rename(final)
+        files.sync_directory(self.checkpoints)
+        for old in saved_iterations(self.checkpoints)[self.keep_latest :]:
+            if old < iteration:
+                self._remove(iteration_folder(self.checkpoints, old))
+
+    def _await_note(self, path: Path) -> dict[str, Any]:
+        """Another rank's note, as soon as it is there. Writing a shard may take long; a rank that died never will."""
+        deadline = time.monotonic() + max(self.timeout_seconds, 60.0) * 10
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise PeerLost(f"{path} did not appear: that rank's part of the checkpoint was never written")
+            time.sleep(0.01)
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return note
+
+    def _remove(self, folder: Path) -> None:
+        """Takes the name away first, so that a kill in between leaves nothing that looks like a checkpoint."""
+        doomed = folder.with_name(f"{files.TEMPORARY_PREFIX}old-{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def find_resumable(
+    checkpoints: Path, groups: Groups, *, resume: str | int, say: Callable[[str], None]
+) -> tuple[Path, files.Manifest] | None:
+    """The checkpoint to go on from, verified by all ranks together; None where a run starts afresh. Collective.
+
+    `auto` takes the newest valid one and says which were passed over; a number names one, which must be there
+    (ConfigError) and whole (DataError). Where checkpoints exist and none is whole: DataError, never from scratch.
+    """
+    if resume == "never":
+        return None
+    wanted = None if resume == "auto" else int(resume)
+    damaged = []
+    for iteration in _agreed_candidates(checkpoints, groups, wanted=wanted):
+        folder = iteration_folder(checkpoints, iteration)
+        problem = _shared_problem(folder, groups)
+        if problem is None:
+            return folder, files.read_manifest(folder)
+        if wanted is not None:
+            raise DataError(f"{problem}; checkpoint.resume names iteration {wanted}: use `auto` for the newest valid one")
+        say(f"checkpoint {folder.name} is passed over: {problem}")
+        damaged.append(problem)
+    if damaged:
+        raise DataError(f"no checkpoint in {checkpoints} is whole ({damaged[0]}); restore one, or start a new run_dir")
+    return None
+
+
+def _agreed_candidates(checkpoints: Path, groups: Groups, *, wanted: int | None) -> list[int]:
+    """The leader's view of the folder, on all ranks: a shared file system may show them different ones."""
+    size = 64
+    seen = torch.zeros(size, dtype=torch.int64)
+    found = saved_iterations(checkpoints)
+    if wanted is not None:
+        found = [wanted] if wanted in found else []
+    if groups.role_rank == 0:
+        for place, iteration in enumerate(found[:size]):
+            seen[place] = iteration + 1
+    agreed = sum_over(seen.to(device.current()), groups.all_ranks).tolist()
+    candidates = [int(value) - 1 for value in agreed if value]
+    if wanted is not None and not candidates:
+        there = ", ".join(map(str, saved_iterations(checkpoints))) or "none"
+        raise ConfigError(f"checkpoint.resume ({wanted}): {checkpoints} holds no such iteration; there are: {there}")
+    return candidates
+
+
+def _shared_problem(folder: Path, groups: Groups) -> str | None:
+    """Verifies a checkpoint, each rank its share of the files; all ranks come to one answer. None: it is whole."""
+    problem = None
+    try:
+        manifest = files.read_manifest(folder)
+        files.verify_files(folder, manifest, files=sorted(manifest.files)[groups.role_rank :: len(groups.ranks)])
+        if groups.role_rank == 0:
+            files.verify_coverage(folder, manifest)
+    except (ConfigError, DataError) as error:
+        problem = str(error)
+    bad = sum_over(torch.tensor([int(problem is not None)], device=device.current()), groups.all_ranks)
+    if not bad.item():
+        return None
+    return problem or f"{folder} is damaged (another rank found it so)"
+
+
+def load_weights(role: Role, folder: Path) -> files.Manifest:
+    """Fills the role's weights, main weights included, from a checkpoint of any layout; nothing else of it."""
+    manifest = files.read_manifest(folder)
+    with files.TensorReader(folder, manifest) as reader:
+        for named in role.named_parameters():
+            _load_weight(reader, named)
+    return manifest
+
+
+def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingState:
+    """Fills weights, optimizer and random generators from a verified checkpoint; returns where the run stands.
+
+    Generators are restored where the layout has as many ranks as the writer's; other layouts keep their fresh ones.
+    """
+    state = TrainingState(**{name: manifest.state[name] for name in TrainingState.__dataclass_fields__})
+    with files.TensorReader(folder, manifest) as reader:
+        for named in role.named_parameters():
+            _load_weight(reader, named)
+            if role.optimizer is not None:
+                _load_moments(reader, role, named, steps=state.optimizer_steps)
+        if manifest.state["world_size"] == len(role.groups.ranks):
+            role.generator_states = reader.read_rank_state(role.groups.role_rank) or role.generator_states
+    return state
+
+
+@torch.no_grad()
+def _load_weight(reader: files.TensorReader, named: NamedParameter) -> None:
+    main_name = f"optimizer.{MAIN_PARAM}.{named.name}"
+    main = getattr(named.parameter, MAIN_PARAM, None)
+    full_precision = named.parameter.dtype == torch.float32 and main_name in reader
+    reader.read_into(main_name if full_precision else named.name, named.parameter, named.shard)
+    if main is not None:
+        if main_name in reader:
+            reader.read_into(main_name, main, named.shard)
+        else:
+            main.copy_(named.parameter)
+
+
+def _load_moments(reader: files.TensorReader, role: Role, named: NamedParameter, *, steps: int) -> None:
+    main = getattr(named.parameter, MAIN_PARAM, named.parameter)
+    for optimizer in torch_optimizers(role.optimizer):
+        if any(main is parameter for group in optimizer.param_groups for parameter in group["params"]):
+            moments = {name: torch.zeros_like(main, memory_format=torch.preserve_format) for name in MOMENTS}
+            for name, moment in moments.items():
+                if steps:
+                    reader.read_into(f"optimizer.{name}.{named.name}", moment, named.shard)
+            step = torch.tensor(float(steps), device=main.device)
+            optimizer.state[main] = {"step": step, **moments} if steps else {}
+
+
+def _parts(role: Role) -> list[_Part]:
+    """All tensors of this rank that make up the state, in the same order on all replicas, with the one that writes each.
+
+    Replicas share the writing: a tensor goes to the data parallel rank with the fewest bytes so far, the same computation
+    on each; one that is not split by tensor parallelism is written by tensor parallel rank 0; a tied embedding by stage 0.
+    """
+    groups = role.groups
+    load = [0] * groups.dp_size
+    tied_copy = not role.model.untie_embeddings_and_output_weights and groups.pp_size > 1 and groups.is_last_stage
+    parts = []
+    for named in role.named_parameters():
+        split = getattr(named.parameter, "tensor_model_parallel", False)
+        tensors = _state_tensors(role, named)
+        writer = load.index(min(load))
+        load[writer] += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        is_embedding_copy = tied_copy and named.name == "embedding.word_embeddings.weight"
+        is_writer = (
+            writer == groups.dp_rank
+            and (split or groups.tp_rank == 0)
+            and not is_embedding_copy
+            and named.shard.numel > 0
+        )
+        parts += [_Part(name, tensor, named.shard, is_writer) for name, tensor in tensors.items()]
+    return parts
+
+
+def _state_tensors(role: Role, named: NamedParameter) -> dict[str, torch.Tensor]:
+    """A parameter's tensors by their names in the checkpoint: itself, its main weights, its moments."""
+    tensors: dict[str, torch.Tensor] = {named.name: named.parameter.detach()}
+    main = getattr(named.parameter, MAIN_PARAM, None)
+    if main is not None:
+        tensors[f"optimizer.{MAIN_PARAM}.{named.name}"] = main.detach()
+    for optimizer in torch_optimizers(role.optimizer) if role.optimizer is not None else []:
+        moments = optimizer.state.get(named.parameter if main is None else main, {})
+        for name in MOMENTS:
+            if name in moments:
+                tensors[f"optimizer.{name}.{named.name}"] = moments[name]
+    return tensors
+
+
+def _to_host(tensor: torch.Tensor, shard: ParameterShard) -> torch.Tensor:
+    """A copy of its own in the host's memory, without the padding rows."""
+    rows = tensor[: shard.num_rows] if tensor.dim() else tensor
+    assert rows.numel() == shard.numel, "the boxes cover all rows but the padding"
+    return rows.to("cpu", copy=True).contiguous()

@@ -1,0 +1,272 @@
+"""The checkpoint format on disk: safetensors shards and a JSON manifest with checksums, free of the layout that wrote it.
+
+DIR/manifest.json names every global tensor, its shape and dtype, and for each piece the file and the boxes of the tensor
+that it holds. It is written last and carries the size and sha256 of every shard and of itself, so what opens is whole.
+There is no pickle anywhere. This module knows files only; `checkpoint` knows ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.shards import Box, ParameterShard
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TEMPORARY_PREFIX = ".tmp-"
+DTYPE_NAMES = {
+    torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
+    torch.uint8: "uint8", torch.int32: "int32", torch.int64: "int64",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands, beside its tensors."""
+
+    iteration: int = 0  # iterations done
+    data_step: int = 0  # the next step's place in the data
+    consumed_samples: int = 0
+    consumed_tokens: int = 0  # padding included
+    optimizer_steps: int = 0  # updates made; skipped ones not counted
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a global tensor as one file holds it, under the tensor's name."""
+
+    file: str
+    shard: ParameterShard
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest; `flat` has its place for the distributed optimizer's ranges."""
+        boxes = [[list(box.start), list(box.stop)] for box in self.shard.boxes]
+        return {"file": self.file, "boxes": boxes, "flat": None}
+
+
+@dataclass
+class TensorEntry:
+    """A global tensor: its shape, dtype and where its pieces lie."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass
+class Manifest:
+    """What manifest.json says: the run's state as plain numbers, tensors, per-rank tensors, files."""
+
+    state: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    rank_state: dict[str, dict[str, str]]  # {rank: {name: file}}: generator states, which belong to ranks, not the model
+    files: dict[str, dict[str, Any]]  # {file: {bytes, sha256}}
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest with its own checksum."""
+        body: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "state": self.state,
+            "tensors": {
+                name: {
+                    "shape": list(entry.shape),
+                    "dtype": entry.dtype,
+                    "pieces": [piece.to_json() for piece in entry.pieces],
+                }
+                for name, entry in sorted(self.tensors.items())
+            },
+            "rank_state": self.rank_state,
+            "files": dict(sorted(self.files.items())),
+        }
+        return {**body, "manifest_sha256": _digest_of(body)}
+
+
+def write_shard(directory: Path, *, file: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Writes one safetensors file, synced to disk; returns its {bytes, sha256}. Raises StorageError."""
+    path = directory / file
+    try:
+        save_file(tensors, path, metadata={"format": "megatron_xy"})
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path} cannot be written: {error}; the checkpoints before it are untouched") from error
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes manifest.json by a temporary name, synced to disk: from here on `directory` is a checkpoint."""
+    write_json(directory / MANIFEST, manifest.to_json())
+    sync_directory(directory)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A small JSON file that is there whole or not at all. Raises StorageError."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error}") from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames and new files in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises ConfigError where the folder is not there, DataError where it holds no whole, consistent manifest.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: there is no such folder; name the one that holds {MANIFEST}")
+    path = directory / MANIFEST
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{directory} holds no {MANIFEST}: it is no checkpoint, or one that was never finished") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    if not isinstance(body, dict) or "format_version" not in body:
+        raise DataError(f"{path} is not a checkpoint's manifest")
+    if body["format_version"] != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version {body['format_version']} is not {FORMAT_VERSION}; a newer megatron_xy wrote it")
+    if body.pop("manifest_sha256", None) != _digest_of(body):
+        raise DataError(f"{path} is damaged: its contents do not match its own checksum")
+    tensors = {}
+    for name, entry in body["tensors"].items():
+        shape = tuple(entry["shape"])
+        pieces = []
+        for piece in entry["pieces"]:
+            boxes = tuple(Box(tuple(start), tuple(stop)) for start, stop in piece["boxes"])
+            pieces.append(Piece(_plain_name(piece["file"], path), ParameterShard(shape, boxes)))
+        tensors[name] = TensorEntry(shape, entry["dtype"], pieces)
+    files = {_plain_name(file, path): facts for file, facts in body["files"].items()}
+    return Manifest(body["state"], tensors, body["rank_state"], files)
+
+
+def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
+    """Compares size and sha256 of the given shards (default: all) with the manifest. Raises DataError at the first."""
+    for file in manifest.files if files is None else files:
+        facts, path = manifest.files[file], directory / file
+        if path.is_symlink() or not path.is_file():
+            raise DataError(f"{path} is missing from the checkpoint")
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise DataError(f"{path} is damaged: {size} bytes instead of {facts['bytes']}")
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
+                raise DataError(f"{path} is damaged: its contents do not match the checksum in {MANIFEST}")
+
+
+def verify_coverage(directory: Path, manifest: Manifest) -> None:
+    """Every element of every tensor stands in exactly one piece. Raises DataError."""
+    for name, entry in manifest.tensors.items():
+        boxes = [box for piece in entry.pieces for box in piece.shard.boxes]
+        numel = torch.Size(entry.shape).numel()
+        overlap = any(a.intersect(b) for index, a in enumerate(boxes) for b in boxes[:index])
+        if overlap or sum(box.numel for box in boxes) != numel:
+            raise DataError(f"{directory / MANIFEST}: the pieces of {name} do not make up its shape {list(entry.shape)}")
+
+
+class TensorReader:
+    """Reads parts of a checkpoint's global tensors, whatever layout wrote them. A context manager: holds files open."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory, self.manifest = directory, manifest
+        self._stack = contextlib.ExitStack()
+        self._open_files: dict[str, Any] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+        self._open_files.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.manifest.tensors
+
+    def read_into(self, name: str, local: torch.Tensor, shard: ParameterShard) -> None:
+        """Fills `local`, which holds `shard` of the global tensor `name`; its dtype may differ, its padding stays."""
+        entry = self.manifest.tensors.get(name)
+        if entry is None:
+            raise DataError(f"{self.directory}: the checkpoint holds no {name}; was it written by another kind of model?")
+        if entry.shape != shard.global_shape:
+            raise DataError(
+                f"{self.directory}: {name} is {list(entry.shape)} in the checkpoint and {list(shard.global_shape)} in "
+                f"this run's model; give the model section the checkpoint's shape"
+            )
+        for piece in entry.pieces:
+            for here, there in shard.overlaps(piece.shard):
+                # Copied out of the memory map: adopting it would change alignment, kernels and so the last bits.
+                local[here].copy_(self._slice(piece.file, name)[there])
+
+    def read_full(self, name: str) -> torch.Tensor:
+        """The whole global tensor in its stored dtype."""
+        entry = self.manifest.tensors[name]
+        full = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self.read_into(name, full, whole(entry.shape))
+        return full
+
+    def read_rank_state(self, rank: int) -> dict[str, torch.Tensor]:
+        """The per-rank tensors that global rank `rank` of the writing run left; empty if it had none."""
+        names = self.manifest.rank_state.get(str(rank), {})
+        return {name: self._file(file).get_tensor(f"rank_state.{name}").clone() for name, file in names.items()}
+
+    def _slice(self, file: str, name: str) -> Any:
+        return self._file(file).get_slice(name)
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open_files:
+            try:
+                opened = safe_open(self.directory / file, framework="pt")
+                self._open_files[file] = self._stack.enter_context(opened)
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{self.directory / file} is damaged: {error}") from None
+        return self._open_files[file]
+
+
+def whole(shape: tuple[int, ...]) -> ParameterShard:
+    """The shard that is the whole tensor."""
+    return ParameterShard(shape, (Box((0,) * len(shape), shape),))
+
+
+def tensor_hashes(directory: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, {shape, dtype, sha256}) of every global tensor: the same for every layout. Holds one tensor at a time."""
+    with TensorReader(directory, manifest) as reader:
+        for name, entry in sorted(manifest.tensors.items()):
+            raw = reader.read_full(name).contiguous().view(torch.uint8).numpy()
+            yield name, {"shape": list(entry.shape), "dtype": entry.dtype, "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def _digest_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _plain_name(file: str, manifest_path: Path) -> str:
+    if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+        raise DataError(f"{manifest_path}: {file!r} is no plain file name; the manifest is foreign or tampered with")
+    return file

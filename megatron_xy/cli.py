@@ -1,0 +1,330 @@
+"""The verbs of `megatron-xy`. The one place that imports a verb's code only when it is called: what does not train starts fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from megatron_xy import __version__
+from megatron_xy.errors import EXIT_COMPARISON_FAILED, EXIT_IO, ConfigError, DataError, MegatronXYError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Megatron-style 3D-parallel training, from bucketed data to released models.",
+    epilog="Exit codes: 0 done, 1 comparison failed, 2 usage, 65 bad data or checkpoint, 70 bug, 74 I/O, "
+    "75 stopped and resumable, 76 peer lost or hung, 78 bad config.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Build, look at and verify bucketed datasets.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at and verify checkpoints.")
+app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+RunYaml = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run's config")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of RUN.yaml")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
+
+
+def main() -> None:
+    """Entry point: runs a verb and ends with the documented exit code."""
+    try:
+        app(standalone_mode=True)
+    except MegatronXYError as error:
+        fail(error, code=error.exit_code)
+    except BrokenPipeError:
+        sys.exit(EXIT_IO)
+    except OSError as error:
+        fail(error, code=EXIT_IO)
+
+
+def fail(error: Exception, *, code: int) -> None:
+    """One calm message on stderr, and the code."""
+    Console(stderr=True, soft_wrap=True).print(f"[red]error[/red] ({code}): {escape(str(error))}", highlight=False)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+    if version:
+        print(f"megatron_xy {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
+    """(Continued) pre-training in one rank of a torchrun world; `megatron-xy run` starts such a world."""
+    began = time.monotonic()
+    from megatron_xy.worker import run_worker
+
+    def work(config: Any, stop: Any) -> None:
+        from megatron_xy import device, environment
+
+        device.start(
+            local_rank=environment.local_rank(),
+            num_threads=config.runtime.num_threads,
+            deterministic=config.runtime.deterministic,
+        )
+        from megatron_xy import pretrain as verb
+
+        verb.run(config, stop=stop, began=began)
+
+    run_worker("pretrain", config_path=run_yaml, overrides=overrides or [], work=work)
+
+
+@app.command()
+def run(
+    run_yaml: RunYaml,
+    overrides: Overrides = None,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+    restarts: Annotated[int, typer.Option("--restarts", min=0, help="restarts after a lost or failed rank")] = 0,
+) -> None:
+    """Starts and supervises torchrun on this machine: exit codes, restarts from the newest checkpoint, no orphans."""
+    from megatron_xy import run_folder
+    from megatron_xy.config import check_world, load_config, run_dir_of
+    from megatron_xy.supervise import supervise
+
+    options = overrides or []
+    try:
+        config = load_config(run_yaml, overrides=options)
+        check_world(config, world_size=nproc_per_node)
+    except ConfigError as error:
+        run_dir = run_dir_of(run_yaml, overrides=options)
+        if run_dir is not None:
+            run_folder.prepare(run_dir)
+            run_folder.record_exit(run_dir, code=error.exit_code, message=str(error), rank=None)
+        raise
+    code = supervise(
+        str(run_yaml),
+        overrides=options,
+        nproc_per_node=nproc_per_node,
+        restarts=restarts,
+        run_dir=config.run_dir,
+        task=config.task,
+        num_threads=config.runtime.num_threads,
+    )
+    sys.exit(code)
+
+
+@app.command()
+def check(
+    run_yaml: RunYaml,
+    overrides: Overrides = None,
+    world_size: Annotated[int | None, typer.Option("--world-size", min=1, help="ranks it will run on")] = None,
+    paths: Annotated[bool, typer.Option("--paths", help="also look at the files that it names")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Checks a config without starting anything: all problems at once, with lines, rules and nearest valid values."""
+    from megatron_xy.config import InvalidConfig, check_world, load_config
+    from megatron_xy.preflight import check_paths, describe
+
+    try:
+        config = load_config(run_yaml, overrides=overrides or [])
+        if world_size is not None:
+            check_world(config, world_size=world_size)
+        if paths:
+            check_paths(config)
+    except MegatronXYError as error:
+        if as_json:
+            problems = [str(problem) for problem in error.problems] if isinstance(error, InvalidConfig) else [str(error)]
+            print(json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems}))
+        raise
+    if as_json:
+        print(json.dumps({"ok": True, "exit_code": 0, "problems": [], "config": config.model_dump(mode="json")}))
+    else:
+        print(describe(config, path=run_yaml, world_size=world_size))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
+    """Draws a run: loss per bucket and source, learning rate, gradient norm, throughput, as PNG and one HTML page."""
+    from megatron_xy.report import make_report
+
+    print(make_report(run_dir))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Option("--from", metavar="ckpt:DIR|hf:DIR")],
+    target: Annotated[str, typer.Option("--to", metavar="hf:DIR|ckpt:DIR")],
+    dtype: Annotated[str | None, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="the source's unless given")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="a tokenizer.model; the run's own unless given")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="compare weights and logits with transformers'")] = False,
+) -> None:
+    """Converts between a checkpoint and an HF folder."""
+    from megatron_xy import device
+
+    device.start()
+    from megatron_xy.hf import verb
+
+    if not verb.convert(source, target, dtype=dtype, tokenizer=tokenizer, verify=verify, say=_say):
+        sys.exit(EXIT_COMPARISON_FAILED)
+
+
+@app.command()
+def doctor() -> None:
+    """Says what this machine has, what would be used and why, and what is patched."""
+    from megatron_xy import device
+
+    device.start()
+    from megatron_xy.doctor import diagnose
+
+    for line in diagnose():
+        print(line)
+
+
+@data_app.command("build")
+def data_build(
+    inputs: Annotated[list[str], typer.Option("--input", metavar="PATH...", help="files, folders or globs; repeat, or list them")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="a SentencePiece tokenizer.model")],
+    output: Annotated[Path, typer.Option("--output", help="the data folder to make")],
+    more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="further inputs")] = None,
+    buckets: Annotated[str, typer.Option("--buckets", help="tokens, ascending, by commas")] = "2048,4096,8192,16384",
+    source_field: Annotated[str | None, typer.Option("--source-field", help="the row's field that names its source")] = None,
+    text_field: Annotated[str, typer.Option("--text-field", help="the row's field that holds the text")] = "text",
+    append_eod: Annotated[bool, typer.Option("--append-eod", help="end every document with the end-of-document token")] = False,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="processes")] = 1,
+    bad_lines: Annotated[str, typer.Option("--bad-lines", metavar="fail|skip")] = "fail",
+    as_json: AsJson = False,
+) -> None:
+    """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx."""
+    from megatron_xy.data.build import build_dataset
+    from megatron_xy.data.progress import showing_progress
+
+    with showing_progress() as progress:
+        stats = build_dataset(
+            [*inputs, *(more_inputs or [])],
+            tokenizer=tokenizer,
+            output=output,
+            buckets=_numbers(buckets, option="--buckets"),
+            source_field=source_field,
+            text_field=text_field,
+            append_eod=append_eod,
+            workers=workers,
+            bad_lines=bad_lines,
+            progress=progress,
+        )
+    _show_stats(stats, output, as_json=as_json)
+
+
+@data_app.command("stats")
+def data_stats(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+    """Documents, tokens, samples, shares and the three ratios of a data folder."""
+    from megatron_xy.data.build import dataset_stats
+
+    _show_stats(dataset_stats(directory), directory, as_json=as_json)
+
+
+@data_app.command("verify")
+def data_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+    """Checks sizes, checksums, sample lengths and token ids of a data folder."""
+    from megatron_xy.data.build import verify_dataset
+
+    _verified(lambda: verify_dataset(directory), directory, as_json=as_json)
+
+
+@data_app.command("plan-steps")
+def data_plan_steps(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    config: Annotated[Path, typer.Option("--config", metavar="RUN.yaml")],
+    steps: Annotated[str, typer.Option("--steps", metavar="A:B", help="data steps, half-open, from 0")],
+    data_parallel_size: Annotated[int, typer.Option("--data-parallel-size", min=1)] = 1,
+    data_parallel_rank: Annotated[int, typer.Option("--data-parallel-rank", min=0)] = 0,
+    overrides: Overrides = None,
+) -> None:
+    """Which samples a data parallel rank draws at which step: JSON lines, one a (step, source)."""
+    from megatron_xy.data.plan_steps import plan_steps
+
+    first, _, last = steps.partition(":")
+    if not (first.isdigit() and last.isdigit()):
+        raise typer.BadParameter(f"{steps!r} is not A:B", param_hint="--steps")
+    rows = plan_steps(
+        directory,
+        config_path=config,
+        overrides=overrides or [],
+        steps=range(int(first), int(last)),
+        data_parallel_size=data_parallel_size,
+        data_parallel_rank=data_parallel_rank,
+    )
+    for row in rows:
+        print(json.dumps(row))
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+    """What a checkpoint holds: where the run stood, its model and layout, tensors, files."""
+    from megatron_xy import checkpoint_files as files
+
+    manifest = files.read_manifest(directory)
+    if as_json:
+        print(json.dumps(manifest.to_json()))
+        return
+    for name, value in manifest.state.items():
+        print(f"{name}: {value}")
+    total = sum(facts["bytes"] for facts in manifest.files.values())
+    print(f"tensors: {len(manifest.tensors)}\nfiles: {len(manifest.files)}, {total / 1e6:,.1f} MB")
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+    """Compares every file with its checksum, and the pieces of every tensor with its shape."""
+    from megatron_xy import checkpoint_files as files
+
+    def verify() -> None:
+        manifest = files.read_manifest(directory)
+        files.verify_files(directory, manifest)
+        files.verify_coverage(directory, manifest)
+
+    _verified(verify, directory, as_json=as_json)
+
+
+@checkpoint_app.command("hash")
+def checkpoint_hash(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+    """A sha256 for every global tensor: the same for every layout that holds the same values."""
+    from megatron_xy import checkpoint_files as files
+
+    hashes = dict(files.tensor_hashes(directory, files.read_manifest(directory)))
+    if as_json:
+        print(json.dumps(hashes))
+        return
+    for name, facts in hashes.items():
+        print(f"{facts['sha256']}  {facts['dtype']:<9} {facts['shape']!s:<16} {name}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _numbers(text: str, *, option: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise typer.BadParameter(f"{text!r} is no list of numbers by commas", param_hint=option)
+    return [int(part) for part in parts]
+
+
+def _verified(verify: Any, directory: Path, *, as_json: bool) -> None:
+    try:
+        verify()
+    except DataError as error:
+        if as_json:
+            print(json.dumps({"ok": False, "exit_code": error.exit_code, "problem": str(error)}))
+        raise
+    print(json.dumps({"ok": True, "exit_code": 0}) if as_json else f"{directory}: whole and as it was written")
+
+
+def _show_stats(stats: Any, directory: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(stats))
+        return
+    from megatron_xy.data.progress import stats_table
+
+    Console().print(stats_table(stats, title=str(directory)))
+
+

@@ -1,0 +1,247 @@
+"""Packed samples as arrays: from the folders that `data build` wrote to micro-batches that are ready for the model.
+
+    folders -> PackedDataset.sample -> collate -> MicroBatch;  Prefetcher does this for the next steps in the background
+
+A sample of bucket b holds at most b tokens, in pieces; each piece is text of one document. In a micro-batch the samples
+lie one after another in one row, each padded to its bucket, so that every micro-batch of every bucket has one shape.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
+from megatron_xy.data.sampler import SampleId, Stream
+from megatron_xy.errors import ConfigError, DataError
+
+NO_LABEL = 0  # stands where loss_mask is 0; a valid id, so that an embedding or a loss may read it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One packed sample: tokens [num_tokens], num_tokens <= its bucket; piece_lengths [pieces], num_tokens in all."""
+
+    tokens: NDArray[np.int64]
+    piece_lengths: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One row of t = micro_batch_tokens tokens; every array but cu_seqlens is [t]."""
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]  # the next token of the same piece; NO_LABEL where there is none
+    loss_mask: NDArray[np.float32]  # 1 where there is a label; 0 at the end of a piece and in padding
+    position_ids: NDArray[np.int64]  # from 0 at every segment border
+    cu_seqlens: NDArray[np.int32]  # [segments + 1], from 0 to t: attention stays within a segment
+    max_seqlen: int  # of the longest segment
+    source_ids: NDArray[np.int32]  # of every token, that of its sample for padding
+    num_padding_tokens: int
+    sum_squared_lengths: int  # of n^2 over the texts that attend within themselves: what attention costs
+
+
+class PackedDataset:
+    """The samples of one or more data folders.
+
+    What several folders hold of one (source, bucket) is joined in the order in which the folders are given. Opening
+    costs one manifest a folder and two file sizes a shard; a shard is mapped when its first sample is read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Raises ConfigError (no such folder, the same one twice) or DataError (damaged, or not to be joined)."""
+        if not paths:
+            raise ConfigError("data.path is empty; name at least one folder that `data build` wrote")
+        self.paths = list(paths)
+        manifests = [read_manifest(path) for path in self.paths]
+        _check_joinable(self.paths, manifests)
+        self.buckets = sorted(manifests[0].buckets)
+        self.vocab_size = manifests[0].tokenizer.vocab_size
+        self.tokenizer_sha256 = manifests[0].tokenizer.sha256
+        self._shards: dict[tuple[str, int], list[_Shard]] = {}
+        for path, manifest in zip(self.paths, manifests, strict=True):
+            for source, entry in sorted(manifest.sources.items()):
+                for bucket, samples in entry.buckets.items():
+                    shards = [_Shard(path, shard) for shard in samples.shards]
+                    self._shards.setdefault((source, int(bucket)), []).extend(shards)
+        # The first sample of each shard and, last, the number of samples.
+        self._starts = {
+            stream: list(itertools.accumulate((shard.num_samples for shard in shards), initial=0))
+            for stream, shards in sorted(self._shards.items())
+        }
+
+    @property
+    def streams(self) -> list[Stream]:
+        """What each source holds in each bucket, sorted; a bucket without samples is left out."""
+        return [Stream(source, bucket, starts[-1]) for (source, bucket), starts in self._starts.items()]
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of all sources, sorted."""
+        return sorted({source for source, _ in self._starts})
+
+    def sample(self, sample_id: SampleId) -> Sample:
+        """Reads one sample. Raises DataError, with file, sample and offset, where it breaks the format's rules."""
+        stream = sample_id.source, sample_id.bucket
+        starts = self._starts[stream]
+        if not 0 <= sample_id.index < starts[-1]:
+            raise IndexError(f"sample {sample_id.index} of {starts[-1]} in source {stream[0]}, bucket {stream[1]}")
+        number = bisect.bisect_right(starts, sample_id.index) - 1
+        shard = self._shards[stream][number]
+        return shard.sample(sample_id.index - starts[number], bucket=sample_id.bucket, vocab_size=self.vocab_size)
+
+
+class _Shard:
+    """One .bin/.idx pair: sizes checked now, mapped at the first read."""
+
+    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+        self.prefix = folder / entry.name
+        self.num_samples = entry.samples
+        self._reader: IndexedReader | None = None
+        for path, expected in ((bin_path(self.prefix), entry.bin_bytes), (idx_path(self.prefix), entry.idx_bytes)):
+            if not path.is_file():
+                raise DataError(f"{path} is missing though the manifest lists it; copy the folder or build it again")
+            if (size := path.stat().st_size) != expected:
+                raise DataError(
+                    f"{path} has {size} bytes where the manifest lists {expected}: it was cut, grown or replaced; "
+                    "copy the folder or build it again"
+                )
+
+    def sample(self, index: int, *, bucket: int, vocab_size: int) -> Sample:
+        if self._reader is None:
+            reader = IndexedReader(self.prefix)
+            if reader.num_documents != self.num_samples:
+                raise self._damaged(f"holds {reader.num_documents} samples where the manifest lists {self.num_samples}")
+            self._reader = reader
+        tokens, piece_lengths = self._reader.document_tokens(index)
+        if not 0 < len(tokens) <= bucket:
+            raise self._damaged(f"sample {index} has {len(tokens)} tokens, must have 1 to {bucket}")
+        bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+        if len(bad):
+            raise self._damaged(
+                f"sample {index}, offset {bad[0]}: token id {tokens[bad[0]]} is outside the vocabulary of {vocab_size}"
+            )
+        return Sample(tokens.astype(np.int64), piece_lengths.astype(np.int64))
+
+    def _damaged(self, reason: str) -> DataError:
+        return DataError(f"{bin_path(self.prefix)}: {reason}; the folder is damaged: copy it or build it again")
+
+
+def collate(
+    samples: Sequence[Sample],
+    *,
+    source_indices: Sequence[int],
+    num_sources: int,
+    bucket: int,
+    micro_batch_tokens: int,
+    split_documents: bool,
+    pad_id: int = 0,
+) -> MicroBatch:
+    """One micro-batch of micro_batch_tokens // bucket samples; `source_indices` gives each sample's source.
+
+    With `split_documents` every piece is a segment, and so is a sample's padding; without it, every sample is one
+    segment, its padding included. Labels stop at the end of a piece either way.
+    """
+    assert len(samples) * bucket == micro_batch_tokens, "a micro-batch is filled by whole samples of one bucket"
+    assert len(source_indices) == len(samples), "every sample has its source"
+    assert all(0 <= index < num_sources for index in source_indices), "sources count from 0"
+    tokens = np.full(micro_batch_tokens, pad_id, dtype=np.int64)
+    loss_mask = np.zeros(micro_batch_tokens, dtype=np.float32)
+    borders: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
+    num_real_tokens = sum_squared_lengths = 0
+    for start, sample in zip(range(0, micro_batch_tokens, bucket), samples, strict=True):
+        length = len(sample.tokens)
+        assert 0 < length <= bucket and sample.piece_lengths.sum() == length, "pieces fill a sample, within its bucket"
+        ends = start + np.cumsum(sample.piece_lengths[sample.piece_lengths > 0])
+        tokens[start : start + length] = sample.tokens
+        loss_mask[start : start + length] = 1
+        loss_mask[ends - 1] = 0
+        if split_documents:
+            borders.append(ends)
+        if not split_documents or length < bucket:
+            borders.append(np.array([start + bucket]))
+        num_real_tokens += length
+        sum_squared_lengths += int((sample.piece_lengths**2).sum()) if split_documents else length**2
+    labels = np.where(loss_mask > 0, np.roll(tokens, -1), NO_LABEL)
+    cu_seqlens = np.concatenate(borders)
+    seqlens = np.diff(cu_seqlens)
+    return MicroBatch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=loss_mask,
+        position_ids=np.arange(micro_batch_tokens) - np.repeat(cu_seqlens[:-1], seqlens),
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        max_seqlen=int(seqlens.max()),
+        source_ids=np.repeat(np.array(source_indices, dtype=np.int32), bucket),
+        num_padding_tokens=micro_batch_tokens - num_real_tokens,
+        sum_squared_lengths=sum_squared_lengths,
+    )
+
+
+class Prefetcher:
+    """Prepares the next steps' micro-batches in a background thread; a context manager.
+
+    `prepare` maps a data step to its micro-batches. It runs in one thread, one step at a time, and may run for steps
+    that nobody will ask for. Nothing about it needs saving: a run that resumes asks for another step.
+    """
+
+    def __init__(self, prepare: Callable[[int], list[MicroBatch]], *, depth: int = 2) -> None:
+        self._prepare = prepare
+        self._depth = depth
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._steps: dict[int, Future[list[MicroBatch]]] = {}
+
+    def get(self, data_step: int) -> tuple[list[MicroBatch], float]:
+        """(the micro-batches of `data_step`, seconds waited for them); then `depth` steps more are on their way.
+
+        Steps may be skipped or asked for again. Raises what `prepare` raised for this step.
+        """
+        wanted = range(data_step, data_step + self._depth + 1)
+        for step in [step for step in self._steps if step not in wanted]:
+            self._steps.pop(step).cancel()
+        for step in wanted:
+            if step not in self._steps:
+                self._steps[step] = self._thread.submit(self._prepare, step)
+        start = time.perf_counter()
+        batches = self._steps.pop(data_step).result()
+        return batches, time.perf_counter() - start
+
+    def close(self) -> None:
+        """Ends the thread after the step it is at; what it has prepared is dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._steps.clear()
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+
+def _check_joinable(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    """Folders that are drawn from together have one tokenizer and the same buckets, and each is named once."""
+    places = [path.resolve() for path in paths]
+    first = manifests[0]
+    for number, (path, manifest) in enumerate(zip(paths, manifests, strict=True)):
+        if places[number] in places[:number]:
+            raise ConfigError(f"data.path names {path} twice; to draw a source more often, raise its data.weights")
+        if manifest.tokenizer.sha256 != first.tokenizer.sha256:
+            raise DataError(
+                f"{path} was built with another tokenizer ({manifest.tokenizer.sha256[:12]}) than {paths[0]} "
+                f"({first.tokenizer.sha256[:12]}); build both with the same --tokenizer"
+            )
+        if sorted(manifest.buckets) != sorted(first.buckets):
+            raise DataError(
+                f"{path} has buckets {sorted(manifest.buckets)}, {paths[0]} has {sorted(first.buckets)}; "
+                "build both with the same --buckets"
+            )

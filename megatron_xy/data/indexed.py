@@ -1,0 +1,317 @@
+"""Megatron's `.bin`/`.idx` on disk: from token arrays to the two files (writer), and back without copying (reader).
+
+Layout, little endian, no padding. `.bin`: token arrays back to back. `.idx`: magic, u64 version, u8 dtype code,
+u64 S sequences, u64 D = documents + 1, S i32 lengths (tokens), S i64 offsets (bytes into `.bin`), D i64 document
+indices (0, then the sequence index after each document). See megatron/core/datasets/indexed_dataset.py.
+In a packed dataset one Megatron document is one sample, and its sequences are the pieces of text in it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from megatron_xy.errors import ConfigError, DataError, StorageError
+
+Tokens = NDArray[Any]
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, S, D
+# Megatron's codes 6 and 7 (floating point) cannot hold token ids and are refused.
+DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+SMALL_VOCAB_SIZE = 65500  # below it Megatron stores ids in 16 bits
+VERIFY_ROWS = 4 * 1024 * 1024  # rows that `verify` holds in memory at a time
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """The type in which Megatron stores ids of a vocabulary of `vocab_size`: u16 below 65500, else i32."""
+    return DTYPES[8] if vocab_size < SMALL_VOCAB_SIZE else DTYPES[4]
+
+
+def bin_path(prefix: Path) -> Path:
+    """PREFIX.bin"""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """PREFIX.idx"""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Move a written and closed file to its name so that it is there whole, or not at all, even after a power cut."""
+    try:
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """What the file system answered, as an error with its exit code."""
+    return StorageError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder")
+
+
+class IndexedWriter:
+    """Streams documents into PREFIX.bin and PREFIX.idx; a context manager.
+
+    Both files stand under temporary names until the block ends; after an exception nothing is left. Memory: 4 bytes
+    a sequence and 8 a document. Raises StorageError where the file system refuses.
+    """
+
+    def __init__(self, prefix: Path | str, *, dtype: DTypeLike) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        assert self.dtype in CODES, f"{self.dtype} has no code in Megatron's format"
+        self.num_tokens = 0
+        self._sequence_lengths = array("i")
+        self._document_indices = array("q", [0])
+        self._temporary_bin = self.prefix.with_name(f".tmp-{self.prefix.name}.bin")
+        self._temporary_idx = self.prefix.with_name(f".tmp-{self.prefix.name}.idx")
+        self._bin: BinaryIO | None = None
+
+    @property
+    def num_documents(self) -> int:
+        """Documents written so far."""
+        return len(self._document_indices) - 1
+
+    def __enter__(self) -> IndexedWriter:
+        try:
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary_bin.unlink(missing_ok=True)  # a killed writer's file: never share it with a late survivor
+            self._bin = self._temporary_bin.open("wb", buffering=1024 * 1024)
+        except OSError as error:
+            raise storage_error(self._temporary_bin, error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._bin is not None:
+                self._abort()
+
+    def add_document(self, pieces: Sequence[Tokens]) -> None:
+        """Append one document whose sequences are `pieces` (each [length] token ids)."""
+        for piece in pieces:
+            self._write(piece)
+            self._sequence_lengths.append(len(piece))
+        self._document_indices.append(len(self._sequence_lengths))
+
+    def add_documents(
+        self, tokens: Tokens, *, lengths: NDArray[np.integer[Any]], num_pieces: NDArray[np.integer[Any]] | None = None
+    ) -> None:
+        """Append many documents at once: `tokens` [sum of lengths], `lengths` [sequences], `num_pieces` [documents].
+
+        `num_pieces` says how many sequences each document has: one, if it is left out.
+        """
+        assert int(lengths.sum()) == len(tokens), "the sequences' lengths must add up to the tokens given"
+        ends = np.arange(1, len(lengths) + 1) if num_pieces is None else np.cumsum(num_pieces)
+        assert (int(ends[-1]) if len(ends) else 0) == len(lengths), "the pieces must add up to the sequences given"
+        self._write(tokens)
+        first = len(self._sequence_lengths)
+        self._sequence_lengths.frombytes(lengths.astype("<i4").tobytes())
+        self._document_indices.frombytes((ends + first).astype("<i8").tobytes())
+
+    def _write(self, tokens: Tokens) -> None:
+        assert self._bin is not None, "the writer is used inside its with block"
+        assert tokens.ndim == 1, "a piece is a flat array of token ids"
+        if tokens.dtype != self.dtype and tokens.size:
+            limits = np.iinfo(self.dtype)
+            assert limits.min <= tokens.min() and tokens.max() <= limits.max, f"token ids must fit in {self.dtype}"
+        try:
+            self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        except OSError as error:
+            raise storage_error(bin_path(self.prefix), error) from error
+        self.num_tokens += len(tokens)
+
+    def _finish(self) -> None:
+        assert self._bin is not None, "the writer is used inside its with block"
+        lengths = np.frombuffer(self._sequence_lengths, dtype="<i4")
+        documents = np.frombuffer(self._document_indices, dtype="<i8")
+        try:
+            self._bin.close()
+            with self._temporary_idx.open("wb") as stream:
+                stream.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(documents)))
+                stream.write(lengths.data)
+                stream.write(_offsets(lengths, self.dtype.itemsize).data)
+                stream.write(documents.data)
+            idx_path(self.prefix).unlink(missing_ok=True)  # a new .bin must never stand beside an old .idx
+        except OSError as error:
+            raise storage_error(self.prefix, error) from error
+        replace_durably(self._temporary_bin, bin_path(self.prefix))
+        replace_durably(self._temporary_idx, idx_path(self.prefix))
+        self._bin = None
+
+    def _abort(self) -> None:
+        assert self._bin is not None, "there is something to take back"
+        with suppress(OSError):  # a full disk refuses the last buffered bytes too; the first refusal is reported
+            self._bin.close()
+        self._bin = None
+        self._temporary_bin.unlink(missing_ok=True)
+        self._temporary_idx.unlink(missing_ok=True)
+
+
+def _offsets(lengths: NDArray[np.int32], itemsize: int) -> NDArray[np.int64]:
+    """Byte offset of each sequence [S] for sequence lengths [S]."""
+    offsets = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1], dtype="<i8", out=offsets[1:])
+    offsets *= itemsize
+    return offsets
+
+
+class IndexedReader:
+    """PREFIX.bin and PREFIX.idx mapped into memory; opens in constant time and memory, whatever their size.
+
+    Attributes: num_documents, num_sequences, num_tokens, dtype, sequence_lengths [S] i32, document_indices [D] i64,
+    tokens [num_tokens] (all of `.bin`), each a read-only view.
+    Raises ConfigError where a file is missing, DataError (file and reason) where a file is cut, grown, or foreign.
+    """
+
+    def __init__(self, prefix: Path | str) -> None:
+        self.prefix = Path(prefix)
+        self._idx_path, self._bin_path = idx_path(self.prefix), bin_path(self.prefix)
+        for path in (self._idx_path, self._bin_path):
+            if not path.is_file():
+                raise ConfigError(f"{path} does not exist; an indexed dataset is PREFIX.bin and PREFIX.idx")
+        code, self.num_sequences, num_indices = _read_header(self._idx_path)
+        self.dtype, self.num_documents = DTYPES[code], num_indices - 1
+        index = _map(self._idx_path)
+        offset = HEADER.size
+        self.sequence_lengths: NDArray[np.int32] = np.frombuffer(index, "<i4", self.num_sequences, offset)
+        offset += self.sequence_lengths.nbytes
+        self._offsets: NDArray[np.int64] = np.frombuffer(index, "<i8", self.num_sequences, offset)
+        offset += self._offsets.nbytes
+        self.document_indices: NDArray[np.int64] = np.frombuffer(index, "<i8", num_indices, offset)
+        self._check_ends()
+        self._bin = _map(self._bin_path)
+        self.tokens: Tokens = self._bin.view(self.dtype)
+        self.num_tokens = len(self.tokens)
+
+    def document(self, index: int) -> list[Tokens]:
+        """The pieces of document `index`, each [length], as read-only views."""
+        tokens, lengths = self.document_tokens(index)
+        return np.split(tokens, np.cumsum(lengths[:-1])) if len(lengths) else []
+
+    def document_tokens(self, index: int) -> tuple[Tokens, NDArray[np.int32]]:
+        """(tokens [sum of lengths], a read-only view; piece lengths [pieces]) of document `index`.
+
+        Raises DataError where the index contradicts itself, IndexError outside 0..num_documents.
+        """
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents}")
+        first, last = int(self.document_indices[index]), int(self.document_indices[index + 1])
+        if not 0 <= first <= last <= self.num_sequences:
+            raise self._damaged(f"document {index} spans sequences {first}..{last} of {self.num_sequences}")
+        lengths = self.sequence_lengths[first:last]
+        if first == last:
+            return self.tokens[:0], lengths
+        itemsize = self.dtype.itemsize
+        start, num_tokens = int(self._offsets[first]), int(lengths.sum(dtype=np.int64))
+        end = start + num_tokens * itemsize
+        following = int(self._offsets[last]) if last < self.num_sequences else len(self._bin)
+        contiguous = end == following and np.array_equal(self._offsets[first:last], start + _offsets(lengths, itemsize))
+        if lengths.min() < 0 or start < 0 or start % itemsize or not contiguous or end > len(self._bin):
+            raise self._damaged(f"offsets and lengths of document {index} contradict each other")
+        return np.frombuffer(self._bin, self.dtype, num_tokens, start), lengths
+
+    def verify(self, *, vocab_size: int | None = None) -> None:
+        """Read everything: indices ascend, offsets follow from lengths, ids in 0..vocab_size. Raises DataError."""
+        if np.any(np.diff(self.document_indices) < 0):
+            raise self._damaged("document indices do not ascend")
+        end = 0
+        for first in range(0, self.num_sequences, VERIFY_ROWS):
+            lengths = self.sequence_lengths[first : first + VERIFY_ROWS]
+            if lengths.min() < 0:
+                raise self._damaged(f"a sequence in {first}..{first + len(lengths)} has a negative length")
+            expected = end + _offsets(lengths, self.dtype.itemsize)
+            if not np.array_equal(self._offsets[first : first + VERIFY_ROWS], expected):
+                raise self._damaged(f"offsets in {first}..{first + len(lengths)} do not follow from the lengths")
+            end = int(expected[-1]) + int(lengths[-1]) * self.dtype.itemsize
+        if end != len(self._bin):
+            raise self._damaged(f"lengths add up to {end} bytes, {self._bin_path.name} has {len(self._bin)}")
+        for first in range(0, self.num_tokens if vocab_size is not None else 0, VERIFY_ROWS):
+            part = self.tokens[first : first + VERIFY_ROWS]
+            if int(part.min()) < 0 or int(part.max()) >= (vocab_size or 0):
+                bad = first + int(np.flatnonzero((part < 0) | (part >= vocab_size))[0])
+                raise DataError(
+                    f"{self._bin_path}: token {bad} has id {self.tokens[bad]}, outside 0..{vocab_size}; "
+                    "the file is damaged or was made with another tokenizer"
+                )
+
+    def _check_ends(self) -> None:
+        """What constant time allows: first and last document index, and the last sequence's end against `.bin`."""
+        first, last = int(self.document_indices[0]), int(self.document_indices[-1])
+        if first != 0 or last != self.num_sequences:
+            raise self._damaged(f"document indices run {first}..{last}, must run 0..{self.num_sequences}")
+        end = 0
+        if self.num_sequences:
+            end = int(self._offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
+        size = self._bin_path.stat().st_size
+        if size != end:
+            raise DataError(
+                f"{self._bin_path} has {size} bytes where {self._idx_path.name} asks for {end}: it was cut or "
+                "grown, or belongs to another index; copy or build it again"
+            )
+
+    def _damaged(self, reason: str) -> DataError:
+        return DataError(f"{self._idx_path} is damaged: {reason}; copy or build it again")
+
+
+def _read_header(path: Path) -> tuple[int, int, int]:
+    """(dtype code, S, D) of an `.idx`, after a check against the file's size. Raises DataError."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        header = stream.read(HEADER.size)
+    if not header.startswith(MAGIC):
+        raise DataError(f"{path} is no Megatron index: it starts with {header[:9]!r} instead of {MAGIC!r}")
+    if len(header) < HEADER.size:
+        raise DataError(f"{path} has {size} bytes, less than its header of {HEADER.size}: it was cut")
+    _, version, code, num_sequences, num_indices = HEADER.unpack(header)
+    if version != VERSION:
+        raise DataError(f"{path} has version {version}; only version {VERSION} of Megatron's index is known")
+    if code not in DTYPES:
+        raise DataError(f"{path} has dtype code {code}; token ids have one of {sorted(DTYPES)}")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_indices
+    if num_indices < 1 or size != expected:
+        multimodal = num_indices >= 1 and num_sequences > 0 and size == expected + num_sequences
+        reason = "multimodal indices (a mode per sequence) are not supported" if multimodal else "it was cut or grown"
+        raise DataError(
+            f"{path} has {size} bytes where its counts ({num_sequences} sequences, {num_indices} document "
+            f"indices) ask for {expected}: {reason}"
+        )
+    return code, num_sequences, num_indices
+
+
+def _map(path: Path) -> NDArray[np.uint8]:
+    """The file's bytes, mapped read-only; an empty file cannot be mapped."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=np.uint8)
+    return np.memmap(path, dtype=np.uint8, mode="r")

@@ -1,0 +1,175 @@
+"""The manifest of a data folder: what `data build` wrote, as typed models read from and written to manifest.json.
+
+It is written last: a folder without one holds no finished data set. Neither torch nor any tokenizer is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_xy.data.indexed import replace_durably, storage_error
+from megatron_xy.errors import ConfigError, DataError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION: Literal[1] = 1
+SOURCE_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"
+RESERVED_NAMES = frozenset({MANIFEST_NAME, "tokenizer.model", "tokenizer.json", "held_out"})
+
+
+class Entry(BaseModel):
+    """Base of everything in a manifest: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardEntry(Entry):
+    """One .bin/.idx pair; `name` is its prefix relative to the data folder."""
+
+    name: str = Field(pattern=rf"^{SOURCE_PATTERN}/bucket_[0-9]{{5,}}/shard_[0-9]{{5,}}$")
+    samples: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    bin_bytes: int = Field(ge=1)
+    idx_bytes: int = Field(ge=1)
+    bin_sha256: str
+    idx_sha256: str
+
+
+class BucketEntry(Entry):
+    """All samples of one source in one bucket, in the order of its shards."""
+
+    samples: int = Field(ge=1)
+    tokens: int = Field(ge=1, description="without padding")
+    shards: list[ShardEntry]
+
+
+class SourceEntry(Entry):
+    """One source; only buckets that hold samples are listed, keyed by their size in tokens."""
+
+    documents: int = Field(ge=1)
+    truncated_documents: int = Field(ge=0, description="cut into two or more pieces")
+    tokens: int = Field(ge=1)
+    buckets: dict[str, BucketEntry]
+
+    @property
+    def samples(self) -> int:
+        """Samples of all buckets."""
+        return sum(bucket.samples for bucket in self.buckets.values())
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens of all samples, padding included."""
+        return sum(int(size) * bucket.samples for size, bucket in self.buckets.items())
+
+
+class TokenizerEntry(Entry):
+    """The tokenizer the ids belong to; `file` lies in the data folder."""
+
+    file: str
+    sha256: str
+    vocab_size: int = Field(ge=1)
+    bos_id: int | None
+    eos_id: int | None
+
+
+class InputEntry(Entry):
+    """One corpus file, as it was when it was read."""
+
+    path: str
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class Statistics(Entry):
+    """Over the whole data set. padding_ratio: padding / all tokens of all samples; truncation_ratio: documents cut /
+    documents; concatenation_ratio: documents / samples (arXiv 2407.07495)."""
+
+    documents: int
+    tokens: int
+    samples: int
+    padding_ratio: float
+    truncation_ratio: float
+    concatenation_ratio: float
+    skipped_empty: int = Field(description="documents without a token")
+    bad_lines: int = Field(description="lines left out under bad_lines = skip")
+
+
+class Manifest(Entry):
+    """A whole manifest.json."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    fingerprint: str = Field(description="sha256 over inputs, tokenizer and options: equal means the same result")
+    buckets: list[int] = Field(min_length=1)
+    append_eod: bool
+    text_field: str
+    source_field: str | None
+    tokenizer: TokenizerEntry
+    dtype: Literal["uint16", "int32"]
+    inputs: list[InputEntry]
+    sources: dict[str, SourceEntry]
+    statistics: Statistics
+
+    @model_validator(mode="after")
+    def _sums_agree(self) -> Manifest:
+        for name, source in self.sources.items():
+            if not is_source_name(name):
+                raise ValueError(f"{name!r} is no name of a source")
+            if not set(source.buckets) <= {str(bucket) for bucket in self.buckets}:
+                raise ValueError(f"source {name} has buckets {list(source.buckets)} outside {self.buckets}")
+            for size, bucket in source.buckets.items():
+                counted = sum(shard.samples for shard in bucket.shards), sum(shard.tokens for shard in bucket.shards)
+                if counted != (bucket.samples, bucket.tokens):
+                    raise ValueError(f"the shards of source {name}, bucket {size} do not add up")
+        if sum(source.samples for source in self.sources.values()) != self.statistics.samples:
+            raise ValueError("the samples of the sources do not add up")
+        return self
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a data folder. Raises ConfigError (no such folder) or DataError (none in it, or a broken one)."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not there; name a folder that `data build` wrote")
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise DataError(f"{directory} holds no {MANIFEST_NAME}: not a data folder, or a build that has not finished")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise DataError(f"{path} is damaged or of another version: {where}: {first['msg']}; build it again") from error
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json whole or not at all. Raises StorageError."""
+    write_text_durably(directory / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, then move it to `path`. Raises StorageError."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise storage_error(path, error) from error
+    replace_durably(temporary, path)
+
+
+def is_source_name(name: str) -> bool:
+    """Whether a source may carry this name: it becomes a folder beside the manifest and the tokenizer."""
+    return re.fullmatch(SOURCE_PATTERN, name) is not None and name not in RESERVED_NAMES
+
+
+def bucket_folder(bucket: int) -> str:
+    """bucket_02048"""
+    return f"bucket_{bucket:05d}"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

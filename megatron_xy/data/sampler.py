@@ -1,0 +1,372 @@
+"""Which bucket and which samples a data step takes: from sample counts, weights and a seed, in closed form.
+
+    data_step -> phase -> block of 8 steps -> bucket -> how many samples of each source -> their indices -> their order
+
+Everything is a pure function of (seed, phases, data_step). Nothing is replayed at a resume, no index lies in memory or
+on disk, and nothing depends on train_iters, on the data parallel size or on the micro-batches.
+
+A *stream* is what one source holds in one bucket. Its samples are drawn in an order that is shuffled anew in every
+epoch; each sample comes once per epoch, through every change of weights and batch size.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import hashlib
+import heapq
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_xy.errors import ConfigError, DataError
+
+BLOCK_STEPS = 8  # buckets are shuffled within blocks of this many steps; whole blocks follow the weights
+FRACTION_BITS = 60  # of the fixed-point fractions: integers keep counts exact at any step
+MAX_DRIFT_STEPS = 2.0  # a shuffle that takes any set of buckets further from its due is drawn again
+MAX_SHUFFLES = 16
+PERMUTATION_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one source holds in one bucket."""
+
+    source: str
+    bucket: int  # tokens a sample, padding included
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class SamplerPhase:
+    """From data step `from_step` on: the sources' weights and the tokens of a step.
+
+    weights: {source: part of the drawn tokens, padding included}, of any sum; None: as many as each source holds.
+    """
+
+    from_step: int
+    weights: Mapping[str, float] | None
+    global_batch_tokens: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class SampleId:
+    """One sample by its place: the `index`-th of what `source` holds in `bucket`."""
+
+    source: str
+    bucket: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one data step, all of one bucket, sources mixed."""
+
+    data_step: int
+    bucket: int
+    samples: tuple[SampleId, ...]
+
+
+class BucketSampler:
+    """Draws one bucket a step and its samples, so that every source gets its weight over all buckets.
+
+    Source s holds share[s, b] of its packed length in bucket b; bucket b is drawn with probability
+    sum over s of weight[s] * share[s, b], and its batch mixes the sources in proportion to weight[s] * share[s, b].
+    Rounding is carried along instead of drawn at random, so that a run does not drift from its weights.
+    """
+
+    def __init__(self, streams: Sequence[Stream], *, seed: int, phases: Sequence[SamplerPhase]) -> None:
+        """Raises ConfigError for weights, steps or batch sizes that do not fit the streams."""
+        self.seed = seed
+        self._sizes = {(stream.source, stream.bucket): stream.num_samples for stream in streams}
+        assert len(self._sizes) == len(streams), "a (source, bucket) is one stream"
+        if not any(self._sizes.values()):
+            raise DataError("the data holds no samples in any bucket; build it again from input that is not empty")
+        _check_starts(phases)
+        self._phases: list[_Phase] = []
+        for number, phase in enumerate(phases):
+            self._phases.append(_Phase(phase, number, sizes=self._sizes, seed=seed, earlier=self._phases))
+        self._starts = [phase.from_step for phase in phases]
+
+    def batch(self, data_step: int) -> Batch:
+        """The batch of `data_step` (from 0): global_batch_tokens // bucket samples."""
+        phase = self._phase_of(data_step)
+        bucket, draws_before = phase.draw(data_step - phase.from_step)
+        batch_samples = phase.batch_samples[bucket]
+        sources = phase.sources[bucket]
+        first = phase.drawn_in_bucket(bucket, draws_before)
+        last = phase.drawn_in_bucket(bucket, draws_before + 1)
+        offsets = [phase.drawn_before.get((source, bucket), 0) for source in sources]
+        numbers = np.concatenate(
+            [np.arange(a + c, b + c, dtype=np.uint64) for a, b, c in zip(first, last, offsets, strict=True)]
+        )
+        owners = np.repeat(np.arange(len(sources)), [b - a for a, b in zip(first, last, strict=True)])
+        indices = self._indices(numbers, owners, [(source, bucket) for source in sources])
+        key = np.frombuffer(_digest(self.seed, "order", data_step), dtype="<u8")[0]
+        order = np.argsort(_mix(np.arange(batch_samples, dtype=np.uint64) + key), kind="stable")
+        samples = zip(owners[order].tolist(), indices[order].tolist(), strict=True)
+        return Batch(data_step, bucket, tuple(SampleId(sources[owner], bucket, index) for owner, index in samples))
+
+    def samples_of_rank(
+        self, batch: Batch, *, data_parallel_size: int, data_parallel_rank: int
+    ) -> tuple[SampleId, ...]:
+        """The part of one data parallel rank; all ranks' parts are as long, and together they are the batch."""
+        count = len(batch.samples)
+        if count % data_parallel_size:
+            raise ConfigError(
+                f"a batch of bucket {batch.bucket} ({count} samples) must be a multiple of data_parallel_size "
+                f"({data_parallel_size}); raise training.global_batch_tokens to a multiple of "
+                f"{batch.bucket * data_parallel_size}"
+            )
+        assert 0 <= data_parallel_rank < data_parallel_size, "ranks count from 0"
+        return batch.samples[data_parallel_rank::data_parallel_size]
+
+    def shares(self, data_step: int = 0) -> dict[tuple[str, int], float]:
+        """{(source, bucket): its part of the tokens drawn in the phase of `data_step`}; the sum is 1."""
+        return dict(self._phase_of(data_step).shares)
+
+    def epochs(self, data_step: int) -> dict[tuple[str, int], float]:
+        """{(source, bucket): how often its samples were drawn in all steps before `data_step`}, without empty ones."""
+        drawn = self._drawn(data_step)
+        return {stream: drawn.get(stream, 0) / size for stream, size in self._sizes.items() if size}
+
+    def consumed_samples(self, data_step: int) -> int:
+        """Samples of all steps before `data_step`."""
+        return sum(self._drawn(data_step).values())
+
+    def consumed_tokens(self, data_step: int) -> int:
+        """Tokens, padding included, of all steps before `data_step`."""
+        ends = [*self._starts[1:], data_step]
+        return sum(
+            max(0, min(data_step, end) - phase.from_step) * phase.global_batch_tokens
+            for phase, end in zip(self._phases, ends, strict=True)
+        )
+
+    def _phase_of(self, data_step: int) -> _Phase:
+        assert data_step >= 0, "data steps count from 0"
+        return self._phases[bisect.bisect_right(self._starts, data_step) - 1]
+
+    def _drawn(self, data_step: int) -> dict[tuple[str, int], int]:
+        """{(source, bucket): samples drawn in all steps before `data_step`}."""
+        phase = self._phase_of(data_step)
+        return phase.drawn(data_step - phase.from_step)
+
+    def _indices(
+        self, numbers: NDArray[np.uint64], owners: NDArray[np.int64], streams: Sequence[tuple[str, int]]
+    ) -> NDArray[np.uint64]:
+        """The sample index [n] of draw `numbers` [n] of the streams `owners` [n] (indices into `streams`)."""
+        sizes = np.array([self._sizes[stream] for stream in streams], dtype=np.uint64)[owners]
+        epochs, positions = np.divmod(numbers, sizes)
+        rows: dict[tuple[int, int], int] = {}
+        row_of = [rows.setdefault(pair, len(rows)) for pair in zip(owners.tolist(), epochs.tolist(), strict=True)]
+        digests = [_digest(self.seed, "epoch", *streams[owner], epoch) for owner, epoch in rows]
+        keys = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, PERMUTATION_ROUNDS)[row_of]
+        return permute(positions, sizes, keys)
+
+
+class _Phase:
+    """One phase's arithmetic: what its first n steps draw, and what all phases before it drew."""
+
+    def __init__(
+        self,
+        phase: SamplerPhase,
+        number: int,
+        *,
+        sizes: Mapping[tuple[str, int], int],
+        seed: int,
+        earlier: Sequence[_Phase],
+    ) -> None:
+        self.from_step = phase.from_step
+        self.global_batch_tokens = phase.global_batch_tokens
+        self.drawn_before = earlier[-1].drawn(phase.from_step - earlier[-1].from_step) if earlier else {}
+        self.shares = _shares(phase.weights, sizes)
+        self._key = (seed, "block", number)
+        self.buckets = sorted({bucket for _, bucket in self.shares})
+        _check_batch_tokens(phase.global_batch_tokens, self.buckets)
+        self.sources = {b: sorted(source for source, bucket in self.shares if bucket == b) for b in self.buckets}
+        self.batch_samples = {b: phase.global_batch_tokens // b for b in self.buckets}
+        parts = {b: [self.shares[source, b] for source in self.sources[b]] for b in self.buckets}
+        self._bucket_parts = [math.fsum(parts[b]) for b in self.buckets]
+        self._bucket_seats = Apportionment(self._bucket_parts)
+        self._source_seats = {b: Apportionment(parts[b]) for b in self.buckets}
+
+    def draw(self, step: int) -> tuple[int, int]:
+        """The bucket of the phase's step number `step` (from 0), and how many steps of the phase drew it before."""
+        block, place = divmod(step, BLOCK_STEPS)
+        counts, order = self._block(block)
+        bucket = order[place]
+        return self.buckets[bucket], counts[bucket] + order[:place].count(bucket)
+
+    def drawn(self, num_steps: int) -> dict[tuple[str, int], int]:
+        """{(source, bucket): samples drawn by all earlier phases and the first `num_steps` steps of this one}."""
+        block, place = divmod(num_steps, BLOCK_STEPS)
+        counts, order = self._block(block)
+        drawn = dict(self.drawn_before)
+        for position, bucket in enumerate(self.buckets):
+            draws = counts[position] + order[:place].count(position)
+            for source, count in zip(self.sources[bucket], self.drawn_in_bucket(bucket, draws), strict=True):
+                drawn[source, bucket] = drawn.get((source, bucket), 0) + count
+        return drawn
+
+    def drawn_in_bucket(self, bucket: int, draws: int) -> list[int]:
+        """Samples that the first `draws` draws of `bucket` in this phase take of each of `sources[bucket]`."""
+        return self._source_seats[bucket].counts(draws * self.batch_samples[bucket])
+
+    def _block(self, block: int) -> tuple[list[int], list[int]]:
+        """Draws of each bucket before the block, and the block's own buckets in order (positions in `buckets`)."""
+        before = self._bucket_seats.counts(block * BLOCK_STEPS)
+        after = self._bucket_seats.counts((block + 1) * BLOCK_STEPS)
+        chosen = [bucket for bucket, (a, b) in enumerate(zip(before, after, strict=True)) for _ in range(b - a)]
+        orders = []
+        for attempt in range(MAX_SHUFFLES):
+            hashes = np.frombuffer(_digest(*self._key, block, attempt), dtype="<u8")
+            order = [chosen[place] for place in np.argsort(hashes, kind="stable").tolist()]
+            if (drift := self._drift(block * BLOCK_STEPS, before, order)) <= MAX_DRIFT_STEPS:
+                return before, order
+            orders.append((drift, order))
+        return before, min(orders)[1]
+
+    def _drift(self, step: int, before: Sequence[int], order: Sequence[int]) -> float:
+        """By how many steps any set of buckets gets ahead of its due, at most, after any step of `order` from `step`.
+
+        What one set is ahead, the others are behind: this bounds both.
+        """
+        ahead = [count - step * part for count, part in zip(before, self._bucket_parts, strict=True)]
+        worst = 0.0
+        for bucket in order:
+            ahead = [value - part for value, part in zip(ahead, self._bucket_parts, strict=True)]
+            ahead[bucket] += 1
+            worst = max(worst, sum(value for value in ahead if value > 0))
+        return worst
+
+
+class Apportionment:
+    """Deals any number of seats to parties by weight: every further seat goes to exactly one party.
+
+    Parties are joined in pairs, lightest first, as in Huffman's tree; at each pair the seats are split by rounding to
+    the nearest integer, which for two parties is Sainte-Lague's rule. Hence counts never fall as seats are added, and
+    a party is off its due by less than 2 seats whatever the number of parties (its weight halves at least every second
+    level upwards: 0.5 * (1 + 1 + 1/2 + 1/2 + 1/4 + ...)). Sainte-Lague's rule for all parties at once has no such
+    bound: a hundred equal small parties get their first seats together, at the cost of a large one.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        assert weights and all(weight > 0 for weight in weights), "parties without weight are left out before"
+        self._num_parties = len(weights)
+        self._splits: list[tuple[int, int, int]] = []  # lighter child, heavier child, the lighter's fraction
+        heap = [(weight, party) for party, weight in enumerate(weights)]
+        heapq.heapify(heap)
+        while len(heap) > 1:
+            (light, left), (heavy, right) = heapq.heappop(heap), heapq.heappop(heap)
+            self._splits.append((left, right, round(light / (light + heavy) * 2**FRACTION_BITS)))
+            heapq.heappush(heap, (light + heavy, self._num_parties + len(self._splits) - 1))
+
+    def counts(self, seats: int) -> list[int]:
+        """Seats of each party out of `seats`."""
+        counts = [0] * (self._num_parties + len(self._splits))
+        counts[-1] = seats
+        half = 1 << (FRACTION_BITS - 1)
+        for place in range(len(self._splits) - 1, -1, -1):
+            left, right, fraction = self._splits[place]
+            count = counts[self._num_parties + place]
+            counts[left] = (count * fraction + half) >> FRACTION_BITS
+            counts[right] = count - counts[left]
+        return counts[: self._num_parties]
+
+
+def permute(
+    positions: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """Where keyed shuffles of range(size) put positions, in O(1) each: sizes [n], keys [n, PERMUTATION_ROUNDS].
+
+    A Feistel network on pairs (left, right) with left * columns + right covering 0..size-1 and a few numbers more; what
+    lands beyond `size` goes through again until it is inside (cycle walking), which keeps it a bijection.
+    """
+    columns = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.uint64)
+    rows = (sizes + columns - np.uint64(1)) // columns
+    results = positions.copy()
+    open_ones = np.arange(len(positions))
+    while len(open_ones):
+        left, right = np.divmod(results[open_ones], columns[open_ones])
+        key, row, column = keys[open_ones], rows[open_ones], columns[open_ones]
+        for number in range(0, PERMUTATION_ROUNDS, 2):
+            left = (left + (_mix(right ^ key[:, number]) >> np.uint64(8))) % row
+            right = (right + (_mix(left ^ key[:, number + 1]) >> np.uint64(8))) % column
+        results[open_ones] = left * column + right
+        open_ones = open_ones[results[open_ones] >= sizes[open_ones]]
+    return results
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64: every input bit changes half of the output bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _digest(*parts: int | str) -> bytes:
+    """64 bytes that depend on every part; JSON keeps the borders between parts."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8 * PERMUTATION_ROUNDS).digest()
+
+
+def _shares(weights: Mapping[str, float] | None, sizes: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], float]:
+    """{(source, bucket): weight[source] * share[source, bucket]}, the sum 1, parts of 0 left out."""
+    lengths: dict[str, int] = {}
+    for (source, bucket), size in sizes.items():
+        lengths[source] = lengths.get(source, 0) + bucket * size
+    weights = lengths if weights is None else weights
+    _check_weights(weights, lengths)
+    total = math.fsum(weights.values())
+    return {
+        (source, bucket): weights[source] / total * (bucket * size / lengths[source])
+        for (source, bucket), size in sorted(sizes.items())
+        if size and weights[source]
+    }
+
+
+def _check_weights(weights: Mapping[str, float], lengths: Mapping[str, int]) -> None:
+    known = ", ".join(sorted(lengths))
+    for source, weight in weights.items():
+        if source not in lengths:
+            near = difflib.get_close_matches(source, lengths, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"data.weights names {source}, which the data does not have; {hint}known: {known}")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"data.weights: {source} ({weight}) must be a finite number, 0 or more")
+        if weight and not lengths[source]:
+            raise ConfigError(
+                f"data.weights: {source} ({weight}) has no samples in the data; give it 0, or build it again with them"
+            )
+    if missing := sorted(set(lengths) - set(weights)):
+        raise ConfigError(
+            f"data.weights lacks {', '.join(missing)}; every source of the data needs a weight: "
+            f"give it 0 to leave it out"
+        )
+    if not any(weights.values()):
+        raise ConfigError(f"data.weights: all are 0; give at least one of {known} a weight above 0")
+
+
+def _check_starts(phases: Sequence[SamplerPhase]) -> None:
+    starts = [phase.from_step for phase in phases]
+    assert starts and starts[0] == 0, "the first phase begins with the run"
+    for earlier, later in itertools.pairwise(starts):
+        if later <= earlier:
+            raise ConfigError(
+                f"training.phases: from_iter ({later}) must be above the one before it ({earlier}); sort the phases"
+            )
+
+
+def _check_batch_tokens(global_batch_tokens: int, buckets: Sequence[int]) -> None:
+    unit = math.lcm(*buckets)
+    if global_batch_tokens % unit:
+        below = global_batch_tokens // unit * unit
+        nearest = f"{below}, {below + unit}" if below else f"{unit}"
+        raise ConfigError(
+            f"training.global_batch_tokens ({global_batch_tokens}) must be a multiple of every bucket "
+            f"({', '.join(map(str, buckets))}: of {unit}); nearest: {nearest}"
+        )

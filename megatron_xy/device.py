@@ -1,0 +1,211 @@
+"""This process's device and backend; on a machine without CUDA, the stand-in that lets megatron-core run on the CPU.
+
+megatron-core calls `torch.cuda` and names the device literally in many places. `start`, called by a verb before anything
+imports megatron.core, settles the device. On a GPU it patches nothing. On a CPU it replaces what megatron-core reaches:
+streams and events (CPU operations are synchronous, so these do nothing), device queries, generator states, and the device
+argument of the factory functions. The factories are wrapped rather than watched by a TorchFunctionMode, which would cost
+about 12 us in every torch call; a wrapped one costs a dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn",
+    "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+_MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+
+_device: torch.device | None = None
+
+
+def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = False) -> torch.device:
+    """Settles this process's device: GPU number `local_rank`, or the CPU with the stand-in. Call before `mcore` is imported.
+
+    num_threads: CPU threads of torch in this process; set always, since results depend on it bit for bit.
+    """
+    global _device
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(deterministic)
+    if _device is not None:
+        return _device
+    if torch.cuda.is_available():
+        _device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(_device)
+    else:
+        _device = _CPU
+        _install_stand_in()
+    return _device
+
+
+def is_settled() -> bool:
+    """Whether a verb has called `start`."""
+    return _device is not None
+
+
+def current() -> torch.device:
+    """The device that `start` settled on."""
+    assert _device is not None, "device.start() comes first in every verb"
+    return _device
+
+
+def is_cpu() -> bool:
+    """Whether this process computes on the CPU, through the stand-in."""
+    return current() == _CPU
+
+
+def backend() -> str:
+    """torch.distributed's backend for this device."""
+    return "gloo" if is_cpu() else "nccl"
+
+
+def name() -> str:
+    """The device as people know it, such as "NVIDIA H100 80GB HBM3"."""
+    return "CPU" if is_cpu() else torch.cuda.get_device_name(current())
+
+
+def synchronize() -> None:
+    """Waits for the device's queued work; nothing on a CPU."""
+    if not is_cpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this process has held on its device (on a CPU: its resident set)."""
+    if is_cpu():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated()
+
+
+def generator_state() -> torch.Tensor:
+    """State of the device's default random generator."""
+    return torch.get_rng_state() if is_cpu() else torch.cuda.get_rng_state()
+
+
+def set_generator_state(state: torch.Tensor) -> None:
+    """Puts back what `generator_state` gave."""
+    if is_cpu():
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state)
+
+
+def adapt_megatron_random(module: Any) -> None:
+    """Points megatron.core.tensor_parallel.random's own generator access, which bypasses torch.cuda's names, to the CPU."""
+    if is_cpu():
+        module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+class _Event:
+    """Stands in for torch.cuda.Event: on a CPU everything queued has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream:
+    """Stands in for torch.cuda.Stream: on a CPU there is one order of execution."""
+
+    device = _CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+
+def _install_stand_in() -> None:
+    """Replaces, once, what megatron-core reaches in torch.cuda, in the factories and in two methods of Tensor."""
+    cuda = torch.cuda
+    # One function object per name: torch._dynamo refuses one object that stands under two.
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "set_device": lambda device: None,
+        "device_count": lambda: 1,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "current_stream": lambda device=None: _Stream(),
+        "default_stream": lambda device=None: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "reset_peak_memory_stats": lambda device=None: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        # manual_seed_all stays as it is: torch.manual_seed calls it.
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+        "Stream": _Stream,
+        "Event": _Event,
+    }
+    for counter in _MEMORY_COUNTERS:
+        replacements[counter] = _zero_counter()
+    for attribute, replacement in replacements.items():
+        setattr(cuda, attribute, replacement)
+    cuda.random.get_rng_state = lambda device="": torch.get_rng_state()
+    cuda.random.set_rng_state = lambda new_state, device="": torch.set_rng_state(new_state)
+    cuda.nvtx.range_push = lambda message: None
+    cuda.nvtx.range_pop = lambda: None
+    for factory in _FACTORIES:
+        setattr(torch, factory, _on_cpu(getattr(torch, factory)))
+    _install_tensor_methods()
+
+
+def _zero_counter() -> Callable[..., int]:
+    return lambda device=None: 0
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`factory` with a CUDA device read as the CPU and without pinned memory."""
+
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _names_cuda(device: Any) -> bool:
+    if device is None:
+        return False
+    if isinstance(device, int):
+        return True
+    return (device if isinstance(device, str) else device.type).startswith("cuda")
+
+
+def _install_tensor_methods() -> None:
+    """`Tensor.cuda()` stays here; `Tensor.type()` speaks of CUDA, since megatron-core's optimizer compares its strings."""
+    plain_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = plain_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

@@ -1,0 +1,51 @@
+"""What can go wrong for a user, each with the exit code that scripts and supervisors rely on.
+
+The codes are those of sysexits.h where it has one. A user's mistake raises `ConfigError` or `DataError` with the
+value, the rule and the remedy in one sentence; our own mistakes are asserts and end as `EXIT_BUG`.
+"""
+
+EXIT_DONE = 0
+EXIT_COMPARISON_FAILED = 1  # a comparison that the user asked for does not hold
+EXIT_USAGE = 2
+EXIT_BAD_DATA = 65  # data or a checkpoint that is there, but bad
+EXIT_BUG = 70
+EXIT_IO = 74
+EXIT_STOPPED = 75  # stopped cleanly, resumable
+EXIT_PEER_LOST = 76  # another process of the job is gone, or hangs
+EXIT_BAD_CONFIG = 78  # a config, or a path that is not there
+
+
+class MegatronXYError(Exception):
+    """Base of every error that ends a command with a documented exit code and one message, without a traceback."""
+
+    exit_code = EXIT_BUG
+
+
+class ConfigError(MegatronXYError):
+    """The configuration, the command's arguments or a path cannot be used as they stand."""
+
+    exit_code = EXIT_BAD_CONFIG
+
+
+class DataError(MegatronXYError):
+    """A corpus, an indexed dataset, a tokenizer or a checkpoint exists but is damaged or does not fit."""
+
+    exit_code = EXIT_BAD_DATA
+
+
+class StorageError(MegatronXYError):
+    """The file system refused (full, read-only, gone)."""
+
+    exit_code = EXIT_IO
+
+
+class Stopped(MegatronXYError):
+    """Stopped on request, after the state was saved; the same command goes on from there."""
+
+    exit_code = EXIT_STOPPED
+
+
+class PeerLost(MegatronXYError):
+    """A collective failed or timed out because another rank is gone or stands still."""
+
+    exit_code = EXIT_PEER_LOST

@@ -1,0 +1,119 @@
+"""What a run tells: one line and one metrics record a step, phases with their seconds, TensorBoard, a log file per rank.
+
+RUN/metrics.jsonl holds one JSON object a step with floats unrounded; after a resume each iteration still stands once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+_SCALARS = (
+    "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_wait_seconds", "padding_ratio", "mfu", "hfu",
+    "consumed_tokens",
+)  # fmt: skip
+
+
+class RunLog:
+    """This rank's voice: every rank writes its file in RUN/logs; the leader also the terminal, metrics and TensorBoard."""
+
+    def __init__(self, run_dir: Path, *, rank: int, is_leader: bool) -> None:
+        self.run_dir = run_dir
+        self.is_leader = is_leader
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
+        self._metrics: TextIO | None = None
+        self._board: SummaryWriter | None = None
+
+    def say(self, text: str) -> None:
+        """One line to this rank's log file, and on the leader to the terminal."""
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=self._file, flush=True)
+        if self.is_leader:
+            print(text, file=sys.stdout, flush=True)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Says how many seconds the block took."""
+        began = time.monotonic()
+        yield
+        self.say(f"  {name:<28} {time.monotonic() - began:6.1f} s")
+
+    def open_metrics(self, *, iteration: int) -> None:
+        """Makes ready to add records after `iteration`: what an abandoned course wrote beyond it is cut off."""
+        if not self.is_leader:
+            return
+        path = self.run_dir / METRICS
+        cut_metrics(path, iteration=iteration)
+        self._metrics = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.run_dir / TENSORBOARD_FOLDER), purge_step=iteration + 1)
+
+    def step(self, record: dict[str, Any], *, train_iters: int) -> None:
+        """One finished step: a line on the terminal, an object in metrics.jsonl, scalars in TensorBoard."""
+        self.say(step_line(record, train_iters=train_iters))
+        if self._metrics is None or self._board is None:
+            return
+        self._metrics.write(json.dumps(_without_non_finite(record)) + "\n")
+        self._metrics.flush()
+        iteration = record["iteration"]
+        for name in _SCALARS:
+            if record.get(name) is not None:
+                self._board.add_scalar(name, record[name], iteration)
+        self._board.add_scalar(f"loss_by_bucket/{record['bucket']}", record["loss"], iteration)
+        for source, loss in record["loss_by_source"].items():
+            self._board.add_scalar(f"loss_by_source/{source}", loss, iteration)
+
+    def close(self) -> None:
+        """Closes all files."""
+        for stream in (self._metrics, self._board, self._file):
+            if stream is not None:
+                stream.close()
+
+
+def step_line(record: dict[str, Any], *, train_iters: int) -> str:
+    """A step as one line: step, bucket, loss, grad norm, lr, tokens/s, seconds, time to go."""
+    width = len(str(train_iters))
+    remaining = (train_iters - record["iteration"]) * record["step_seconds"]
+    line = (
+        f"step {record['iteration']:>{width}}/{train_iters} | bucket {record['bucket']:>5} | loss {record['loss']:8.4f} | "
+        f"grad norm {record['grad_norm']:7.3f} | lr {record['lr']:.2e} | {record['tokens_per_second']:>9,.0f} tokens/s | "
+        f"{record['step_seconds']:6.2f} s | ETA {_duration(remaining)}"
+    )
+    return line + (" | SKIPPED: gradient not finite" if record["skipped"] else "")
+
+
+def cut_metrics(path: Path, *, iteration: int) -> None:
+    """Drops records beyond `iteration`, and a half-written last line, by rewriting the file whole."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # only the last line can be cut, by a kill while it was written
+        if record["iteration"] <= iteration:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _without_non_finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they become null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,74 @@
+"""The only importer of megatron.core: what the framework uses of it, the same under every accepted version.
+
+Imported after `device.start`: on a CPU, megatron.core copies names of torch.cuda that the stand-in must have replaced.
+megatron-core 0.16.1 to 0.19.x give these names the same signatures as far as they are used here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import warnings
+
+from megatron_xy import device
+
+assert device.is_settled(), "device.start() comes before megatron_xy.mcore is imported"
+
+warnings.filterwarnings("ignore", module=r"megatron\..*")
+warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+from megatron.core import parallel_state as _parallel_state  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers  # noqa: E402
+from megatron.core.tensor_parallel import random as tensor_parallel_random  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+device.adapt_megatron_random(tensor_parallel_random)
+
+VERSION = importlib.metadata.version("megatron-core")
+
+# The one bit of global state that sequence parallel needs: a scratch buffer, keyed by name and dtype, shared by all roles.
+if getattr(_parallel_state, "_GLOBAL_MEMORY_BUFFER", None) is None:
+    _parallel_state._set_global_memory_buffer()
+
+__all__ = [
+    "VERSION",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "GPTModel",
+    "MegatronModule",
+    "ModelType",
+    "OptimizerConfig",
+    "P2PCommunicator",
+    "PackedSeqParams",
+    "ProcessGroupCollection",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "clip_grad_by_total_norm_fp32",
+    "finalize_model_grads",
+    "get_forward_backward_func",
+    "get_gpt_layer_local_spec",
+    "get_megatron_optimizer",
+    "get_num_layers_to_build",
+    "tensor_parallel_layers",
+    "tensor_parallel_random",
+]

@@ -1,0 +1,220 @@
+"""ModelConfig and groups -> GPTModel in megatron-core's data-parallel wrapper, with weights that no layout changes.
+
+Fresh weights are drawn from each parameter's global name, so every layout starts from the same model. The vocabulary is
+padded to what tensor parallelism divides; padding rows are zero, take no part in the loss and leave no trace in checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from megatron_xy import device, mcore
+from megatron_xy.config import ModelConfig, ParallelConfig
+from megatron_xy.model.attention import PackedAttention
+from megatron_xy.model.norm import RMSNorm
+from megatron_xy.model.rotary import RotaryEmbedding
+from megatron_xy.parallel import Groups
+from megatron_xy.shards import Box, ParameterShard
+
+VOCABULARY_MULTIPLE = 128  # rows of the padded vocabulary a tensor parallel rank, as Megatron's default
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A parameter of this rank and the place that it takes in the global tensor of that name."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    shard: ParameterShard
+
+
+def padded_vocab_size(model: ModelConfig, *, tensor_model_parallel_size: int) -> int:
+    """Rows of embedding and output layer over all tensor parallel ranks."""
+    assert model.vocab_size, "the shape is complete once a run starts"
+    unit = VOCABULARY_MULTIPLE * tensor_model_parallel_size
+    return math.ceil(model.vocab_size / unit) * unit
+
+
+def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups, seed: int) -> torch.nn.Module:
+    """This rank's part of the model with fresh weights, in megatron-core's DistributedDataParallel."""
+    config = transformer_config(model, parallel=parallel, groups=groups)
+    gpt = _gpt_model(config, model=model, groups=groups)
+    mark_tensor_parallel(gpt)
+    ddp_config = mcore.DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=False,
+        # It would end one rank alone; non-finite gradients are met in the optimizer step, on all ranks alike.
+        check_for_nan_in_grad=False,
+    )
+    wrapped: torch.nn.Module = mcore.DistributedDataParallel(
+        config, ddp_config, gpt, pg_collection=groups.collection
+    )
+    draw_weights(wrapped, model=model, groups=groups, seed=seed)
+    return wrapped
+
+
+def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups) -> mcore.TransformerConfig:
+    """megatron-core's description of a Llama-shaped transformer under this role's layout."""
+    dtype = DTYPES[model.params_dtype]
+    recompute = {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
+    if model.recompute_granularity == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute_granularity == "selective":
+        recompute["recompute_granularity"] = "selective"
+    return mcore.TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=groups.tp_size,
+        pipeline_model_parallel_size=groups.pp_size,
+        sequence_parallel=parallel.sequence_parallel and groups.tp_size > 1,
+        calculate_per_token_loss=True,
+        # Weights come from `draw_weights` or a checkpoint.
+        perform_initialization=False,
+        use_cpu_initialization=device.is_cpu(),
+        # The fused kernels want CUDA extensions that are not required here.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        deallocate_pipeline_outputs=True,
+        **recompute,
+    )
+
+
+def _gpt_model(config: mcore.TransformerConfig, *, model: ModelConfig, groups: Groups) -> mcore.GPTModel:
+    layer = mcore.get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    num_layers = mcore.get_num_layers_to_build(config, None, groups.pp_rank)
+    block = mcore.TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    gpt = mcore.GPTModel(
+        config,
+        block,
+        vocab_size=padded_vocab_size(model, tensor_model_parallel_size=groups.tp_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        pg_collection=groups.collection,
+    )
+    gpt.model_type = mcore.ModelType.encoder_or_decoder
+    gpt.rotary_pos_emb = RotaryEmbedding(model, device=device.current())
+    return gpt
+
+
+def mark_tensor_parallel(gpt: torch.nn.Module) -> None:
+    """Sets the attributes by which megatron-core tells split weights from replicas, for instance in the gradient norm.
+
+    Its own initialisation does it, which `perform_initialization=False` skips.
+    """
+    layers = mcore.tensor_parallel_layers
+    for name, module in gpt.named_modules():
+        if isinstance(module, layers.ColumnParallelLinear | layers.VocabParallelEmbedding) and module.weight is not None:
+            stride = 2 if name.endswith("linear_fc1") else 1  # gate and up stand one after the other in every shard
+            layers.set_tensor_model_parallel_attributes(module.weight, True, 0, stride)
+        elif isinstance(module, layers.RowParallelLinear):
+            layers.set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+
+
+def named_parameters(module: torch.nn.Module, *, model: ModelConfig, groups: Groups) -> Iterator[NamedParameter]:
+    """Every parameter of this rank under its global name, with the boxes that it covers there.
+
+    A tied output layer on the last stage is the embedding under its name; where one stage has both, it stands once.
+    """
+    gpt = _unwrap(module)
+    for local_name, parameter in gpt.named_parameters():
+        name = _global_name(local_name, gpt)
+        if name == OUTPUT_LAYER and not model.untie_embeddings_and_output_weights:
+            name = EMBEDDING
+        yield NamedParameter(name, parameter, _shard_of(name, parameter, model=model, groups=groups))
+
+
+def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def _global_name(local_name: str, gpt: torch.nn.Module) -> str:
+    """megatron-core's name with the layer's number in the whole model instead of that in the stage."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", local_name)
+    if not match:
+        return local_name
+    layer = gpt.decoder.layers[int(match[1])]  # type: ignore[index,union-attr]
+    return f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+
+
+def _shard_of(name: str, parameter: torch.nn.Parameter, *, model: ModelConfig, groups: Groups) -> ParameterShard:
+    """Which boxes of the global tensor `name` this rank's parameter holds, one after the other along dimension 0."""
+    local = tuple(parameter.shape)
+    tp_size, tp_rank = groups.tp_size, groups.tp_rank
+    if name in (EMBEDDING, OUTPUT_LAYER):
+        assert model.vocab_size, "the shape is complete once a run starts"
+        first = tp_rank * local[0]
+        rows = max(0, min(local[0], model.vocab_size - first))
+        box = Box((min(first, model.vocab_size), 0), (min(first, model.vocab_size) + rows, local[1]))
+        return ParameterShard((model.vocab_size, local[1]), (box,))
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return ParameterShard(local, (Box((0,) * len(local), local),))
+    if name.endswith("linear_fc1.weight"):
+        half = local[0] // 2
+        boxes = tuple(
+            Box((part * half * tp_size + tp_rank * half, 0), (part * half * tp_size + (tp_rank + 1) * half, local[1]))
+            for part in range(2)
+        )
+        return ParameterShard((local[0] * tp_size, local[1]), boxes)
+    dimension: int = parameter.partition_dim  # type: ignore[attr-defined]
+    start = [0] * len(local)
+    stop, full = list(local), list(local)
+    start[dimension] = tp_rank * local[dimension]
+    stop[dimension] = start[dimension] + local[dimension]
+    full[dimension] *= tp_size
+    return ParameterShard(tuple(full), (Box(tuple(start), tuple(stop)),))
+
+
+@torch.no_grad()
+def draw_weights(module: torch.nn.Module, *, model: ModelConfig, groups: Groups, seed: int) -> None:
+    """Fresh weights: normal with `init_method_std`, output projections smaller by sqrt(2 layers) as in Megatron, norms 1.
+
+    Each global tensor is drawn whole from (seed, its name) and sliced, one at a time: the same model under every layout.
+    """
+    assert model.num_layers, "the shape is complete once a run starts"
+    for named in named_parameters(module, model=model, groups=groups):
+        if named.parameter.dim() == 1:
+            named.parameter.fill_(1.0)
+            continue
+        std = model.init_method_std
+        if named.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= math.sqrt(2 * model.num_layers)
+        digest = hashlib.sha256(f"{seed}/{named.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.randn(named.shard.global_shape, generator=generator) * std
+        named.parameter.zero_()
+        named.shard.write(named.parameter, full)

@@ -1,0 +1,74 @@
+"""Rotary position embedding by explicit position ids, so that positions may restart at document borders.
+
+Stands in GPTModel's `rotary_pos_emb`: the model asks for a "sequence length" and hands it back to get the angles; here that
+value is the tensor of position ids which travels in `PackedDocuments`. Inverse frequencies stay in fp32 under every dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_xy import mcore
+from megatron_xy.config import ModelConfig
+
+
+@dataclass
+class PackedDocuments(mcore.PackedSeqParams):  # type: ignore[misc]
+    """One micro-batch as the layers see it: a row of tokens and where attention is cut.
+
+    position_ids [tokens] int64; cu_seqlens_q and cu_seqlens_kv [segments + 1] int32 (the borders); segment_lengths: the
+    same as plain ints. qkv_format is sbhd: queries stay [tokens, 1, heads, head_dim], the cut is the attention's own.
+    """
+
+    position_ids: torch.Tensor | None = None
+    segment_lengths: tuple[int, ...] = ()
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Angles of RoPE, with HF's scalings `linear` and `llama3`."""
+
+    def __init__(self, model: ModelConfig, *, device: torch.device) -> None:
+        super().__init__()
+        self.inverse_frequencies = inverse_frequencies(model).to(device)
+
+    def get_rotary_seq_len(
+        self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, packed: PackedDocuments
+    ) -> torch.Tensor:
+        """What GPTModel passes on to `forward`: the position ids [tokens]."""
+        assert packed.position_ids is not None, "every forward step gives position ids"
+        return packed.position_ids
+
+    def forward(self, position_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Angles [tokens, 1, 1, head_dim] fp32 of position ids [tokens]; halves repeated, as megatron-core rotates."""
+        angles = torch.outer(position_ids.float(), self.inverse_frequencies)
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+
+def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
+    """1 / theta^(2i/d), scaled as `rope_scaling` says; [head_dim / 2] fp32."""
+    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.int64).float() / model.head_dim
+    frequencies = 1.0 / (model.rotary_base**exponents)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return frequencies
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    assert kind == "llama3", "the config refuses every other kind"
+    return _llama3(frequencies, scaling)
+
+
+def _llama3(frequencies: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+    """Llama 3.1's scaling: long wavelengths divided by the factor, short ones kept, a smooth ramp between."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    context = scaling["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    ramp = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
+    smoothed = (1 - ramp) * frequencies / factor + ramp * frequencies
+    scaled = torch.where(wavelengths > context / low, frequencies / factor, frequencies)
+    between = (wavelengths >= context / high) & (wavelengths <= context / low)
+    return torch.where(between, smoothed, scaled)

@@ -1,0 +1,77 @@
+"""AdamW through megatron-core's optimizer classes, the learning-rate schedule, and the update itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_xy import mcore
+from megatron_xy.config import OptimizerConfig
+from megatron_xy.parallel import Groups, as_default_group
+
+
+def build_optimizer(config: OptimizerConfig, *, module: torch.nn.Module, groups: Groups, bf16: bool) -> Any:
+    """megatron-core's optimizer over this rank's parameters: fp32 main weights under bf16; no weight decay on norms."""
+    settings = mcore.OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        use_distributed_optimizer=False,
+    )
+    with as_default_group(groups.all_ranks):
+        optimizer = mcore.get_megatron_optimizer(
+            settings, [module], use_gloo_process_groups=False, pg_collection=groups.collection
+        )
+    for inner in torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]  # 0 for norms
+            group["fused"] = True  # torch's one-kernel AdamW, on CPU and GPU
+            group["foreach"] = False
+    return optimizer
+
+
+def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside megatron-core's wrappers."""
+    return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
+def learning_rate(config: OptimizerConfig, *, iteration: int, train_iters: int) -> float:
+    """The rate of the update that is number `iteration` (1 = the first): linear warm-up, then the decay to `min_lr`."""
+    warmup = config.lr_warmup_iters
+    if iteration <= warmup:
+        return config.lr * iteration / warmup
+    if config.lr_decay_style == "constant" or train_iters <= warmup:
+        return config.lr
+    progress = min(1.0, (iteration - warmup) / (train_iters - warmup))
+    if config.lr_decay_style == "linear":
+        remaining = 1.0 - progress
+    else:
+        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+@torch.no_grad()
+def apply_gradients(optimizer: Any, *, lr: float, clip_grad: float) -> tuple[float, bool]:
+    """One update from the finished gradients; returns their global norm and whether the update was made.
+
+    A norm that is not finite, the same number on all ranks of the role, leaves weights and moments untouched.
+    """
+    for inner in torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return grad_norm, False
+    if clip_grad > 0.0:
+        for part in optimizer.chained_optimizers:
+            mcore.clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm, True

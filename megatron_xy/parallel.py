@@ -1,0 +1,219 @@
+"""Ranks of a role -> process groups, sizes and coordinates; start and end of torch.distributed; the plain collectives.
+
+A process group is a parameter here, never a global: `build_groups` makes them for one role, on every rank of the world in
+the same order, and hands each member a `Groups`. megatron-core takes its `collection`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megatron_xy import device, mcore
+from megatron_xy.config import ParallelConfig
+from megatron_xy.errors import PeerLost
+
+Dimension = Literal["pp", "dp", "cp", "tp"]
+_DIMENSIONS: tuple[Dimension, ...] = ("pp", "dp", "cp", "tp")  # slowest first: tensor parallel ranks are neighbours
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of one role as seen from one of its ranks."""
+
+    name: str
+    ranks: tuple[int, ...]  # global ranks, in placement order
+    collection: mcore.ProcessGroupCollection
+    all_ranks: dist.ProcessGroup
+
+    @property
+    def tp_size(self) -> int:
+        """Tensor parallel ranks."""
+        return int(self.collection.tp.size())
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's place among them."""
+        return int(self.collection.tp.rank())
+
+    @property
+    def pp_size(self) -> int:
+        """Pipeline stages."""
+        return int(self.collection.pp.size())
+
+    @property
+    def pp_rank(self) -> int:
+        """This rank's stage."""
+        return int(self.collection.pp.rank())
+
+    @property
+    def dp_size(self) -> int:
+        """Replicas of the model."""
+        return int(self.collection.dp.size())
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's replica."""
+        return int(self.collection.dp.rank())
+
+    @property
+    def role_rank(self) -> int:
+        """This rank's place among all ranks of the role."""
+        return int(self.all_ranks.rank())
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head and sees the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_leader(self) -> bool:
+        """The one rank of the role that speaks and writes for it: the last stage's first, where the loss is."""
+        return self.is_last_stage and self.dp_rank == 0 and self.tp_rank == 0
+
+
+def start_distributed(*, timeout_seconds: float) -> None:
+    """Joins torchrun's world; every group's collectives fail after `timeout_seconds` rather than wait for ever."""
+    dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_seconds))
+
+
+def start_alone() -> None:
+    """A world of this one process, for verbs that need a model and no torchrun."""
+    dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def stop_distributed() -> None:
+    """Leaves the world after all ranks are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def build_groups(
+    name: str, *, ranks: Sequence[int], parallel: ParallelConfig, timeout_seconds: float
+) -> Groups | None:
+    """The groups of a role over `ranks`. Collective over the world: every rank calls it, roles in the same order.
+
+    Returns None on ranks outside the role. The layout is megatron-core's: tensor parallel ranks are neighbours, then
+    context, data and pipeline parallel ranks.
+    """
+    sizes = (
+        parallel.pipeline_model_parallel_size,
+        len(ranks) // parallel.model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.tensor_model_parallel_size,
+    )
+    grid = torch.tensor(list(ranks)).reshape(sizes)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+
+    def mine_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
+        mine = None
+        for group_ranks in groups:
+            group = dist.new_group(group_ranks, timeout=timeout, group_desc=name)
+            if dist.get_rank() in group_ranks:
+                mine = group
+        return mine
+
+    pipelines = _along(grid, "pp")
+    tp, cp, pp, dp = (mine_of(_along(grid, dimension)) for dimension in ("tp", "cp", "pp", "dp"))  # type: ignore[arg-type]
+    dp_cp = dp if parallel.context_parallel_size == 1 else mine_of(_along(grid, "dp", "cp"))
+    tp_cp = tp if parallel.context_parallel_size == 1 else mine_of(_along(grid, "cp", "tp"))
+    mp = mine_of(_along(grid, "pp", "tp"))
+    embd = mine_of([sorted({stages[0], stages[-1]}) for stages in pipelines])
+    pos_embd = mine_of([[stages[0]] for stages in pipelines])
+    alone = mine_of([[rank] for rank in ranks])
+    all_ranks = mine_of([list(ranks)])
+    if all_ranks is None:
+        return None
+    collection = mcore.ProcessGroupCollection(
+        tp=tp, cp=cp, pp=pp, dp=dp, dp_cp=dp_cp, tp_cp=tp_cp, mp=mp, embd=embd, pos_embd=pos_embd,
+        intra_dp_cp=dp_cp, intra_dist_opt=all_ranks, inter_dist_opt=None, hcp=None, tp_dp_cp=None,
+        # No mixture of experts: expert groups are those of the dense layers, or this rank alone.
+        ep=alone, expt_tp=tp, expt_dp=dp, tp_ep=tp, tp_ep_pp=mp, intra_expt_dp=dp,
+    )  # fmt: skip
+    return Groups(name=name, ranks=tuple(ranks), collection=collection, all_ranks=all_ranks)
+
+
+def _along(grid: torch.Tensor, *dimensions: Dimension) -> list[list[int]]:
+    """Rank lists of the groups whose members differ in `dimensions` only; `grid` is [pp, dp, cp, tp]."""
+    vary = [axis for axis, name in enumerate(_DIMENSIONS) if name in dimensions]
+    keep = [axis for axis in range(len(_DIMENSIONS)) if axis not in vary]
+    group_size = 1
+    for axis in vary:
+        group_size *= grid.shape[axis]
+    lists: list[list[int]] = grid.permute(*keep, *vary).reshape(-1, group_size).tolist()
+    return lists
+
+
+@contextlib.contextmanager
+def as_default_group(group: dist.ProcessGroup) -> Iterator[None]:
+    """Inside, torch's default group is `group`: megatron-core builds its optimizer with collectives on the default group,
+    which only this role's ranks reach."""
+    world = distributed_c10d._get_default_group()
+    ranks = distributed_c10d._world.pg_group_ranks[group]
+    distributed_c10d._update_default_pg(group)
+    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(group.size())}
+    try:
+        yield
+    finally:
+        distributed_c10d._update_default_pg(world)
+        distributed_c10d._world.pg_group_ranks[group] = ranks
+
+
+def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum of `tensor` over `group`, in place; the tensor itself."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def max_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Elementwise maximum of `tensor` over `group`, in place; the tensor itself."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def joined_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The ranks' tensors of one shape, side by side along the last dimension, on every rank of `group`."""
+    if group.size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def from_last_stage(tensor: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """The last pipeline stage's `tensor` on every stage, in place; the tensor itself."""
+    if groups.pp_size > 1:
+        last = dist.get_process_group_ranks(groups.collection.pp)[-1]
+        dist.broadcast(tensor, src=last, group=groups.collection.pp)
+    return tensor
+
+
+def barrier(groups: Groups) -> None:
+    """Waits for all ranks of the role."""
+    dist.barrier(group=groups.all_ranks)
+
+
+def as_peer_lost(error: BaseException) -> PeerLost | None:
+    """`error` as PeerLost where it is a collective that failed or timed out; None where it is anything else."""
+    text = str(error)
+    marks = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "Broken pipe")
+    distributed_error = isinstance(error, dist.DistError)
+    if distributed_error or (isinstance(error, RuntimeError) and any(mark in text for mark in marks)):
+        first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        return PeerLost(f"a collective failed because another rank is gone or stands still: {first_line}")
+    return None

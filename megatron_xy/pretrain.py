@@ -1,0 +1,124 @@
+"""(Continued) pre-training: one role over all ranks, next-token loss on packed documents.
+
+What can be known to fail is found before any process group starts: data, tokenizer, model shape, layout, run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+
+from megatron_xy import device, environment, mcore, parallel, run_folder
+from megatron_xy.config import RunConfig, check_buckets, check_shape, check_world, dump_config
+from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.manifest import file_sha256, write_text_durably
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.flops import num_parameters
+from megatron_xy.log import RunLog
+from megatron_xy.role import Role, build_role
+from megatron_xy.signals import StopRequest
+from megatron_xy.trainer import StepLoader, Trainer, timed
+from megatron_xy.weights import resolve_model
+
+
+def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
+    """Trains as `config` says, in this rank of torchrun's world. `began`: time.monotonic() at the process's start.
+
+    Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
+    """
+    rank, world_size = environment.rank(), environment.world_size()
+    config = config.model_copy(update={"model": resolve_model(config.model)})
+    check_shape(config)
+    check_world(config, world_size=world_size)
+    dataset = open_data(config)
+    run_folder.prepare(config.run_dir)
+    log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
+    heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
+    log.say(_headline(config, world_size=world_size))
+    log.say(f"  {'import':<28} {time.monotonic() - began:6.1f} s")
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.close)
+        if rank == 0:
+            stack.enter_context(run_folder.lock(config.run_dir))
+            write_text_durably(config.run_dir / "run.yaml", dump_config(config))
+            run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
+        try:
+            _train(config, dataset=dataset, log=log, heartbeat=heartbeat, stop=stop)
+        except RuntimeError as error:
+            lost = parallel.as_peer_lost(error)
+            if lost is None:
+                raise
+            raise lost from error
+
+
+def _train(
+    config: RunConfig, *, dataset: PackedDataset, log: RunLog, heartbeat: run_folder.Heartbeat, stop: StopRequest
+) -> None:
+    timeout = config.runtime.timeout_seconds
+    timed(log, heartbeat, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
+    role: Role = timed(log, heartbeat, "model and optimizer", lambda: _build(config))
+    groups = role.groups
+    loader = timed(
+        log,
+        heartbeat,
+        "data",
+        lambda: StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank),
+    )
+    trainer = Trainer(config, role=role, loader=loader, log=log, heartbeat=heartbeat, stop=stop)
+    with contextlib.closing(loader):
+        timed(log, heartbeat, "weights", trainer.restore)
+        stop.can_save = True
+        trainer.train()
+    parallel.stop_distributed()
+
+
+def _build(config: RunConfig) -> Role:
+    groups = parallel.build_groups(
+        "model",
+        ranks=range(environment.world_size()),
+        parallel=config.parallel,
+        timeout_seconds=config.runtime.timeout_seconds,
+    )
+    assert groups is not None, "a training job's role has all ranks"
+    return build_role(
+        groups, model=config.model, parallel=config.parallel, optimizer=config.optimizer, seed=config.seed
+    )
+
+
+def open_data(config: RunConfig) -> PackedDataset:
+    """The run's data, checked against its model and tokenizer. Raises ConfigError or DataError."""
+    dataset = PackedDataset(config.data.paths)
+    check_buckets(config.training, buckets=dataset.buckets)
+    vocab_size = config.model.vocab_size
+    assert vocab_size is not None, "the shape is complete once a run starts"
+    if dataset.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of the data ({dataset.vocab_size} in "
+            f"{config.data.paths[0]}); give at least {dataset.vocab_size}"
+        )
+    if config.data.tokenizer is not None:
+        found = file_sha256(config.data.tokenizer)
+        if found != dataset.tokenizer_sha256:
+            raise DataError(
+                f"data.tokenizer ({config.data.tokenizer}) is not the one that {config.data.paths[0]} was built with; "
+                f"name that one, or leave data.tokenizer out: the data folder holds a copy"
+            )
+    return dataset
+
+
+def leader_rank(config: RunConfig, *, world_size: int) -> int:
+    """The global rank that speaks for the job: first of the last stage, where the loss is."""
+    stages = config.parallel.pipeline_model_parallel_size
+    return world_size - world_size // stages
+
+
+def _headline(config: RunConfig, *, world_size: int) -> str:
+    layout, model = config.parallel, config.model
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    return (
+        f"megatron_xy {config.task}: {num_parameters(model) / 1e6:,.1f} M parameters, {world_size} ranks on "
+        f"{device.name()} (tp {tp} x pp {pp} x dp {world_size // (tp * pp)}"
+        f"{', sequence parallel' if layout.sequence_parallel and tp > 1 else ''}), "
+        f"megatron-core {mcore.VERSION}, Python {platform.python_version()}, in {config.run_dir}"
+    )

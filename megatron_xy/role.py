@@ -1,0 +1,94 @@
+"""A role: ranks, process groups, model and optimizer. A training job is one role; PPO has four in one world.
+
+Everything that megatron-core would keep globally, the states of its random generators, is kept per role and swapped in
+while the role works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_xy import device, mcore
+from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_xy.model.build import NamedParameter, build_model, named_parameters
+from megatron_xy.optimizer import build_optimizer
+from megatron_xy.parallel import Groups
+
+
+@dataclass
+class Role:
+    """One model on its ranks. `optimizer` is None where the weights stay as they are."""
+
+    groups: Groups
+    model: ModelConfig
+    parallel: ParallelConfig
+    module: torch.nn.Module
+    optimizer: Any | None
+    generator_states: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The role's name: "model" in a training job, actor, critic and so on in PPO."""
+        return self.groups.name
+
+    def named_parameters(self) -> Iterator[NamedParameter]:
+        """Every parameter of this rank under its global name."""
+        return named_parameters(self.module, model=self.model, groups=self.groups)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the random generators are this role's; what was there before comes back afterwards."""
+        before = current_generator_states()
+        set_generator_states(self.generator_states)
+        try:
+            yield
+        finally:
+            self.generator_states = current_generator_states()
+            set_generator_states(before)
+
+
+def build_role(
+    groups: Groups,
+    *,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig | None,
+    seed: int,
+) -> Role:
+    """The role's part on this rank with fresh weights; an optimizer where `optimizer` is given.
+
+    Collective over the role's ranks.
+    """
+    before = current_generator_states()
+    mcore.tensor_parallel_random.model_parallel_cuda_manual_seed(
+        seed, tp_rank=groups.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
+    )
+    module = build_model(model, parallel=parallel, groups=groups, seed=seed)
+    trained = None
+    if optimizer is not None:
+        trained = build_optimizer(optimizer, module=module, groups=groups, bf16=model.params_dtype == "bf16")
+    states = current_generator_states()
+    set_generator_states(before)
+    return Role(groups, model, parallel, module, trained, states)
+
+
+def current_generator_states() -> dict[str, torch.Tensor]:
+    """States of torch's CPU generator, the device's, and those that megatron-core tracks by name."""
+    states = {"cpu": torch.get_rng_state(), "device": device.generator_state()}
+    tracker = mcore.tensor_parallel_random.get_cuda_rng_tracker()
+    return {**states, **{f"tracked.{name}": state.clone() for name, state in tracker.get_states().items()}}
+
+
+def set_generator_states(states: dict[str, torch.Tensor]) -> None:
+    """Puts back what `current_generator_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    device.set_generator_state(states["device"])
+    tracked = {name.removeprefix("tracked."): state for name, state in states.items() if name.startswith("tracked.")}
+    mcore.tensor_parallel_random.get_cuda_rng_tracker().set_states(tracked)
+
+

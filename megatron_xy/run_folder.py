@@ -1,0 +1,326 @@
+"""The folder of one run and its small files: who runs in it, how far every rank is, how the run ended, on what it ran.
+
+Ranks write heartbeats, rank 0 writes env.json, every process may write exit.json; the supervisor and `report` read
+them. Each file is JSON and is replaced as a whole, so that a reader never meets half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_xy.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_BAD_DATA,
+    EXIT_BUG,
+    EXIT_COMPARISON_FAILED,
+    EXIT_DONE,
+    EXIT_IO,
+    EXIT_PEER_LOST,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    ConfigError,
+    DataError,
+    StorageError,
+)
+
+FOLDERS = ("logs", "checkpoints", "report", "heartbeats")
+TRAINING_LOCK = ".lock"  # taken by rank 0 of the training
+SUPERVISOR_LOCK = ".supervisor.lock"  # taken by `megatron-xy run`
+ATTEMPT_VARIABLE = "MEGATRON_XY_ATTEMPT"  # set by the supervisor: 0, then 1 for the first restart
+BEAT_SECONDS = 0.5  # a heartbeat that says nothing new is written at most this often
+
+EXIT_NAMES = {
+    EXIT_DONE: "done",
+    EXIT_COMPARISON_FAILED: "comparison_failed",
+    EXIT_USAGE: "usage",
+    EXIT_BAD_DATA: "bad_data",
+    EXIT_BUG: "bug",
+    EXIT_IO: "io",
+    EXIT_STOPPED: "stopped",
+    EXIT_PEER_LOST: "peer_lost",
+    EXIT_BAD_CONFIG: "bad_config",
+}
+
+# Whose versions decide what a run computes, or how it is read afterwards.
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn",
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "transformers",
+    "pydantic",
+    "tensorboard",
+)
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """RUN/exit.json: how the run ended. `rank` is None where no rank could say so itself."""
+
+    code: int
+    name: str
+    message: str
+    rank: int | None
+    host: str
+    time: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Beat:
+    """RUN/heartbeats/rank-00000.json: where a rank was at `time` (Unix seconds)."""
+
+    rank: int
+    pid: int
+    host: str
+    attempt: int
+    iteration: int
+    phase: str
+    time: float
+
+
+def prepare(run_dir: Path) -> None:
+    """Makes `run_dir` and its folders, open to their owner only, or finds them there; raises ConfigError if it cannot.
+
+    A file is written and removed again: neither permission bits nor root's rights tell of a read-only file system.
+    """
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in FOLDERS:
+            (run_dir / name).mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise StorageError(f"run_dir ({run_dir}) cannot be written: {error.strerror}; make room there") from None
+        raise ConfigError(
+            f"run_dir ({run_dir}) must be a folder that can be made and written: {error.strerror}; choose another"
+        ) from None
+
+
+@contextmanager
+def lock(run_dir: Path, *, name: str = TRAINING_LOCK) -> Iterator[None]:
+    """Holds `run_dir` for this process; raises ConfigError where another one holds it.
+
+    The kernel drops the lock with its holder, however that ends. Programs started meanwhile do not inherit it; a forked
+    Python process does, and keeps it for as long as it lives.
+    """
+    path = run_dir / name
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run is active in {run_dir} ({_holder(path)}); wait for it, stop it, or choose another run_dir"
+            ) from None
+        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": _now()})
+        with storage_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Heartbeat:
+    """Tells where this rank is; holds what was told last, so that a call which says nothing new costs a microsecond."""
+
+    def __init__(self, run_dir: Path, *, rank: int) -> None:
+        self._path = run_dir / "heartbeats" / f"rank-{rank:05d}.json"
+        self._rank = rank
+        self._host = socket.gethostname()
+        self._last: tuple[int, str] | None = None
+        self._last_seconds = 0.0
+
+    def beat(self, *, iteration: int, phase: str) -> None:
+        """Writes on another iteration or phase than before, else at most every BEAT_SECONDS; raises StorageError."""
+        seconds = time.monotonic()
+        if (iteration, phase) == self._last and seconds - self._last_seconds < BEAT_SECONDS:
+            return
+        self._last, self._last_seconds = (iteration, phase), seconds
+        beat = Beat(self._rank, os.getpid(), self._host, current_attempt(), iteration, phase, time.time())
+        write_json(self._path, asdict(beat), durable=False)
+
+
+def read_heartbeats(run_dir: Path) -> dict[int, Beat]:
+    """{rank: last beat} of every rank that has told one."""
+    beats = [Beat(**_read_json(path)) for path in sorted((run_dir / "heartbeats").glob("rank-*.json"))]
+    return {beat.rank: beat for beat in beats}
+
+
+def clear_heartbeats(run_dir: Path) -> None:
+    """Forgets the heartbeats of an earlier start, perhaps with more ranks."""
+    for path in (run_dir / "heartbeats").glob("rank-*.json"):
+        path.unlink(missing_ok=True)
+
+
+def record_exit(run_dir: Path, *, code: int, message: str, rank: int | None, attempt: int | None = None) -> ExitRecord:
+    """Writes exit.json unless what stands there weighs as much; returns what stands then.
+
+    Of several ranks the cause stands: an error of its own, over a lost peer, over a clean stop, over the end; the
+    first of equals. What another attempt wrote weighs nothing; `attempt` is this process's own unless given.
+    Not for a signal's handler: the record it interrupts may hold the lock that it would wait for.
+    """
+    record = ExitRecord(
+        code=code,
+        name=EXIT_NAMES[code],
+        message=message,
+        rank=rank,
+        host=socket.gethostname(),
+        time=_now(),
+        attempt=current_attempt() if attempt is None else attempt,
+    )
+    with _exit_lock(run_dir):
+        standing = read_exit(run_dir)
+        if standing and standing.attempt == record.attempt and _weight(standing.code) >= _weight(code):
+            return standing
+        write_json(run_dir / "exit.json", asdict(record))
+        return record
+
+
+def read_exit(run_dir: Path) -> ExitRecord | None:
+    """How the run ended, as far as anyone has said."""
+    try:
+        return ExitRecord(**_read_json(run_dir / "exit.json"))
+    except FileNotFoundError:
+        return None
+
+
+def clear_exit(run_dir: Path) -> None:
+    """Removes exit.json: before a start, by whoever starts the ranks, so that no rank's early end is lost."""
+    with _exit_lock(run_dir):
+        (run_dir / "exit.json").unlink(missing_ok=True)
+
+
+def write_env(run_dir: Path, *, extra: Mapping[str, Any]) -> None:
+    """Writes env.json: what the run ran on, and `extra` (JSON values) beside it."""
+    environment = {
+        "time": _now(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "packages": _package_versions(),
+        "git_revision": _git_revision(),
+        "argv": sys.argv,
+        "attempt": current_attempt(),
+    }
+    write_json(run_dir / "env.json", {**environment, **extra})
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Replaces `path` by `value` in one step; `durable` also waits for the disk. Raises StorageError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(value, file, indent=1)
+                file.write("\n")
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if durable:
+            _sync_folder(path.parent)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says of a write to `path` into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}; make room or choose another run_dir") from None
+
+
+def current_attempt() -> int:
+    """Which start of the run this process belongs to: 0, then 1 for the supervisor's first restart."""
+    return int(os.environ.get(ATTEMPT_VARIABLE, "0"))
+
+
+def _weight(code: int) -> int:
+    return {EXIT_DONE: 0, EXIT_STOPPED: 1, EXIT_PEER_LOST: 2}.get(code, 3)
+
+
+def _holder(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if not text:  # between the holder's lock and its name
+        return "it has just begun"
+    holder = json.loads(text)
+    return f"pid {holder['pid']}, host {holder['host']}, since {holder['time']}"
+
+
+@contextmanager
+def _exit_lock(run_dir: Path) -> Iterator[None]:
+    path = run_dir / ".exit.lock"
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} must be JSON as the run wrote it: {error}; remove it") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an extra that is not installed
+    return versions
+
+
+def _git_revision() -> str | None:
+    """The checkout's commit, with -dirty where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():  # an installed package may lie inside somebody else's checkout
+        return None
+    command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

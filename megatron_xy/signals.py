@@ -1,0 +1,56 @@
+"""Requests to stop, taken in a thread: Python's own handlers do not run while the main thread waits in a collective.
+
+SIGTERM (launchers), SIGUSR1 (schedulers, ahead of the time limit) and SIGINT (ctrl-C) ask for a stop. While there is nothing
+to save the process leaves at once; once training runs, all ranks save together at the next step's end. A second one leaves now.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from megatron_xy.errors import EXIT_STOPPED
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_REQUEST_SECONDS = 2.0  # ctrl-C reaches a worker twice, from the terminal and from torchrun: one request
+
+
+def block_stop_signals() -> None:
+    """Keeps the signals for the waiting thread. Called before any other thread exists: threads inherit the mask."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+class StopRequest:
+    """Whether someone asked this process to stop. Needs `block_stop_signals` first.
+
+    on_leave: called, in the waiting thread, just before the process leaves without saving.
+    """
+
+    def __init__(self, *, on_leave: Callable[[str], None]) -> None:
+        self.can_save = False  # set by the trainer once there is a loop whose steps end
+        self._on_leave = on_leave
+        self._first_seen: float | None = None
+        threading.Thread(target=self._wait, name="signals", daemon=True).start()
+
+    @property
+    def requested(self) -> bool:
+        """True from the first request on."""
+        return self._first_seen is not None
+
+    def _wait(self) -> None:
+        while True:
+            name = signal.Signals(signal.sigwait(STOP_SIGNALS)).name
+            now = time.monotonic()
+            if not self.can_save:
+                self._leave(f"stopped by {name} before the first step; there was nothing to save")
+            elif self._first_seen is None:
+                self._first_seen = now
+            elif now - self._first_seen > SAME_REQUEST_SECONDS:
+                self._leave(f"stopped at once by a second signal ({name}); the newest checkpoint stands")
+
+    def _leave(self, message: str) -> None:
+        self._on_leave(message)
+        os._exit(EXIT_STOPPED)

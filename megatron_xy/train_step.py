@@ -1,0 +1,154 @@
+"""One optimizer step of a role: micro-batches through megatron-core's pipeline schedule, the update, the step's numbers.
+
+The loss is the sum over all tokens of the global batch divided by their number: the result depends neither on how the
+batch is split into micro-batches nor over data parallel ranks nor on its bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_xy import device, mcore
+from megatron_xy.data.dataset import MicroBatch
+from megatron_xy.losses import token_cross_entropy
+from megatron_xy.model.rotary import PackedDocuments
+from megatron_xy.optimizer import apply_gradients
+from megatron_xy.parallel import from_last_stage, sum_over
+from megatron_xy.role import Role
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+ForwardStep = Callable[[Iterator["DeviceBatch"], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """One micro-batch on the device: a row of `micro_batch_tokens` tokens."""
+
+    tokens: torch.Tensor  # [1, tokens] int64
+    labels: torch.Tensor  # [1, tokens] int64
+    loss_mask: torch.Tensor  # [1, tokens] fp32
+    source_ids: torch.Tensor  # [tokens] int64
+    packed: PackedDocuments
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, the same on every rank of the role."""
+
+    loss: float  # mean over the global batch's unmasked tokens
+    num_loss_tokens: int
+    source_losses: dict[int, float]  # by source index, for the sources drawn
+    grad_norm: float
+    updated: bool
+
+
+def train_step(
+    role: Role, micro_batches: Sequence[MicroBatch], *, num_sources: int, lr: float, clip_grad: float
+) -> StepResult:
+    """One update of the role's weights from this data parallel rank's micro-batches. Collective over the role's ranks."""
+    assert role.optimizer is not None, "a role that trains has an optimizer"
+    role.module.zero_grad_buffer()  # type: ignore[operator]
+    role.optimizer.zero_grad()
+    batches = [on_device(batch) for batch in micro_batches]
+    forward_step = partial(language_model_step, role, num_sources)
+    outputs = forward_backward(role, batches, forward_step=forward_step)
+    totals = torch.zeros(num_sources, 2, dtype=torch.float64, device=device.current())
+    for output in outputs:
+        totals += output["totals"]
+    totals = from_last_stage(sum_over(totals, role.groups.collection.dp), role.groups)
+    grad_norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad)
+    sums, counts = totals.unbind(dim=1)
+    num_tokens = int(counts.sum().item())
+    losses = {index: total / count for index, (total, count) in enumerate(totals.tolist()) if count}
+    return StepResult(
+        loss=float(sums.sum().item()) / max(num_tokens, 1),
+        num_loss_tokens=num_tokens,
+        source_losses=losses,
+        grad_norm=grad_norm,
+        updated=updated,
+    )
+
+
+def forward_backward(
+    role: Role, batches: Sequence[DeviceBatch], *, forward_step: ForwardStep, forward_only: bool = False
+) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches through megatron-core's schedule; gradients end reduced and normalised by the global token count.
+
+    Returns what the loss function gave for each micro-batch on the last stage; an empty list on the others.
+    """
+    groups = role.groups
+    config = role.module.config
+    config.finalize_model_grads_func = partial(mcore.finalize_model_grads, pg_collection=groups.collection)
+    schedule = mcore.get_forward_backward_func(pp_size=groups.pp_size, vp_size=None)
+    pipeline: dict[str, Any] = {}
+    if groups.pp_size > 1:
+        pipeline["p2p_communicator"] = mcore.P2PCommunicator(groups.collection.pp, config)
+    outputs: list[dict[str, torch.Tensor]] = schedule(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[role.module],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.size(1),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        pg_collection=groups.collection,
+        **pipeline,
+    )
+    return outputs
+
+
+def language_model_step(
+    role: Role, num_sources: int, batches: Iterator[DeviceBatch], module: torch.nn.Module
+) -> tuple[torch.Tensor, LossFunction]:
+    """Forward of one micro-batch for next-token prediction; the loss function is called on the last stage only."""
+    batch = next(batches)
+    output = forward(module, batch)
+    return output, partial(_language_model_loss, role, num_sources, batch)
+
+
+def forward(module: torch.nn.Module, batch: DeviceBatch) -> torch.Tensor:
+    """Hidden states [tokens, 1, hidden] between stages; logits [1, tokens, padded vocabulary/tp] from the last stage."""
+    output: torch.Tensor = module(batch.tokens, batch.packed.position_ids, None, packed_seq_params=batch.packed)
+    return output
+
+
+def _language_model_loss(
+    role: Role, num_sources: int, batch: DeviceBatch, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the micro-batch's token losses and their number (not yet averaged: megatron-core divides the gradients by
+    the number over all micro-batches and data parallel ranks), and {totals [sources, 2]: sums and counts by source}."""
+    assert role.model.vocab_size, "the shape is complete once a run starts"
+    losses = token_cross_entropy(
+        logits, batch.labels, vocab_size=role.model.vocab_size, tp_group=role.groups.collection.tp
+    )
+    masked = losses * batch.loss_mask
+    by_source = torch.nn.functional.one_hot(batch.source_ids, num_sources).to(torch.float64)  # [tokens, sources]
+    pairs = torch.stack([masked.detach()[0], batch.loss_mask[0]], dim=1).to(torch.float64)  # [tokens, 2]
+    return masked.sum(), batch.loss_mask.sum().to(torch.int), {"totals": by_source.T @ pairs}
+
+
+def on_device(batch: MicroBatch) -> DeviceBatch:
+    """A collated micro-batch as tensors on this process's device."""
+    target = device.current()
+    cu_seqlens = torch.from_numpy(batch.cu_seqlens).to(target)
+    packed = PackedDocuments(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        position_ids=torch.from_numpy(batch.position_ids).to(target),
+        segment_lengths=tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()),
+    )
+    return DeviceBatch(
+        tokens=torch.from_numpy(batch.tokens).to(target)[None],
+        labels=torch.from_numpy(batch.labels).to(target)[None],
+        loss_mask=torch.from_numpy(batch.loss_mask).to(target, torch.float32)[None],
+        source_ids=torch.from_numpy(batch.source_ids).to(target, torch.int64),
+        packed=packed,
+    )

@@ -1,0 +1,59 @@
+"""Where a model's weights and shape come from: `model.load`, a checkpoint folder or an HF folder, under any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_xy import checkpoint_files as files
+from megatron_xy.checkpoint import load_weights
+from megatron_xy.config import ModelConfig
+from megatron_xy.hf.config import complete_model, read_hf_config
+from megatron_xy.hf.reader import HFReader
+from megatron_xy.role import Role
+
+NOT_OF_THE_WEIGHTS = {"load", "layer_spec", "recompute_granularity", "params_dtype", "init_method_std"}
+
+
+def split_origin(origin: str) -> tuple[str, Path]:
+    """("ckpt" or "hf", the folder) of `ckpt:DIR` or `hf:DIR`, which the config has checked."""
+    kind, _, folder = origin.partition(":")
+    return kind, Path(folder)
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """`model` with what it leaves out taken from the weights that it loads.
+
+    Raises ConfigError where the folder is not there or the shapes differ, DataError where it is damaged.
+    """
+    if model.load is None:
+        return model
+    kind, folder = split_origin(model.load)
+    if kind == "hf":
+        return complete_model(model, read_hf_config(folder), origin=f"{folder}/config.json")
+    stored = ModelConfig.model_validate(files.read_manifest(folder).state["model"])
+    known = {name: value for name, value in stored.model_dump().items() if name not in NOT_OF_THE_WEIGHTS}
+    return complete_model(model, known, origin=f"{folder}/{files.MANIFEST}")
+
+
+@torch.no_grad()
+def load_initial_weights(role: Role, *, verify: bool) -> None:
+    """Fills a fresh role from `model.load`; each rank reads what it holds. Nothing to do where there is none.
+
+    verify: compare all checksums of a ckpt: folder first; one rank of a role is enough. Raises DataError.
+    """
+    if role.model.load is None:
+        return
+    kind, folder = split_origin(role.model.load)
+    if kind == "ckpt":
+        if verify:
+            files.verify_files(folder, files.read_manifest(folder))
+        load_weights(role, folder)
+        return
+    with HFReader(folder, model=role.model) as reader:
+        for named in role.named_parameters():
+            named.shard.write(named.parameter, reader.read(named.name))
+            main = getattr(named.parameter, "main_param", None)
+            if main is not None:
+                main.copy_(named.parameter)

@@ -1,0 +1,12 @@
+"""Imported once by the fork server: what every rank needs, on the CPU, with one thread and no parallel region run before the fork."""
+
+import torch
+
+from megatron_xy import device
+
+device.start(num_threads=1)
+
+import megatron_xy.checkpoint  # noqa: E402
+import megatron_xy.train_step  # noqa: E402, F401
+
+assert torch.get_num_threads() == 1, "a fork after a parallel region would hang"

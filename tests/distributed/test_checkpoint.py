@@ -1,0 +1,150 @@
+"""Checkpoints: any layout opens any other's, resumed = unbroken bit for bit, one hash for every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_xy import checkpoint_files as files
+from megatron_xy.config import ModelConfig, OptimizerConfig
+from tests.distributed import models
+from tests.distributed.models import Layout
+from tests.distributed.spawn import run_ranks
+
+OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
+TIED = models.MODEL.model_copy(update={"untie_embeddings_and_output_weights": False})
+SOURCES = [Layout(tp=2, pp=2, sp=True), Layout(tp=2, dp=2), Layout()]
+TARGETS = [Layout(), Layout(tp=2, pp=2), Layout(pp=2, dp=2), Layout(pp=4), Layout(tp=2, dp=2, sp=True)]
+
+
+def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, asynchronous: bool = False) -> dict[str, Any]:
+    """Three steps, a checkpoint, three steps more; the losses of the latter."""
+    from megatron_xy.checkpoint import CheckpointWriter, TrainingState
+
+    role = models.make_role(layout, model=model, optimizer=OPTIMIZER)
+    assert role is not None
+    steps(role, range(3))
+    writer = CheckpointWriter(checkpoints, keep_latest=2, asynchronous=asynchronous, timeout_seconds=30)
+    state = TrainingState(iteration=3, data_step=3, consumed_samples=24, consumed_tokens=1536, optimizer_steps=3)
+    writer.save(role, state, facts={"model": model.model_dump(mode="json")})
+    after = steps(role, range(3, 6))
+    writer.finish(role.groups)
+    return {"after": after, "shard_bytes": parameter_bytes(role)}
+
+
+def load_and_train(layout: Layout, model: ModelConfig, folder: Path) -> list[tuple[float, float]]:
+    """Opens a checkpoint into a role with other fresh weights and takes the next three steps."""
+    from megatron_xy.checkpoint import load_state
+
+    role = models.make_role(layout, model=model, optimizer=OPTIMIZER, seed=99)
+    assert role is not None
+    state = load_state(role, folder, files.read_manifest(folder))
+    assert state.iteration == 3 and state.optimizer_steps == 3
+    return steps(role, range(3, 6))
+
+
+def load_and_save(layout: Layout, model: ModelConfig, folder: Path, checkpoints: Path) -> None:
+    """Opens a checkpoint under `layout` and writes it again as it is."""
+    from megatron_xy.checkpoint import CheckpointWriter, load_state
+
+    role = models.make_role(layout, model=model, optimizer=OPTIMIZER, seed=99)
+    assert role is not None
+    state = load_state(role, folder, files.read_manifest(folder))
+    writer = CheckpointWriter(checkpoints, keep_latest=2, asynchronous=False, timeout_seconds=30)
+    writer.save(role, state, facts={"model": model.model_dump(mode="json")})
+    writer.finish(role.groups)
+
+
+def steps(role: Any, numbers: range) -> list[tuple[float, float]]:
+    from megatron_xy.train_step import train_step
+
+    curve = []
+    for number in numbers:
+        batches = models.micro_batches(number, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
+        with role.active():
+            result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+        curve.append((result.loss, result.grad_norm))
+    return curve
+
+
+def parameter_bytes(role: Any) -> int:
+    return sum(named.parameter.numel() * named.parameter.element_size() for named in role.named_parameters())
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=str)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layout, Path, list[Any]]:
+    layout: Layout = request.param
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    results = run_ranks(train_and_save, layout, models.MODEL, checkpoints, world_size=layout.world_size)
+    return layout, checkpoints / "iter_0000003", results[0]["after"]
+
+
+def test_the_same_layout_resumes_bit_for_bit(saved: tuple[Layout, Path, list[Any]]) -> None:
+    layout, folder, unbroken = saved
+    assert run_ranks(load_and_train, layout, models.MODEL, folder, world_size=layout.world_size)[0] == unbroken
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_another_layout_goes_on_with_the_same_losses(saved: tuple[Layout, Path, list[Any]], target: Layout) -> None:
+    _, folder, unbroken = saved
+    resumed = run_ranks(load_and_train, target, models.MODEL, folder, world_size=target.world_size)[0]
+    for got, expected in zip(resumed, unbroken, strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("target", [Layout(), Layout(tp=2, pp=2), Layout(tp=2, dp=2)], ids=str)
+def test_the_hash_is_the_same_for_every_layout(
+    saved: tuple[Layout, Path, list[Any]], target: Layout, tmp_path: Path
+) -> None:
+    _, folder, _ = saved
+    run_ranks(load_and_save, target, models.MODEL, folder, tmp_path, world_size=target.world_size)
+    again = tmp_path / folder.name
+    original = dict(files.tensor_hashes(folder, files.read_manifest(folder)))
+    assert dict(files.tensor_hashes(again, files.read_manifest(again))) == original
+    assert original["embedding.word_embeddings.weight"]["shape"] == [models.VOCAB_SIZE, 64]
+    assert "optimizer.exp_avg_sq.decoder.layers.3.mlp.linear_fc1.weight" in original
+
+
+def test_pieces_cover_every_tensor_once_and_replicas_share_the_writing(
+    saved: tuple[Layout, Path, list[Any]],
+) -> None:
+    layout, folder, _ = saved
+    manifest = files.read_manifest(folder)
+    files.verify_files(folder, manifest)
+    files.verify_coverage(folder, manifest)
+    if layout.dp == 2:
+        sizes = sorted(facts["bytes"] for facts in manifest.files.values())
+        assert sizes[-1] < 1.5 * sizes[0]
+
+
+def test_tied_embeddings_survive_every_pipeline_split(tmp_path: Path) -> None:
+    layout = Layout(pp=2)
+    results = run_ranks(train_and_save, layout, TIED, tmp_path, world_size=2)
+    folder = tmp_path / "iter_0000003"
+    assert "output_layer.weight" not in files.read_manifest(folder).tensors
+    for target in (Layout(), Layout(tp=2, pp=2)):
+        resumed = run_ranks(load_and_train, target, TIED, folder, world_size=target.world_size)[0]
+        for got, expected in zip(resumed, results[0]["after"], strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_bf16_keeps_its_main_weights(tmp_path: Path) -> None:
+    model = models.MODEL.model_copy(update={"params_dtype": "bf16"})
+    layout = Layout(tp=2, pp=2)
+    results = run_ranks(train_and_save, layout, model, tmp_path, world_size=4)
+    folder = tmp_path / "iter_0000003"
+    manifest = files.read_manifest(folder)
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    assert manifest.tensors[name].dtype == "bfloat16"
+    assert manifest.tensors[f"optimizer.main_param.{name}"].dtype == "float32"
+    assert run_ranks(load_and_train, layout, model, folder, world_size=4)[0] == results[0]["after"]
+
+
+def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path) -> None:
+    """Three steps follow while it is written: what is on disk must be the state before them."""
+    layout = Layout(tp=2)
+    results = run_ranks(train_and_save, layout, models.MODEL, tmp_path, True, world_size=2)
+    resumed = run_ranks(load_and_train, layout, models.MODEL, tmp_path / "iter_0000003", world_size=2)
+    assert resumed[0] == results[0]["after"]

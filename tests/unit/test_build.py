@@ -1,0 +1,277 @@
+"""`data build` end to end on small corpora: nothing lost, the same for any number of workers, resumed after a stop."""
+
+import io
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megatron_xy.data import build, tokenize
+from megatron_xy.data.build import build_dataset, dataset_stats, verify_dataset
+from megatron_xy.data.indexed import IndexedReader
+from megatron_xy.data.manifest import read_manifest
+from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.errors import ConfigError, DataError
+
+BUCKETS = (16, 32, 64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 20),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "fox.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Three files, two sources, lengths from 1 token to several times the largest bucket; one empty text."""
+    random = np.random.default_rng(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        with (folder / name).open("w") as stream:
+            for _ in range(60):
+                text = " ".join(random.choice(words, size=int(random.lognormal(2, 1.2)) + 1))
+                stream.write(json.dumps({"text": text, "src": str(random.choice(["code", "prose"]))}) + "\n")
+            stream.write(json.dumps({"text": "", "src": "prose"}) + "\n" if name == "b.jsonl" else "")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Many shards and windows from a small corpus."""
+    monkeypatch.setattr(tokenize, "PART_BYTES", 2000)
+    monkeypatch.setattr(build, "WINDOW_DOCUMENTS", 30)
+
+
+def run(corpus, tokenizer, output, **options):
+    return build_dataset([corpus], tokenizer=tokenizer, output=output, buckets=BUCKETS, source_field="src", **options)
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pieces_by_source(output):
+    """{source: the tokens of every piece}, sorted."""
+    manifest = read_manifest(output)
+    return {
+        name: sorted(
+            piece.tolist()
+            for bucket in source.buckets.values()
+            for shard in bucket.shards
+            for reader in [IndexedReader(output / shard.name)]
+            for index in range(reader.num_documents)
+            for piece in reader.document(index)
+        )
+        for name, source in manifest.sources.items()
+    }
+
+
+def expected_pieces(corpus, tokenizer, end):
+    """The same from the corpus, by the definition: only what is longer than the largest bucket is cut."""
+    encoder = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    pieces = {"code": [], "prose": []}
+    for path in sorted(corpus.iterdir()):
+        for row in map(json.loads, path.read_text().splitlines()):
+            tokens = encoder.encode(row["text"]) + end if row["text"] else []
+            pieces[row["src"]] += [tokens[i : i + BUCKETS[-1]] for i in range(0, len(tokens), BUCKETS[-1])]
+    return {name: sorted(of_source) for name, of_source in pieces.items()}
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_every_token_of_the_corpus_is_there_once_in_its_source(corpus, tokenizer, tmp_path, append_eod):
+    output = tmp_path / "out"
+    stats = run(corpus, tokenizer, output, append_eod=append_eod)
+    end = [load_tokenizer(tokenizer).eos_id] if append_eod else []
+    expected = expected_pieces(corpus, tokenizer, end)
+    assert pieces_by_source(output) == expected
+    verify_dataset(output)
+    assert {path.name for path in output.iterdir()} == {"manifest.json", "tokenizer.model", "code", "prose"}
+    assert (output / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    tokens = sum(len(piece) for pieces in expected.values() for piece in pieces)
+    assert (stats["documents"], stats["tokens"], stats["skipped_empty"], stats["bad_lines"]) == (180, tokens, 1, 0)
+    capacity = sum(int(size) * b["samples"] for s in stats["sources"].values() for size, b in s["buckets"].items())
+    assert stats["padding_ratio"] == pytest.approx(1 - tokens / capacity)
+    assert stats["concatenation_ratio"] == pytest.approx(180 / stats["samples"])
+    assert sum(b["share"] for s in stats["sources"].values() for b in s["buckets"].values()) == pytest.approx(1)
+    assert dataset_stats(output) == {key: value for key, value in stats.items() if key != "reused"}
+
+
+def test_two_workers_give_the_same_bytes(corpus, tokenizer, tmp_path):
+    run(corpus, tokenizer, tmp_path / "one")
+    run(corpus, tokenizer, tmp_path / "two", workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing in the build catches it."""
+
+
+@pytest.mark.parametrize("phase", ["tokenize", "pack"])
+def test_a_stopped_build_goes_on_without_redoing_shards(corpus, tokenizer, tmp_path, monkeypatch, phase):
+    monkeypatch.setattr(tokenize, "PROGRESS_SECONDS", 0)
+    run(corpus, tokenizer, tmp_path / "unbroken")
+    output, done_so_far = tmp_path / "out", []
+
+    def stop(now, done, total, unit):
+        if now == phase and done:
+            done_so_far.append(done)
+            if len(done_so_far) > 3:
+                raise Stop
+
+    with pytest.raises(Stop):
+        run(corpus, tokenizer, output, progress=stop)
+    work = output / build.WORK_FOLDER
+    finished = {"tokenize": "tokens/*.json", "pack": "packed/*.json"}[phase]
+    receipts = {path: path.stat().st_mtime_ns for path in work.glob(finished)}
+    assert receipts and not (output / "manifest.json").exists()
+    kept = {}
+
+    def look(now, done, total, unit):
+        if work.exists():
+            kept.update({path: path.stat().st_mtime_ns for path in receipts if path.exists()})
+
+    assert run(corpus, tokenizer, output, progress=look)["reused"] is False
+    assert kept == receipts
+    assert content(output) == content(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_build_stopped_while_it_publishes_goes_on(corpus, tokenizer, tmp_path, monkeypatch, moved):
+    run(corpus, tokenizer, tmp_path / "unbroken")
+    output = tmp_path / "out"
+
+    def stop(*paths):
+        raise Stop
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(shutil, "copyfile", stop)  # what publishing does once the sources are moved
+        run(corpus, tokenizer, output)
+    for name in ["code", "prose"][moved:]:  # as if stopped before these were moved
+        (output / name).rename(output / build.WORK_FOLDER / "packed" / name)
+    if moved == 1:  # another build takes the folder over: nothing of this one may stay
+        build_dataset([corpus], tokenizer=tokenizer, output=output, buckets=BUCKETS)
+        assert {path.name for path in output.iterdir()} == {"manifest.json", "tokenizer.model", "default"}
+        return
+    run(corpus, tokenizer, output)
+    assert content(output) == content(tmp_path / "unbroken")
+
+
+def test_a_finished_folder_is_reused_and_never_overwritten(corpus, tokenizer, tmp_path):
+    output = tmp_path / "out"
+    stats = run(corpus, tokenizer, output)
+    before = content(output)
+    assert run(corpus, tokenizer, output) == {**stats, "reused": True}
+    with pytest.raises(ConfigError, match="finished data set of other inputs or options"):
+        run(corpus, tokenizer, output, append_eod=True)
+    (corpus / "c.jsonl").unlink()
+    with pytest.raises(ConfigError, match="finished data set of other inputs or options"):
+        run(corpus, tokenizer, output)
+    assert content(output) == before
+
+
+def test_bad_lines_fail_with_all_of_their_file_or_are_counted(corpus, tokenizer, tmp_path):
+    lines = (corpus / "b.jsonl").read_text().splitlines()
+    for number in (2, 30, 58):  # in different shards
+        lines[number - 1] = "{"
+    (corpus / "b.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as raised:
+        run(corpus, tokenizer, tmp_path / "out")
+    for number in (2, 30, 58):
+        assert f"{corpus / 'b.jsonl'}:{number}: invalid JSON" in str(raised.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    stats = run(corpus, tokenizer, tmp_path / "out", bad_lines="skip")
+    assert (stats["bad_lines"], stats["documents"]) == (3, 177)
+    (corpus / "b.jsonl").unlink()
+    assert run(corpus, tokenizer, tmp_path / "other")["documents"] == 120
+
+
+def test_arguments_and_places_are_checked_before_anything_is_written(corpus, tokenizer, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.doc").write_text("keep")
+    with pytest.raises(ConfigError, match="holds other files"):
+        run(corpus, tokenizer, other)
+    with pytest.raises(ConfigError, match="is a file"):
+        run(corpus, tokenizer, other / "mine.doc")
+    with pytest.raises(ConfigError, match="lies inside the input"):
+        run(corpus, tokenizer, corpus / "out")
+    with pytest.raises(ConfigError, match=r"workers \(0\)"):
+        run(corpus, tokenizer, tmp_path / "out", workers=0)
+    with pytest.raises(ConfigError, match="does not exist"):
+        run(tmp_path / "nowhere", tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (corpus / "out").exists()
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="no document with text"):
+        run(tmp_path / "empty.txt", tokenizer, tmp_path / "out")
+
+
+def test_too_many_sources_are_refused(tokenizer, tmp_path):
+    path = tmp_path / "ids.jsonl"
+    path.write_text("".join(json.dumps({"text": "fox", "src": f"id-{n}"}) + "\n" for n in range(300)))
+    with pytest.raises(ConfigError, match="sources"):
+        run(path, tokenizer, tmp_path / "out")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda out, shard: flip(out / f"{shard}.bin"), r"\.bin is damaged: its checksum"),
+        (lambda out, shard: flip(out / f"{shard}.idx"), r"\.idx is damaged: its checksum"),
+        (lambda out, shard: os.truncate(out / f"{shard}.bin", 4), r"\.bin has 4 bytes"),
+        (lambda out, shard: (out / f"{shard}.idx").unlink(), r"\.idx is missing"),
+        (lambda out, shard: flip(out / "tokenizer.model"), "not the tokenizer of the manifest"),
+        (lambda out, shard: os.truncate(out / "manifest.json", 100), r"manifest\.json is damaged"),
+        (lambda out, shard: (out / "manifest.json").unlink(), r"holds no manifest\.json"),
+    ],
+)
+def test_verify_names_what_is_wrong(corpus, tokenizer, tmp_path, damage, reason):
+    output = tmp_path / "out"
+    run(corpus, tokenizer, output)
+    shard = next(iter(read_manifest(output).sources["code"].buckets.values())).shards[0].name
+    damage(output, shard)
+    with pytest.raises(DataError, match=reason):
+        verify_dataset(output)
+
+
+def test_a_manifest_that_contradicts_itself_is_refused(corpus, tokenizer, tmp_path):
+    output = tmp_path / "out"
+    run(corpus, tokenizer, output)
+    manifest = json.loads((output / "manifest.json").read_text())
+    for change in (
+        lambda m: m["statistics"].update(samples=1),
+        lambda m: m.update(format_version=2),
+        lambda m: m["sources"].update({"..": m["sources"]["code"]}),
+        lambda m: m["sources"]["code"]["buckets"]["16"]["shards"][0].update(name="../../etc/bucket_00016/shard_00000"),
+        lambda m: m.update(surprise=1),
+    ):
+        changed = json.loads(json.dumps(manifest))
+        change(changed)
+        (output / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match="damaged or of another version"):
+            read_manifest(output)
+    with pytest.raises(ConfigError, match="is not there"):
+        read_manifest(tmp_path / "nowhere")

@@ -1,0 +1,145 @@
+"""Corpus files -> documents: order, parts with true line numbers, and every bad line named."""
+
+import gzip
+import json
+
+import pytest
+
+from megatron_xy.data.documents import (
+    LineReport,
+    find_inputs,
+    read_documents,
+    read_part,
+    scan_file,
+)
+from megatron_xy.errors import ConfigError, DataError
+
+
+def write_lines(path, rows):
+    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    return path
+
+
+def test_order_sources_and_lines(tmp_path):
+    write_lines(tmp_path / "b.jsonl", [{"text": "b1", "src": "x"}, {"text": "b2", "src": "y"}])
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
+        stream.write('{"text": "a1", "src": "x"}\n\n{"text": "a3", "src": "x"}')
+    found = [
+        (d.text, d.source, d.path.rsplit("/", 1)[1], d.line) for d in read_documents([tmp_path], source_field="src")
+    ]
+    assert found == [
+        ("a1", "x", "a.jsonl.gz", 1),
+        ("a3", "x", "a.jsonl.gz", 3),
+        ("b1", "x", "b.jsonl", 1),
+        ("b2", "y", "b.jsonl", 2),
+    ]
+    assert {d.source for d in read_documents([tmp_path])} == {"default"}
+
+
+def test_text_files_are_one_document_each_and_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}\r\n')
+    assert [d.text for d in read_documents([tmp_path])] == ["one\ntwo\n", "three"]
+
+
+def test_inputs_keep_the_order_given_and_refuse_what_they_cannot_read(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.txt", ".hidden", "sub/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    names = [p.name for p in find_inputs([tmp_path / "c.txt", str(tmp_path / "*.jsonl"), tmp_path / "sub"])]
+    assert names == ["c.txt", "a.jsonl", "b.jsonl", "d.jsonl"]
+    assert [p.name for p in find_inputs([tmp_path])] == ["a.jsonl", "b.jsonl", "c.txt", "d.jsonl"]
+    with pytest.raises(ConfigError, match="named twice"):
+        find_inputs([tmp_path, tmp_path / "a.jsonl"])
+    (tmp_path / "e.parquet").write_text("")
+    with pytest.raises(ConfigError, match=r"e\.parquet.*only \.jsonl"):
+        find_inputs([tmp_path])
+    (tmp_path / "empty").mkdir()
+    for wrong in ("missing.jsonl", "none*.jsonl", "empty"):
+        with pytest.raises(ConfigError, match=wrong.replace("*", r"\*")):
+            find_inputs([tmp_path / wrong])
+
+
+BAD = [
+    (b'{"text": "cut', "invalid JSON"),
+    (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
+    (b'{"body": "x"}', "no field 'text'"),
+    (b'{"text": 3}', "field 'text' is a number, not a string"),
+    (b'{"text": null}', "field 'text' is null"),
+    (b'{"text": "a\\ud800b"}', "lone surrogate at character 1"),
+    (b'["text"]', "a JSON object is wanted, not a list"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'{"text": ' + b"1" * 5000 + b"}", "invalid JSON"),
+    (b'{"text": "x"}', "no field 'src'"),
+    (b'{"text": "x", "src": "../up"}', "cannot name a folder"),
+    (b'{"text": "x", "src": ".hid"}', "cannot name a folder"),
+    (b'{"text": "x", "src": "manifest.json"}', "cannot name a folder"),
+    (b'{"text": "x", "src": ""}', "cannot name a folder"),
+]
+
+
+def test_all_bad_lines_are_named_at_once_or_skipped(tmp_path):
+    good = {"text": "good", "src": "a"}
+    path = write_lines(tmp_path / "a.jsonl", [good, *(line for line, _ in BAD), good])
+    with pytest.raises(DataError) as raised:
+        list(read_documents([path], source_field="src"))
+    lines = str(raised.value).splitlines()
+    for number, ((_, reason), line) in enumerate(zip(BAD, lines, strict=False), start=2):
+        assert line.startswith(f"{path}:{number}: ") and reason in line
+    assert lines[len(BAD)].startswith(f"{len(BAD)} bad line(s)")
+    texts = [document.text for document in read_documents([path], source_field="src", bad_lines="skip")]
+    assert texts == ["good", "good"]
+
+
+def test_the_first_twenty_bad_lines_and_the_count_are_shown(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [b"{"] * 50)
+    with pytest.raises(DataError, match=r"a\.jsonl:20: (.*\n)+\.\.\. and 30 more\n50 bad line") as raised:
+        list(read_documents([path]))
+    assert "a.jsonl:21:" not in str(raised.value)
+
+
+def test_bad_bytes_in_a_text_file_have_their_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n\xff\n")
+    with pytest.raises(DataError, match=r"a\.txt:3: invalid UTF-8"):
+        list(read_documents([tmp_path / "a.txt"]))
+
+
+@pytest.mark.parametrize("policy", ["fail", "skip"])
+def test_a_damaged_gzip_never_passes_for_a_shorter_one(tmp_path, policy):
+    whole = gzip.compress(b"".join(json.dumps({"text": f"line {n}"}).encode() + b"\n" for n in range(5000)))
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1  # in the checksum at the end
+    for content in (whole[: len(whole) // 2], whole[:-4], bytes(flipped), b"plain"):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz: damaged after line"):
+            list(read_documents([tmp_path / "a.jsonl.gz"], bad_lines=policy))
+
+
+@pytest.mark.parametrize("part_bytes", [1, 7, 40, 100, 1000, 10**6])
+@pytest.mark.parametrize("last_newline", [True, False])
+def test_parts_give_every_document_once_with_its_line(tmp_path, part_bytes, last_newline):
+    rows = [{"text": "x" * (n % 37)} for n in range(60)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    if not last_newline:
+        path.write_bytes(path.read_bytes()[:-1])
+    scanned = scan_file(path, part_bytes=part_bytes)
+    assert [p.start for p in scanned.parts] == [0, *(p.stop for p in scanned.parts[:-1])]
+    assert scanned.parts[-1].stop == scanned.size == path.stat().st_size
+    assert len(scanned.parts) == 1 or max(p.stop - p.start for p in scanned.parts) <= 2 * part_bytes + 60
+    report, advanced = LineReport(), []
+    read = [
+        (d.text, d.line)
+        for part in scanned.parts
+        for d in read_part(part, text_field="text", source_field=None, report=report, advance=advanced.append)
+    ]
+    assert read == [(row["text"], n) for n, row in enumerate(rows, start=1) if row["text"]]
+    assert report == LineReport(skipped_empty=2) and sum(advanced) == scanned.size
+
+
+def test_a_file_that_changes_after_the_scan_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    (part,) = scan_file(path, part_bytes=1000).parts
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match="changed while it was read"):
+        list(read_part(part, text_field="text", source_field=None, report=LineReport()))

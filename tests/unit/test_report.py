@@ -1,0 +1,143 @@
+"""The report of a run: whole, self-contained, and made from damaged or partial metrics too."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.report import ReportSection, make_report, read_metrics
+
+PICTURES = ("loss.png", "learning_rate_and_grad_norm.png", "throughput.png", "data.png")
+RUN_YAML = """
+model:
+  num_layers: 2
+  hidden_size: 64
+  ffn_hidden_size: 128
+  num_attention_heads: 4
+  vocab_size: 512
+parallel: {tensor_model_parallel_size: 2}
+data: {path: corpus}
+training: {train_iters: 12}
+"""
+
+
+def record(iteration, **changes):
+    bucket = (256, 512)[iteration % 2]
+    values = {
+        "iteration": iteration,
+        "data_step": iteration - 1,
+        "bucket": bucket,
+        "loss": 6.0 - 0.25 * iteration,
+        "loss_by_source": {"code": 5.0 - 0.25 * iteration, "prose": 7.0 - 0.25 * iteration},
+        "num_loss_tokens": 1000,
+        "grad_norm": 1.0 / iteration,
+        "lr": 1e-4 * iteration,
+        "consumed_tokens": 1000 * iteration,
+        "padding_ratio": 0.1,
+        "step_seconds": 0.5,
+        "data_wait_seconds": 0.05,
+        "tokens_per_second": {256: 2000.0, 512: 1000.0}[bucket] + iteration,
+        "mfu": 0.25,
+        "skipped": False,
+    }
+    return values | changes
+
+
+def write_run(folder, records, *, tail=""):
+    folder.mkdir()
+    (folder / "run.yaml").write_text(RUN_YAML)
+    (folder / "env.json").write_text(json.dumps({"world_size": 4, "host": "<b>"}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records) + tail)
+    return folder
+
+
+class Page(HTMLParser):
+    """The text, the tags and the references of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.references, self.text = set(), [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.references += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_whole_run_gives_pictures_summary_and_one_page(tmp_path):
+    run = write_run(tmp_path / "run", [record(i) for i in range(1, 13)])
+    sections = [
+        ReportSection("What was shown", statements=["killed at step 6, equal bit for bit"]),
+        ReportSection("Text", text="<script>alert(1)</script> & more", rows=[("<i>", "b"), ("c", "d")]),
+    ]
+    page_file = make_report(run, timings={"train": 12.34}, sections=sections)
+
+    assert page_file == run / "report" / "index.html"
+    assert not list(page_file.parent.glob(".tmp-*"))
+    for name in PICTURES:
+        assert (page_file.parent / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    text = page_file.read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.references) == len(PICTURES)
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert not re.search(r"https?:|//|@import|url\(", re.sub(r'src="[^"]*"', "", text))
+    assert not page.tags & {"script", "link", "i", "b"}
+    for expected in ("killed at step 6", "<script>alert(1)</script> & more", "12.3", "tensor 2 x pipeline 1", "data 2"):
+        assert expected in page.text
+
+    summary = json.loads((page_file.parent / "summary.json").read_text())
+    assert summary["first_loss"] == 5.75
+    assert summary["last_loss"] == pytest.approx(sum(6.0 - 0.25 * i for i in range(3, 13)) / 10)
+    assert summary["median_tokens_per_second_by_bucket"] == {"256": 2007.0, "512": 1006.0}
+    assert summary["data_wait_share"] == pytest.approx(0.1)
+    assert summary["num_parameters"] == 2 * (4 * 64 * 64 + 3 * 64 * 128) + 2 * 64 * 512 + 5 * 64
+    assert summary["seconds_by_phase"] == {"train": 12.34}
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"iteration": 1}],
+        [{"iteration": i, "reward_mean": 1.0} for i in range(1, 4)],
+        [record(1, loss=None, grad_norm=None, mfu=None, tokens_per_second=None, loss_by_source={"code": None})],
+        [record(i, loss=math.nan, grad_norm=math.inf, loss_by_source=None, skipped=True) for i in range(1, 4)],
+        [record(1, step_seconds=90.0), *(record(i) for i in range(2, 5))],
+    ],
+)
+def test_what_is_missing_or_not_finite_is_left_out(tmp_path, records):
+    run = write_run(tmp_path / "run", records)
+    make_report(run)
+    strict = json.loads((run / "report" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert strict["last_iteration"] == records[-1]["iteration"]
+
+
+def test_a_null_step_does_not_touch_the_means_of_the_others(tmp_path):
+    run = write_run(tmp_path / "run", [record(1, loss=4.0), record(2, loss=None), record(3, loss=2.0)])
+    make_report(run)
+    assert json.loads((run / "report" / "summary.json").read_text())["last_loss"] == 3.0
+
+
+def test_the_unfinished_last_line_of_a_writing_run_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run", [record(1), record(2)], tail='{"iteration": 3, "lo')
+    assert [row["iteration"] for row in read_metrics(run / "metrics.jsonl").records] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ['{"iteration": 3, "lo\n', "[3]\n", '{"loss": 1.0}\n'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    run = write_run(tmp_path / "run", [record(1)], tail=line)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: "):
+        make_report(run)
+    assert not (run / "report").exists()
+
+
+def test_a_folder_without_a_run_and_a_run_without_a_step_say_so(tmp_path):
+    with pytest.raises(ConfigError, match="not there"):
+        make_report(tmp_path / "nothing")
+    with pytest.raises(DataError, match="no step yet"):
+        make_report(write_run(tmp_path / "run", []))

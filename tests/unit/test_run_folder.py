@@ -1,0 +1,211 @@
+"""The run folder's small files: one run a folder, the cause of an end stands, nobody reads half a file."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.run_folder import (
+    EXIT_NAMES,
+    SUPERVISOR_LOCK,
+    Beat,
+    Heartbeat,
+    clear_exit,
+    clear_heartbeats,
+    lock,
+    prepare,
+    read_exit,
+    read_heartbeats,
+    record_exit,
+    write_env,
+    write_json,
+)
+
+
+def test_prepare_makes_the_folder_for_its_owner_only_and_finds_it_again(tmp_path):
+    run_dir = tmp_path / "runs" / "one"
+    prepare(run_dir)
+    (run_dir / "logs" / "rank-00000.log").write_text("kept")
+    prepare(run_dir)
+    assert run_dir.stat().st_mode & 0o777 == 0o700
+    assert {entry.name for entry in run_dir.iterdir()} == {"logs", "checkpoints", "report", "heartbeats"}
+    assert (run_dir / "checkpoints").stat().st_mode & 0o777 == 0o700
+    assert (run_dir / "logs" / "rank-00000.log").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/run"])  # /proc: read-only for root, too
+def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run_dir \(.*\) must be a folder that can be made and written: .*choose"):
+        prepare(tmp_path / name)
+
+
+def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
+    command = [sys.executable, "-c", _HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(
+                ConfigError, match=rf"another run is active in {tmp_path} \(pid {holder.pid}, host \S+, since"
+            ),
+            lock(tmp_path),
+        ):
+            pytest.fail("two processes hold one folder")
+        with lock(tmp_path, name=SUPERVISOR_LOCK):  # another lock of the same folder is free
+            pass
+        holder.kill()
+        holder.wait()
+        with lock(tmp_path):  # and a killed holder leaves nothing behind
+            assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+_HOLD = """
+import pathlib, sys
+from megatron_xy.run_folder import lock
+with lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_programs_started_meanwhile_do_not_keep_the_lock(tmp_path):
+    with lock(tmp_path):
+        child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    with lock(tmp_path):
+        assert child.poll() is None
+    child.communicate()
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(codes=st.lists(st.sampled_from(sorted(EXIT_NAMES)), min_size=1, max_size=6))
+def test_the_cause_stands_in_whatever_order_ranks_end(tmp_path_factory, codes):
+    run_dir = tmp_path_factory.mktemp("run")
+    for rank, code in enumerate(codes):
+        record_exit(run_dir, code=code, message=f"of rank {rank}", rank=rank)
+    record = read_exit(run_dir)
+    causes = [rank for rank, code in enumerate(codes) if code not in (0, 75, 76)]
+    expected = causes[0] if causes else codes.index(max(codes))  # 76 over 75 over 0
+    assert (record.rank, record.code, record.message) == (expected, codes[expected], f"of rank {expected}")
+    assert record.name == EXIT_NAMES[record.code]
+
+
+def test_ranks_that_end_at_the_same_time_leave_one_whole_record(tmp_path):
+    context = multiprocessing.get_context("fork")
+    codes = [76, 75, 65, 0]
+    ranks = [context.Process(target=_record_many, args=(tmp_path, code, rank)) for rank, code in enumerate(codes)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0, 0, 0]
+    assert (read_exit(tmp_path).code, read_exit(tmp_path).rank) == (65, 2)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == []
+
+
+def _record_many(run_dir: Path, code: int, rank: int) -> None:
+    for _ in range(10):
+        record_exit(run_dir, code=code, message="", rank=rank)
+
+
+def test_an_attempt_overrules_what_the_one_before_wrote(tmp_path, monkeypatch):
+    record_exit(tmp_path, code=76, message="first", rank=0)
+    monkeypatch.setenv("MEGATRON_XY_ATTEMPT", "1")
+    assert record_exit(tmp_path, code=0, message="second", rank=0).attempt == 1
+    assert read_exit(tmp_path).message == "second"
+
+
+def test_a_cleared_or_missing_exit_is_none_and_a_damaged_one_is_named(tmp_path):
+    assert read_exit(tmp_path) is None
+    record_exit(tmp_path, code=70, message="", rank=0)
+    clear_exit(tmp_path)
+    clear_exit(tmp_path)
+    assert read_exit(tmp_path) is None
+    (tmp_path / "exit.json").write_text("{")
+    with pytest.raises(DataError, match=r"exit\.json must be JSON"):
+        read_exit(tmp_path)
+
+
+def test_a_heartbeat_tells_iteration_phase_and_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGATRON_XY_ATTEMPT", "2")
+    prepare(tmp_path)
+    before = time.time()
+    for rank in (3, 0):
+        Heartbeat(tmp_path, rank=rank).beat(iteration=7, phase="backward")
+    beats = read_heartbeats(tmp_path)
+    assert list(beats) == [0, 3]
+    expected = Beat(3, os.getpid(), beats[0].host, 2, 7, "backward", beats[3].time)
+    assert beats[3] == expected and before <= beats[3].time <= time.time()
+    clear_heartbeats(tmp_path)
+    assert read_heartbeats(tmp_path) == {}
+
+
+def test_a_heartbeat_is_written_when_it_says_something_new(tmp_path):
+    prepare(tmp_path)
+    heartbeat = Heartbeat(tmp_path, rank=0)
+    path = tmp_path / "heartbeats" / "rank-00000.json"
+
+    def written(iteration: int, phase: str) -> bool:
+        path.unlink(missing_ok=True)
+        heartbeat.beat(iteration=iteration, phase=phase)
+        return path.exists()
+
+    assert written(1, "forward")
+    assert not written(1, "forward")
+    assert written(1, "backward")
+    assert written(2, "backward")
+    assert not written(2, "backward")
+    time.sleep(0.51)
+    assert written(2, "backward")
+
+
+def test_a_reader_never_meets_half_a_heartbeat(tmp_path):
+    prepare(tmp_path)
+    done = threading.Event()
+
+    def write() -> None:
+        heartbeat = Heartbeat(tmp_path, rank=0)
+        for iteration in range(300):
+            heartbeat.beat(iteration=iteration, phase="x" * (iteration * 37 % 5000))
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen |= {beat.iteration for beat in read_heartbeats(tmp_path).values()}
+    writer.join()
+    assert len(seen) > 1
+    assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["rank-00000.json"]
+
+
+def test_env_names_what_the_run_ran_on(tmp_path):
+    write_env(tmp_path, extra={"world_size": 4})
+    environment = json.loads((tmp_path / "env.json").read_text())
+    assert environment["python"] == sys.version.split()[0]
+    assert {"torch", "megatron-core", "numpy"} <= set(environment["packages"])
+    assert environment["argv"] == sys.argv and environment["world_size"] == 4
+    assert environment["git_revision"] is None or len(environment["git_revision"]) >= 40
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", [2, object()])
+    assert (tmp_path / "a.json").read_text() == "1\n"
+    with pytest.raises(StorageError, match=r"b\.json cannot be written: No such file"):
+        write_json(tmp_path / "missing" / "b.json", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_neither_module_imports_torch():
+    code = "import sys, megatron_xy.supervise; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
