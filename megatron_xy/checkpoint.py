@@ -27,6 +27,7 @@ from megatron_xy.optimizer import torch_optimizers
 from megatron_xy.parallel import Groups, barrier, sum_over
 from megatron_xy.role import Role
 from megatron_xy.shards import ParameterShard
+from megatron_xy.storage import TEMPORARY_PREFIX, sync_folder, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN_PARAM = "main_param"
@@ -57,7 +58,7 @@ def saved_iterations(checkpoints: Path) -> list[int]:
 
 def sweep(checkpoints: Path) -> list[str]:
     """Removes what a killed save left half-written; returns the names. Only the run's one leader calls it."""
-    leftovers = sorted(checkpoints.glob(f"{files.TEMPORARY_PREFIX}*")) if checkpoints.is_dir() else []
+    leftovers = sorted(checkpoints.glob(f"{TEMPORARY_PREFIX}*")) if checkpoints.is_dir() else []
     for leftover in leftovers:
         shutil.rmtree(leftover)
     return [leftover.name for leftover in leftovers]
@@ -129,7 +130,7 @@ class CheckpointWriter:
         state: dict[str, Any],
     ) -> None:
         """This rank's shard and note; on the leader also the manifest, the rename and the retention."""
-        folder = self.checkpoints / f"{files.TEMPORARY_PREFIX}iter_{iteration:07d}"
+        folder = self.checkpoints / f"{TEMPORARY_PREFIX}iter_{iteration:07d}"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -150,7 +151,7 @@ class CheckpointWriter:
             },
             "rank_state": [name.removeprefix("rank_state.") for name in rank_state],
         }
-        files.write_json(folder / f"note-{groups.role_rank:05d}.json", note)
+        write_json(folder / f"note-{groups.role_rank:05d}.json", note)
         if groups.role_rank == 0:
             self._complete(folder, iteration, num_ranks=size, state=state)
 
@@ -160,7 +161,7 @@ class CheckpointWriter:
         manifest = files.Manifest(state=state, tensors={}, rank_state={}, files={})
         for rank, note in notes.items():
             manifest.files[note["file"]] = note["facts"]
-            manifest.rank_state[str(rank)] = {name: note["file"] for name in note["rank_state"]}
+            manifest.rank_state[str(rank)] = dict.fromkeys(note["rank_state"], note["file"])
             for name, part in note["tensors"].items():
                 shape = tuple(part["shape"])
                 entry = manifest.tensors.setdefault(name, files.TensorEntry(shape, part["dtype"]))
@@ -173,7 +174,7 @@ class CheckpointWriter:
         if final.exists():  # an older run's, damaged or of an abandoned course
             self._remove(final)
         folder.rename(final)
-        files.sync_directory(self.checkpoints)
+        sync_folder(self.checkpoints)
         for old in saved_iterations(self.checkpoints)[self.keep_latest :]:
             if old < iteration:
                 self._remove(iteration_folder(self.checkpoints, old))
@@ -190,7 +191,7 @@ class CheckpointWriter:
 
     def _remove(self, folder: Path) -> None:
         """Takes the name away first, so that a kill in between leaves nothing that looks like a checkpoint."""
-        doomed = folder.with_name(f"{files.TEMPORARY_PREFIX}old-{folder.name}")
+        doomed = folder.with_name(f"{TEMPORARY_PREFIX}old-{folder.name}")
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
@@ -213,7 +214,9 @@ def find_resumable(
         if problem is None:
             return folder, files.read_manifest(folder)
         if wanted is not None:
-            raise DataError(f"{problem}; checkpoint.resume names iteration {wanted}: use `auto` for the newest valid one")
+            raise DataError(
+                f"{problem}; checkpoint.resume names iteration {wanted}: use `auto` for the newest valid one"
+            )
         say(f"checkpoint {folder.name} is passed over: {problem}")
         damaged.append(problem)
     if damaged:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +21,10 @@ from safetensors.torch import save_file
 
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.shards import Box, ParameterShard
+from megatron_xy.storage import file_sha256, sync_file, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-TEMPORARY_PREFIX = ".tmp-"
 DTYPE_NAMES = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
     torch.uint8: "uint8", torch.int32: "int32", torch.int64: "int64",
@@ -72,7 +71,9 @@ class Manifest:
 
     state: dict[str, Any]
     tensors: dict[str, TensorEntry]
-    rank_state: dict[str, dict[str, str]]  # {rank: {name: file}}: generator states, which belong to ranks, not the model
+    rank_state: dict[
+        str, dict[str, str]
+    ]  # {rank: {name: file}}: generator states, which belong to ranks, not the model
     files: dict[str, dict[str, Any]]  # {file: {bytes, sha256}}
 
     def to_json(self) -> dict[str, Any]:
@@ -99,40 +100,15 @@ def write_shard(directory: Path, *, file: str, tensors: dict[str, torch.Tensor])
     path = directory / file
     try:
         save_file(tensors, path, metadata={"format": "megatron_xy"})
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            os.fsync(stream.fileno())
+        sync_file(path)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path} cannot be written: {error}; the checkpoints before it are untouched") from error
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes manifest.json by a temporary name, synced to disk: from here on `directory` is a checkpoint."""
     write_json(directory / MANIFEST, manifest.to_json())
-    sync_directory(directory)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A small JSON file that is there whole or not at all. Raises StorageError."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}") from error
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames and new files in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -146,13 +122,17 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{directory} holds no {MANIFEST}: it is no checkpoint, or one that was never finished") from None
+        raise DataError(
+            f"{directory} holds no {MANIFEST}: it is no checkpoint, or one that was never finished"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(body, dict) or "format_version" not in body:
         raise DataError(f"{path} is not a checkpoint's manifest")
     if body["format_version"] != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version {body['format_version']} is not {FORMAT_VERSION}; a newer megatron_xy wrote it")
+        raise DataError(
+            f"{path}: format_version {body['format_version']} is not {FORMAT_VERSION}; a newer megatron_xy wrote it"
+        )
     if body.pop("manifest_sha256", None) != _digest_of(body):
         raise DataError(f"{path} is damaged: its contents do not match its own checksum")
     tensors = {}
@@ -176,9 +156,8 @@ def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | 
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise DataError(f"{path} is damaged: {size} bytes instead of {facts['bytes']}")
-        with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
-                raise DataError(f"{path} is damaged: its contents do not match the checksum in {MANIFEST}")
+        if file_sha256(path) != facts["sha256"]:
+            raise DataError(f"{path} is damaged: its contents do not match the checksum in {MANIFEST}")
 
 
 def verify_coverage(directory: Path, manifest: Manifest) -> None:
@@ -188,7 +167,9 @@ def verify_coverage(directory: Path, manifest: Manifest) -> None:
         numel = torch.Size(entry.shape).numel()
         overlap = any(a.intersect(b) for index, a in enumerate(boxes) for b in boxes[:index])
         if overlap or sum(box.numel for box in boxes) != numel:
-            raise DataError(f"{directory / MANIFEST}: the pieces of {name} do not make up its shape {list(entry.shape)}")
+            raise DataError(
+                f"{directory / MANIFEST}: the pieces of {name} do not make up its shape {list(entry.shape)}"
+            )
 
 
 class TensorReader:
@@ -213,7 +194,9 @@ class TensorReader:
         """Fills `local`, which holds `shard` of the global tensor `name`; its dtype may differ, its padding stays."""
         entry = self.manifest.tensors.get(name)
         if entry is None:
-            raise DataError(f"{self.directory}: the checkpoint holds no {name}; was it written by another kind of model?")
+            raise DataError(
+                f"{self.directory}: the checkpoint holds no {name}; was it written by another kind of model?"
+            )
         if entry.shape != shard.global_shape:
             raise DataError(
                 f"{self.directory}: {name} is {list(entry.shape)} in the checkpoint and {list(shard.global_shape)} in "

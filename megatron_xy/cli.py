@@ -29,7 +29,9 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 RunYaml = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run's config")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of RUN.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of RUN.yaml")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
 
 
@@ -133,7 +135,9 @@ def check(
             check_paths(config)
     except MegatronXYError as error:
         if as_json:
-            problems = [str(problem) for problem in error.problems] if isinstance(error, InvalidConfig) else [str(error)]
+            problems = (
+                [str(problem) for problem in error.problems] if isinstance(error, InvalidConfig) else [str(error)]
+            )
             print(json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems}))
         raise
     if as_json:
@@ -154,8 +158,12 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's 
 def convert(
     source: Annotated[str, typer.Option("--from", metavar="ckpt:DIR|hf:DIR")],
     target: Annotated[str, typer.Option("--to", metavar="hf:DIR|ckpt:DIR")],
-    dtype: Annotated[str | None, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="the source's unless given")] = None,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="a tokenizer.model; the run's own unless given")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="the source's unless given")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="a tokenizer.model; the run's own unless given")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="compare weights and logits with transformers'")] = False,
 ) -> None:
     """Converts between a checkpoint and an HF folder."""
@@ -182,14 +190,20 @@ def doctor() -> None:
 
 @data_app.command("build")
 def data_build(
-    inputs: Annotated[list[str], typer.Option("--input", metavar="PATH...", help="files, folders or globs; repeat, or list them")],
+    inputs: Annotated[
+        list[str], typer.Option("--input", metavar="PATH...", help="files, folders or globs; repeat, or list them")
+    ],
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="a SentencePiece tokenizer.model")],
     output: Annotated[Path, typer.Option("--output", help="the data folder to make")],
     more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="further inputs")] = None,
     buckets: Annotated[str, typer.Option("--buckets", help="tokens, ascending, by commas")] = "2048,4096,8192,16384",
-    source_field: Annotated[str | None, typer.Option("--source-field", help="the row's field that names its source")] = None,
+    source_field: Annotated[
+        str | None, typer.Option("--source-field", help="the row's field that names its source")
+    ] = None,
     text_field: Annotated[str, typer.Option("--text-field", help="the row's field that holds the text")] = "text",
-    append_eod: Annotated[bool, typer.Option("--append-eod", help="end every document with the end-of-document token")] = False,
+    append_eod: Annotated[
+        bool, typer.Option("--append-eod", help="end every document with the end-of-document token")
+    ] = False,
     workers: Annotated[int, typer.Option("--workers", min=1, help="processes")] = 1,
     bad_lines: Annotated[str, typer.Option("--bad-lines", metavar="fail|skip")] = "fail",
     as_json: AsJson = False,
@@ -326,5 +340,3 @@ def _show_stats(stats: Any, directory: Path, *, as_json: bool) -> None:
     from megatron_xy.data.progress import stats_table
 
     Console().print(stats_table(stats, title=str(directory)))
-
-

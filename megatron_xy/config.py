@@ -389,7 +389,10 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
     yield from divides("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
     if model.hidden_size and model.num_attention_heads and model.hidden_size % model.num_attention_heads == 0:
         if model.head_dim % 2:
-            yield "model.hidden_size", f"model.hidden_size / num_attention_heads ({model.head_dim}) must be even for RoPE"
+            yield (
+                "model.hidden_size",
+                f"model.hidden_size / num_attention_heads ({model.head_dim}) must be even for RoPE",
+            )
     if model.rope_scaling is not None:
         kind = model.rope_scaling.get("rope_type", model.rope_scaling.get("type"))
         needed = {

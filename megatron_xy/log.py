@@ -110,7 +110,9 @@ def cut_metrics(path: Path, *, iteration: int) -> None:
 
 def _without_non_finite(record: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: they become null."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
 
 
 def _duration(seconds: float) -> str:

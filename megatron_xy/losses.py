@@ -32,7 +32,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         columns = logits.size(-1)
         first = tp_group.rank() * columns
         valid = max(0, min(columns, vocab_size - first))
-        largest = logits[..., :valid].amax(dim=-1).float() if valid else logits.new_full(labels.shape, -torch.inf).float()
+        largest = (
+            logits[..., :valid].amax(dim=-1).float() if valid else logits.new_full(labels.shape, -torch.inf).float()
+        )
         scores = logits.float() - max_over(largest, tp_group).unsqueeze(-1)
         scores[..., valid:] = -torch.inf
         owned = (labels >= first) & (labels < first + columns)

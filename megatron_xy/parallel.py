@@ -101,9 +101,7 @@ def stop_distributed() -> None:
         dist.destroy_process_group()
 
 
-def build_groups(
-    name: str, *, ranks: Sequence[int], parallel: ParallelConfig, timeout_seconds: float
-) -> Groups | None:
+def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, timeout_seconds: float) -> Groups | None:
     """The groups of a role over `ranks`. Collective over the world: every rank calls it, roles in the same order.
 
     Returns None on ranks outside the role. The layout is megatron-core's: tensor parallel ranks are neighbours, then
@@ -211,7 +209,14 @@ def barrier(groups: Groups) -> None:
 def as_peer_lost(error: BaseException) -> PeerLost | None:
     """`error` as PeerLost where it is a collective that failed or timed out; None where it is anything else."""
     text = str(error)
-    marks = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "Broken pipe")
+    marks = (
+        "gloo",
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Timed out waiting",
+        "NCCL",
+        "Broken pipe",
+    )
     distributed_error = isinstance(error, dist.DistError)
     if distributed_error or (isinstance(error, RuntimeError) and any(mark in text for mark in marks)):
         first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_xy.config import RunConfig, check_buckets, data_parallel_size
-from megatron_xy.data.manifest import file_sha256, read_manifest
+from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
+from megatron_xy.storage import file_sha256
 
 
 def check_paths(config: RunConfig) -> None:

@@ -12,12 +12,12 @@ import time
 from megatron_xy import device, environment, mcore, parallel, run_folder
 from megatron_xy.config import RunConfig, check_buckets, check_shape, check_world, dump_config
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.manifest import file_sha256, write_text_durably
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
+from megatron_xy.storage import file_sha256, write_text
 from megatron_xy.trainer import StepLoader, Trainer, timed
 from megatron_xy.weights import resolve_model
 
@@ -41,7 +41,7 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
         stack.callback(log.close)
         if rank == 0:
             stack.enter_context(run_folder.lock(config.run_dir))
-            write_text_durably(config.run_dir / "run.yaml", dump_config(config))
+            write_text(config.run_dir / "run.yaml", dump_config(config))
             run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
         try:
             _train(config, dataset=dataset, log=log, heartbeat=heartbeat, stop=stop)

@@ -90,5 +90,3 @@ def set_generator_states(states: dict[str, torch.Tensor]) -> None:
     device.set_generator_state(states["device"])
     tracked = {name.removeprefix("tracked."): state for name, state in states.items() if name.startswith("tracked.")}
     mcore.tensor_parallel_random.get_cuda_rng_tracker().set_states(tracked)
-
-

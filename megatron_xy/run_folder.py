@@ -39,6 +39,7 @@ from megatron_xy.errors import (
     DataError,
     StorageError,
 )
+from megatron_xy.storage import storage_errors, write_json
 
 FOLDERS = ("logs", "checkpoints", "report", "heartbeats")
 TRAINING_LOCK = ".lock"  # taken by rank 0 of the training
@@ -230,33 +231,6 @@ def write_env(run_dir: Path, *, extra: Mapping[str, Any]) -> None:
     write_json(run_dir / "env.json", {**environment, **extra})
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Replaces `path` by `value` in one step; `durable` also waits for the disk. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(value, file, indent=1)
-                file.write("\n")
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        if durable:
-            _sync_folder(path.parent)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns what the system says of a write to `path` into a StorageError."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}; make room or choose another run_dir") from None
-
-
 def current_attempt() -> int:
     """Which start of the run this process belongs to: 0, then 1 for the supervisor's first restart."""
     return int(os.environ.get(ATTEMPT_VARIABLE, "0"))
@@ -291,14 +265,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} must be JSON as the run wrote it: {error}; remove it") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _package_versions() -> dict[str, str]:

@@ -38,8 +38,8 @@ from megatron_xy.run_folder import (
     read_exit,
     read_heartbeats,
     record_exit,
-    storage_errors,
 )
+from megatron_xy.storage import storage_errors
 
 WORTH_A_RESTART = (EXIT_IO, EXIT_PEER_LOST)  # what another try may not meet again
 BACK_OFF_SECONDS = 1.0

@@ -62,9 +62,7 @@ class StepLoader:
 
     def _micro_batches(self, data_step: int) -> list[MicroBatch]:
         batch = self.sampler.batch(data_step)
-        mine = self.sampler.samples_of_rank(
-            batch, data_parallel_size=self._dp_size, data_parallel_rank=self._dp_rank
-        )
+        mine = self.sampler.samples_of_rank(batch, data_parallel_size=self._dp_size, data_parallel_rank=self._dp_rank)
         micro_batch_tokens = self._config.training.micro_batch_tokens
         per_micro_batch = micro_batch_tokens // batch.bucket
         return [
@@ -129,7 +127,9 @@ class Trainer:
                 saved = iteration
             if stopping and iteration < training.train_iters:
                 self.writer.finish(self.role.groups)
-                raise Stopped(f"stopped on request after step {iteration}, state saved; the same command goes on from there")
+                raise Stopped(
+                    f"stopped on request after step {iteration}, state saved; the same command goes on from there"
+                )
         self._beat("finish", self.state.iteration)
         self.writer.finish(self.role.groups)
         self.log.say(f"done: {self.state.iteration} iterations, last checkpoint at iteration {saved}")
@@ -172,9 +172,7 @@ class Trainer:
         counts = torch.tensor(local, dtype=torch.float64, device=device.current())
         padding, squares = sum_over(counts, self.role.groups.collection.dp).tolist()
         batch_tokens = self.config.training.global_batch_tokens
-        flops = step_flops(
-            self.role.model, num_tokens=batch_tokens - int(padding), sum_squared_lengths=int(squares)
-        )
+        flops = step_flops(self.role.model, num_tokens=batch_tokens - int(padding), sum_squared_lengths=int(squares))
         peak = self._peak_flops
         utilisation = flops / (seconds * len(self.role.groups.ranks) * peak) if peak else None
         recomputed = self.role.model.recompute_granularity != "none"

@@ -41,7 +41,9 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
     try:
         config = load_config(config_path, overrides=overrides)
         if config.task != task:
-            raise ConfigError(f"task ({config.task}) in {config_path} does not agree with the verb {task}; use that verb")
+            raise ConfigError(
+                f"task ({config.task}) in {config_path} does not agree with the verb {task}; use that verb"
+            )
         work(config, stop)
     except MegatronXYError as error:
         code, message = error.exit_code, str(error)

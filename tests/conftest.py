@@ -5,6 +5,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from megatron_xy import device  # noqa: E402
+from megatron_xy import device
 
 device.start(num_threads=1)

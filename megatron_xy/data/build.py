@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_xy.data.documents import BadLinePolicy, LineReport, ScannedFile, find_inputs, scan_file
-from megatron_xy.data.indexed import IndexedReader, bin_path, dtype_for, idx_path, replace_durably, storage_error
+from megatron_xy.data.indexed import IndexedReader, bin_path, dtype_for, idx_path
 from megatron_xy.data.manifest import (
     MANIFEST_NAME,
     BucketEntry,
@@ -28,10 +28,8 @@ from megatron_xy.data.manifest import (
     SourceEntry,
     Statistics,
     TokenizerEntry,
-    file_sha256,
     read_manifest,
     write_manifest,
-    write_text_durably,
 )
 from megatron_xy.data.packing import WINDOW_DOCUMENTS, PackReceipt, check_buckets, pack_shard, pack_tasks
 from megatron_xy.data.tokenize import (
@@ -47,6 +45,7 @@ from megatron_xy.data.tokenize import (
 )
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import file_sha256, replace, storage_error, write_text
 
 DEFAULT_BUCKETS = (2048, 4096, 8192, 16384)
 WORK_FOLDER = ".tmp-tokens"
@@ -237,7 +236,7 @@ def _work_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
         mark = work / "fingerprint"
         if not mark.is_file() or mark.read_text() != fingerprint:
             _clear(folder, work)
-            write_text_durably(mark, fingerprint)
+            write_text(mark, fingerprint)
         (work / "packed").mkdir(exist_ok=True)
         yield work
 
@@ -335,7 +334,7 @@ def _statistics(sources: dict[str, SourceEntry], report: LineReport) -> Statisti
 
 def _publish(folder: Path, *, work: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Move the sources to their place, then write the manifest; each step may already be done."""
-    write_text_durably(work / "publish.json", json.dumps(sorted(manifest.sources)))
+    write_text(work / "publish.json", json.dumps(sorted(manifest.sources)))
     try:
         for name in manifest.sources:
             packed = work / "packed" / name
@@ -345,7 +344,7 @@ def _publish(folder: Path, *, work: Path, manifest: Manifest, tokenizer: Tokeniz
         shutil.copyfile(tokenizer.path, copy)
     except OSError as error:
         raise storage_error(folder, error) from error
-    replace_durably(copy, folder / TOKENIZER_FILE)
+    replace(copy, folder / TOKENIZER_FILE)
     write_manifest(folder, manifest)
     shutil.rmtree(work)
 

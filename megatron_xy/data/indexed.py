@@ -8,7 +8,6 @@ In a packed dataset one Megatron document is one sample, and its sequences are t
 
 from __future__ import annotations
 
-import os
 import struct
 from array import array
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import replace, storage_error
 
 Tokens = NDArray[Any]
 
@@ -54,26 +54,6 @@ def bin_path(prefix: Path) -> Path:
 def idx_path(prefix: Path) -> Path:
     """PREFIX.idx"""
     return prefix.with_name(prefix.name + ".idx")
-
-
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Move a written and closed file to its name so that it is there whole, or not at all, even after a power cut."""
-    try:
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise storage_error(path, error) from error
-
-
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """What the file system answered, as an error with its exit code."""
-    return StorageError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder")
 
 
 class IndexedWriter:
@@ -166,8 +146,8 @@ class IndexedWriter:
             idx_path(self.prefix).unlink(missing_ok=True)  # a new .bin must never stand beside an old .idx
         except OSError as error:
             raise storage_error(self.prefix, error) from error
-        replace_durably(self._temporary_bin, bin_path(self.prefix))
-        replace_durably(self._temporary_idx, idx_path(self.prefix))
+        replace(self._temporary_bin, bin_path(self.prefix))
+        replace(self._temporary_idx, idx_path(self.prefix))
         self._bin = None
 
     def _abort(self) -> None:

@@ -5,15 +5,14 @@ It is written last: a folder without one holds no finished data set. Neither tor
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_xy.data.indexed import replace_durably, storage_error
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import write_text
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
@@ -146,17 +145,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json whole or not at all. Raises StorageError."""
-    write_text_durably(directory / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
-
-
-def write_text_durably(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, then move it to `path`. Raises StorageError."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise storage_error(path, error) from error
-    replace_durably(temporary, path)
+    write_text(directory / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
 
 
 def is_source_name(name: str) -> bool:
@@ -167,9 +156,3 @@ def is_source_name(name: str) -> bool:
 def bucket_folder(bucket: int) -> str:
     """bucket_02048"""
     return f"bucket_{bucket:05d}"
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

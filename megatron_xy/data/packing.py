@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, storage_error
-from megatron_xy.data.manifest import Entry, ShardEntry, bucket_folder, file_sha256, write_text_durably
+from megatron_xy.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path
+from megatron_xy.data.manifest import Entry, ShardEntry, bucket_folder
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import file_sha256, storage_error, write_text
 
 Integers = NDArray[np.int64]
 
@@ -251,7 +252,7 @@ def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
         tokens=sum(writer.num_tokens for writer in writers.values()),
         shards=shards,
     )
-    write_text_durably(task.receipt, receipt.model_dump_json())
+    write_text(task.receipt, receipt.model_dump_json())
     return receipt
 
 

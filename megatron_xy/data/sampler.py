@@ -279,9 +279,7 @@ class Apportionment:
         return counts[: self._num_parties]
 
 
-def permute(
-    positions: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
+def permute(positions: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Where keyed shuffles of range(size) put positions, in O(1) each: sizes [n], keys [n, PERMUTATION_ROUNDS].
 
     A Feistel network on pairs (left, right) with left * columns + right covering 0..size-1 and a few numbers more; what

@@ -27,9 +27,9 @@ import numpy as np
 
 from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part, ScannedFile, read_part
 from megatron_xy.data.indexed import IndexedWriter, dtype_for
-from megatron_xy.data.manifest import write_text_durably
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import EXIT_PEER_LOST, ConfigError, PeerLost
+from megatron_xy.storage import write_text
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -112,7 +112,7 @@ def tokenize_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
     if not (report.bad_lines and task.bad_lines == "fail"):
         receipt = {"documents": shard.documents, "report": asdict(report)}
         task.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_text_durably(TokenShard.receipt(task.folder), json.dumps(receipt))
+        write_text(TokenShard.receipt(task.folder), json.dumps(receipt))
     return shard
 
 

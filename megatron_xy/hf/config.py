@@ -31,7 +31,9 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     heads = values["num_attention_heads"]
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
     if head_dim * heads != values["hidden_size"]:
-        raise DataError(f"{path}: head_dim ({head_dim}) x num_attention_heads ({heads}) must be hidden_size ({values['hidden_size']})")
+        raise DataError(
+            f"{path}: head_dim ({head_dim}) x num_attention_heads ({heads}) must be hidden_size ({values['hidden_size']})"
+        )
     base, scaling = _rope(values)
     return {
         "num_layers": values["num_hidden_layers"],
@@ -100,7 +102,9 @@ def complete_model(model: ModelConfig, known: dict[str, Any], *, origin: str) ->
     )  # fmt: skip
     given = {name: getattr(model, name) for name in model.model_fields_set if getattr(model, name) is not None}
     problems = [
-        Problem(f"model.{name}", f"model.{name} ({given[name]}) is {known[name]} in {origin}; leave it out or correct it")
+        Problem(
+            f"model.{name}", f"model.{name} ({given[name]}) is {known[name]} in {origin}; leave it out or correct it"
+        )
         for name in shape_keys
         if name in given and given[name] != known[name]
     ]

@@ -16,17 +16,23 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_xy import checkpoint_files as files
-from megatron_xy.checkpoint_files import TEMPORARY_PREFIX
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError
 from megatron_xy.hf.config import complete_model, hf_config, read_hf_config
 from megatron_xy.hf.names import global_names, to_hf
 from megatron_xy.hf.reader import INDEX, SINGLE, HFReader
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from megatron_xy.storage import TEMPORARY_PREFIX, sync_file, sync_folder
 
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 Say = Callable[[str], None]
 
 
@@ -69,7 +75,12 @@ def hf_to_checkpoint(source: Path, target: Path, *, dtype: str | None, say: Say)
             shape = tuple(tensor.shape)
             pieces = [files.Piece(file, files.whole(shape))]
             entries[name] = files.TensorEntry(shape, files.DTYPE_NAMES[tensor.dtype], pieces)
-        state = {**asdict(files.TrainingState()), "world_size": 1, "model": model.model_dump(mode="json"), "origin": str(source)}
+        state = {
+            **asdict(files.TrainingState()),
+            "world_size": 1,
+            "model": model.model_dump(mode="json"),
+            "origin": str(source),
+        }
         files.write_manifest(folder, files.Manifest(state, entries, {}, {file: facts}))
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
@@ -141,11 +152,9 @@ def _whole_or_absent(target: Path) -> Iterator[Path]:
     try:
         yield folder
         for path in folder.iterdir():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync_file(path)
         folder.rename(target)
-        files.sync_directory(target.parent)
+        sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -78,7 +78,7 @@ def tensor_files(directory: Path) -> dict[str, str]:
     if (directory / SINGLE).is_file():
         _require_inside(directory, SINGLE)
         with _opened(directory / SINGLE) as opened:
-            return {name: SINGLE for name in opened.keys()}  # noqa: SIM118: safe_open has no iterator
+            return dict.fromkeys(opened.keys(), SINGLE)  # noqa: SIM118: safe_open has no iterator
     if any(directory.glob("pytorch_model*.bin")):
         raise DataError(
             f"{directory} holds pytorch_model.bin, a pickle, which is never opened; load and save it once with "

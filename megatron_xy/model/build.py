@@ -57,9 +57,7 @@ def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups,
         # It would end one rank alone; non-finite gradients are met in the optimizer step, on all ranks alike.
         check_for_nan_in_grad=False,
     )
-    wrapped: torch.nn.Module = mcore.DistributedDataParallel(
-        config, ddp_config, gpt, pg_collection=groups.collection
-    )
+    wrapped: torch.nn.Module = mcore.DistributedDataParallel(config, ddp_config, gpt, pg_collection=groups.collection)
     draw_weights(wrapped, model=model, groups=groups, seed=seed)
     return wrapped
 
@@ -136,7 +134,10 @@ def mark_tensor_parallel(gpt: torch.nn.Module) -> None:
     """
     layers = mcore.tensor_parallel_layers
     for name, module in gpt.named_modules():
-        if isinstance(module, layers.ColumnParallelLinear | layers.VocabParallelEmbedding) and module.weight is not None:
+        if (
+            isinstance(module, layers.ColumnParallelLinear | layers.VocabParallelEmbedding)
+            and module.weight is not None
+        ):
             stride = 2 if name.endswith("linear_fc1") else 1  # gate and up stand one after the other in every shard
             layers.set_tensor_model_parallel_attributes(module.weight, True, 0, stride)
         elif isinstance(module, layers.RowParallelLinear):

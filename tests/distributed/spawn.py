@@ -23,7 +23,9 @@ _context.set_forkserver_preload(["tests.distributed.preload"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int, timeout_seconds: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], *arguments: Any, world_size: int, timeout_seconds: float = 120.0
+) -> list[Any]:
     """`function(*arguments)` on ranks 0 to world_size - 1 of one gloo world; results by rank. Fails the test on any error."""
     port = _free_port()
     results = _context.Queue()
@@ -53,8 +55,10 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int, ti
     failures = [f"--- rank {rank} ---\n{value}" for rank, (ok, value) in sorted(answers.items()) if not ok]
     silent = [rank for rank in range(world_size) if rank not in answers]
     if silent:
-        failures.append(f"ranks {silent} gave no answer within {timeout_seconds:.0f} s, exit codes "
-                        f"{[ranks[rank].exitcode for rank in silent]}")
+        failures.append(
+            f"ranks {silent} gave no answer within {timeout_seconds:.0f} s, exit codes "
+            f"{[ranks[rank].exitcode for rank in silent]}"
+        )
     if failures:
         pytest.fail("\n".join(failures), pytrace=False)
     return [answers[rank][1] for rank in range(world_size)]

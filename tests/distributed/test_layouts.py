@@ -50,7 +50,9 @@ def test_the_reference_run_learns(reference: list[tuple[float, float]]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_has_the_same_losses_and_gradient_norms(layout: Layout, reference: list[tuple[float, float]]) -> None:
+def test_every_layout_has_the_same_losses_and_gradient_norms(
+    layout: Layout, reference: list[tuple[float, float]]
+) -> None:
     for curve in run_ranks(train, layout, models.MODEL, world_size=layout.world_size):
         for (loss, norm), (expected_loss, expected_norm) in zip(curve, reference, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)

@@ -19,12 +19,12 @@ from megatron_xy.data.manifest import (
     SourceEntry,
     Statistics,
     TokenizerEntry,
-    file_sha256,
     read_manifest,
     write_manifest,
 )
 from megatron_xy.data.sampler import BucketSampler, SampleId, SamplerPhase, Stream
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import file_sha256
 
 VOCAB_SIZE = 1000
 

@@ -27,8 +27,8 @@ from megatron_xy.run_folder import (
     read_heartbeats,
     record_exit,
     write_env,
-    write_json,
 )
+from megatron_xy.storage import write_json
 
 
 def test_prepare_makes_the_folder_for_its_owner_only_and_finds_it_again(tmp_path):

@@ -1,0 +1,79 @@
+"""Writing to disk so that a file is there whole or not at all, even after a kill or a power cut; checksums of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_xy.errors import StorageError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replaces `path` by `text` in one step; `durable` also waits for the disk. Raises StorageError."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        with storage_errors(path):
+            temporary.write_text(text, encoding="utf-8")
+        replace(temporary, path, durable=durable)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Replaces `path` by `value` as JSON in one step; `durable` also waits for the disk. Raises StorageError."""
+    write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
+
+
+def replace(temporary: Path, path: Path, *, durable: bool = True) -> None:
+    """Moves a written and closed file to its name; `durable` waits until file and name are on the disk. Raises StorageError."""
+    with storage_errors(path):
+        if durable:
+            sync_file(temporary)
+        temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the file's contents are on the disk."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the folder's names (new, moved, removed files) are on the disk."""
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says of a write to `path` into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """What the file system answered, as an error with its exit code."""
+    return StorageError(f"{path} cannot be written: {error.strerror or error}; make room or choose another folder")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
