@@ -1,3 +1,3 @@
-"""Megatron-style 3D-parallel training, from bucketed data to released models. Importing this package patches nothing."""
+"""Megatron-style 3D-parallel training, from bucketed data to released models; importing it patches nothing."""
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
 """A role's checkpoints: every rank writes its own part, any layout opens it, the newest valid one is found again.
 
-Saving copies the state, then writes it (in a thread under `async_save`): shards into a temporary folder, each with a small
-note of its pieces; the leader waits for all notes, writes the manifest last and renames the folder. What has the final name is
-whole. Loading reads each rank's boxes out of whatever pieces there are.
+Saving copies the state, then writes it (in a thread under `async_save`): shards into a temporary folder, each with a
+small note of its pieces; the leader waits for all notes, writes the manifest last and renames the folder. What has the
+final name is whole. Loading reads each rank's boxes out of whatever pieces there are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_xy.model.build import NamedParameter
 from megatron_xy.optimizer import torch_optimizers
 from megatron_xy.parallel import Groups, barrier, sum_over
 from megatron_xy.role import Role
-from megatron_xy.shards import ParameterShard
+from megatron_xy.shards import Box, ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, sync_folder, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -165,7 +165,7 @@ class CheckpointWriter:
             for name, part in note["tensors"].items():
                 shape = tuple(part["shape"])
                 entry = manifest.tensors.setdefault(name, files.TensorEntry(shape, part["dtype"]))
-                boxes = tuple(files.Box(tuple(start), tuple(stop)) for start, stop in part["boxes"])
+                boxes = tuple(Box(tuple(start), tuple(stop)) for start, stop in part["boxes"])
                 entry.pieces.append(files.Piece(note["file"], ParameterShard(shape, boxes)))
         files.write_manifest(folder, manifest)
         for rank in notes:
@@ -309,10 +309,11 @@ def _load_moments(reader: files.TensorReader, role: Role, named: NamedParameter,
 
 
 def _parts(role: Role) -> list[_Part]:
-    """All tensors of this rank that make up the state, in the same order on all replicas, with the one that writes each.
+    """This rank's tensors that make up the state, in the same order on all replicas, with the one that writes each.
 
-    Replicas share the writing: a tensor goes to the data parallel rank with the fewest bytes so far, the same computation
-    on each; one that is not split by tensor parallelism is written by tensor parallel rank 0; a tied embedding by stage 0.
+    Replicas share the writing: a tensor goes to the data parallel rank with the fewest bytes so far, the same
+    computation on each; one that is not split by tensor parallelism is written by tensor parallel rank 0; a tied
+    embedding by stage 0.
     """
     groups = role.groups
     load = [0] * groups.dp_size

@@ -1,8 +1,8 @@
-"""The checkpoint format on disk: safetensors shards and a JSON manifest with checksums, free of the layout that wrote it.
+"""The checkpoint format on disk: safetensors shards and a JSON manifest with checksums, whatever layout wrote it.
 
-DIR/manifest.json names every global tensor, its shape and dtype, and for each piece the file and the boxes of the tensor
-that it holds. It is written last and carries the size and sha256 of every shard and of itself, so what opens is whole.
-There is no pickle anywhere. This module knows files only; `checkpoint` knows ranks.
+DIR/manifest.json names every global tensor, its shape and dtype, and for each piece the file and the boxes of the
+tensor that it holds. It is written last and carries the size and sha256 of every shard and of itself, so what opens is
+whole. There is no pickle anywhere. This module knows files only; `checkpoint` knows ranks.
 """
 
 from __future__ import annotations
@@ -135,16 +135,13 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if body.pop("manifest_sha256", None) != _digest_of(body):
         raise DataError(f"{path} is damaged: its contents do not match its own checksum")
-    tensors = {}
-    for name, entry in body["tensors"].items():
-        shape = tuple(entry["shape"])
-        pieces = []
-        for piece in entry["pieces"]:
-            boxes = tuple(Box(tuple(start), tuple(stop)) for start, stop in piece["boxes"])
-            pieces.append(Piece(_plain_name(piece["file"], path), ParameterShard(shape, boxes)))
-        tensors[name] = TensorEntry(shape, entry["dtype"], pieces)
-    files = {_plain_name(file, path): facts for file, facts in body["files"].items()}
-    return Manifest(body["state"], tensors, body["rank_state"], files)
+    try:
+        return _parsed(body, path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is not laid out as format_version {FORMAT_VERSION} is ({type(error).__name__}: {error}); "
+            f"it is foreign or tampered with"
+        ) from None
 
 
 def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
@@ -152,11 +149,15 @@ def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | 
     for file in manifest.files if files is None else files:
         facts, path = manifest.files[file], directory / file
         if path.is_symlink() or not path.is_file():
-            raise DataError(f"{path} is missing from the checkpoint")
+            raise DataError(f"{path} is missing from the checkpoint, or is no plain file")
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise DataError(f"{path} is damaged: {size} bytes instead of {facts['bytes']}")
-        if file_sha256(path) != facts["sha256"]:
+        try:
+            sha256 = file_sha256(path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+        if sha256 != facts["sha256"]:
             raise DataError(f"{path} is damaged: its contents do not match the checksum in {MANIFEST}")
 
 
@@ -217,10 +218,13 @@ class TensorReader:
     def read_rank_state(self, rank: int) -> dict[str, torch.Tensor]:
         """The per-rank tensors that global rank `rank` of the writing run left; empty if it had none."""
         names = self.manifest.rank_state.get(str(rank), {})
-        return {name: self._file(file).get_tensor(f"rank_state.{name}").clone() for name, file in names.items()}
+        return {name: self._slice(file, f"rank_state.{name}")[...].clone() for name, file in names.items()}
 
     def _slice(self, file: str, name: str) -> Any:
-        return self._file(file).get_slice(name)
+        try:
+            return self._file(file).get_slice(name)
+        except SafetensorError as error:
+            raise DataError(f"{self.directory / file} is damaged: {error}") from None
 
     def _file(self, file: str) -> Any:
         if file not in self._open_files:
@@ -242,11 +246,41 @@ def tensor_hashes(directory: Path, manifest: Manifest) -> Iterator[tuple[str, di
     with TensorReader(directory, manifest) as reader:
         for name, entry in sorted(manifest.tensors.items()):
             raw = reader.read_full(name).contiguous().view(torch.uint8).numpy()
-            yield name, {"shape": list(entry.shape), "dtype": entry.dtype, "sha256": hashlib.sha256(raw).hexdigest()}
+            sha256 = hashlib.sha256(raw.data).hexdigest()
+            yield name, {"shape": list(entry.shape), "dtype": entry.dtype, "sha256": sha256}
 
 
 def _digest_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _parsed(body: dict[str, Any], path: Path) -> Manifest:
+    """The manifest out of its JSON, which has passed its checksum; every file named is listed, every box in its tensor."""
+    files = {_plain_name(file, path): facts for file, facts in body["files"].items()}
+    tensors = {}
+    for name, entry in body["tensors"].items():
+        shape = tuple(entry["shape"])
+        if entry["dtype"] not in DTYPES:
+            raise DataError(f"{path}: {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
+        pieces = []
+        for piece in entry["pieces"]:
+            boxes = tuple(Box(tuple(start), tuple(stop)) for start, stop in piece["boxes"])
+            for box in boxes:
+                if not all(0 <= a <= b <= size for a, b, size in zip(box.start, box.stop, shape, strict=True)):
+                    raise DataError(f"{path}: a piece of {name} lies outside its shape {list(shape)}")
+            pieces.append(Piece(_listed(piece["file"], files, path), ParameterShard(shape, boxes)))
+        tensors[name] = TensorEntry(shape, entry["dtype"], pieces)
+    rank_state = {
+        rank: {name: _listed(file, files, path) for name, file in names.items()}
+        for rank, names in body["rank_state"].items()
+    }
+    return Manifest(body["state"], tensors, rank_state, files)
+
+
+def _listed(file: str, files: dict[str, Any], manifest_path: Path) -> str:
+    if file not in files:
+        raise DataError(f"{manifest_path}: {file!r} is not among its files, so nothing vouches for its contents")
+    return file
 
 
 def _plain_name(file: str, manifest_path: Path) -> str:

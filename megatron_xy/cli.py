@@ -1,4 +1,7 @@
-"""The verbs of `megatron-xy`. The one place that imports a verb's code only when it is called: what does not train starts fast."""
+"""The verbs of `megatron-xy`, from command line to exit code.
+
+The one place that imports a verb's code only when it is called: what does not train starts fast.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -205,7 +208,7 @@ def data_build(
         bool, typer.Option("--append-eod", help="end every document with the end-of-document token")
     ] = False,
     workers: Annotated[int, typer.Option("--workers", min=1, help="processes")] = 1,
-    bad_lines: Annotated[str, typer.Option("--bad-lines", metavar="fail|skip")] = "fail",
+    bad_lines: Annotated[Literal["fail", "skip"], typer.Option("--bad-lines", metavar="fail|skip")] = "fail",
     as_json: AsJson = False,
 ) -> None:
     """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx."""

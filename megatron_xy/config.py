@@ -1,4 +1,4 @@
-"""Every section of a run as typed models: defaults once, units, checks. From a YAML file and overrides to a `RunConfig`.
+"""Every section of a run as typed models: defaults, units, checks; from a YAML file and overrides to a `RunConfig`.
 
 Nothing here imports torch: `check`, `plan` and `--help` answer in under a second. All problems of a file come in one
 report, each with its line, value, rule and remedy.
@@ -201,9 +201,15 @@ SECTIONS: dict[str, type[Section]] = {
 
 # What stays outside this project, and a tool that has it.
 OUT_OF_SCOPE = {
-    r"num_experts|moe_.*|expert_model_parallel_size": "mixture of experts is not part of megatron_xy; Megatron-LM has it",
-    r"multi_latent_attention|q_lora_rank|kv_lora_rank": "latent attention is not part of megatron_xy; Megatron-LM has it",
-    r"lora.*|peft.*|adapter.*": "adapters are not part of megatron_xy, all weights train; PEFT and LLaMA-Factory have them",
+    r"num_experts|moe_.*|expert_model_parallel_size": (
+        "mixture of experts is not part of megatron_xy; Megatron-LM has it"
+    ),
+    r"multi_latent_attention|q_lora_rank|kv_lora_rank": (
+        "latent attention is not part of megatron_xy; Megatron-LM has it"
+    ),
+    r"lora.*|peft.*|adapter.*": (
+        "adapters are not part of megatron_xy, all weights train; PEFT and LLaMA-Factory have them"
+    ),
 }
 
 # Megatron's and HF's spellings of what is called otherwise here.
@@ -309,7 +315,7 @@ def check_world(config: RunConfig, *, world_size: int) -> None:
 
 
 def check_shape(config: RunConfig) -> None:
-    """The rules of the model's shape once it is complete, that is after `model.load` has filled it in; raises InvalidConfig."""
+    """The rules of the model's shape once it is complete: `model.load` has filled it in. Raises InvalidConfig."""
     problems = [Problem(name, text) for name, text in _shape_rules(config.model, config.parallel)]
     if problems:
         raise InvalidConfig(problems)
@@ -387,12 +393,16 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
         yield from divides("num_query_groups", groups, "tensor_model_parallel_size", tp)
     yield from divides("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
     yield from divides("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
-    if model.hidden_size and model.num_attention_heads and model.hidden_size % model.num_attention_heads == 0:
-        if model.head_dim % 2:
-            yield (
-                "model.hidden_size",
-                f"model.hidden_size / num_attention_heads ({model.head_dim}) must be even for RoPE",
-            )
+    if (
+        model.hidden_size
+        and model.num_attention_heads
+        and model.hidden_size % model.num_attention_heads == 0
+        and model.head_dim % 2
+    ):
+        yield (
+            "model.hidden_size",
+            f"model.hidden_size / num_attention_heads ({model.head_dim}) must be even for RoPE",
+        )
     if model.rope_scaling is not None:
         kind = model.rope_scaling.get("rope_type", model.rope_scaling.get("type"))
         needed = {
@@ -485,6 +495,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 mark = event.start_mark
+                assert mark is not None, "PyYAML marks every event that it parses"
                 raise ConfigError(f"{path}:{mark.line + 1}: YAML anchors and aliases are not accepted; write it out")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)

@@ -1,10 +1,10 @@
 """This process's device and backend; on a machine without CUDA, the stand-in that lets megatron-core run on the CPU.
 
-megatron-core calls `torch.cuda` and names the device literally in many places. `start`, called by a verb before anything
-imports megatron.core, settles the device. On a GPU it patches nothing. On a CPU it replaces what megatron-core reaches:
-streams and events (CPU operations are synchronous, so these do nothing), device queries, generator states, and the device
-argument of the factory functions. The factories are wrapped rather than watched by a TorchFunctionMode, which would cost
-about 12 us in every torch call; a wrapped one costs a dictionary look-up.
+megatron-core calls `torch.cuda` and names the device literally in many places. `start`, called by a verb before
+anything imports megatron.core, settles the device. On a GPU it patches nothing. On a CPU it replaces what megatron-core
+reaches: streams and events (CPU operations are synchronous, so these do nothing), device queries, generator states, and
+the device argument of the factory functions. The factories are wrapped rather than watched by a TorchFunctionMode,
+which would cost about 12 us in every torch call; a wrapped one costs a dictionary look-up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _device: torch.device | None = None
 
 
 def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = False) -> torch.device:
-    """Settles this process's device: GPU number `local_rank`, or the CPU with the stand-in. Call before `mcore` is imported.
+    """Settles this process's device: GPU number `local_rank`, or the CPU with the stand-in.
+
+    Call it before `mcore` is imported.
 
     num_threads: CPU threads of torch in this process; set always, since results depend on it bit for bit.
     """
@@ -99,7 +101,7 @@ def set_generator_state(state: torch.Tensor) -> None:
 
 
 def adapt_megatron_random(module: Any) -> None:
-    """Points megatron.core.tensor_parallel.random's own generator access, which bypasses torch.cuda's names, to the CPU."""
+    """Points megatron.core.tensor_parallel.random's own generator access, which goes past torch.cuda, to the CPU."""
     if is_cpu():
         module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -200,7 +202,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _install_tensor_methods() -> None:
-    """`Tensor.cuda()` stays here; `Tensor.type()` speaks of CUDA, since megatron-core's optimizer compares its strings."""
+    """`Tensor.cuda()` stays here; `Tensor.type()` says CUDA, since megatron-core's optimizer compares its strings."""
     plain_type = torch.Tensor.type
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

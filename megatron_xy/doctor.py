@@ -31,8 +31,8 @@ def diagnose() -> Iterator[str]:
         yield f"{package} (optional): {_version(package)}; {use}"
     yield f"device: {device.name()}, backend {device.backend()}, {torch.get_num_threads()} thread(s) a process"
     if device.is_cpu():
-        yield "patched: torch.cuda, the device argument of torch's factory functions, Tensor.cuda and Tensor.type, because"
-        yield "  no GPU is there and megatron-core calls them; on a GPU nothing is patched"
+        yield "patched: torch.cuda, the device argument of torch's factory functions, Tensor.cuda and Tensor.type,"
+        yield "  because no GPU is there and megatron-core calls them; on a GPU nothing is patched"
     else:
         yield "patched: nothing"
     yield "layer_spec auto: torch (RMSNorm and scaled dot product attention of torch)"

@@ -1,4 +1,4 @@
-"""What a run tells: one line and one metrics record a step, phases with their seconds, TensorBoard, a log file per rank.
+"""What a run tells: a line and a metrics record each step, phases with their seconds, TensorBoard, a log file per rank.
 
 RUN/metrics.jsonl holds one JSON object a step with floats unrounded; after a resume each iteration still stands once.
 """
@@ -25,7 +25,7 @@ _SCALARS = (
 
 
 class RunLog:
-    """This rank's voice: every rank writes its file in RUN/logs; the leader also the terminal, metrics and TensorBoard."""
+    """This rank's voice: every rank writes its file in RUN/logs, the leader also terminal, metrics, TensorBoard."""
 
     def __init__(self, run_dir: Path, *, rank: int, is_leader: bool) -> None:
         self.run_dir = run_dir
@@ -84,8 +84,9 @@ def step_line(record: dict[str, Any], *, train_iters: int) -> str:
     width = len(str(train_iters))
     remaining = (train_iters - record["iteration"]) * record["step_seconds"]
     line = (
-        f"step {record['iteration']:>{width}}/{train_iters} | bucket {record['bucket']:>5} | loss {record['loss']:8.4f} | "
-        f"grad norm {record['grad_norm']:7.3f} | lr {record['lr']:.2e} | {record['tokens_per_second']:>9,.0f} tokens/s | "
+        f"step {record['iteration']:>{width}}/{train_iters} | bucket {record['bucket']:>5} | "
+        f"loss {record['loss']:8.4f} | grad norm {record['grad_norm']:7.3f} | lr {record['lr']:.2e} | "
+        f"{record['tokens_per_second']:>9,.0f} tokens/s | "
         f"{record['step_seconds']:6.2f} s | ETA {_duration(remaining)}"
     )
     return line + (" | SKIPPED: gradient not finite" if record["skipped"] else "")

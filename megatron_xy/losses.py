@@ -1,4 +1,4 @@
-"""Token losses over a vocabulary split by tensor parallelism: pure tensors in, pure tensors out, the group a parameter."""
+"""Token losses over a vocabulary split by tensor parallelism: tensors in, tensors out, the group a parameter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def token_cross_entropy(
     logits [..., padded vocabulary / tp], labels [...]; returns [...]. Rows of the padded vocabulary beyond `vocab_size`
     take no part: the loss is that of the true vocabulary under every tensor parallel size.
     """
-    losses: torch.Tensor = _VocabParallelCrossEntropy.apply(logits, labels, vocab_size, tp_group)
+    losses: torch.Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits, labels, vocab_size, tp_group
+    )
     return losses
 
 
@@ -48,7 +50,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return sums[1].log() - sums[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         probabilities, owned, column = ctx.saved_tensors
         # The saved softmax is used once: it becomes the gradient in place.
         gradient = probabilities.scatter_add_(-1, column.unsqueeze(-1), -owned.to(probabilities.dtype).unsqueeze(-1))

@@ -46,7 +46,8 @@ device.adapt_megatron_random(tensor_parallel_random)
 
 VERSION = importlib.metadata.version("megatron-core")
 
-# The one bit of global state that sequence parallel needs: a scratch buffer, keyed by name and dtype, shared by all roles.
+# The one bit of global state that sequence parallel needs: a scratch buffer, keyed by name and dtype, which all roles
+# share.
 if getattr(_parallel_state, "_GLOBAL_MEMORY_BUFFER", None) is None:
     _parallel_state._set_global_memory_buffer()
 

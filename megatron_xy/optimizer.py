@@ -50,10 +50,8 @@ def learning_rate(config: OptimizerConfig, *, iteration: int, train_iters: int) 
     if config.lr_decay_style == "constant" or train_iters <= warmup:
         return config.lr
     progress = min(1.0, (iteration - warmup) / (train_iters - warmup))
-    if config.lr_decay_style == "linear":
-        remaining = 1.0 - progress
-    else:
-        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+    is_linear = config.lr_decay_style == "linear"
+    remaining = 1.0 - progress if is_linear else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.min_lr + (config.lr - config.min_lr) * remaining
 
 

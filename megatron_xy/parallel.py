@@ -1,7 +1,7 @@
 """Ranks of a role -> process groups, sizes and coordinates; start and end of torch.distributed; the plain collectives.
 
-A process group is a parameter here, never a global: `build_groups` makes them for one role, on every rank of the world in
-the same order, and hands each member a `Groups`. megatron-core takes its `collection`.
+A process group is a parameter here, never a global: `build_groups` makes them for one role, on every rank of the world
+in the same order, and hands each member a `Groups`. megatron-core takes its `collection`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def start_distributed(*, timeout_seconds: float) -> None:
 
 def start_alone() -> None:
     """A world of this one process, for verbs that need a model and no torchrun."""
-    dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(device.backend(), store=store, rank=0, world_size=1)
 
 
 def stop_distributed() -> None:
@@ -125,7 +126,7 @@ def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, t
         return mine
 
     pipelines = _along(grid, "pp")
-    tp, cp, pp, dp = (mine_of(_along(grid, dimension)) for dimension in ("tp", "cp", "pp", "dp"))  # type: ignore[arg-type]
+    tp, cp, pp, dp = (mine_of(_along(grid, dimension)) for dimension in ("tp", "cp", "pp", "dp"))
     dp_cp = dp if parallel.context_parallel_size == 1 else mine_of(_along(grid, "dp", "cp"))
     tp_cp = tp if parallel.context_parallel_size == 1 else mine_of(_along(grid, "cp", "tp"))
     mp = mine_of(_along(grid, "pp", "tp"))
@@ -157,8 +158,10 @@ def _along(grid: torch.Tensor, *dimensions: Dimension) -> list[list[int]]:
 
 @contextlib.contextmanager
 def as_default_group(group: dist.ProcessGroup) -> Iterator[None]:
-    """Inside, torch's default group is `group`: megatron-core builds its optimizer with collectives on the default group,
-    which only this role's ranks reach."""
+    """Inside, torch's default group is `group`.
+
+    megatron-core builds its optimizer with collectives on the default group, which only this role's ranks reach.
+    """
     world = distributed_c10d._get_default_group()
     ranks = distributed_c10d._world.pg_group_ranks[group]
     distributed_c10d._update_default_pg(group)

@@ -12,7 +12,7 @@ from megatron_xy.storage import file_sha256
 
 
 def check_paths(config: RunConfig) -> None:
-    """The folders and files that the config names: there, whole at a glance, and fitting. Raises ConfigError or DataError."""
+    """The files that the config names: there, whole at a glance, and fitting. Raises ConfigError or DataError."""
     for path in config.data.paths:
         manifest = read_manifest(path)
         check_buckets(config.training, buckets=manifest.buckets)
@@ -39,8 +39,8 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
     lines = [f"{path}: valid, task {config.task}, run folder {config.run_dir}"]
     if model.load is None:
         lines.append(
-            f"  model: {num_parameters(model) / 1e6:,.1f} M parameters, {model.num_layers} layers of {model.hidden_size}, "
-            f"vocabulary {model.vocab_size}, {model.params_dtype}"
+            f"  model: {num_parameters(model) / 1e6:,.1f} M parameters, "
+            f"{model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size}, {model.params_dtype}"
         )
     else:
         lines.append(f"  model: {model.load}")

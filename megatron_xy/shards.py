@@ -1,7 +1,8 @@
 """Which part of a global tensor a local one holds: boxes, and the copying between two ways of cutting one tensor.
 
-A local tensor is one or more boxes of the global one, concatenated along dimension 0 (the gated fc1 under tensor parallelism
-holds a box of the gate and one of the up projection). Rows of padding behind the boxes belong to no global tensor.
+A local tensor is one or more boxes of the global one, concatenated along dimension 0 (the gated fc1 under tensor
+parallelism holds a box of the gate and one of the up projection). Rows of padding behind the boxes belong to no global
+tensor.
 """
 
 from __future__ import annotations

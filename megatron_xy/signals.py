@@ -1,7 +1,8 @@
 """Requests to stop, taken in a thread: Python's own handlers do not run while the main thread waits in a collective.
 
-SIGTERM (launchers), SIGUSR1 (schedulers, ahead of the time limit) and SIGINT (ctrl-C) ask for a stop. While there is nothing
-to save the process leaves at once; once training runs, all ranks save together at the next step's end. A second one leaves now.
+SIGTERM (launchers), SIGUSR1 (schedulers, ahead of the time limit) and SIGINT (ctrl-C) ask for a stop. While there is
+nothing to save the process leaves at once; once training runs, all ranks save together at the next step's end. A second
+one leaves now.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def replace(temporary: Path, path: Path, *, durable: bool = True) -> None:
-    """Moves a written and closed file to its name; `durable` waits until file and name are on the disk. Raises StorageError."""
+    """Moves a closed file to its name; `durable` waits until file and name are on the disk. Raises StorageError."""
     with storage_errors(path):
         if durable:
             sync_file(temporary)

@@ -1,4 +1,4 @@
-"""One optimizer step of a role: micro-batches through megatron-core's pipeline schedule, the update, the step's numbers.
+"""One optimizer step of a role: micro-batches through megatron-core's schedule, the update, the step's numbers.
 
 The loss is the sum over all tokens of the global batch divided by their number: the result depends neither on how the
 batch is split into micro-batches nor over data parallel ranks nor on its bucket.
@@ -43,6 +43,7 @@ class StepResult:
     loss: float  # mean over the global batch's unmasked tokens
     num_loss_tokens: int
     source_losses: dict[int, float]  # by source index, for the sources drawn
+    source_tokens: dict[int, int]  # unmasked tokens, likewise
     grad_norm: float
     updated: bool
 
@@ -50,7 +51,7 @@ class StepResult:
 def train_step(
     role: Role, micro_batches: Sequence[MicroBatch], *, num_sources: int, lr: float, clip_grad: float
 ) -> StepResult:
-    """One update of the role's weights from this data parallel rank's micro-batches. Collective over the role's ranks."""
+    """One update of the role's weights from this data parallel rank's micro-batches; collective over the role."""
     assert role.optimizer is not None, "a role that trains has an optimizer"
     role.module.zero_grad_buffer()  # type: ignore[operator]
     role.optimizer.zero_grad()
@@ -69,6 +70,7 @@ def train_step(
         loss=float(sums.sum().item()) / max(num_tokens, 1),
         num_loss_tokens=num_tokens,
         source_losses=losses,
+        source_tokens={index: int(count) for index, count in enumerate(counts.tolist()) if count},
         grad_norm=grad_norm,
         updated=updated,
     )
@@ -77,12 +79,12 @@ def train_step(
 def forward_backward(
     role: Role, batches: Sequence[DeviceBatch], *, forward_step: ForwardStep, forward_only: bool = False
 ) -> list[dict[str, torch.Tensor]]:
-    """The micro-batches through megatron-core's schedule; gradients end reduced and normalised by the global token count.
+    """The micro-batches through megatron-core's schedule; gradients end reduced and divided by the global token count.
 
     Returns what the loss function gave for each micro-batch on the last stage; an empty list on the others.
     """
     groups = role.groups
-    config = role.module.config
+    config: Any = role.module.config
     config.finalize_model_grads_func = partial(mcore.finalize_model_grads, pg_collection=groups.collection)
     schedule = mcore.get_forward_backward_func(pp_size=groups.pp_size, vp_size=None)
     pipeline: dict[str, Any] = {}
@@ -112,7 +114,7 @@ def language_model_step(
 
 
 def forward(module: torch.nn.Module, batch: DeviceBatch) -> torch.Tensor:
-    """Hidden states [tokens, 1, hidden] between stages; logits [1, tokens, padded vocabulary/tp] from the last stage."""
+    """Hidden states [tokens, 1, hidden] between stages; logits [1, tokens, padded vocabulary/tp] from the last."""
     output: torch.Tensor = module(batch.tokens, batch.packed.position_ids, None, packed_seq_params=batch.packed)
     return output
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from megatron_xy import device, mcore
-from megatron_xy.checkpoint import CheckpointWriter, TrainingState, find_resumable, load_state, sweep
+from megatron_xy.checkpoint import CheckpointWriter, find_resumable, load_state, sweep
+from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import RunConfig
 from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate
 from megatron_xy.data.sampler import BucketSampler, SamplerPhase
@@ -183,6 +184,9 @@ class Trainer:
             "loss": result.loss,
             "loss_by_source": {self.loader.sources[index]: loss for index, loss in result.source_losses.items()},
             "num_loss_tokens": result.num_loss_tokens,
+            "num_loss_tokens_by_source": {
+                self.loader.sources[index]: count for index, count in result.source_tokens.items()
+            },
             "grad_norm": result.grad_norm,
             "lr": lr,
             "consumed_samples": self.state.consumed_samples,

@@ -21,7 +21,7 @@ def plan_steps(
     data_parallel_size: int,
     data_parallel_rank: int,
 ) -> Iterator[dict[str, Any]]:
-    """One row a (data step, source) of `steps`: {data_step, bucket, source, samples: indices within (source, bucket)}."""
+    """One row a (data step, source): {data_step, bucket, source, samples: indices within (source, bucket)}."""
     if data_parallel_rank >= data_parallel_size:
         raise ConfigError(
             f"--data-parallel-rank ({data_parallel_rank}) must be below --data-parallel-size ({data_parallel_size})"

@@ -1,4 +1,4 @@
-"""How `data build` and `data stats` show themselves in a terminal: progress with rate and time to go, and the final table."""
+"""How `data build` and `data stats` look in a terminal: progress with rate and time to go, and the final table."""
 
 from __future__ import annotations
 

@@ -2,67 +2,83 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_xy.config import InvalidConfig, ModelConfig, Problem
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import DataError
+from megatron_xy.hf.folder import read_object
 
-ARCHITECTURE = "LlamaForCausalLM"
-DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+CONFIG = "config.json"
+SHAPE_KEYS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
+    "untie_embeddings_and_output_weights",
+)  # fmt: skip
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
-def read_hf_config(directory: Path) -> dict[str, Any]:
-    """The keys of the model section that DIR/config.json settles.
+def read_hf_config(directory: Path) -> ModelConfig:
+    """The model section of DIR/config.json; what config.json does not settle is left unset.
 
     Raises ConfigError where the folder is not there, DataError where it is no Llama-shaped model that this project has.
     """
-    if not directory.is_dir():
-        raise ConfigError(f"{directory}: there is no such folder; name one with config.json and *.safetensors")
-    path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{directory} holds no config.json: it is no HF model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+    path = directory / CONFIG
+    values = _read(directory)
     _refuse_other_families(path, values)
     heads = values["num_attention_heads"]
+    groups = values.get("num_key_value_heads") or heads
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
     if head_dim * heads != values["hidden_size"]:
         raise DataError(
             f"{path}: head_dim ({head_dim}) x num_attention_heads ({heads}) must be hidden_size ({values['hidden_size']})"
         )
-    base, scaling = _rope(values)
-    return {
-        "num_layers": values["num_hidden_layers"],
-        "hidden_size": values["hidden_size"],
-        "ffn_hidden_size": values["intermediate_size"],
-        "num_attention_heads": heads,
-        "num_query_groups": values.get("num_key_value_heads") or heads,
-        "vocab_size": values["vocab_size"],
-        "max_position_embeddings": values.get("max_position_embeddings", 2048),
-        "rotary_base": base,
-        "rope_scaling": scaling,
-        "norm_epsilon": values.get("rms_norm_eps", 1e-6),
-        "untie_embeddings_and_output_weights": not values.get("tie_word_embeddings", False),
-    }
+    if heads % groups:
+        raise DataError(f"{path}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})")
+    base, scaling = _read_rope(path, values)
+    try:
+        return ModelConfig(
+            num_layers=values["num_hidden_layers"],
+            hidden_size=values["hidden_size"],
+            ffn_hidden_size=values["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            vocab_size=values["vocab_size"],
+            max_position_embeddings=values.get("max_position_embeddings", 2048),
+            rotary_base=base,
+            rope_scaling=scaling,
+            norm_epsilon=values.get("rms_norm_eps", 1e-6),
+            untie_embeddings_and_output_weights=not values.get("tie_word_embeddings", False),
+        )
+    except ValidationError as error:
+        raise DataError(f"{path}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
 
 
-def hf_config(model: ModelConfig, *, dtype: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
+def read_token_ids(directory: Path) -> dict[str, Any]:
+    """bos_token_id, eos_token_id (one or several) and pad_token_id of DIR/config.json, where given."""
+    values = _read(directory)
+    return {name: values[name] for name in _TOKEN_IDS if values.get(name) is not None}
+
+
+def hf_config(model: ModelConfig, *, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
     """The config.json of `model`, in the spellings of transformers 4 and 5: each of them reads only its own.
 
     dtype: torch's name of the weights' type; token_ids: bos_token_id, eos_token_id, pad_token_id where known.
     """
     scaling = None
+    parameters: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:
         kind = model.rope_scaling.get("rope_type", model.rope_scaling.get("type"))
-        scaling = {**model.rope_scaling, "rope_type": kind, "type": kind}
-    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": model.rotary_base}
-    parameters.pop("type", None)
+        parameters = {name: value for name, value in model.rope_scaling.items() if name != "type"} | {"rope_type": kind}
+        scaling = {**parameters, "type": kind}
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -80,7 +96,7 @@ def hf_config(model: ModelConfig, *, dtype: str, token_ids: dict[str, int | None
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rotary_base,
         "rope_scaling": scaling,
-        "rope_parameters": parameters,
+        "rope_parameters": {**parameters, "rope_theta": model.rotary_base},
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "torch_dtype": dtype,
         "dtype": dtype,
@@ -90,48 +106,58 @@ def hf_config(model: ModelConfig, *, dtype: str, token_ids: dict[str, int | None
     }
 
 
-def complete_model(model: ModelConfig, known: dict[str, Any], *, origin: str) -> ModelConfig:
-    """`model` with what it leaves out taken from `known`, the shape of the weights that it loads.
+def complete_model(model: ModelConfig, stored: ModelConfig, *, origin: str) -> ModelConfig:
+    """`model` with what it leaves out taken from `stored`, the section of the weights that it loads.
 
     Shape keys given twice must agree (InvalidConfig); RoPE, context length and epsilon may be set anew, as a continued
     run does.
     """
-    shape_keys = (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
-        "untie_embeddings_and_output_weights",
-    )  # fmt: skip
-    given = {name: getattr(model, name) for name in model.model_fields_set if getattr(model, name) is not None}
+    known = stored.model_dump(exclude_unset=True)
+    given = {name: value for name, value in model.model_dump(exclude_unset=True).items() if value is not None}
     problems = [
         Problem(
             f"model.{name}", f"model.{name} ({given[name]}) is {known[name]} in {origin}; leave it out or correct it"
         )
-        for name in shape_keys
+        for name in SHAPE_KEYS
         if name in given and given[name] != known[name]
     ]
     if problems:
         raise InvalidConfig(problems)
-    return ModelConfig.model_validate({**model.model_dump(), **known, **given})
+    return ModelConfig.model_validate({**known, **given})
 
 
-def _rope(values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+def _read(directory: Path) -> dict[str, Any]:
+    values = read_object(directory, CONFIG)
+    if values is None:
+        raise DataError(f"{directory} holds no {CONFIG}: it is no HF model folder")
+    return values
+
+
+def _read_rope(path: Path, values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Theta and scaling, from transformers 5's rope_parameters or from version 4's two keys."""
     parameters = values.get("rope_parameters") or {}
-    base = float(parameters.get("rope_theta", values.get("rope_theta", 10000.0)))
-    scaling = values.get("rope_scaling") or {name: value for name, value in parameters.items() if name != "rope_theta"}
-    scaling = {name: value for name, value in scaling.items() if name != "rope_theta"}
+    scaling = values.get("rope_scaling") or parameters
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        raise DataError(f"{path}: rope_parameters and rope_scaling must be objects")
+    base = scaling.get("rope_theta", parameters.get("rope_theta", values.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return base, None if kind == "default" else scaling
+    if kind not in _ROPE_KEYS:
+        raise DataError(f"{path}: RoPE scaling of kind {kind!r} is not supported; linear and llama3 are")
+    if missing := [name for name in _ROPE_KEYS[kind] if not isinstance(scaling.get(name), int | float)]:
+        raise DataError(f"{path}: RoPE scaling of kind {kind} lacks {', '.join(missing)}")
+    return base, {"rope_type": kind, **{name: scaling[name] for name in _ROPE_KEYS[kind]}} if _ROPE_KEYS[kind] else None
 
 
-def _refuse_other_families(path: Path, values: Any) -> None:
+def _refuse_other_families(path: Path, values: dict[str, Any]) -> None:
+    if values.get("model_type") != "llama":
+        raise DataError(f"{path}: model_type ({values.get('model_type')}) is not supported; llama is")
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    if not isinstance(values, dict) or values.get("model_type") != "llama":
-        found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise DataError(f"{path}: model_type {found!r} is not supported; llama is")
-    if missing := [name for name in needed if not isinstance(values.get(name), int)]:
-        raise DataError(f"{path}: {', '.join(missing)} missing or not a number")
+    if missing := [name for name in needed if not isinstance(values.get(name), int) or values[name] < 1]:
+        raise DataError(f"{path}: {', '.join(missing)} missing or no positive number")
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
-            raise DataError(f"{path}: {name} is true; only Llama shapes without biases are supported")
-    if values.get("hidden_act", "silu") != "silu":
-        raise DataError(f"{path}: hidden_act {values['hidden_act']!r} is not supported; silu is")
+            raise DataError(f"{path}: {name} (true) is not supported; only Llama shapes without biases are")
+    fixed = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+    for name, only in fixed.items():
+        if (found := values.get(name, only)) != only:
+            raise DataError(f"{path}: {name} ({found}) is not supported; {only} is")

@@ -39,7 +39,8 @@ Say = Callable[[str], None]
 def checkpoint_to_hf(source: Path, target: Path, *, dtype: str | None, tokenizer: Path | None, say: Say) -> None:
     """Writes an HF folder from a checkpoint of any layout: safetensors, configs, tokenizer files.
 
-    dtype: fp32, bf16 or fp16; the checkpoint's own if None. tokenizer: a SentencePiece model; a missing one is warned about.
+    dtype: fp32, bf16 or fp16; the checkpoint's own if None. tokenizer: a SentencePiece model; a missing one is warned
+    about.
     """
     manifest = files.read_manifest(source)
     files.verify_files(source, manifest)

@@ -1,7 +1,7 @@
 """The table of names between a checkpoint's global tensors and HF's Llama, and the two layouts that differ.
 
-QKV stands in one tensor here, interleaved by query group (the group's queries, its key, its value); gate and up projection
-stand in one tensor, the gate first.
+QKV stands in one tensor here, interleaved by query group (the group's queries, its key, its value); gate and up
+projection stand in one tensor, the gate first.
 """
 
 from __future__ import annotations
@@ -52,41 +52,29 @@ def hf_names(name: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{match[1]}.{part}" for part in LAYER[match[2]])
 
 
-def global_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
-    """Shape of the global tensor `name`, the vocabulary unpadded."""
-    hidden, ffn, vocab = model.hidden_size, model.ffn_hidden_size, model.vocab_size
-    heads = model.num_attention_heads
-    assert hidden and ffn and vocab and heads, "the shape is complete once a run starts"
-    groups = model.num_query_groups or heads
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        return (vocab, hidden)
-    if name.endswith("linear_qkv.weight"):
-        return ((heads + 2 * groups) * model.head_dim, hidden)
-    if name.endswith("linear_fc1.weight"):
-        return (2 * ffn, hidden)
-    if name.endswith("linear_fc2.weight"):
-        return (hidden, ffn)
-    return (hidden, hidden) if name.endswith("linear_proj.weight") else (hidden,)
-
-
 def hf_shapes(name: str, model: ModelConfig) -> tuple[tuple[int, ...], ...]:
-    """Shapes of `hf_names(name)`."""
-    if name.endswith("linear_qkv.weight"):
-        heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-        assert heads and groups and model.hidden_size, "the shape is complete once a run starts"
-        return tuple((count * model.head_dim, model.hidden_size) for count in (heads, groups, groups))
-    if name.endswith("linear_fc1.weight"):
-        assert model.ffn_hidden_size and model.hidden_size, "the shape is complete once a run starts"
-        return ((model.ffn_hidden_size, model.hidden_size),) * 2
-    return (global_shape(name, model),)
+    """Shapes of `hf_names(name)`, the vocabulary unpadded."""
+    hidden, ffn, vocab = model.hidden_size, model.ffn_hidden_size, model.vocab_size
+    assert hidden and ffn and vocab, "the shape is complete once a run starts"
+    heads, groups = _heads(model)
+    queries, keys = heads * model.head_dim, groups * model.head_dim
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+        "word_embeddings": ((vocab, hidden),),
+        "linear_qkv": ((queries, hidden), (keys, hidden), (keys, hidden)),
+        "linear_proj": ((hidden, queries),),
+        "linear_fc1": ((ffn, hidden), (ffn, hidden)),
+        "linear_fc2": ((hidden, ffn),),
+        "output_layer": ((vocab, hidden),),
+    }
+    return shapes.get(name.split(".")[-2], ((hidden,),))
 
 
 def from_hf(name: str, read: Callable[[str], torch.Tensor], *, model: ModelConfig) -> torch.Tensor:
     """The global tensor `name` out of HF's tensors, which `read` gives by their names."""
     parts = [read(part) for part in hf_names(name)]
     if name.endswith("linear_qkv.weight"):
-        groups = model.num_query_groups or model.num_attention_heads
-        grouped = [part.reshape(groups, -1, model.head_dim, part.size(-1)) for part in parts]  # type: ignore[arg-type]
+        _, groups = _heads(model)
+        grouped = [part.reshape(groups, -1, part.size(-1)) for part in parts]
         return torch.cat(grouped, dim=1).reshape(-1, parts[0].size(-1))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -95,12 +83,16 @@ def to_hf(name: str, tensor: torch.Tensor, *, model: ModelConfig) -> dict[str, t
     """HF's tensors out of the global tensor `name`."""
     parts: tuple[torch.Tensor, ...] = (tensor,)
     if name.endswith("linear_qkv.weight"):
-        heads = model.num_attention_heads
-        groups = model.num_query_groups or heads
-        assert heads and groups, "the shape is complete once a run starts"
-        grouped = tensor.reshape(groups, heads // groups + 2, model.head_dim, tensor.size(-1))
-        pieces = grouped.split([heads // groups, 1, 1], dim=1)
-        parts = tuple(piece.reshape(-1, tensor.size(-1)) for piece in pieces)
+        heads, groups = _heads(model)
+        grouped = tensor.reshape(groups, -1, tensor.size(-1))
+        rows = [heads // groups * model.head_dim, model.head_dim, model.head_dim]
+        parts = tuple(part.reshape(-1, tensor.size(-1)) for part in grouped.split(rows, dim=1))
     elif name.endswith("linear_fc1.weight"):
         parts = tensor.chunk(2)
     return {hf_name: part.contiguous() for hf_name, part in zip(hf_names(name), parts, strict=True)}
+
+
+def _heads(model: ModelConfig) -> tuple[int, int]:
+    """Query heads and query groups."""
+    assert model.num_attention_heads, "the shape is complete once a run starts"
+    return model.num_attention_heads, model.num_query_groups or model.num_attention_heads

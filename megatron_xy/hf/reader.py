@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
+from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import from_hf, hf_names, hf_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class HFReader:
@@ -24,7 +24,7 @@ class HFReader:
 
     def __init__(self, directory: Path, *, model: ModelConfig) -> None:
         self.directory, self.model = directory, model
-        self._files = tensor_files(directory)
+        self._files = _weight_map(directory)
         self._stack = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
 
@@ -36,75 +36,55 @@ class HFReader:
         self._open.clear()
 
     def read(self, name: str) -> torch.Tensor:
-        """The global tensor `name`, whole. Raises DataError where HF's tensors are missing or of another shape."""
+        """The global tensor `name`, whole, in its own dtype. Raises DataError where HF's tensors do not make it up."""
         shapes = dict(zip(hf_names(name), hf_shapes(name, self.model), strict=True))
         return from_hf(name, lambda part: self._tensor(part, shapes[part]), model=self.model)
 
-    def dtype(self) -> torch.dtype:
-        """The type of the embedding, which stands for all weights."""
-        return self._file("model.embed_tokens.weight").get_tensor("model.embed_tokens.weight").dtype
-
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor: torch.Tensor = self._file(name).get_tensor(name)
+        # A folder without an index has one file; safetensors says whether it holds the tensor.
+        file = self._files.get(name) if self._files is not None else SINGLE
+        if file is None:
+            raise DataError(f"{self.directory / INDEX} names no {name}, which config.json calls for")
+        path = self.directory / file
+        try:
+            tensor: torch.Tensor = self._file(file).get_tensor(name)
+        except SafetensorError as error:
+            raise DataError(f"{path} does not give {name}, which config.json calls for: {error}") from None
         if tuple(tensor.shape) != shape:
-            raise DataError(
-                f"{self.directory / self._files[name]}: {name} is {list(tensor.shape)}, "
-                f"but config.json makes it {list(shape)}"
-            )
+            raise DataError(f"{path}: {name} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
+        if tensor.dtype not in DTYPES.values():
+            raise DataError(f"{path}: {name} is of type {tensor.dtype}; only {', '.join(DTYPES)} are supported")
         return tensor
 
-    def _file(self, name: str) -> Any:
-        if name not in self._files:
-            raise DataError(f"{self.directory} holds no tensor {name}, which its config.json calls for")
-        file = self._files[name]
+    def _file(self, file: str) -> Any:
         if file not in self._open:
-            self._open[file] = self._stack.enter_context(_opened(self.directory / file))
+            path = file_inside(self.directory, file)
+            if path is None:
+                raise DataError(f"{self.directory / file} is named by {INDEX} and is not there")
+            try:
+                self._open[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{path} is damaged: {error}; copy it again") from None
         return self._open[file]
 
 
-def tensor_files(directory: Path) -> dict[str, str]:
-    """{HF tensor name: file} of a folder, from its index or its single file."""
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{index} is damaged: {error!r}") from None
-        for file in set(files.values()):
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise DataError(f"{index}: {file!r} is no plain name of a .safetensors file; the index is refused")
-            _require_inside(directory, file)
-        return files
-    if (directory / SINGLE).is_file():
-        _require_inside(directory, SINGLE)
-        with _opened(directory / SINGLE) as opened:
-            return dict.fromkeys(opened.keys(), SINGLE)  # noqa: SIM118: safe_open has no iterator
-    if any(directory.glob("pytorch_model*.bin")):
-        raise DataError(
-            f"{directory} holds pytorch_model.bin, a pickle, which is never opened; load and save it once with "
-            f"transformers' save_pretrained, which writes safetensors"
-        )
-    raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}")
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        opened = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is damaged or missing: {error}") from None
-    with opened as handle:
-        yield handle
-
-
-def _require_inside(directory: Path, file: str) -> None:
-    """Links may lead to the blobs of the hub cache's own model folder, nowhere else."""
-    path = directory / file
-    target = path.resolve()
-    root = directory.resolve()
-    cache = root.parent.parent if root.parent.name == "snapshots" else None
-    inside_cache = cache is not None and cache.name.startswith("models--") and target.parent == cache / "blobs"
-    if target.parent != root and not inside_cache:
-        raise DataError(f"{path} is a link out of its folder, to {target}; it is refused")
-    if not target.is_file():
-        raise DataError(f"{path} is named by the index and is not there")
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """{HF tensor name: file} from the folder's index; None where one file holds all weights."""
+    index = read_object(directory, INDEX)
+    if index is None:
+        if file_inside(directory, SINGLE) is not None:
+            return None
+        if any(directory.glob("pytorch_model*.bin")):
+            raise DataError(
+                f"{directory} holds pytorch_model.bin, a pickle, which is never opened; load and save it once with "
+                f"transformers' save_pretrained, which writes safetensors"
+            )
+        raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise DataError(f"{directory / INDEX} has no weight_map; copy it again")
+    for file in set(map(str, weight_map.values())):
+        if not file.endswith(".safetensors"):
+            raise DataError(f"{directory / INDEX} names {file}, which is no .safetensors file; it is refused")
+        file_inside(directory, file)
+    return weight_map

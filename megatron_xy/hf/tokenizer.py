@@ -1,7 +1,8 @@
 """A SentencePiece BPE model as HF's tokenizer files, encoding every text to the same ids.
 
-transformers' own conversion differs from SentencePiece in how it treats leading spaces; this one keeps to the model: normal
-pieces and their merges by score, a dummy prefix, spaces as U+2581, bytes as the fallback, control pieces never from text.
+transformers' own conversion differs from SentencePiece in how it treats leading spaces; this one keeps to the model:
+normal pieces and their merges by score, a dummy prefix, spaces as U+2581, bytes as the fallback, control pieces never
+from text.
 """
 
 from __future__ import annotations

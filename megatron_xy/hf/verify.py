@@ -1,6 +1,7 @@
 """Is an HF folder the same model as a checkpoint? Every tensor's bits, and the logits of transformers against ours.
 
-transformers runs in a process of its own, as a user of the release would load it: without the stand-in, without this package.
+transformers runs in a process of its own, as a user of the release would load it: without the stand-in, without this
+package.
 """
 
 from __future__ import annotations

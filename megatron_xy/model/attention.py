@@ -46,7 +46,10 @@ class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedDocuments | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """query [tokens, 1, heads/tp, head_dim], key and value [tokens, 1, groups/tp, head_dim] -> [tokens, 1, hidden/tp]."""
+        """Attends within each document.
+
+        query [tokens, 1, heads/tp, head_dim], key and value [tokens, 1, groups/tp, head_dim] -> [tokens, 1, hidden/tp].
+        """
         assert packed_seq_params is not None, "every forward step packs its documents"
         tokens = query.size(0)
         # [tokens, 1, heads, head_dim] -> [1, heads, tokens, head_dim]
@@ -55,7 +58,7 @@ class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
         if repeats > 1:
             key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         lengths = list(packed_seq_params.segment_lengths)
-        parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
         outputs = [
             F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale) for q, k, v in parts
         ]

@@ -1,7 +1,8 @@
 """ModelConfig and groups -> GPTModel in megatron-core's data-parallel wrapper, with weights that no layout changes.
 
-Fresh weights are drawn from each parameter's global name, so every layout starts from the same model. The vocabulary is
-padded to what tensor parallelism divides; padding rows are zero, take no part in the loss and leave no trace in checkpoints.
+Fresh weights are drawn from each parameter's global name, so every layout starts from the same model. The vocabulary
+is padded to what tensor parallelism divides; padding rows are zero, take no part in the loss and leave no trace in
+checkpoints.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,11 @@ def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups,
 def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups) -> mcore.TransformerConfig:
     """megatron-core's description of a Llama-shaped transformer under this role's layout."""
     dtype = DTYPES[model.params_dtype]
-    recompute = {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
+    recompute: dict[str, str | int | None] = {
+        "recompute_granularity": None,
+        "recompute_method": None,
+        "recompute_num_layers": None,
+    }
     if model.recompute_granularity == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute_granularity == "selective":
@@ -158,8 +164,8 @@ def named_parameters(module: torch.nn.Module, *, model: ModelConfig, groups: Gro
 
 
 def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    while hasattr(module, "module"):
-        module = module.module
+    while isinstance(inner := getattr(module, "module", None), torch.nn.Module):
+        module = inner
     return module
 
 
@@ -168,8 +174,8 @@ def _global_name(local_name: str, gpt: torch.nn.Module) -> str:
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", local_name)
     if not match:
         return local_name
-    layer = gpt.decoder.layers[int(match[1])]  # type: ignore[index,union-attr]
-    return f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+    decoder: Any = gpt.decoder
+    return f"decoder.layers.{decoder.layers[int(match[1])].layer_number - 1}.{match[2]}"
 
 
 def _shard_of(name: str, parameter: torch.nn.Parameter, *, model: ModelConfig, groups: Groups) -> ParameterShard:
@@ -202,9 +208,9 @@ def _shard_of(name: str, parameter: torch.nn.Parameter, *, model: ModelConfig, g
 
 @torch.no_grad()
 def draw_weights(module: torch.nn.Module, *, model: ModelConfig, groups: Groups, seed: int) -> None:
-    """Fresh weights: normal with `init_method_std`, output projections smaller by sqrt(2 layers) as in Megatron, norms 1.
+    """Fresh weights: normal with `init_method_std`, output projections over sqrt(2 layers) as in Megatron, norms 1.
 
-    Each global tensor is drawn whole from (seed, its name) and sliced, one at a time: the same model under every layout.
+    Each global tensor is drawn whole from (seed, its name) and sliced, one at a time: the same model in every layout.
     """
     assert model.num_layers, "the shape is complete once a run starts"
     for named in named_parameters(module, model=model, groups=groups):

@@ -12,8 +12,8 @@ from megatron_xy import device, mcore
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm whose weight says how its gradient is reduced.
 
-    Under sequence parallelism each tensor parallel rank norms its own tokens: the weight carries `sequence_parallel`, and
-    megatron-core's finalize_model_grads sums its gradient over the tensor parallel group.
+    Under sequence parallelism each tensor parallel rank norms its own tokens: the weight carries `sequence_parallel`,
+    and megatron-core's finalize_model_grads sums its gradient over the tensor parallel group.
     """
 
     def __init__(self, config: mcore.TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

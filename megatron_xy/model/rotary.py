@@ -1,7 +1,8 @@
 """Rotary position embedding by explicit position ids, so that positions may restart at document borders.
 
-Stands in GPTModel's `rotary_pos_emb`: the model asks for a "sequence length" and hands it back to get the angles; here that
-value is the tensor of position ids which travels in `PackedDocuments`. Inverse frequencies stay in fp32 under every dtype.
+Stands in GPTModel's `rotary_pos_emb`: the model asks for a "sequence length" and hands it back to get the angles; here
+that value is the tensor of position ids which travels in `PackedDocuments`. Inverse frequencies stay in fp32 under
+every dtype.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
         return frequencies
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "linear":
-        return frequencies / scaling["factor"]
+        factor: float = scaling["factor"]
+        return frequencies / factor
     assert kind == "llama3", "the config refuses every other kind"
     return _llama3(frequencies, scaling)
 

@@ -1,4 +1,7 @@
-"""Imported once by the fork server: what every rank needs, on the CPU, with one thread and no parallel region run before the fork."""
+"""Imported once by the fork server: what every rank needs, on the CPU.
+
+One thread, and no parallel region run before the fork.
+"""
 
 import torch
 

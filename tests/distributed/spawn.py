@@ -1,8 +1,8 @@
 """Runs a function on N real gloo ranks and hands back what each returned.
 
-The ranks are forked from one server process that has already imported torch and megatron.core (importing them anew would cost
-seconds a rank), so a spawn takes about 0.1 s. A rank that fails shows its traceback under its number; one that hangs is
-killed at the time limit.
+The ranks are forked from one server process that has already imported torch and megatron.core (importing them anew
+would cost seconds a rank), so a spawn takes about 0.1 s. A rank that fails shows its traceback under its number; one
+that hangs is killed at the time limit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def run_ranks(
     function: Callable[..., Any], *arguments: Any, world_size: int, timeout_seconds: float = 120.0
 ) -> list[Any]:
-    """`function(*arguments)` on ranks 0 to world_size - 1 of one gloo world; results by rank. Fails the test on any error."""
+    """`function(*arguments)` on ranks 0 to world_size - 1 of one gloo world; results by rank.
+
+    Fails the test on any error.
+    """
     port = _free_port()
     results = _context.Queue()
     ranks = [

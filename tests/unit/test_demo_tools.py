@@ -16,12 +16,15 @@ import train_tokenizer
 
 FULL = {"code": 20.0, "prose": 12.0}
 SENTENCE = "The quick brown fox jumps over the lazy dog and goes home to sleep until the morning. "
+DOCSTRINGS = [f"{head} {SENTENCE}".strip() for head in ("Module.", "Function f.", "Class C.")]
 
 
 def write_installation(root):
     files = {
-        "package/module.py": f'# a comment\n"""Module. {SENTENCE}"""\n\ndef f(a,\n      b):\n    """Function f."""\n'
-        "    return {'key': '''no docstring, as it closes a dict's pair'''}\n\n\nclass C:\n    '''Class C.'''\n",
+        "package/module.py": f'# a comment\n"""{DOCSTRINGS[0]}"""\n\ndef f(a,\n      b):\n    """{DOCSTRINGS[1]}"""\n'
+        f"    return {{'key': '''no docstring, as it stands in a dict. {SENTENCE}'''}}\n\n\n"
+        f"def g():\n    '''Tiny.'''\n\n\nclass C:\n    '''{DOCSTRINGS[2]}'''\n"
+        f"\n    def again(self):\n        '''{DOCSTRINGS[0]}'''\n",
         "package/copy.py": SENTENCE * 2,
         "package/same_copy.py": SENTENCE * 2,
         "package/tiny.py": "x = 1\n",
@@ -58,13 +61,17 @@ def test_the_corpus_holds_what_is_text_once_and_in_order(tmp_path):
     texts = {row["path"]: row["text"] for row in prose}
     assert texts["lib/package-1.0.dist-info/METADATA"] == "Description. " + SENTENCE
     assert texts["lib/package/README.md"].startswith("# Title")
-    assert texts["lib/package/module.py/docstrings/0000"] == f"Module. {SENTENCE}".strip()
     assert any(path.startswith("stdlib/pydoc_data/topics/") for path in texts)
+    docstrings = {path: text for path, text in texts.items() if path.startswith("lib/package/module.py/")}
+    assert docstrings == {  # each a document of its own; number 2 is tiny, number 4 stands once already
+        "lib/package/module.py/docstrings/0000": DOCSTRINGS[0],
+        "lib/package/module.py/docstrings/0001": DOCSTRINGS[1],
+        "lib/package/module.py/docstrings/0003": DOCSTRINGS[2],
+    }
     taken_of_lib = {path.removeprefix("lib/") for path in texts if path.startswith("lib/")}
-    assert taken_of_lib == {
+    assert taken_of_lib - {path.removeprefix("lib/") for path in docstrings} == {
         "package-1.0.dist-info/METADATA",
         "package/README.md",
-        "package/module.py/docstrings/0000",  # the others are tiny
     }
     assert summary["code"]["num_documents"] == len(code)
 

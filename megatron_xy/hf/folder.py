@@ -1,0 +1,44 @@
+"""The files of an HF folder that may be opened: those that lie in it, and the blobs of the hub's cache that it links to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_xy.errors import ConfigError, DataError
+
+
+def file_inside(directory: Path, file: str) -> Path | None:
+    """DIR/file, None where there is none.
+
+    A link may lead to another file of the folder, or from a snapshot of the hub's cache to the blobs of the same model
+    (models--X/snapshots/Y/file -> models--X/blobs/Z). Raises ConfigError where the folder is missing, DataError for any
+    other link and for a name that is no plain one.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: there is no such folder; name one with config.json and *.safetensors")
+    if Path(file).name != file or file == "..":
+        raise DataError(f"{directory}: {file!r} is no plain name of a file in the folder; it is refused")
+    path = directory / file
+    root, target = directory.resolve(), path.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        allowed.append(root.parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise DataError(f"{path} is a link out of its folder, to {target}; it is refused: copy the file into the folder")
+    return path if target.is_file() else None
+
+
+def read_object(directory: Path, file: str) -> dict[str, Any] | None:
+    """The JSON object in DIR/file, None where there is no such file. Raises ConfigError or DataError."""
+    path = file_inside(directory, file)
+    if path is None:
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}; copy it again") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__} instead of a JSON object; copy it again")
+    return value

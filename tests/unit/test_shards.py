@@ -1,0 +1,121 @@
+"""Two ways of cutting one tensor: what both hold is copied once and only once, padding never."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_xy.shards import Box, ParameterShard
+
+
+def cut_points(draw, size):
+    inner = draw(st.lists(st.integers(0, size), max_size=4))
+    return sorted({0, size, *inner})
+
+
+@st.composite
+def cuts(draw, shape):
+    """ParameterShards that make up a tensor of `shape`: along one dimension, in a grid, or as gate and up."""
+    kind = draw(st.sampled_from(["rows", "columns", "grid", "gated"]))
+    if kind == "gated" and (shape[0] % 2 or shape[0] == 0):
+        kind = "rows"
+    if len(shape) == 1 and kind in ("columns", "grid"):
+        kind = "rows"
+    rest_start, rest_stop = (0,) * (len(shape) - 1), shape[1:]
+    if kind == "rows":
+        points = cut_points(draw, shape[0])
+        boxes = [
+            (Box((a, *rest_start), (b, *rest_stop)),) for a, b in zip(points, points[1:], strict=False)
+        ]
+    elif kind == "gated":
+        half = shape[0] // 2
+        points = cut_points(draw, half)
+        boxes = [
+            (Box((a, *rest_start), (b, *rest_stop)), Box((half + a, *rest_start), (half + b, *rest_stop)))
+            for a, b in zip(points, points[1:], strict=False)
+        ]
+    else:
+        rows = cut_points(draw, shape[0]) if kind == "grid" else [0, shape[0]]
+        columns = cut_points(draw, shape[1])
+        boxes = [
+            (Box((a, c, *rest_start[1:]), (b, d, *rest_stop[1:])),)
+            for a, b in zip(rows, rows[1:], strict=False)
+            for c, d in zip(columns, columns[1:], strict=False)
+        ]
+    return [ParameterShard(shape, parts) for parts in boxes]
+
+
+@st.composite
+def two_cuts(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)))
+    return shape, draw(cuts(shape)), draw(cuts(shape))
+
+
+def local_of(shard, full, *, padding=0):
+    """The local tensor by concatenation, independent of `slices_in`; NaN in the padding rows behind."""
+    parts = [full[tuple(map(slice, box.start, box.stop))] for box in shard.boxes]
+    return torch.cat([*parts, torch.full((padding, *parts[0].shape[1:]), torch.nan)])
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(two_cuts(), st.integers(0, 3), st.integers(0, 3))
+def test_every_element_is_copied_once_between_any_two_cuts(cutting, from_padding, to_padding):
+    shape, sources, targets = cutting
+    full = torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
+    assert sum(shard.numel for shard in sources) == full.numel()
+    for target in targets:
+        wanted = local_of(target, full, padding=to_padding)
+        assert target.num_rows + to_padding == len(wanted)
+        local, times = torch.full_like(wanted, torch.nan), torch.zeros_like(wanted)
+        for source in sources:
+            held = local_of(source, full, padding=from_padding)
+            for here, there in target.overlaps(source):
+                assert local[here].shape == held[there].shape
+                local[here] = held[there]
+                times[here] += 1
+        assert torch.equal(times[: target.num_rows], torch.ones_like(times[: target.num_rows]))
+        assert not times[target.num_rows :].any(), "padding belongs to no global tensor"
+        assert torch.equal(local[: target.num_rows], wanted[: target.num_rows])
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(two_cuts(), st.integers(0, 3))
+def test_write_takes_this_part_and_leaves_the_padding(cutting, padding):
+    shape, shards, _ = cutting
+    full = torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
+    for shard in shards:
+        local = torch.zeros_like(local_of(shard, full, padding=padding))
+        shard.write(local, full)
+        assert torch.equal(local[: shard.num_rows], local_of(shard, full))
+        assert not local[shard.num_rows :].any()
+
+
+boxes = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=2).map(
+    lambda ranges: Box(tuple(min(r) for r in ranges), tuple(max(r) for r in ranges))
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(boxes, boxes)
+def test_the_common_block_is_what_both_cover(first, second):
+    cover = torch.zeros(6, 6, dtype=torch.int)
+    for box in (first, second):
+        cover[tuple(map(slice, box.start, box.stop))] += 1
+    common = first.intersect(second)
+    assert common == second.intersect(first)
+    assert (common.numel if common else 0) == int((cover == 2).sum())
+    if common:
+        inside = torch.zeros(first.shape)
+        inside[common.slices_in(first)] = 1
+        assert inside.sum() == common.numel
+
+
+def test_a_rank_of_padding_only_holds_and_copies_nothing():
+    """The last tensor parallel rank of a padded vocabulary: 300 rows, two ranks of 256 would hold 256 and 44, a third none."""
+    shape = (300, 4)
+    empty = ParameterShard(shape, (Box((300, 0), (300, 4)),))
+    whole = ParameterShard(shape, (Box((0, 0), shape),))
+    assert empty.num_rows == 0 and empty.numel == 0
+    assert list(empty.overlaps(whole)) == list(whole.overlaps(empty)) == []
+    local = torch.zeros(256, 4)
+    empty.write(local, torch.ones(shape))
+    assert not local.any()
