@@ -24,7 +24,7 @@ from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.errors import ConfigError, DataError, PeerLost, StorageError
 from megatron_xy.model.build import NamedParameter
 from megatron_xy.optimizer import torch_optimizers
-from megatron_xy.parallel import Groups, barrier, sum_over
+from megatron_xy.parallel import Groups, barrier, joined_over, sum_over
 from megatron_xy.role import Role
 from megatron_xy.shards import Box, ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, sync_folder, write_json
@@ -175,9 +175,10 @@ class CheckpointWriter:
             self._remove(final)
         folder.rename(final)
         sync_folder(self.checkpoints)
-        for old in saved_iterations(self.checkpoints)[self.keep_latest :]:
-            if old < iteration:
-                self._remove(iteration_folder(self.checkpoints, old))
+        # Later ones, damaged or of an abandoned course, do not count among those kept.
+        course = [saved for saved in saved_iterations(self.checkpoints) if saved <= iteration]
+        for old in course[self.keep_latest :]:
+            self._remove(iteration_folder(self.checkpoints, old))
 
     def _await_note(self, path: Path) -> dict[str, Any]:
         """Another rank's note, as soon as it is there. Writing a shard may take long; a rank that died never will."""
@@ -220,7 +221,10 @@ def find_resumable(
         say(f"checkpoint {folder.name} is passed over: {problem}")
         damaged.append(problem)
     if damaged:
-        raise DataError(f"no checkpoint in {checkpoints} is whole ({damaged[0]}); restore one, or start a new run_dir")
+        raise DataError(
+            f"no checkpoint in {checkpoints} is whole ({damaged[0]}); restore one, choose another run_dir, or start "
+            f"afresh with checkpoint.resume=never"
+        )
     return None
 
 
@@ -243,7 +247,7 @@ def _agreed_candidates(checkpoints: Path, groups: Groups, *, wanted: int | None)
 
 
 def _shared_problem(folder: Path, groups: Groups) -> str | None:
-    """Verifies a checkpoint, each rank its share of the files; all ranks come to one answer. None: it is whole."""
+    """Verifies a checkpoint, each rank its share of the files; all get the first finding. None: it is whole."""
     problem = None
     try:
         manifest = files.read_manifest(folder)
@@ -252,10 +256,11 @@ def _shared_problem(folder: Path, groups: Groups) -> str | None:
             files.verify_coverage(folder, manifest)
     except (ConfigError, DataError) as error:
         problem = str(error)
-    bad = sum_over(torch.tensor([int(problem is not None)], device=device.current()), groups.all_ranks)
-    if not bad.item():
-        return None
-    return problem or f"{folder} is damaged (another rank found it so)"
+    size = 1024  # bytes of the message, for a tensor of one shape on all ranks
+    text = (problem or "").encode()[:size].ljust(size, b"\0")
+    told = joined_over(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device.current()), groups.all_ranks)
+    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in told.reshape(-1, size).tolist()]
+    return next((text for text in texts if text), None)
 
 
 def load_weights(role: Role, folder: Path) -> files.Manifest:

@@ -255,7 +255,7 @@ def _digest_of(body: dict[str, Any]) -> str:
 
 
 def _parsed(body: dict[str, Any], path: Path) -> Manifest:
-    """The manifest out of its JSON, which has passed its checksum; every file named is listed, every box in its tensor."""
+    """The manifest out of its JSON, which has passed its checksum: every file listed, every box within its tensor."""
     files = {_plain_name(file, path): facts for file, facts in body["files"].items()}
     tensors = {}
     for name, entry in body["tensors"].items():

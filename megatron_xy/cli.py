@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_xy import __version__
-from megatron_xy.errors import EXIT_COMPARISON_FAILED, EXIT_IO, ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import EXIT_BUG, EXIT_COMPARISON_FAILED, EXIT_IO, ConfigError, DataError, MegatronXYError
 
 app = typer.Typer(
     add_completion=False,
@@ -48,6 +49,10 @@ def main() -> None:
         sys.exit(EXIT_IO)
     except OSError as error:
         fail(error, code=EXIT_IO)
+    except Exception:
+        traceback.print_exc()
+        print("this is a bug in megatron_xy", file=sys.stderr)
+        sys.exit(EXIT_BUG)
 
 
 def fail(error: Exception, *, code: int) -> None:
@@ -93,13 +98,12 @@ def run(
 ) -> None:
     """Starts and supervises torchrun on this machine: exit codes, restarts from the newest checkpoint, no orphans."""
     from megatron_xy import run_folder
-    from megatron_xy.config import check_world, load_config, run_dir_of
+    from megatron_xy.config import load_config, run_dir_of
     from megatron_xy.supervise import supervise
 
     options = overrides or []
     try:
-        config = load_config(run_yaml, overrides=options)
-        check_world(config, world_size=nproc_per_node)
+        config = load_config(run_yaml, overrides=options, world_size=nproc_per_node)
     except ConfigError as error:
         run_dir = run_dir_of(run_yaml, overrides=options)
         if run_dir is not None:
@@ -127,13 +131,11 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Checks a config without starting anything: all problems at once, with lines, rules and nearest valid values."""
-    from megatron_xy.config import InvalidConfig, check_world, load_config
+    from megatron_xy.config import InvalidConfig, load_config
     from megatron_xy.preflight import check_paths, describe
 
     try:
-        config = load_config(run_yaml, overrides=overrides or [])
-        if world_size is not None:
-            check_world(config, world_size=world_size)
+        config = load_config(run_yaml, overrides=overrides or [], world_size=world_size)
         if paths:
             check_paths(config)
     except MegatronXYError as error:

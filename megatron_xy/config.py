@@ -6,30 +6,89 @@ report, each with its line, value, rule and remedy.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from megatron_xy.errors import ConfigError
+from megatron_xy.yaml_file import apply_overrides, read_yaml
+
+LARGEST_INTEGER = 2**63 - 1
+UNKNOWN_KEY = "unknown key"
+RULES_BY_KIND = {  # by the beginning of pydantic's name for what is wrong
+    "int_": "must be a whole number",
+    "float_": "must be a number",
+    "bool_": "must be true or false",
+    "string_type": "must be text; put it in quotes",
+    "list_type": "must be a list",
+    "dict_type": "must be a section: `key: value` lines below it",
+    "model_type": "must be a section: `key: value` lines below it",
+}
+
+
+def _plain_number(value: Any) -> Any:
+    """Refuses what pydantic would read as a number and nobody means as one."""
+    if isinstance(value, bool):
+        raise ValueError("must not be true or false")
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise ValueError("must fit in 64 bits")
+    return value
+
+
+def _path_text(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        raise ValueError("must be a path; put it in quotes if it is one")
+    if not str(value) or "\0" in str(value):
+        raise ValueError("must be a path; it is empty or holds a NUL character")
+    return value
+
+
+def _folder_of_weights(value: str) -> str:
+    if not re.fullmatch(r"(ckpt|hf):[^\0]+", value):
+        raise ValueError("must be ckpt:DIR or hf:DIR")
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path_text)]
+Weight = Annotated[float, BeforeValidator(_plain_number)]
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "a field's validator knows its field"
+        return value if cls.model_fields[info.field_name].annotation is bool else _plain_number(value)
 
 
 class ModelConfig(Section):
     """Shape and numerics of one Llama-shaped model. Shape keys may be left out where `load: hf:DIR` gives them."""
 
-    load: str | None = Field(None, pattern=r"^(ckpt|hf):.+", description="ckpt:DIR | hf:DIR; weights only")
+    load: Annotated[str, AfterValidator(_folder_of_weights)] | None = Field(
+        None, description="ckpt:DIR | hf:DIR; weights only"
+    )
     num_layers: int | None = Field(None, ge=1)
     hidden_size: int | None = Field(None, ge=1)
     ffn_hidden_size: int | None = Field(None, ge=1)
@@ -74,11 +133,11 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """What `data build` wrote, and how it is drawn from."""
 
-    path: Path | list[Path] | None = None
-    weights: dict[str, float] | None = Field(None, description="{source: weight}; null: as many tokens as each holds")
-    tokenizer: Path | None = None
+    path: FilePath | list[FilePath] | None = None
+    weights: dict[str, Weight] | None = Field(None, description="{source: weight}; null: as many tokens as each holds")
+    tokenizer: FilePath | None = None
     split_documents: bool = Field(True, description="attention and positions stop at document borders")
-    eval_path: Path | None = None
+    eval_path: FilePath | None = None
 
     @property
     def paths(self) -> list[Path]:
@@ -92,7 +151,7 @@ class Phase(Section):
     """From data step `from_iter` on, other weights, batch size or trained part."""
 
     from_iter: int = Field(ge=0)
-    weights: dict[str, float] | None = None
+    weights: dict[str, Weight] | None = None
     global_batch_tokens: int | None = Field(None, ge=1)
     train_only: list[Literal["embedding", "output_layer"]] | None = None
 
@@ -129,7 +188,9 @@ class CheckpointConfig(Section):
     keep_latest: int = Field(2, ge=1)
     async_save: bool = Field(True, description="write while training goes on")
     hf_interval: int = Field(0, ge=0)
-    resume: Literal["auto", "never"] | int = Field("auto", description="auto | never | ITERATION")
+    resume: Literal["auto", "never"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="auto | never | ITERATION"
+    )
 
 
 class RuntimeConfig(Section):
@@ -154,7 +215,7 @@ class RoleConfig(Section):
 class PPOConfig(Section):
     """The algorithm's own numbers."""
 
-    prompts: Path | None = None
+    prompts: FilePath | None = None
     rollout_batch_size: int = Field(64, ge=1)
     mini_batch_size: int = Field(32, ge=1)
     ppo_epochs: int = Field(1, ge=1)
@@ -167,7 +228,7 @@ class PPOConfig(Section):
     gae_lambda: float = Field(0.95, ge=0, le=1)
     clip_ratio: float = Field(0.2, gt=0)
     value_clip: float = Field(0.2, gt=0)
-    responses: Path | None = None
+    responses: FilePath | None = None
     dump_rollouts: bool = False
 
 
@@ -176,7 +237,7 @@ class RunConfig(Section):
 
     task: Literal["pretrain", "sft", "reward", "ppo"] = "pretrain"
     seed: int = Field(1234, ge=0)
-    run_dir: Path = Path("runs/default")
+    run_dir: FilePath = Path("runs/default")
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
@@ -186,6 +247,12 @@ class RunConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     roles: dict[Literal["actor", "critic", "reference", "reward"], RoleConfig] | None = None
     ppo: PPOConfig | None = None
+
+    @field_validator("model", "parallel", "data", "training", "optimizer", "checkpoint", "runtime", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """`model:` with nothing below it is a section without keys, not null."""
+        return {} if value is None else value
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -256,21 +323,19 @@ class InvalidConfig(ConfigError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in self.problems))
 
 
-def load_config(path: Path, *, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, *, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:
     """Reads `path`, applies `section.key=value` overrides in order and returns the checked config.
 
-    Raises InvalidConfig with every problem at once; sizes that depend on the world are checked by `check_world`.
+    Raises InvalidConfig with every problem at once, ConfigError where `path` is no YAML file at all. With `world_size`
+    the rules that need the number of ranks are among them; without, `check_world` checks these.
     """
     values, lines = read_yaml(path)
-    for override in overrides:
-        _apply_override(values, lines, override)
-    problems: list[Problem] = []
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [_problem_of(detail, lines, path) for detail in error.errors()]
-        raise InvalidConfig(problems) from None
-    problems = [Problem(lines.where(name, path), text) for name, text in _rules(config)]
+    problems = [Problem(where, text) for where, text in apply_overrides(values, lines, overrides)]
+    config, refused = _validate(values)
+    problems += [Problem(lines.where(name, path), text) for name, text in refused.items()]
+    for name, text in _rules(config, world_size=world_size):
+        if not any(_depends_on(name, text, key) for key in refused):
+            problems.append(Problem(lines.where(name, path), text))
     if problems:
         raise InvalidConfig(problems)
     return config
@@ -280,12 +345,11 @@ def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
     """The run folder that a config names, even where the rest of it is wrong; None if it names none."""
     try:
         values, lines = read_yaml(path)
-        for override in overrides:
-            _apply_override(values, lines, override)
     except ConfigError:
         return None
+    apply_overrides(values, lines, overrides)
     value = values.get("run_dir", RunConfig.model_fields["run_dir"].default)
-    return Path(value) if isinstance(value, str | Path) and str(value) else None
+    return Path(value) if isinstance(value, str | Path) and str(value) and "\0" not in str(value) else None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -301,17 +365,10 @@ def data_parallel_size(parallel: ParallelConfig, *, world_size: int) -> int:
 
 
 def check_world(config: RunConfig, *, world_size: int) -> None:
-    """The rules that need the number of ranks; raises InvalidConfig."""
-    parallel, training = config.parallel, config.training
-    size = data_parallel_size(parallel, world_size=world_size)
-    unit = training.micro_batch_tokens * size
-    if training.global_batch_tokens % unit:
-        rule = (
-            f"training.global_batch_tokens ({training.global_batch_tokens}) must be a multiple of micro_batch_tokens "
-            f"x data parallel size ({training.micro_batch_tokens} x {size} = {unit}); "
-            f"nearest: {_nearest_multiples(training.global_batch_tokens, unit)}"
-        )
-        raise InvalidConfig([Problem("training.global_batch_tokens", rule)])
+    """The rules between keys, those that need the number of ranks included; raises InvalidConfig."""
+    problems = [Problem(name, text) for name, text in _rules(config, world_size=world_size)]
+    if problems:
+        raise InvalidConfig(problems)
 
 
 def check_shape(config: RunConfig) -> None:
@@ -334,18 +391,12 @@ def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:
         raise InvalidConfig([Problem("training.micro_batch_tokens", rule)])
 
 
-def _rules(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
     """(key, sentence) of every rule between keys that does not hold, and of what is not built yet."""
     yield from _not_built(config)
     yield from _shape_rules(config.model, config.parallel)
+    yield from _batch_rules(config.training, config.parallel, world_size=world_size)
     training, data, parallel = config.training, config.data, config.parallel
-    if training.global_batch_tokens % training.micro_batch_tokens:
-        yield (
-            "training.global_batch_tokens",
-            f"training.global_batch_tokens ({training.global_batch_tokens}) must be a multiple of micro_batch_tokens "
-            f"({training.micro_batch_tokens}); nearest: "
-            f"{_nearest_multiples(training.global_batch_tokens, training.micro_batch_tokens)}",
-        )
     tp = parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and training.micro_batch_tokens % tp:
         yield (
@@ -357,13 +408,13 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.optimizer.min_lr > config.optimizer.lr and config.optimizer.lr_decay_style != "constant":
         yield (
             "optimizer.min_lr",
-            f"optimizer.min_lr ({config.optimizer.min_lr:g}) must not exceed lr ({config.optimizer.lr:g})",
+            f"optimizer.min_lr ({config.optimizer.min_lr:g}) must not exceed lr ({config.optimizer.lr:g}); lower it",
         )
     if data.weights is not None:
         for source, weight in data.weights.items():
             if weight < 0:
                 yield "data.weights", f"data.weights.{source} ({weight:g}) must not be negative; 0 leaves it out"
-        if data.weights and not any(weight > 0 for weight in data.weights.values()):
+        if not any(weight > 0 for weight in data.weights.values()):
             yield "data.weights", "data.weights: at least one source needs a weight above 0"
     if not data.paths:
         yield "data.path", "data.path is missing; name a folder that `megatron-xy data build` wrote"
@@ -371,6 +422,25 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, str]]:
         for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
             if getattr(config.model, key) is None:
                 yield f"model.{key}", f"model.{key} is missing; give it, or model.load: hf:DIR that has it"
+
+
+def _batch_rules(
+    training: TrainingConfig, parallel: ParallelConfig, *, world_size: int | None
+) -> Iterator[tuple[str, str]]:
+    """The world divides into replicas, and a step's tokens into their micro-batches."""
+    unit, unit_name = training.micro_batch_tokens, f"micro_batch_tokens ({training.micro_batch_tokens})"
+    if world_size is not None and world_size % parallel.model_parallel_size:
+        yield "parallel", _world_rule(parallel, world_size)
+    elif world_size is not None:
+        replicas = world_size // parallel.model_parallel_size
+        unit *= replicas
+        unit_name = f"micro_batch_tokens x data parallel size ({training.micro_batch_tokens} x {replicas} = {unit})"
+    if training.global_batch_tokens % unit:
+        yield (
+            "training.global_batch_tokens",
+            f"training.global_batch_tokens ({training.global_batch_tokens}) must be a multiple of {unit_name}; "
+            f"nearest: {_nearest_multiples(training.global_batch_tokens, unit)}",
+        )
 
 
 def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
@@ -411,8 +481,16 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
         }
         if kind not in needed:
             yield "model.rope_scaling", f"model.rope_scaling: kind {kind!r} is not supported; linear and llama3 are"
-        elif missing := sorted(needed[kind] - set(model.rope_scaling)):
+            return
+        if missing := sorted(needed[kind] - set(model.rope_scaling)):
             yield "model.rope_scaling", f"model.rope_scaling of kind {kind} lacks {', '.join(missing)}"
+        for key in sorted(needed[kind] & set(model.rope_scaling)):
+            value = model.rope_scaling[key]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                yield (
+                    "model.rope_scaling",
+                    f"model.rope_scaling.{key} ({_shown(value)}) must be a number above 0, such as 8.0",
+                )
 
 
 def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -464,98 +542,69 @@ def _nearest_multiples(value: int, unit: int) -> str:
     return f"{below}, {below + unit}" if below else f"{below + unit}"
 
 
-class Lines:
-    """Where every key of a YAML file stands, by its dotted path."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, str] = {}
-
-    def where(self, name: str, path: Path) -> str:
-        """FILE:LINE of `name`, or of the nearest section around it that the file has."""
-        parts = name.split(".")
-        while parts:
-            if (key := ".".join(parts)) in self.of:
-                return self.of[key]
-            parts.pop()
-        return str(path)
-
-
-def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """A YAML file as plain values and the line of every key. Tags, anchors and aliases are refused."""
+def _validate(values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
+    """The config of `values`, and a sentence for every key that is refused: those have their defaults in the config."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder; name the YAML file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    lines = Lines()
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                mark = event.start_mark
-                assert mark is not None, "PyYAML marks every event that it parses"
-                raise ConfigError(f"{path}:{mark.line + 1}: YAML anchors and aliases are not accepted; write it out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold sections such as `model:` and `training:`")
-    assert isinstance(node, yaml.MappingNode | None), "a mapping's node is a mapping"
-    if node is not None:
-        _collect_lines(node, "", path, lines)
-    return values, lines
+        return RunConfig.model_validate(values), {}
+    except ValidationError as error:
+        details = error.errors()
+    refused: dict[str, str] = {}
+    kept = copy.deepcopy(values)
+    for detail in details:
+        location, value = _given_part(detail["loc"], values)
+        name = ".".join(map(str, location))
+        message = _message(detail, location)
+        if name not in refused:
+            shown = "" if message.startswith(UNKNOWN_KEY) else f" ({_shown(value)})"
+            refused[name] = f"{name}{shown}: {message}"
+        elif message not in refused[name]:  # a key of several types has one record for each
+            refused[name] += f", or {message}"
+        section = kept.get(location[0])
+        if len(location) > 1 and isinstance(section, dict):
+            section.pop(location[1], None)
+        else:
+            kept.pop(location[0], None)
+    return RunConfig.model_validate(kept), refused
 
 
-def _collect_lines(node: yaml.MappingNode, prefix: str, path: Path, lines: Lines) -> None:
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        if name in lines.of:
-            raise ConfigError(f"{path}:{key.start_mark.line + 1}: {name} is given twice (first at {lines.of[name]})")
-        lines.of[name] = f"{path}:{key.start_mark.line + 1}"
-        if isinstance(value, yaml.MappingNode):
-            _collect_lines(value, f"{name}.", path, lines)
+def _given_part(location: tuple[Any, ...], values: Any) -> tuple[tuple[Any, ...], Any]:
+    """The leading part of pydantic's location that stands in the file, and its value; types it tried come after."""
+    for depth, part in enumerate(location):
+        is_item = isinstance(values, list) and isinstance(part, int)
+        if not is_item and not (isinstance(values, dict) and part in values):
+            return location[:depth], values
+        values = values[part]
+    return location, values
 
 
-def _apply_override(values: dict[str, Any], lines: Lines, override: str) -> None:
-    """Sets one `section.key=value` in `values`; the value is read as YAML."""
-    name, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", name):
-        raise ConfigError(f"{override!r} is no override; write section.key=value, such as training.train_iters=200")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
-    *sections, key = name.replace("-", "_").split(".")
-    target = values
-    for section in sections:
-        child = target.setdefault(section, {})
-        if child is None:
-            child = target[section] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{override!r}: {section} is not a section")
-        target = child
-    target[key] = value
-    lines.of[".".join([*sections, key])] = f"override {override}"
+def _message(detail: Any, location: tuple[Any, ...]) -> str:
+    """The rule that pydantic's record tells of, in this file's words."""
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key([str(part) for part in location])
+    if kind == "missing":
+        return f"{detail['loc'][-1]} is missing"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    for start, rule in RULES_BY_KIND.items():
+        if kind.startswith(start):
+            return rule
+    message = str(detail["msg"]).replace("Input should", "must", 1)
+    return message[0].lower() + message[1:]
 
 
-def _problem_of(detail: Any, lines: Lines, path: Path) -> Problem:
-    """Pydantic's error record as a sentence with the value, the rule and the remedy."""
-    location = [str(part) for part in detail["loc"]]
-    name = ".".join(location)
-    where = lines.where(name, path)
-    if detail["type"] == "extra_forbidden":
-        return Problem(where, f"{name}: {_unknown_key(location)}")
-    value = detail.get("input")
-    shown = "missing" if detail["type"] == "missing" else f"{value!r}" if not isinstance(value, dict) else "a section"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return Problem(where, f"{name} ({shown}): {message}")
+def _depends_on(name: str, text: str, refused: str) -> bool:
+    """Whether a rule speaks of a key that was refused, and so of a default that stands in its place."""
+    key = ".".join(refused.split(".")[:2])
+    return name.startswith(f"{key}.") or re.search(rf"\b{re.escape(key.split('.')[-1])}\b", text) is not None
+
+
+def _shown(value: Any) -> str:
+    """A value as the file would have it, short."""
+    if isinstance(value, dict):
+        return "a section"
+    text = json.dumps(value) if value is None or value == "" or isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _unknown_key(location: list[str]) -> str:
@@ -567,7 +616,7 @@ def _unknown_key(location: list[str]) -> str:
             return text
     if key in OTHER_SPELLINGS:
         return f"unknown key; here it is {OTHER_SPELLINGS[key]}"
-    section = SECTIONS.get(sections[-1]) if sections else RunConfig
+    section = _section_of(sections)
     elsewhere = [name for name, model in SECTIONS.items() if key in model.model_fields and [name] != sections]
     if key in RunConfig.model_fields and sections:
         return f"unknown key here; {key} stands at the top level"
@@ -584,3 +633,12 @@ def _unknown_key(location: list[str]) -> str:
     if near:
         return f"unknown key; did you mean {everywhere[near[0]]}.{near[0]}?"
     return f"unknown key; known here: {', '.join(known)}" if known else "unknown key"
+
+
+def _section_of(sections: list[str]) -> type[Section] | None:
+    """The model of the section that lies at this path."""
+    if not sections:
+        return RunConfig
+    if sections[:2] == ["training", "phases"]:
+        return Phase
+    return RoleConfig if sections[0] == "roles" else SECTIONS.get(sections[-1])

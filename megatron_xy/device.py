@@ -22,6 +22,10 @@ _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn",
     "tensor", "zeros", "zeros_like",
 )  # fmt: skip
+# What the backends say, in errors of no type of their own, when another rank is gone or stands still.
+COLLECTIVE_ERROR_MARKS = (
+    "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe",
+)  # fmt: skip
 _MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
 _device: torch.device | None = None

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_xy.storage import write_text
+
 METRICS = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _SCALARS = (
@@ -104,16 +106,14 @@ def cut_metrics(path: Path, *, iteration: int) -> None:
             break  # only the last line can be cut, by a kill while it was written
         if record["iteration"] <= iteration:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
-def _without_non_finite(record: dict[str, Any]) -> dict[str, Any]:
+def _without_non_finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
+    if isinstance(value, dict):
+        return {key: _without_non_finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _duration(seconds: float) -> str:

@@ -2,35 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from megatron_xy.config import RunConfig, check_buckets, data_parallel_size
-from megatron_xy.data.manifest import read_manifest
+from megatron_xy.config import (
+    InvalidConfig,
+    ModelConfig,
+    Problem,
+    RunConfig,
+    check_buckets,
+    check_shape,
+    data_parallel_size,
+)
+from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.sampler import BucketSampler, SamplerPhase
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
+from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.storage import file_sha256
 
 
 def check_paths(config: RunConfig) -> None:
-    """The files that the config names: there, whole at a glance, and fitting. Raises ConfigError or DataError."""
-    for path in config.data.paths:
-        manifest = read_manifest(path)
-        check_buckets(config.training, buckets=manifest.buckets)
-        vocab_size = config.model.vocab_size
-        if vocab_size is not None and manifest.tokenizer.vocab_size > vocab_size:
-            raise ConfigError(
-                f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of the data "
-                f"({manifest.tokenizer.vocab_size} in {path}); give at least {manifest.tokenizer.vocab_size}"
-            )
-        if config.data.tokenizer is not None and file_sha256(config.data.tokenizer) != manifest.tokenizer.sha256:
-            raise DataError(f"data.tokenizer ({config.data.tokenizer}) is not the one that {path} was built with")
-    if config.model.load is not None:
-        kind, _, folder = config.model.load.partition(":")
-        needed = Path(folder) / ("manifest.json" if kind == "ckpt" else "config.json")
-        if not Path(folder).is_dir():
-            raise ConfigError(f"model.load ({config.model.load}): there is no such folder")
-        if not needed.is_file():
-            raise DataError(f"model.load ({config.model.load}): the folder holds no {needed.name}")
+    """The files that the config names: there, whole at a glance, and fitting.
+
+    Raises InvalidConfig with all that is missing, bad or does not fit; DataError where all that is wrong is bad data.
+    """
+    findings = _Findings()
+    model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
+    completed = config.model_copy(update={"model": model})
+    if model is not config.model:
+        findings.of("model", lambda: check_shape(completed))
+    dataset = findings.of("data.path", lambda: PackedDataset(config.data.paths))
+    if dataset is not None:
+        findings.of("training.micro_batch_tokens", lambda: check_buckets(config.training, buckets=dataset.buckets))
+        findings.of("model.vocab_size", lambda: _check_vocabulary(model, dataset))
+        findings.of("data.tokenizer", lambda: _check_tokenizer(config.data.tokenizer, dataset))
+        findings.of("data.weights", lambda: _sampler(config, dataset))
+    findings.end()
+
+
+class _Findings:
+    """What is wrong with the files of a config, all of it before anything is raised."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.only_data = True
+
+    def of(self, key: str, look: Callable[[], Any]) -> Any:
+        """What `look` returns; None where it finds something wrong."""
+        try:
+            return look()
+        except InvalidConfig as error:
+            self.problems += error.problems
+            self.only_data = False
+        except (ConfigError, DataError) as error:
+            self.problems.append(Problem(key, str(error)))
+            self.only_data = self.only_data and isinstance(error, DataError)
+        return None
+
+    def end(self) -> None:
+        """Raises what was found."""
+        if self.problems and self.only_data:
+            raise DataError("\n".join(str(problem) for problem in self.problems))
+        if self.problems:
+            raise InvalidConfig(self.problems)
+
+
+def _completed_model(model: ModelConfig) -> ModelConfig:
+    """The model with what an HF folder says of it; that a checkpoint is there at all."""
+    if model.load is None:
+        return model
+    kind, _, name = model.load.partition(":")
+    folder = Path(name)
+    if kind == "hf":
+        return complete_model(model, read_hf_config(folder), origin=f"{folder}/config.json")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not there; name a folder that holds manifest.json")
+    if not (folder / "manifest.json").is_file():
+        raise DataError(f"{folder} holds no manifest.json: it is no checkpoint, or one that was not finished")
+    return model
+
+
+def _check_vocabulary(model: ModelConfig, dataset: PackedDataset) -> None:
+    if model.vocab_size is not None and dataset.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({model.vocab_size}) is smaller than the vocabulary of the data ({dataset.vocab_size}); "
+            f"give at least {dataset.vocab_size}"
+        )
+
+
+def _check_tokenizer(path: Path | None, dataset: PackedDataset) -> None:
+    if path is None:
+        return
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there; name the tokenizer.model that the data was built with")
+    if file_sha256(path) != dataset.tokenizer_sha256:
+        raise DataError(f"{path} is not the tokenizer that {dataset.paths[0]} was built with")
+
+
+def _sampler(config: RunConfig, dataset: PackedDataset) -> BucketSampler:
+    """The run's own sampler: it refuses weights and batch sizes that do not fit the data."""
+    phase = SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)
+    return BucketSampler(dataset.streams, seed=config.seed, phases=[phase])
 
 
 def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:

@@ -33,6 +33,7 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
     check_world(config, world_size=world_size)
     dataset = open_data(config)
     run_folder.prepare(config.run_dir)
+    run_folder.refuse_if_busy(config.run_dir)  # before this rank's own files there are touched
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
     heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
     log.say(_headline(config, world_size=world_size))
@@ -41,6 +42,8 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
         stack.callback(log.close)
         if rank == 0:
             stack.enter_context(run_folder.lock(config.run_dir))
+            run_folder.clear_exit(config.run_dir, of_others_only=True)
+            run_folder.clear_heartbeats(config.run_dir, from_rank=world_size)
             write_text(config.run_dir / "run.yaml", dump_config(config))
             run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
         try:

@@ -1,7 +1,8 @@
 """The folder of one run and its small files: who runs in it, how far every rank is, how the run ended, on what it ran.
 
 Ranks write heartbeats, rank 0 writes env.json, every process may write exit.json; the supervisor and `report` read
-them. Each file is JSON and is replaced as a whole, so that a reader never meets half of one.
+them. Each file is JSON and is replaced as a whole, so that a reader never meets half of one. Nobody writes while another
+start of a run holds the folder.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,14 @@ from megatron_xy.errors import (
     DataError,
     StorageError,
 )
+from megatron_xy.orphans import SUPERVISOR_VARIABLE
 from megatron_xy.storage import storage_errors, write_json
 
 FOLDERS = ("logs", "checkpoints", "report", "heartbeats")
 TRAINING_LOCK = ".lock"  # taken by rank 0 of the training
 SUPERVISOR_LOCK = ".supervisor.lock"  # taken by `megatron-xy run`
 ATTEMPT_VARIABLE = "MEGATRON_XY_ATTEMPT"  # set by the supervisor: 0, then 1 for the first restart
+PATIENCE_SECONDS = 1.0  # a holder that is just leaving, or has not yet written its name, is no reason to refuse
 BEAT_SECONDS = 0.5  # a heartbeat that says nothing new is written at most this often
 
 EXIT_NAMES = {
@@ -74,6 +78,10 @@ PACKAGES = (
 )
 
 
+class RunDirBusy(ConfigError):
+    """Another start is at work in the run folder: this one may write nothing there, exit.json included."""
+
+
 @dataclass(frozen=True)
 class ExitRecord:
     """RUN/exit.json: how the run ended. `rank` is None where no rank could say so itself."""
@@ -85,6 +93,7 @@ class ExitRecord:
     host: str
     time: str
     attempt: int
+    start: str  # which start of the run wrote it
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def prepare(run_dir: Path) -> None:
 
 @contextmanager
 def lock(run_dir: Path, *, name: str = TRAINING_LOCK) -> Iterator[None]:
-    """Holds `run_dir` for this process; raises ConfigError where another one holds it.
+    """Holds `run_dir` for this process; raises RunDirBusy where another one holds it.
 
     The kernel drops the lock with its holder, however that ends. Programs started meanwhile do not inherit it; a forked
     Python process does, and keeps it for as long as it lives.
@@ -130,19 +139,21 @@ def lock(run_dir: Path, *, name: str = TRAINING_LOCK) -> Iterator[None]:
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another run is active in {run_dir} ({_holder(path)}); wait for it, stop it, or choose another run_dir"
-            ) from None
-        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": _now()})
+        if not _within_patience(lambda: _flock(descriptor, fcntl.LOCK_EX)):
+            raise _busy(run_dir, path)
+        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": _now(), "start": _this_start()})
         with storage_errors(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, holder.encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def refuse_if_busy(run_dir: Path) -> None:
+    """Raises RunDirBusy where another start than this process's holds `run_dir`; for those who do not lock it."""
+    if (path := _foreign_lock(run_dir)) is not None:
+        raise _busy(run_dir, path)
 
 
 class Heartbeat:
@@ -171,17 +182,21 @@ def read_heartbeats(run_dir: Path) -> dict[int, Beat]:
     return {beat.rank: beat for beat in beats}
 
 
-def clear_heartbeats(run_dir: Path) -> None:
-    """Forgets the heartbeats of an earlier start, perhaps with more ranks."""
+def clear_heartbeats(run_dir: Path, *, from_rank: int = 0) -> None:
+    """Forgets the heartbeats of an earlier start, perhaps with more ranks: all, or those from a rank on."""
     for path in (run_dir / "heartbeats").glob("rank-*.json"):
-        path.unlink(missing_ok=True)
+        if int(path.stem.removeprefix("rank-")) >= from_rank:
+            path.unlink(missing_ok=True)
 
 
-def record_exit(run_dir: Path, *, code: int, message: str, rank: int | None, attempt: int | None = None) -> ExitRecord:
+def record_exit(
+    run_dir: Path, *, code: int, message: str, rank: int | None, attempt: int | None = None
+) -> ExitRecord | None:
     """Writes exit.json unless what stands there weighs as much; returns what stands then.
 
     Of several ranks the cause stands: an error of its own, over a lost peer, over a clean stop, over the end; the
-    first of equals. What another attempt wrote weighs nothing; `attempt` is this process's own unless given.
+    first of equals. What another start or attempt wrote weighs nothing; `attempt` is this process's own unless given.
+    Where another start is at work in the folder nothing is written, and None returned.
     Not for a signal's handler: the record it interrupts may hold the lock that it would wait for.
     """
     record = ExitRecord(
@@ -192,10 +207,14 @@ def record_exit(run_dir: Path, *, code: int, message: str, rank: int | None, att
         host=socket.gethostname(),
         time=_now(),
         attempt=current_attempt() if attempt is None else attempt,
+        start=_this_start(),
     )
+    if _foreign_lock(run_dir) is not None:
+        return None
     with _exit_lock(run_dir):
         standing = read_exit(run_dir)
-        if standing and standing.attempt == record.attempt and _weight(standing.code) >= _weight(code):
+        is_ours = standing is not None and (standing.start, standing.attempt) == (record.start, record.attempt)
+        if standing and is_ours and _weight(standing.code) >= _weight(code):
             return standing
         write_json(run_dir / "exit.json", asdict(record))
         return record
@@ -209,10 +228,15 @@ def read_exit(run_dir: Path) -> ExitRecord | None:
         return None
 
 
-def clear_exit(run_dir: Path) -> None:
-    """Removes exit.json: before a start, by whoever starts the ranks, so that no rank's early end is lost."""
+def clear_exit(run_dir: Path, *, of_others_only: bool = False) -> None:
+    """Removes exit.json: before a start, by whoever starts the ranks, so that no rank's early end is lost.
+
+    `of_others_only` leaves what a rank of this very start wrote: for a rank 0 that nobody cleared it for.
+    """
     with _exit_lock(run_dir):
-        (run_dir / "exit.json").unlink(missing_ok=True)
+        standing = read_exit(run_dir) if of_others_only else None
+        if standing is None or standing.start != _this_start():
+            (run_dir / "exit.json").unlink(missing_ok=True)
 
 
 def write_env(run_dir: Path, *, extra: Mapping[str, Any]) -> None:
@@ -232,7 +256,7 @@ def write_env(run_dir: Path, *, extra: Mapping[str, Any]) -> None:
 
 
 def current_attempt() -> int:
-    """Which start of the run this process belongs to: 0, then 1 for the supervisor's first restart."""
+    """Which try of its start this process belongs to: 0, then 1 for the supervisor's first restart."""
     return int(os.environ.get(ATTEMPT_VARIABLE, "0"))
 
 
@@ -240,12 +264,56 @@ def _weight(code: int) -> int:
     return {EXIT_DONE: 0, EXIT_STOPPED: 1, EXIT_PEER_LOST: 2}.get(code, 3)
 
 
-def _holder(path: Path) -> str:
+def _this_start() -> str:
+    """One word for all processes of one start: a supervisor and its ranks, a bare torchrun's ranks, or this one alone."""
+    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
+    if supervisor is None and "RANK" in os.environ:
+        return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"  # of which there is one at a time
+    return f"{socket.gethostname()}:pid {supervisor or os.getpid()}"
+
+
+def _foreign_lock(run_dir: Path) -> Path | None:
+    """The lock of `run_dir` that another start holds; None where none does."""
+    for path in (run_dir / SUPERVISOR_LOCK, run_dir / TRAINING_LOCK):
+        if path.exists() and not _within_patience(partial(_is_free_or_ours, path)):
+            return path
+    return None
+
+
+def _is_free_or_ours(path: Path) -> bool:
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _flock(descriptor, fcntl.LOCK_SH) or _holder(path).get("start") == _this_start()
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _within_patience(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """What the lock's holder wrote into it; empty between its lock and its name."""
     text = path.read_text(encoding="utf-8")
-    if not text:  # between the holder's lock and its name
-        return "it has just begun"
-    holder = json.loads(text)
-    return f"pid {holder['pid']}, host {holder['host']}, since {holder['time']}"
+    return dict(json.loads(text)) if text else {}
+
+
+def _busy(run_dir: Path, path: Path) -> RunDirBusy:
+    holder = _holder(path)
+    who = f"pid {holder['pid']}, host {holder['host']}, since {holder['time']}" if holder else "it has just begun"
+    return RunDirBusy(f"another run is active in {run_dir} ({who}); wait for it, stop it, or choose another run_dir")
 
 
 @contextmanager

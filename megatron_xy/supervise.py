@@ -31,6 +31,7 @@ from megatron_xy.run_folder import (
     EXIT_NAMES,
     SUPERVISOR_LOCK,
     ExitRecord,
+    RunDirBusy,
     clear_exit,
     clear_heartbeats,
     lock,
@@ -38,6 +39,7 @@ from megatron_xy.run_folder import (
     read_exit,
     read_heartbeats,
     record_exit,
+    refuse_if_busy,
 )
 from megatron_xy.storage import storage_errors
 
@@ -63,7 +65,7 @@ def supervise(
 
     Ends like this: SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and stop, a second one kills them. After 74 and 76
     it starts again, `restarts` times at most. To be called in the main thread: signals and the children's tie to us
-    need it. Raises ConfigError where `run_dir` cannot be used or another supervisor is at work in it.
+    need it. Raises ConfigError where `run_dir` cannot be used, RunDirBusy where another run is at work in it.
     """
     assert threading.current_thread() is threading.main_thread(), "a child ends with the thread that started it"
     prepare(run_dir)
@@ -74,6 +76,7 @@ def supervise(
         environment = {"GLOO_SOCKET_IFNAME": "lo"} | environment
     command += ["-m", module, task, config_path, *overrides]
     with lock(run_dir, name=SUPERVISOR_LOCK), _received_signals() as received:
+        refuse_if_busy(run_dir)  # a run without a supervisor does not hold our lock
         for attempt in range(restarts + 1):
             record = _attempt(command, environment, attempt=attempt, run_dir=run_dir, received=received)
             if record.code not in WORTH_A_RESTART or attempt == restarts or received:
@@ -121,14 +124,18 @@ def _attempt(
         log.writelines(account.own_lines)
     if left:
         message = f"processes {left} cannot be killed (they wait in the kernel); see to them before the next run"
-        raise PeerLost(record_exit(run_dir, code=EXIT_PEER_LOST, message=message, rank=None, attempt=attempt).message)
+        record_exit(run_dir, code=EXIT_PEER_LOST, message=message, rank=None, attempt=attempt)
+        raise PeerLost(message)
     record = read_exit(run_dir)
     verdict = _verdict(record, run_dir=run_dir, returncode=returncode, failures=account.failures, received=received)
     if verdict is None:
         assert record is not None, "only what the ranks wrote may stand as it is"
         return record
     clear_exit(run_dir)
-    return record_exit(run_dir, code=verdict.code, message=verdict.message, rank=verdict.rank, attempt=attempt)
+    record = record_exit(run_dir, code=verdict.code, message=verdict.message, rank=verdict.rank, attempt=attempt)
+    if record is None:
+        raise RunDirBusy(f"another run, without a supervisor, took {run_dir} first; wait for it, or stop it")
+    return record
 
 
 def _wait(process: subprocess.Popen[bytes], *, mark: str, run_dir: Path, received: list[int]) -> int:
@@ -174,8 +181,9 @@ def _verdict(
 ) -> _Verdict | None:
     """What exit.json must say instead of the ranks' own record; None where that one stands."""
     killed = _killed_rank(failures)
-    if killed and (record is None or record.code in (EXIT_DONE, EXIT_PEER_LOST)) and not received:
-        said = f"; rank {record.rank} said: {record.message}" if record else ""  # its peers only saw it go
+    if killed and (record is None or record.code in (EXIT_DONE, EXIT_STOPPED, EXIT_PEER_LOST)) and not received:
+        # Its peers saw it go; in the start-up, where they have nothing to save, torchrun's SIGTERM stopped them.
+        said = f"; rank {record.rank} said: {record.message}" if record and record.code == EXIT_PEER_LOST else ""
         return _Verdict(EXIT_PEER_LOST, _obituary(killed, run_dir) + said, killed.rank)
     if record is not None and (record.code != EXIT_DONE or returncode == 0):
         return None

@@ -5,6 +5,7 @@ The data's way ends here: sampler and dataset give the micro-batches of a data s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -100,28 +101,30 @@ class Trainer:
     def restore(self) -> None:
         """Goes on from the checkpoint that the config asks for; else from `model.load`, else from fresh weights."""
         role = self.role
-        if role.groups.role_rank == 0:
+        if role.groups.is_leader:  # whose words reach the terminal
             for name in sweep(self.checkpoints):
                 self.log.say(f"swept {name}, which a killed save left half-written")
         barrier(role.groups)
         found = find_resumable(self.checkpoints, role.groups, resume=self.config.checkpoint.resume, say=self.log.say)
         if found is None:
             load_initial_weights(role, verify=role.groups.role_rank == 0)
-            barrier(role.groups)
-            origin = role.model.load or "fresh weights"
-            self.log.say(f"starting from {origin}")
-            return
-        folder, manifest = found
-        self.state = load_state(role, folder, manifest)
-        self.log.say(f"resuming from {folder} ({self.state.iteration} iterations done)")
+            origin = f"starting from {role.model.load or 'fresh weights'}"
+        else:
+            folder, manifest = found
+            self.state = load_state(role, folder, manifest)
+            origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
+        barrier(role.groups)  # from here on a request to stop finds all ranks with something to save
+        self.log.say(origin)
 
     def train(self) -> None:
         """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
         training, checkpoint = self.config.training, self.config.checkpoint
         self.log.open_metrics(iteration=self.state.iteration)
         saved = self.state.iteration
-        for iteration in range(self.state.iteration + 1, training.train_iters + 1):
-            self._step(iteration)
+        first = self.state.iteration + 1
+        for iteration in range(first, training.train_iters + 1):
+            with self.log.phase("first step") if iteration == first else contextlib.nullcontext():
+                self._step(iteration)
             stopping = self._agreed_to_stop()
             if iteration % checkpoint.save_interval == 0 or iteration == training.train_iters or stopping:
                 self._save(iteration)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_xy import checkpoint_files as files
-from megatron_xy.checkpoint import load_weights
+from megatron_xy.checkpoint import MAIN_PARAM, load_weights
 from megatron_xy.config import ModelConfig
 from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.hf.reader import HFReader
@@ -32,9 +32,11 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     kind, folder = split_origin(model.load)
     if kind == "hf":
         return complete_model(model, read_hf_config(folder), origin=f"{folder}/config.json")
-    stored = ModelConfig.model_validate(files.read_manifest(folder).state["model"])
-    known = {name: value for name, value in stored.model_dump().items() if name not in NOT_OF_THE_WEIGHTS}
-    return complete_model(model, known, origin=f"{folder}/{files.MANIFEST}")
+    section = files.read_manifest(folder).state["model"]
+    stored = ModelConfig.model_validate({name: section[name] for name in section.keys() - NOT_OF_THE_WEIGHTS})
+    if stored.num_query_groups is None:
+        stored = stored.model_copy(update={"num_query_groups": stored.num_attention_heads})
+    return complete_model(model, stored, origin=f"{folder}/{files.MANIFEST}")
 
 
 @torch.no_grad()
@@ -53,7 +55,8 @@ def load_initial_weights(role: Role, *, verify: bool) -> None:
         return
     with HFReader(folder, model=role.model) as reader:
         for named in role.named_parameters():
-            named.shard.write(named.parameter, reader.read(named.name))
-            main = getattr(named.parameter, "main_param", None)
-            if main is not None:
-                main.copy_(named.parameter)
+            full = reader.read(named.name)
+            named.shard.write(named.parameter, full)
+            main = getattr(named.parameter, MAIN_PARAM, None)
+            if main is not None:  # in fp32, whatever the parameter's dtype
+                named.shard.write(main, full)

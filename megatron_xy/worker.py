@@ -14,10 +14,10 @@ from megatron_xy.errors import (
     EXIT_BUG,
     EXIT_DONE,
     EXIT_IO,
+    EXIT_PEER_LOST,
     EXIT_STOPPED,
     ConfigError,
     MegatronXYError,
-    PeerLost,
 )
 
 Work = Callable[[RunConfig, signals.StopRequest], None]
@@ -37,7 +37,7 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
         _record(run_dir, code=EXIT_STOPPED, message=message, rank=rank)
 
     stop = signals.StopRequest(on_leave=on_leave)
-    code, message = EXIT_DONE, "done"
+    code, message, trace = EXIT_DONE, "done", ""
     try:
         config = load_config(config_path, overrides=overrides)
         if config.task != task:
@@ -47,32 +47,42 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
         work(config, stop)
     except MegatronXYError as error:
         code, message = error.exit_code, str(error)
-        _say(error, rank=rank)
     except OSError as error:
         code, message = EXIT_IO, f"{type(error).__name__}: {error}"
-        print(f"rank {rank}: {message}", file=sys.stderr)
-    except BaseException as error:  # a bug of ours: the traceback, once, and the documented code
-        code, message = EXIT_BUG, f"{type(error).__name__}: {error}"
-        print(f"rank {rank}: this is a bug in megatron_xy\n{traceback.format_exc()}", file=sys.stderr)
-    _record(run_dir, code=code, message=message, rank=rank)
+    except BaseException as error:  # a bug of ours: the traceback, and the documented code
+        code, message, trace = EXIT_BUG, f"{type(error).__name__}: {error}", traceback.format_exc()
+    standing = _record(run_dir, code=code, message=message, rank=rank)
+    if code != EXIT_DONE and not _is_told(standing, message=message, rank=rank, is_bug=bool(trace)):
+        print(_in_words(code, message, trace=trace, rank=rank), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # Without the interpreter's own shutdown: it would wait for threads whose peers are gone.
     os._exit(code)
 
 
-def _say(error: MegatronXYError, *, rank: int) -> None:
-    """A cause in full; what every rank finds alike, once; a lost peer in one line a rank."""
-    if rank == 0 or isinstance(error, PeerLost):
-        print(f"rank {rank}: {error}" if isinstance(error, PeerLost) else str(error), file=sys.stderr)
-
-
-def _record(run_dir: Path | None, *, code: int, message: str, rank: int) -> None:
-    """RUN/exit.json, where there is a run folder that can be written."""
+def _record(run_dir: Path | None, *, code: int, message: str, rank: int) -> run_folder.ExitRecord | None:
+    """What RUN/exit.json says then; None where there is no run folder that this run may and can write."""
     if run_dir is None:
-        return
+        return None
     try:
         run_folder.prepare(run_dir)
-        run_folder.record_exit(run_dir, code=code, message=message, rank=rank)
+        return run_folder.record_exit(run_dir, code=code, message=message, rank=rank)
     except (MegatronXYError, OSError) as error:
         print(f"rank {rank}: exit code {code} could not be recorded: {error}", file=sys.stderr)
+        return None
+
+
+def _is_told(standing: run_folder.ExitRecord | None, *, message: str, rank: int, is_bug: bool) -> bool:
+    """Whether somebody else says this: the rank that found it first, or the supervisor, who shows exit.json."""
+    if standing is None:
+        return rank != 0  # what leaves no record is the same on all ranks
+    if standing.message != message:
+        return False
+    is_shown_later = orphans.SUPERVISOR_VARIABLE in os.environ and not is_bug  # a bug's traceback is not in exit.json
+    return standing.rank != rank or is_shown_later
+
+
+def _in_words(code: int, message: str, *, trace: str, rank: int) -> str:
+    if trace:
+        return f"rank {rank}: this is a bug in megatron_xy\n{trace}"
+    return f"rank {rank}: {message}" if code in (EXIT_IO, EXIT_PEER_LOST) else f"error ({code}): {message}"

@@ -1,8 +1,8 @@
 """The main job end to end on real input, on this machine's CPU: what `make demo` runs.
 
-A corpus that every Python installation holds -> tokenizer -> packed buckets -> training on 4 ranks (tensor parallel 2 x
-pipeline parallel 2) -> the same training again, killed half-way and resumed, compared bit for bit -> HF export, opened by
-transformers -> a report. Every step is a command that is printed and can be typed.
+A corpus that every Python installation holds -> tokenizer -> packed buckets -> training on 4 ranks (tensor parallel 2
+x pipeline parallel 2) -> the same training again, killed half-way and resumed, compared bit for bit -> HF export, opened
+by transformers -> a report. Every step is a command that is printed and can be typed.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class Demo:
         first, final = curves[0][0]["loss"], curves[0][-1]["loss"]
         self.statements += [
             f"loss {first:.3f} at the first step, {final:.3f} at the last",
-            f"killed and resumed = unbroken, bit for bit: {self.train_iters} losses, gradient norms and learning rates, "
-            f"and all {len(hashes[0])} tensors of weights and optimizer",
+            f"killed and resumed = unbroken, bit for bit: {self.train_iters} losses, gradient norms and learning "
+            f"rates, and all {len(hashes[0])} tensors of weights and optimizer",
         ]
         for statement in self.statements:
             print(statement)

@@ -1,4 +1,4 @@
-"""HF's config.json <-> the model section: shape, RoPE and numerics carried exactly, whatever transformers version wrote it."""
+"""HF's config.json <-> the model section: shape, RoPE and numerics carried exactly, from any transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def read_hf_config(directory: Path) -> ModelConfig:
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
     if head_dim * heads != values["hidden_size"]:
         raise DataError(
-            f"{path}: head_dim ({head_dim}) x num_attention_heads ({heads}) must be hidden_size ({values['hidden_size']})"
+            f"{path}: head_dim ({head_dim}) x num_attention_heads ({heads}) must be hidden_size "
+            f"({values['hidden_size']})"
         )
     if heads % groups:
         raise DataError(f"{path}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})")
@@ -140,6 +141,9 @@ def _read_rope(path: Path, values: dict[str, Any]) -> tuple[float, dict[str, Any
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         raise DataError(f"{path}: rope_parameters and rope_scaling must be objects")
     base = scaling.get("rope_theta", parameters.get("rope_theta", values.get("rope_theta", 10000.0)))
+    for place in (values, parameters, scaling):
+        if (share := place.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise DataError(f"{path}: partial_rotary_factor ({share}) is not supported; 1.0 is")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in _ROPE_KEYS:
         raise DataError(f"{path}: RoPE scaling of kind {kind!r} is not supported; linear and llama3 are")
@@ -157,7 +161,5 @@ def _refuse_other_families(path: Path, values: dict[str, Any]) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
             raise DataError(f"{path}: {name} (true) is not supported; only Llama shapes without biases are")
-    fixed = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
-    for name, only in fixed.items():
-        if (found := values.get(name, only)) != only:
-            raise DataError(f"{path}: {name} ({found}) is not supported; {only} is")
+    if values.get("hidden_act", "silu") != "silu":
+        raise DataError(f"{path}: hidden_act ({values['hidden_act']}) is not supported; silu is")

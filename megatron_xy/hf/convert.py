@@ -1,9 +1,8 @@
-"""Checkpoint folder <-> HF folder, one tensor at a time in memory; the target is there whole or not at all."""
+"""Checkpoint folder <-> HF folder, through memory; the target is there whole or not at all."""
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,26 +10,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import ModelConfig
-from megatron_xy.errors import ConfigError
-from megatron_xy.hf.config import complete_model, hf_config, read_hf_config
-from megatron_xy.hf.names import global_names, to_hf
-from megatron_xy.hf.reader import INDEX, SINGLE, HFReader
+from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.hf.config import CONFIG, hf_config, read_hf_config, read_token_ids
+from megatron_xy.hf.folder import file_inside
+from megatron_xy.hf.names import EMBEDDING, global_names, to_hf
+from megatron_xy.hf.reader import DTYPES, INDEX, SINGLE, HFReader
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
-from megatron_xy.storage import TEMPORARY_PREFIX, sync_file, sync_folder
+from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 )
 Say = Callable[[str], None]
@@ -39,133 +41,153 @@ Say = Callable[[str], None]
 def checkpoint_to_hf(source: Path, target: Path, *, dtype: str | None, tokenizer: Path | None, say: Say) -> None:
     """Writes an HF folder from a checkpoint of any layout: safetensors, configs, tokenizer files.
 
-    dtype: fp32, bf16 or fp16; the checkpoint's own if None. tokenizer: a SentencePiece model; a missing one is warned
-    about.
+    dtype: fp32, bf16 or fp16; the checkpoint's own if None. tokenizer: a SentencePiece model; if None, the files that
+    lie beside the checkpoint, or else the tokenizer that its run named. Raises ConfigError, DataError or StorageError.
     """
     manifest = files.read_manifest(source)
     files.verify_files(source, manifest)
     model = ModelConfig.model_validate(manifest.state["model"])
-    stored = files.DTYPES[manifest.tensors["embedding.word_embeddings.weight"].dtype]
-    target_dtype = DTYPES[dtype] if dtype else stored
+    if missing := [name for name in global_names(model) if name not in manifest.tensors]:
+        raise DataError(f"{source}: the checkpoint holds no {missing[0]}; only causal language models can be exported")
+    wanted = DTYPES[dtype] if dtype else None
+    dtype_name = files.DTYPE_NAMES[wanted] if wanted else manifest.tensors[EMBEDDING].dtype
     with _whole_or_absent(target) as folder:
-        with files.TensorReader(source, manifest) as reader:
-            tensors = (
-                part
-                for name in global_names(model)
-                for part in to_hf(name, reader.read_full(name).to(target_dtype), model=model).items()
-            )
-            num_shards = _write_tensors(folder, tensors)
-        token_ids = _write_tokenizer(tokenizer, folder, say=say)
-        dtype_name = files.DTYPE_NAMES[target_dtype]
-        _write_json(folder / "config.json", hf_config(model, dtype=dtype_name, token_ids=token_ids))
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids})
+        num_shards = _write_tensors(folder, source, manifest, model=model, dtype=wanted)
+        token_ids = _write_tokenizer(folder, source, manifest, model=model, tokenizer=tokenizer, say=say)
+        write_json(folder / CONFIG, hf_config(model, dtype=dtype_name, token_ids=token_ids))
+        if not (folder / GENERATION_CONFIG).exists():
+            write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **token_ids})
     say(f"wrote {target}: {num_shards} safetensors file(s), {dtype_name}")
 
 
 def hf_to_checkpoint(source: Path, target: Path, *, dtype: str | None, say: Say) -> None:
-    """Writes a checkpoint, opened by any layout, from an HF folder: weights alone, in their own dtype unless given."""
-    model = complete_model(ModelConfig(), read_hf_config(source), origin=str(source))
-    with _whole_or_absent(target) as folder, HFReader(source, model=model) as reader:
-        stored = DTYPES[dtype] if dtype else reader.dtype()
-        model = model.model_copy(update={"params_dtype": "fp32" if stored == torch.float32 else "bf16"})
-        tensors = {name: reader.read(name).to(stored).contiguous() for name in global_names(model)}
-        file = "rank-00000-of-00001.safetensors"
+    """Writes a checkpoint, opened by any layout, from an HF folder: the weights, and its tokenizer files beside them.
+
+    dtype: fp32, bf16 or fp16; each tensor's own if None. Raises ConfigError, DataError or StorageError.
+    """
+    model = read_hf_config(source)
+    wanted = DTYPES[dtype] if dtype else None
+    file = "rank-00000-of-00001.safetensors"
+    with _whole_or_absent(target) as folder:
+        with HFReader(source, model=model) as reader:
+            # Copied out of the memory map, so that the target never depends on the source.
+            tensors = {name: reader.read(name).to(dtype=wanted, copy=True) for name in global_names(model)}
         facts = files.write_shard(folder, file=file, tensors=tensors)
-        entries = {}
-        for name, tensor in tensors.items():
-            shape = tuple(tensor.shape)
-            pieces = [files.Piece(file, files.whole(shape))]
-            entries[name] = files.TensorEntry(shape, files.DTYPE_NAMES[tensor.dtype], pieces)
+        entries = {
+            name: files.TensorEntry(
+                tuple(tensor.shape),
+                files.DTYPE_NAMES[tensor.dtype],
+                [files.Piece(file, files.whole(tuple(tensor.shape)))],
+            )
+            for name, tensor in tensors.items()
+        }
         state = {
             **asdict(files.TrainingState()),
             "world_size": 1,
-            "model": model.model_dump(mode="json"),
-            "origin": str(source),
+            "model": model.model_dump(mode="json", exclude_unset=True),
+            "token_ids": read_token_ids(source),
+            "origin": f"hf:{source}",
         }
         files.write_manifest(folder, files.Manifest(state, entries, {}, {file: facts}))
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    say(f"wrote {target}: {len(tensors)} tensors, {files.DTYPE_NAMES[stored]}")
+        if not _copy_files(source, folder) & set(TOKENIZER_FILES):
+            say(f"warning: {source} holds no tokenizer files; the checkpoint has none beside it")
+    say(f"wrote {target}: {len(tensors)} tensors, {files.DTYPE_NAMES[tensors[EMBEDDING].dtype]}")
 
 
-def find_tokenizer(source: Path, *, named: str | None) -> Path | None:
-    """The tokenizer of a checkpoint: beside its manifest, else the one that its run named, else none."""
-    beside = source / "tokenizer.model"
-    if beside.is_file():
-        return beside
-    path = Path(named) if named else None
-    return path if path is not None and path.is_file() else None
-
-
-def _write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
-    """Shards of at most MAX_SHARD_BYTES and, if more than one, their index; returns their number."""
-    shards: list[dict[str, str]] = []
-    held: dict[str, torch.Tensor] = {}
-    held_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal held, held_bytes
-        file = f"{TEMPORARY_PREFIX}{len(shards)}"
-        save_file(held, folder / file, metadata={"format": "pt"})
-        shards.append(dict.fromkeys(held, file))
-        held, held_bytes = {}, 0
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if held and held_bytes + size > MAX_SHARD_BYTES:
-            flush()
-        held[name] = tensor
-        held_bytes += size
-        total_bytes += size
-    flush()
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        final = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / next(iter(shard.values()))).rename(folder / final)
-        # safetensors makes files that only their owner reads; a release is read by others.
-        (folder / final).chmod(0o666 & ~_umask())
-        weight_map.update(dict.fromkeys(shard, final))
+def _write_tensors(
+    folder: Path, source: Path, manifest: files.Manifest, *, model: ModelConfig, dtype: torch.dtype | None
+) -> int:
+    """The weights in files of about MAX_SHARD_BYTES and, if there are several, their index; returns their number."""
+    shards = _plan_shards(manifest, model=model, dtype=dtype)
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    with files.TensorReader(source, manifest) as reader:
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, torch.Tensor] = {}
+            for name in names:
+                tensors |= to_hf(name, reader.read_full(name).to(dtype=dtype), model=model)
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise StorageError(f"{folder / file} cannot be written: {error}; make room") from error
+            weight_map |= dict.fromkeys(tensors, file)
+            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return len(shards)
 
 
-def _write_tokenizer(tokenizer: Path | None, folder: Path, *, say: Say) -> dict[str, int | None]:
-    """Tokenizer files where there is a tokenizer; the ids that the configs carry."""
+def _plan_shards(manifest: files.Manifest, *, model: ModelConfig, dtype: torch.dtype | None) -> list[list[str]]:
+    """The global names that each file takes, in the model's order."""
+    shards: list[list[str]] = [[]]
+    shard_bytes = 0
+    for name in global_names(model):
+        entry = manifest.tensors[name]
+        num_bytes = math.prod(entry.shape) * (dtype or files.DTYPES[entry.dtype]).itemsize
+        if shards[-1] and shard_bytes + num_bytes > MAX_SHARD_BYTES:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(name)
+        shard_bytes += num_bytes
+    return shards
+
+
+def _write_tokenizer(
+    folder: Path, source: Path, manifest: files.Manifest, *, model: ModelConfig, tokenizer: Path | None, say: Say
+) -> dict[str, Any]:
+    """Tokenizer files where there is a tokenizer; returns the token ids that the configs carry."""
+    if tokenizer is None and not any((source / name).is_file() for name in TOKENIZER_FILES):
+        named = manifest.state.get("tokenizer")
+        if named is None or not Path(named).is_file():
+            say("warning: no tokenizer found, neither beside the checkpoint nor where its run had it; name --tokenizer")
+            return dict(manifest.state.get("token_ids", {}))
+        tokenizer = Path(named)
     if tokenizer is None:
-        say("warning: no tokenizer found beside the checkpoint; the folder has none. Name it with --tokenizer FILE")
-        return {"bos_token_id": 1, "eos_token_id": 2}
-    write_hf_tokenizer(tokenizer, folder)
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    ids = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id(), "pad_token_id": processor.pad_id()}
-    return {name: value for name, value in ids.items() if value >= 0}
+        _copy_files(source, folder)
+        return dict(manifest.state.get("token_ids", {}))
+    loaded = load_tokenizer(tokenizer)
+    assert model.vocab_size, "a checkpoint has a whole shape"
+    if loaded.vocab_size > model.vocab_size:
+        raise DataError(
+            f"tokenizer ({loaded.path}) has {loaded.vocab_size} pieces, more than the checkpoint's vocab_size "
+            f"({model.vocab_size}); name the tokenizer that it was trained with"
+        )
+    write_hf_tokenizer(loaded.path, folder, model_max_length=model.max_position_embeddings)
+    ids = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id, "pad_token_id": loaded.pad_id}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _copy_files(source: Path, folder: Path) -> set[str]:
+    """Copies tokenizer and generation files as they are; returns the names of those that there were."""
+    found = {name: path for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if (path := file_inside(source, name))}
+    with storage_errors(folder):
+        for name, path in found.items():
+            shutil.copyfile(path, folder / name)
+    return set(found)
 
 
 @contextmanager
 def _whole_or_absent(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that gets its name once the block is done."""
+    """A temporary folder beside `target` that gets its name once the block is done, or goes."""
     if target.exists():
         raise ConfigError(f"{target} exists; name a folder that does not, or remove it")
     folder = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier conversion that was killed
-    folder.mkdir(parents=True)
+    with storage_errors(target):
+        if folder.exists():  # left by a conversion that was killed
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
     try:
         yield folder
-        for path in folder.iterdir():
-            sync_file(path)
-        folder.rename(target)
-        sync_folder(target.parent)
+        with storage_errors(target):
+            # safetensors makes files that only their owner reads; a release is read by others, as the umask says.
+            readable = folder.stat().st_mode & 0o666
+            for path in folder.iterdir():
+                path.chmod(readable)
+                sync_file(path)
+            sync_folder(folder)
+            folder.rename(target)
+            sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

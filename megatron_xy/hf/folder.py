@@ -1,4 +1,4 @@
-"""The files of an HF folder that may be opened: those that lie in it, and the blobs of the hub's cache that it links to."""
+"""The files of an HF folder that may be opened: its own, and the blobs of the hub's cache that it links to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def file_inside(directory: Path, file: str) -> Path | None:
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         allowed.append(root.parent.parent / "blobs")
     if target.parent not in allowed:
-        raise DataError(f"{path} is a link out of its folder, to {target}; it is refused: copy the file into the folder")
+        raise DataError(f"{path} is a link out of its folder, to {target}; it is refused; copy the file there")
     return path if target.is_file() else None
 
 

@@ -13,8 +13,9 @@ import torch
 
 from megatron_xy.config import ModelConfig
 
+EMBEDDING = "embedding.word_embeddings.weight"
 PLAIN = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    EMBEDDING: "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
@@ -35,7 +36,7 @@ LAYER = {
 def global_names(model: ModelConfig) -> Iterator[str]:
     """Every weight of the model by its global name, in the model's order."""
     assert model.num_layers, "the shape is complete once a run starts"
-    yield "embedding.word_embeddings.weight"
+    yield EMBEDDING
     for layer in range(model.num_layers):
         yield from (f"decoder.layers.{layer}.{name}" for name in LAYER)
     yield "decoder.final_layernorm.weight"
@@ -86,7 +87,7 @@ def to_hf(name: str, tensor: torch.Tensor, *, model: ModelConfig) -> dict[str, t
         heads, groups = _heads(model)
         grouped = tensor.reshape(groups, -1, tensor.size(-1))
         rows = [heads // groups * model.head_dim, model.head_dim, model.head_dim]
-        parts = tuple(part.reshape(-1, tensor.size(-1)) for part in grouped.split(rows, dim=1))
+        parts = tuple(part.reshape(-1, tensor.size(-1)) for part in torch.split(grouped, rows, dim=1))
     elif name.endswith("linear_fc1.weight"):
         parts = tensor.chunk(2)
     return {hf_name: part.contiguous() for hf_name, part in zip(hf_names(name), parts, strict=True)}

@@ -7,22 +7,24 @@ from text.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_xy.errors import DataError
+from megatron_xy.storage import write_json
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _BPE = 2
 _SPACE = "\u2581"
 
 
-def write_hf_tokenizer(sentencepiece_model: Path, directory: Path) -> None:
+def write_hf_tokenizer(sentencepiece_model: Path, directory: Path, *, model_max_length: int) -> None:
     """Writes tokenizer.model, tokenizer.json and tokenizer_config.json into `directory`.
 
+    Encoding adds the model's <s>, as Llama does. A control piece spelt out in a text becomes its id, as everywhere in
+    transformers; with `split_special_tokens=True` it stays text, as in SentencePiece. model_max_length: in tokens.
     Raises DataError where the model is of a kind that HF's BPE cannot reproduce.
     """
     serialized = sentencepiece_model.read_bytes()
@@ -30,18 +32,23 @@ def write_hf_tokenizer(sentencepiece_model: Path, directory: Path) -> None:
     model.ParseFromString(serialized)
     _refuse_inexact(model, sentencepiece_model)
     control = {piece.piece: index for index, piece in enumerate(model.pieces) if piece.type in (_UNKNOWN, _CONTROL)}
-    (directory / "tokenizer.model").write_bytes(serialized)
-    tokenizer = tokenizer_json(model, control=control)
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")
     spec = model.trainer_spec
-    names = {"bos_token": spec.bos_piece, "eos_token": spec.eos_piece, "unk_token": spec.unk_piece}
+    names = {
+        "bos_token": spec.bos_piece, "eos_token": spec.eos_piece,
+        "unk_token": spec.unk_piece, "pad_token": spec.pad_piece,
+    }  # fmt: skip
     settings = {
+        # The one class that transformers 4 and 5 both have and that takes tokenizer.json as it stands.
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # Version 4 would add token types, which Llama does not take.
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,
+        "model_max_length": model_max_length,
         **{key: name for key, name in names.items() if name in control},
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (directory / "tokenizer.model").write_bytes(serialized)
+    write_json(directory / "tokenizer.json", tokenizer_json(model, control=control))
+    write_json(directory / "tokenizer_config.json", settings)
 
 
 def tokenizer_json(model: Any, *, control: dict[str, int]) -> dict[str, Any]:
@@ -112,12 +119,14 @@ def _merges(model: Any) -> list[list[str]]:
 
 
 def _refuse_inexact(model: Any, path: Path) -> None:
+    normal = {piece.piece for piece in model.pieces if piece.type == _NORMAL}
     reasons = {
         "it is not a BPE model": model.trainer_spec.model_type != _BPE,
         "it has no byte fallback": not model.trainer_spec.byte_fallback,
         "it has user-defined pieces": any(
             piece.type not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE) for piece in model.pieces
         ),
+        "it has pieces with characters that are no pieces themselves": not set("".join(normal)) <= normal,
         "it normalises text by a character map": bool(model.normalizer_spec.precompiled_charsmap),
         "it removes extra whitespace": model.normalizer_spec.remove_extra_whitespaces,
         "it treats whitespace as a suffix": model.trainer_spec.treat_whitespace_as_suffix,

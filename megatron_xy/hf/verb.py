@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_xy import checkpoint_files as files
 from megatron_xy.errors import ConfigError
-from megatron_xy.hf.convert import DTYPES, checkpoint_to_hf, find_tokenizer, hf_to_checkpoint
+from megatron_xy.hf.convert import checkpoint_to_hf, hf_to_checkpoint
+from megatron_xy.hf.reader import DTYPES
 from megatron_xy.hf.verify import TOLERANCE, largest_logit_difference, tensors_agree
 
 
@@ -23,28 +24,23 @@ def convert(
     (from_kind, from_path), (to_kind, to_path) = _place(source, "--from"), _place(target, "--to")
     if {from_kind, to_kind} != {"ckpt", "hf"}:
         raise ConfigError(f"--from {source} --to {target}: one side must be ckpt:DIR and the other hf:DIR")
+    if verify and find_spec("transformers") is None:
+        raise ConfigError("--verify needs transformers; it comes with the extra: pip install 'megatron-xy[hf]'")
     if from_kind == "ckpt":
-        if tokenizer is None:
-            tokenizer = find_tokenizer(from_path, named=files.read_manifest(from_path).state.get("tokenizer"))
         checkpoint_to_hf(from_path, to_path, dtype=dtype, tokenizer=tokenizer, say=say)
-        checkpoint, hf_folder = from_path, to_path
     else:
         hf_to_checkpoint(from_path, to_path, dtype=dtype, say=say)
-        checkpoint, hf_folder = to_path, from_path
-    return _verified(checkpoint, hf_folder, say=say) if verify else True
-
-
-def _verified(checkpoint: Path, hf_folder: Path, *, say: Callable[[str], None]) -> bool:
-    same = tensors_agree(checkpoint, hf_folder, say=say)
-    difference = largest_logit_difference(hf_folder)
-    holds = difference <= TOLERANCE
-    comparison = "<=" if holds else "> "
-    say(f"logits of transformers and ours, fp32: largest difference {difference:.2e} {comparison} {TOLERANCE:.0e}")
-    return same and holds
+    if not verify:
+        return True
+    folders = {from_kind: from_path, to_kind: to_path}
+    same = tensors_agree(folders["ckpt"], folders["hf"], target=to_kind, say=say)
+    difference = largest_logit_difference(folders["hf"])
+    say(f"logits of transformers and ours, fp32: largest difference {difference:.2e}, {TOLERANCE:.0e} is allowed")
+    return same and difference <= TOLERANCE
 
 
 def _place(text: str, option: str) -> tuple[str, Path]:
-    kind, colon, folder = text.partition(":")
-    if kind not in ("ckpt", "hf") or not colon or not folder:
+    kind, _, folder = text.partition(":")
+    if kind not in ("ckpt", "hf") or not folder:
         raise ConfigError(f"{option} {text}: must be ckpt:DIR or hf:DIR")
     return kind, Path(folder)

@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,10 +21,9 @@ from safetensors.torch import load_file
 from megatron_xy import checkpoint_files as files
 from megatron_xy import parallel
 from megatron_xy.config import ModelConfig, ParallelConfig
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import DataError
 from megatron_xy.hf.names import global_names
 from megatron_xy.hf.reader import HFReader
-from megatron_xy.model.build import DTYPES
 from megatron_xy.model.logits import logits_of
 from megatron_xy.role import Role, build_role
 from megatron_xy.weights import load_initial_weights, resolve_model
@@ -37,22 +37,24 @@ import json, sys, torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 folder, rows, target = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
 with torch.no_grad():
     logits = {str(i): model(torch.tensor([row])).logits[0].contiguous() for i, row in enumerate(json.load(open(rows)))}
 save_file(logits, target)
 """
 
 
-def tensors_agree(checkpoint: Path, hf_folder: Path, *, say: Callable[[str], None]) -> bool:
-    """Whether every weight of the checkpoint stands in the HF folder bit for bit, once cast to the folder's dtype."""
+def tensors_agree(checkpoint: Path, hf_folder: Path, *, target: str, say: Callable[[str], None]) -> bool:
+    """Whether every weight of the two is the same bit for bit in the dtype of `target` ("ckpt" or "hf")."""
     manifest = files.read_manifest(checkpoint)
     model = ModelConfig.model_validate(manifest.state["model"])
     different = []
     with files.TensorReader(checkpoint, manifest) as ours, HFReader(hf_folder, model=model) as theirs:
         for name in global_names(model):
-            released = theirs.read(name)
-            if not torch.equal(ours.read_full(name).to(released.dtype), released):
+            tensors = {"ckpt": ours.read_full(name), "hf": theirs.read(name)}
+            dtype = tensors[target].dtype
+            # As bytes: NaN is like itself, and -0.0 unlike 0.0.
+            if not torch.equal(*(tensor.to(dtype).view(torch.uint8) for tensor in tensors.values())):
                 different.append(name)
     if different:
         say(f"{len(different)} tensors differ, the first is {different[0]}")
@@ -64,45 +66,48 @@ def tensors_agree(checkpoint: Path, hf_folder: Path, *, say: Callable[[str], Non
 def largest_logit_difference(hf_folder: Path) -> float:
     """The largest difference between our logits and those of transformers, over rows of pseudo-random tokens, fp32.
 
-    Raises ConfigError where transformers is not installed, DataError where it does not open the folder.
+    Raises DataError where transformers does not open the folder.
     """
-    role = single_process_role(f"hf:{hf_folder}")
-    assert role.model.vocab_size, "an HF folder has a whole shape"
-    generator = torch.Generator().manual_seed(0)
-    longest = role.model.max_position_embeddings
-    rows = [
-        torch.randint(role.model.vocab_size, (min(length, longest),), generator=generator).tolist()
-        for length in ROW_LENGTHS
-    ]
+    with _alone_in_the_world():
+        role = _role_of(hf_folder)
+        assert role.model.vocab_size, "an HF folder has a whole shape"
+        generator = torch.Generator().manual_seed(0)
+        lengths = [min(length, role.model.max_position_embeddings) for length in ROW_LENGTHS]
+        rows = [torch.randint(role.model.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+        ours = [logits.cpu() for logits in logits_of(role, rows)]
     theirs = transformers_logits(hf_folder, rows)
-    differences = [(a - b).abs().max().item() for a, b in zip(logits_of(role, rows), theirs, strict=True)]
-    return max(differences)
-
-
-def single_process_role(load: str) -> Role:
-    """The model of `ckpt:DIR` or `hf:DIR` in fp32, in a world of this one process."""
-    if not torch.distributed.is_initialized():
-        parallel.start_alone()
-    model = resolve_model(ModelConfig(load=load))
-    groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
-    assert groups is not None, "this process is the role's one rank"
-    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=None, seed=0)
-    assert DTYPES[model.params_dtype] == torch.float32, "comparisons are made in fp32"
-    load_initial_weights(role, verify=True)
-    return role
+    # Tensors' maximum is NaN where any difference is; Python's would pass it over.
+    return torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max().item()
 
 
 def transformers_logits(hf_folder: Path, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Logits [row length, vocabulary] fp32 of transformers, in a process of its own."""
+    """Logits [row length, vocabulary] fp32 of transformers, in a process of its own. Raises DataError."""
     with tempfile.TemporaryDirectory() as scratch:
         rows_path, target = Path(scratch, "rows.json"), Path(scratch, "logits.safetensors")
         rows_path.write_text(json.dumps(rows), encoding="utf-8")
-        command = [sys.executable, "-c", _TRANSFORMERS_LOGITS, str(hf_folder), str(rows_path), str(target)]
+        command = [sys.executable, "-P", "-c", _TRANSFORMERS_LOGITS, str(hf_folder), str(rows_path), str(target)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if "No module named 'transformers'" in answer.stderr:
-            raise ConfigError("transformers is not installed; it comes with the extra: pip install 'megatron-xy[hf]'")
         if answer.returncode:
             raise DataError(f"transformers does not open {hf_folder}: {answer.stderr.strip().splitlines()[-1]}")
         logits = load_file(target)
         return [logits[str(number)] for number in range(len(rows))]
+
+
+def _role_of(hf_folder: Path) -> Role:
+    """The folder's model in fp32, whatever its dtype, on this one process."""
+    model = resolve_model(ModelConfig(load=f"hf:{hf_folder}"))
+    groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
+    assert groups is not None, "this process is the role's one rank"
+    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=None, seed=0)
+    load_initial_weights(role, verify=False)
+    return role
+
+
+@contextmanager
+def _alone_in_the_world() -> Iterator[None]:
+    parallel.start_alone()
+    try:
+        yield
+    finally:
+        parallel.stop_distributed()

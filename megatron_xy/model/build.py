@@ -136,18 +136,21 @@ def _gpt_model(config: mcore.TransformerConfig, *, model: ModelConfig, groups: G
 def mark_tensor_parallel(gpt: torch.nn.Module) -> None:
     """Sets the attributes by which megatron-core tells split weights from replicas, for instance in the gradient norm.
 
-    Its own initialisation does it, which `perform_initialization=False` skips.
+    Its own initialisation does it, which `perform_initialization=False` skips in some versions.
     """
     layers = mcore.tensor_parallel_layers
     for name, module in gpt.named_modules():
-        if (
-            isinstance(module, layers.ColumnParallelLinear | layers.VocabParallelEmbedding)
-            and module.weight is not None
-        ):
-            stride = 2 if name.endswith("linear_fc1") else 1  # gate and up stand one after the other in every shard
-            layers.set_tensor_model_parallel_attributes(module.weight, True, 0, stride)
+        if isinstance(module, layers.ColumnParallelLinear | layers.VocabParallelEmbedding):
+            # Gate and up projection stand one after the other in every shard of fc1.
+            dimension, stride = 0, 2 if name.endswith("linear_fc1") else 1
         elif isinstance(module, layers.RowParallelLinear):
-            layers.set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+            dimension, stride = 1, 1
+        else:
+            continue
+        if module.weight is not None:  # a tied output layer has none of its own
+            module.weight.tensor_model_parallel = True
+            module.weight.partition_dim = dimension
+            module.weight.partition_stride = stride
 
 
 def named_parameters(module: torch.nn.Module, *, model: ModelConfig, groups: Groups) -> Iterator[NamedParameter]:

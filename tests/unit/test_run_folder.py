@@ -98,7 +98,8 @@ def test_the_cause_stands_in_whatever_order_ranks_end(tmp_path_factory, codes):
     assert record.name == EXIT_NAMES[record.code]
 
 
-def test_ranks_that_end_at_the_same_time_leave_one_whole_record(tmp_path):
+def test_ranks_that_end_at_the_same_time_leave_one_whole_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGATRON_XY_SUPERVISOR_PID", "1")  # processes of one start
     context = multiprocessing.get_context("fork")
     codes = [76, 75, 65, 0]
     ranks = [context.Process(target=_record_many, args=(tmp_path, code, rank)) for rank, code in enumerate(codes)]

@@ -1,0 +1,146 @@
+"""The learning-rate schedule against its formula, and the update against torch's AdamW on a plain copy of the weights."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_xy import parallel
+from megatron_xy.config import OptimizerConfig, ParallelConfig
+from megatron_xy.optimizer import apply_gradients, learning_rate, torch_optimizers
+from megatron_xy.role import build_role
+from megatron_xy.train_step import forward_backward, language_model_step, on_device
+from tests.distributed import models
+
+
+@pytest.fixture(scope="module")
+def alone():
+    started = not dist.is_initialized()
+    if started:
+        parallel.start_alone()
+    yield parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=60)
+    if started:
+        dist.destroy_process_group()
+
+
+def rate(iteration, *, style, warmup, train_iters, lr=4e-3, min_lr=1e-3):
+    config = OptimizerConfig(lr=lr, min_lr=min_lr, lr_decay_style=style, lr_warmup_iters=warmup)
+    return learning_rate(config, iteration=iteration, train_iters=train_iters)
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("warmup", "train_iters"), [(0, 1), (0, 10), (4, 20), (10, 10), (9, 10)])
+def test_the_rate_follows_its_formula(style, warmup, train_iters):
+    for iteration in range(1, train_iters + 1):
+        if iteration <= warmup:
+            want = 4e-3 * iteration / warmup
+        elif style == "constant":
+            want = 4e-3
+        else:
+            done = (iteration - warmup) / (train_iters - warmup)
+            share = (1 + math.cos(math.pi * done)) / 2 if style == "cosine" else 1 - done
+            want = 1e-3 + 3e-3 * share
+        assert rate(iteration, style=style, warmup=warmup, train_iters=train_iters) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize(("style", "last"), [("cosine", 1e-3), ("linear", 1e-3), ("constant", 4e-3)])
+def test_the_rate_ends_where_it_should_and_stays_there(style, last):
+    whole = [rate(iteration, style=style, warmup=5, train_iters=50) for iteration in range(1, 80)]
+    assert whole[0] == pytest.approx(8e-4)
+    assert max(whole) == whole[4] == 4e-3
+    assert whole[49] == pytest.approx(last, rel=1e-12)
+    assert whole[50:] == [whole[49]] * 29
+    assert all(a >= b for a, b in zip(whole[4:], whole[5:], strict=False))
+
+
+def test_a_warm_up_longer_than_the_run_only_rises():
+    whole = [rate(iteration, style="cosine", warmup=100, train_iters=10) for iteration in range(1, 11)]
+    assert whole == pytest.approx([4e-3 * iteration / 100 for iteration in range(1, 11)], rel=1e-12)
+
+
+def gradients(role, step):
+    """Forward and backward of one step; gradients stand in main_grad."""
+    role.module.zero_grad_buffer()
+    role.optimizer.zero_grad()
+    batches = [on_device(batch) for batch in models.micro_batches(step, dp_size=1, dp_rank=0)]
+    forward_backward(role, batches, forward_step=partial(language_model_step, role, 2))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("clip_grad", [0.0, 0.3])
+def test_the_update_is_adamw_without_weight_decay_on_norms(alone, dtype, clip_grad):
+    """Ours on the role's weights, torch's plain AdamW on copies (fp32 main copies under bf16), from the same gradients."""
+    config = OptimizerConfig(weight_decay=0.5, adam_beta1=0.8, adam_beta2=0.9, adam_eps=1e-6)
+    model = models.MODEL.model_copy(update={"num_layers": 2, "params_dtype": dtype})
+    role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=config, seed=1)
+    named = list(role.named_parameters())
+    copies = [part.parameter.detach().float().clone().requires_grad_() for part in named]
+    norms = [copy for part, copy in zip(named, copies, strict=True) if part.name.endswith("layernorm.weight")]
+    assert len(norms) == 2 * 2 + 1
+    others = [copy for copy in copies if not any(copy is norm for norm in norms)]
+    plain = torch.optim.AdamW(
+        [{"params": others, "weight_decay": 0.5}, {"params": norms, "weight_decay": 0.0}],
+        betas=(0.8, 0.9), eps=1e-6, foreach=False,
+    )  # fmt: skip
+    for step, lr in enumerate([1e-2, 3e-3, 2e-2, 0.0]):
+        with role.active():
+            gradients(role, step)
+        for part, copy in zip(named, copies, strict=True):
+            copy.grad = part.parameter.main_grad.float().clone()
+        want_norm = torch.nn.utils.clip_grad_norm_(copies, clip_grad or math.inf)
+        if clip_grad:
+            assert want_norm > clip_grad, "clipping must take part in the comparison"
+        for group in plain.param_groups:
+            group["lr"] = lr
+        plain.step()
+        norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad)
+        assert updated and norm == pytest.approx(float(want_norm), rel=1e-6)
+        for part, copy in zip(named, copies, strict=True):
+            weight = getattr(part.parameter, "main_param", part.parameter)
+            torch.testing.assert_close(weight.detach(), copy.detach(), rtol=1e-6, atol=1e-7)
+            assert torch.equal(part.parameter, weight.to(part.parameter.dtype))
+
+
+def test_weight_decay_alone_shrinks_matrices_and_leaves_norms(alone):
+    config = OptimizerConfig(weight_decay=0.5)
+    model = models.MODEL.model_copy(update={"num_layers": 1})
+    role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=config, seed=1)
+    before = {part.name: part.parameter.detach().clone() for part in role.named_parameters()}
+    role.module.zero_grad_buffer()
+    assert apply_gradients(role.optimizer, lr=0.1, clip_grad=1.0) == (0.0, True)
+    for part in role.named_parameters():
+        factor = 1.0 if part.name.endswith("layernorm.weight") else 1 - 0.1 * 0.5
+        torch.testing.assert_close(part.parameter.detach(), before[part.name] * factor)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_gradient_changes_nothing(alone, dtype, bad):
+    model = models.MODEL.model_copy(update={"num_layers": 1, "params_dtype": dtype})
+    role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=OptimizerConfig(), seed=1)
+    gradients(role, 0)
+    assert apply_gradients(role.optimizer, lr=1e-2, clip_grad=1.0)[1]
+    before = state_of(role)
+    gradients(role, 1)
+    planted = list(role.named_parameters())[-1].parameter
+    planted.main_grad.view(-1)[7] = bad
+    norm, updated = apply_gradients(role.optimizer, lr=1e-2, clip_grad=1.0)
+    assert not updated and not math.isfinite(norm)
+    assert state_of(role).keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in state_of(role).items())
+    gradients(role, 1)
+    assert apply_gradients(role.optimizer, lr=1e-2, clip_grad=1.0)[1]
+    assert any(not torch.equal(value, before[name]) for name, value in state_of(role).items())
+
+
+def state_of(role):
+    """Weights, main weights, moments and step counts, copied."""
+    state = {part.name: part.parameter.detach().clone() for part in role.named_parameters()}
+    for inner in torch_optimizers(role.optimizer):
+        for number, parameter in enumerate(p for group in inner.param_groups for p in group["params"]):
+            state[f"main.{number}"] = parameter.detach().clone()
+            state |= {f"{name}.{number}": value.clone() for name, value in inner.state[parameter].items()}
+    assert any(name.startswith("exp_avg_sq") for name in state)
+    return state
