@@ -40,7 +40,8 @@ def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = Fa
     """
     global _device
     torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch._dynamo: 2 s
+        torch.use_deterministic_algorithms(deterministic)
     if _device is not None:
         return _device
     if torch.cuda.is_available():

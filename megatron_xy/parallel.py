@@ -212,8 +212,8 @@ def barrier(groups: Groups) -> None:
 def as_peer_lost(error: BaseException) -> PeerLost | None:
     """`error` as PeerLost where it is a collective that failed or timed out; None where it is anything else."""
     text = str(error)
-    distributed_error = isinstance(error, dist.DistError)
-    if distributed_error or (isinstance(error, RuntimeError) and any(mark in text for mark in device.COLLECTIVE_ERROR_MARKS)):
+    marked = isinstance(error, RuntimeError) and any(mark in text for mark in device.COLLECTIVE_ERROR_MARKS)
+    if marked or isinstance(error, dist.DistError):
         first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         return PeerLost(f"a collective failed because another rank is gone or stands still: {first_line}")
     return None

@@ -1,8 +1,8 @@
 """The folder of one run and its small files: who runs in it, how far every rank is, how the run ended, on what it ran.
 
 Ranks write heartbeats, rank 0 writes env.json, every process may write exit.json; the supervisor and `report` read
-them. Each file is JSON and is replaced as a whole, so that a reader never meets half of one. Nobody writes while another
-start of a run holds the folder.
+them. Each file is JSON and is replaced as a whole, so that a reader never meets half of one. Nobody writes while
+another start of a run holds the folder.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def _weight(code: int) -> int:
 
 
 def _this_start() -> str:
-    """One word for all processes of one start: a supervisor and its ranks, a bare torchrun's ranks, or this one alone."""
+    """One word for all processes of one start: a supervisor with its ranks, a bare torchrun's ranks, or this alone."""
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     if supervisor is None and "RANK" in os.environ:
         return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"  # of which there is one at a time

@@ -116,11 +116,9 @@ def complete_model(model: ModelConfig, stored: ModelConfig, *, origin: str) -> M
     known = stored.model_dump(exclude_unset=True)
     given = {name: value for name, value in model.model_dump(exclude_unset=True).items() if value is not None}
     problems = [
-        Problem(
-            f"model.{name}", f"model.{name} ({given[name]}) is {known[name]} in {origin}; leave it out or correct it"
-        )
+        Problem(f"model.{name}", f"model.{name} ({given[name]}) is {value} in {origin}; leave it out or correct it")
         for name in SHAPE_KEYS
-        if name in given and given[name] != known[name]
+        if name in given and given[name] != (value := getattr(stored, name))
     ]
     if problems:
         raise InvalidConfig(problems)

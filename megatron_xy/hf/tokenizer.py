@@ -121,7 +121,7 @@ def _merges(model: Any) -> list[list[str]]:
 def _refuse_inexact(model: Any, path: Path) -> None:
     normal = {piece.piece for piece in model.pieces if piece.type == _NORMAL}
     reasons = {
-        "it is not a BPE model": model.trainer_spec.model_type != _BPE,
+        "it is no BPE model": model.trainer_spec.model_type != _BPE,
         "it has no byte fallback": not model.trainer_spec.byte_fallback,
         "it has user-defined pieces": any(
             piece.type not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE) for piece in model.pieces

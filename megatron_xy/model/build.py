@@ -67,15 +67,13 @@ def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups,
 def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups) -> mcore.TransformerConfig:
     """megatron-core's description of a Llama-shaped transformer under this role's layout."""
     dtype = DTYPES[model.params_dtype]
-    recompute: dict[str, str | int | None] = {
-        "recompute_granularity": None,
-        "recompute_method": None,
-        "recompute_num_layers": None,
-    }
+    recompute: dict[str, Any] = {}
     if model.recompute_granularity == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute_granularity == "selective":
-        recompute["recompute_granularity"] = "selective"
+        # The MLP keeps over half of what a layer keeps. Core attention, megatron-core's default here, would free next
+        # to nothing: flash kernels keep no scores.
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     return mcore.TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -25,7 +25,8 @@ def logits_of(role: Role, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     width += -width % tp_size  # sequence parallelism splits it
     batches = [on_device(_padded(row, width)) for row in rows]
     role.module.eval()
-    outputs = forward_backward(role, batches, forward_step=partial(_logits_step, role), forward_only=True)
+    with role.active():
+        outputs = forward_backward(role, batches, forward_step=partial(_logits_step, role), forward_only=True)
     role.module.train()
     return [output["logits"][: len(row)] for output, row in zip(outputs, rows, strict=False)]
 

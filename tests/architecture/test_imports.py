@@ -1,10 +1,12 @@
-"""Imports run one way, down the floors that pyproject.toml names; the contracts there hold, cover every file, and can fail."""
+"""Imports run one way, down the floors of pyproject.toml: its contracts hold, cover every file and can fail."""
 
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import grimp
 
 ROOT = Path(__file__).parents[2]
 LINT_IMPORTS = "from importlinter.cli import lint_imports_command; lint_imports_command()"
@@ -59,8 +61,6 @@ def test_packages_import_nothing() -> None:
 
 def test_what_never_imports_torch_is_all_of_what_does_not() -> None:
     """The list of torch-free files is complete: whatever reaches torch by no way is on it."""
-    import grimp
-
     graph = grimp.build_graph("megatron_xy", include_external_packages=True, cache_dir=None)
     listed = set(contracts()["torch-free"]["source_modules"])
     free = {

@@ -18,7 +18,7 @@ VOCAB_SIZES = [64, 57, 48, 33, 16, 5]
 
 
 def made_up(vocab_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [2, 33, COLUMNS] of the whole padded vocabulary, labels in every rank's part, and weights of the losses."""
+    """Logits [2, 33, COLUMNS] of the padded vocabulary, labels in every rank's part, weights of the losses."""
     generator = torch.Generator().manual_seed(vocab_size)
     logits = torch.randn(2, 33, COLUMNS, generator=generator) * 5
     logits[..., vocab_size:] += 40  # padding that would win if it took part

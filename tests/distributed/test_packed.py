@@ -1,4 +1,4 @@
-"""Documents packed into one row do not see each other; without the split a sample is one text: transformers is the judge."""
+"""Documents packed into one row do not see each other; unsplit, a sample is one text. transformers is the judge."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_packed_documents_have_the_losses_that_they_have_alone(layout: Layout, p
 
 
 def gradients(layout: Layout, split_documents: bool) -> list[dict[str, np.ndarray]]:
-    """This rank's gradients for the batch as it is, with other padding and masked labels, with one true label changed."""
+    """This rank's gradients: of the batch, with other padding and masked labels, with one true label changed."""
     from megatron_xy.train_step import forward_backward, language_model_step, on_device
 
     role = models.make_role(layout, model=MODEL, optimizer=OptimizerConfig())

@@ -1,4 +1,4 @@
-"""Several roles with layouts of their own in one world: each trains as if it were alone, with nothing global between them."""
+"""Several roles with layouts of their own in one world: each trains as if alone, nothing global between them."""
 
 from __future__ import annotations
 

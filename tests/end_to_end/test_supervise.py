@@ -16,7 +16,7 @@ import pytest
 from megatron_xy import supervise as supervise_module
 from megatron_xy.errors import ConfigError
 from megatron_xy.orphans import MARK_VARIABLE, is_running
-from megatron_xy.run_folder import read_exit, read_heartbeats
+from megatron_xy.run_folder import Heartbeat, RunDirBusy, prepare, read_exit, read_heartbeats
 from megatron_xy.supervise import supervise
 
 
@@ -76,6 +76,29 @@ def test_a_killed_rank_is_worth_a_restart(tmp_path, capfd):
     assert (read_exit(tmp_path).code, read_exit(tmp_path).attempt) == (0, 1)
     (line,) = capfd.readouterr().err.splitlines()
     assert re.search(r"start 1 of 2 ended with 76 .* SIGKILL .* starting again from the newest valid checkpoint", line)
+
+
+def test_a_rank_killed_before_the_first_step_is_lost_though_its_peers_say_stopped(tmp_path, capfd):
+    assert run(tmp_path, "killed_at_start", restarts=1) == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.search(r"start 1 of 2 ended with 76 \(peer_lost\): rank 1 \(pid \d+\) was killed by SIGKILL;", line)
+
+
+def test_a_run_without_a_supervisor_keeps_its_folder(tmp_path):
+    """The supervisor neither starts there nor clears what that run's ranks have written."""
+    prepare(tmp_path)
+    Heartbeat(tmp_path, rank=0).beat(iteration=3, phase="step")
+    code = (
+        "import pathlib, sys; from megatron_xy.run_folder import lock\n"
+        "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunDirBusy, match=rf"another run is active in {tmp_path} \(pid {holder.pid}, "):
+            run(tmp_path, "clean")
+        holder.communicate()
+    assert read_heartbeats(tmp_path)[0].iteration == 3 and read_exit(tmp_path) is None
 
 
 def test_an_exception_that_nobody_recorded_is_a_bug_and_its_traceback_is_shown(tmp_path, capfd):

@@ -67,6 +67,16 @@ def killed_once() -> None:
     time.sleep(600)
 
 
+def killed_at_start() -> None:
+    """In the first start rank 1 is killed before the first step; torchrun stops rank 0, which has nothing to save."""
+    leave_on_sigterm(75, "there was nothing to save")
+    if current_attempt() > 0:
+        leave(0, "done")
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
 def crash() -> None:
     """An exception before anything could record it."""
     if RANK == 0:

@@ -1,5 +1,7 @@
 """Two ways of cutting one tensor: what both hold is copied once and only once, padding never."""
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,23 +25,21 @@ def cuts(draw, shape):
     rest_start, rest_stop = (0,) * (len(shape) - 1), shape[1:]
     if kind == "rows":
         points = cut_points(draw, shape[0])
-        boxes = [
-            (Box((a, *rest_start), (b, *rest_stop)),) for a, b in zip(points, points[1:], strict=False)
-        ]
+        boxes = [(Box((a, *rest_start), (b, *rest_stop)),) for a, b in itertools.pairwise(points)]
     elif kind == "gated":
         half = shape[0] // 2
         points = cut_points(draw, half)
         boxes = [
             (Box((a, *rest_start), (b, *rest_stop)), Box((half + a, *rest_start), (half + b, *rest_stop)))
-            for a, b in zip(points, points[1:], strict=False)
+            for a, b in itertools.pairwise(points)
         ]
     else:
         rows = cut_points(draw, shape[0]) if kind == "grid" else [0, shape[0]]
         columns = cut_points(draw, shape[1])
         boxes = [
             (Box((a, c, *rest_start[1:]), (b, d, *rest_stop[1:])),)
-            for a, b in zip(rows, rows[1:], strict=False)
-            for c, d in zip(columns, columns[1:], strict=False)
+            for a, b in itertools.pairwise(rows)
+            for c, d in itertools.pairwise(columns)
         ]
     return [ParameterShard(shape, parts) for parts in boxes]
 
@@ -110,7 +110,7 @@ def test_the_common_block_is_what_both_cover(first, second):
 
 
 def test_a_rank_of_padding_only_holds_and_copies_nothing():
-    """The last tensor parallel rank of a padded vocabulary: 300 rows, two ranks of 256 would hold 256 and 44, a third none."""
+    """A vocabulary of 300 rows padded to 3 x 256: the third tensor parallel rank."""
     shape = (300, 4)
     empty = ParameterShard(shape, (Box((300, 0), (300, 4)),))
     whole = ParameterShard(shape, (Box((0, 0), shape),))

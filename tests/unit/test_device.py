@@ -1,0 +1,104 @@
+"""The device that a verb settles, and the stand-in for what megatron-core reaches in torch.cuda, in one process."""
+
+import pytest
+import torch
+
+from megatron_xy import device, parallel
+
+pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="on a GPU nothing stands in")
+
+
+def test_what_is_settled_stays() -> None:
+    assert device.is_settled() and device.is_cpu()
+    assert device.current() == torch.device("cpu") == device.start(local_rank=5)
+    assert (device.backend(), device.name()) == ("gloo", "CPU")
+    device.synchronize()
+
+
+def test_start_sets_threads_and_determinism_every_time() -> None:
+    device.start(num_threads=2, deterministic=True)
+    assert torch.get_num_threads() == 2 and torch.are_deterministic_algorithms_enabled()
+    device.start(num_threads=1)
+    assert torch.get_num_threads() == 1 and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("name", device._FACTORIES)
+def test_every_factory_reads_cuda_as_the_cpu(name: str) -> None:
+    arguments = {
+        "as_tensor": ([1.0, 2.0],),
+        "tensor": ([1.0, 2.0],),
+        "full": ((2,), 3.0),
+        "randint": (9, (2,)),
+        "empty_like": (torch.zeros(2),),
+        "full_like": (torch.zeros(2), 3.0),
+        "ones_like": (torch.zeros(2),),
+        "zeros_like": (torch.zeros(2),),
+    }.get(name, (2,))
+    factory = getattr(torch, name)
+    cuda = torch.device("cuda", 0)
+    for place in ("cuda", "cuda:1", cuda, 0):
+        made = factory(*arguments, device=place)
+        assert made.device.type == "cpu" and made.shape == (2,)
+    assert factory(*arguments).device.type == "cpu"
+    assert factory.__name__ == name, "wrapped, and still known by its name"
+
+
+def test_other_devices_and_arguments_pass_through() -> None:
+    assert torch.empty(2, device="meta").is_meta
+    assert torch.zeros(2, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+    assert torch.ones(2, requires_grad=True, device=torch.device("cuda")).requires_grad
+    assert not torch.empty(2, pin_memory=True).is_pinned()
+
+
+def test_tensor_methods() -> None:
+    tensor = torch.zeros(2, dtype=torch.bfloat16)
+    assert tensor.cuda() is tensor
+    assert tensor.type() == "torch.cuda.BFloat16Tensor", "what megatron-core's optimizer compares"
+    assert tensor.type(torch.float32).dtype == torch.float32
+
+
+def test_generator_state_round_trip() -> None:
+    before = device.generator_state()
+    try:
+        torch.manual_seed(7)
+        state = device.generator_state()
+        assert torch.equal(state, torch.cuda.get_rng_state()), "one generator serves both names"
+        drawn = torch.rand(4)
+        device.set_generator_state(state)
+        assert torch.equal(torch.rand(4, device="cuda"), drawn)
+        torch.cuda.manual_seed(7)
+        assert torch.equal(torch.rand(4), drawn)
+    finally:
+        device.set_generator_state(before)
+
+
+def test_streams_and_events_are_in_order() -> None:
+    with torch.cuda.Stream() as stream, torch.cuda.stream(stream):
+        event = stream.record_event()
+        torch.cuda.current_stream().wait_event(event)
+        event.synchronize()
+        assert event.query() and stream.query()
+    given = torch.cuda.Event(enable_timing=False)
+    assert torch.cuda.default_stream().record_event(given) is given
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    megabyte = 1024**2
+    assert 20 * megabyte < device.peak_memory_bytes() < 1024 * 1024 * megabyte
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:29500",
+        "Connection reset by peer",
+        "NCCL error: unhandled system error",
+        "Timed out waiting 30000ms for recv operation to complete",
+        "writev: Broken pipe",
+    ],
+)
+def test_what_backends_say_of_a_lost_peer(text: str) -> None:
+    lost = parallel.as_peer_lost(RuntimeError(f"{text}\nmore lines"))
+    assert lost is not None and lost.exit_code == 76 and text in str(lost) and "more lines" not in str(lost)
+    assert parallel.as_peer_lost(ValueError(text)) is None
+    assert parallel.as_peer_lost(RuntimeError("shape '[3]' is invalid for input of size 2")) is None

@@ -1,0 +1,141 @@
+"""config.json both ways: what each transformers version reads, and what is refused by name."""
+
+import json
+
+import pytest
+
+from megatron_xy.config import InvalidConfig, ModelConfig
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.hf.config import complete_model, hf_config, read_hf_config, read_token_ids
+from megatron_xy.weights import resolve_model
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=503,
+    max_position_embeddings=128,
+    rotary_base=500000.0,
+    norm_epsilon=1e-6,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def written(folder, **changes):
+    """The folder with MODEL's config.json and `changes` in it; None removes a key."""
+    values = {**hf_config(MODEL, dtype="float32", token_ids={}), **changes}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3])
+def test_a_model_comes_back_as_it_was(tmp_path, scaling, tied):
+    changes = {"rope_scaling": scaling, "untie_embeddings_and_output_weights": not tied}
+    model = MODEL.model_copy(update=changes)
+    values = hf_config(model, dtype="bfloat16", token_ids={"bos_token_id": 1, "eos_token_id": [2, 3]})
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_hf_config(tmp_path).model_dump() == model.model_dump()
+    assert read_token_ids(tmp_path) == {"bos_token_id": 1, "eos_token_id": [2, 3]}
+    assert values["vocab_size"] == 503 and values["torch_dtype"] == values["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 4.0}, LLAMA3])
+def test_theta_and_scaling_stand_there_for_version_4_and_for_version_5(tmp_path, scaling):
+    values = hf_config(MODEL.model_copy(update={"rope_scaling": scaling}), dtype="float32", token_ids={})
+    kind = scaling.get("rope_type", "linear") if scaling else "default"
+    assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 500000.0
+    assert values["rope_parameters"]["rope_type"] == kind
+    if scaling is None:
+        assert values["rope_scaling"] is None
+    else:
+        assert values["rope_scaling"]["type"] == values["rope_scaling"]["rope_type"] == kind
+        for name in scaling.keys() - {"type", "rope_type"}:
+            assert values["rope_scaling"][name] == values["rope_parameters"][name] == scaling[name]
+
+
+@pytest.mark.parametrize("kept", ["version 4", "version 5"])
+def test_each_style_alone_is_read(tmp_path, kept):
+    values = hf_config(MODEL.model_copy(update={"rope_scaling": LLAMA3}), dtype="float32", token_ids={})
+    for name in {"version 4": ["rope_parameters"], "version 5": ["rope_theta", "rope_scaling"]}[kept]:
+        del values[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = read_hf_config(tmp_path)
+    assert (model.rotary_base, model.rope_scaling) == (500000.0, LLAMA3)
+
+
+def test_what_transformers_leaves_out_has_its_defaults(tmp_path):
+    missing = dict.fromkeys(
+        ["rope_theta", "rope_parameters", "rms_norm_eps", "num_key_value_heads", "head_dim", "tie_word_embeddings",
+         "max_position_embeddings"]
+    )  # fmt: skip
+    model = read_hf_config(written(tmp_path, **missing))
+    assert (model.rotary_base, model.rope_scaling, model.norm_epsilon) == (10000.0, None, 1e-6)
+    assert (model.num_query_groups, model.max_position_embeddings) == (4, 2048)
+    assert model.untie_embeddings_and_output_weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model_type": "qwen2"}, r"model_type \(qwen2\) is not supported; llama is"),
+        ({"attention_bias": True}, "attention_bias .true. is not supported"),
+        ({"mlp_bias": True}, "mlp_bias .true. is not supported"),
+        ({"hidden_act": "gelu"}, r"hidden_act \(gelu\) is not supported; silu is"),
+        ({"head_dim": 32}, r"head_dim \(32\) x num_attention_heads \(4\) must be hidden_size \(64\)"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+        ({"num_hidden_layers": None, "vocab_size": 0}, "num_hidden_layers, vocab_size missing or no positive number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "kind 'yarn' is not supported; linear and llama3 are"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "kind llama3 lacks low_freq_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor \(0.5\) is not supported"),
+        ({"rms_norm_eps": "small"}, "norm_epsilon: Input should be a valid number"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(tmp_path, changes, text):
+    with pytest.raises(DataError, match=text):
+        read_hf_config(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(("content", "text"), [("{", "is damaged"), ("[]", "holds a list"), (None, "holds no config")])
+def test_a_damaged_config_is_bad_data(tmp_path, content, text):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(DataError, match=text):
+        read_hf_config(tmp_path)
+
+
+def test_a_missing_folder_is_bad_config(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such folder") as caught:
+        resolve_model(ModelConfig(load=f"hf:{tmp_path / 'none'}"))
+    assert caught.value.exit_code == 78
+
+
+def test_shape_keys_that_contradict_the_folder_are_named_with_both_values(tmp_path):
+    folder = written(tmp_path / "hf")
+    with pytest.raises(InvalidConfig) as caught:
+        resolve_model(ModelConfig(load=f"hf:{folder}", num_layers=3, vocab_size=512, hidden_size=64))
+    assert [problem.text for problem in caught.value.problems] == [
+        f"model.num_layers (3) is 2 in {folder}/config.json; leave it out or correct it",
+        f"model.vocab_size (512) is 503 in {folder}/config.json; leave it out or correct it",
+    ]
+    tied = ModelConfig(load=f"hf:{folder}", untie_embeddings_and_output_weights=False)
+    with pytest.raises(InvalidConfig, match=r"untie_embeddings_and_output_weights \(False\) is True"):
+        resolve_model(tied)
+
+
+def test_what_the_run_says_of_numerics_counts_and_the_rest_comes_from_the_folder(tmp_path):
+    load = f"hf:{written(tmp_path / 'hf')}"
+    model = resolve_model(ModelConfig(load=load, rotary_base=2e6, max_position_embeddings=4096, params_dtype="bf16"))
+    assert model.load == load
+    assert (model.rotary_base, model.max_position_embeddings, model.params_dtype) == (2e6, 4096, "bf16")
+    assert (model.num_layers, model.norm_epsilon) == (2, 1e-6)
+    assert complete_model(model, MODEL, origin="a resumed run's own section") == model

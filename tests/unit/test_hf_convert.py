@@ -1,0 +1,366 @@
+"""Conversion between checkpoint and HF folder: byte-equal round trips, whole or absent, and what is refused."""
+
+import json
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_xy import checkpoint_files as files
+from megatron_xy.checkpoint_files import TrainingState
+from megatron_xy.config import ModelConfig
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.hf import convert, verb
+from megatron_xy.hf.config import hf_config
+from megatron_xy.hf.convert import checkpoint_to_hf, hf_to_checkpoint
+from megatron_xy.hf.names import global_names, hf_names, hf_shapes
+from megatron_xy.hf.reader import INDEX, HFReader
+from megatron_xy.hf.verify import tensors_agree
+from megatron_xy.weights import resolve_model
+from tools.train_tokenizer import train
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=301
+)
+SINGLE = "model.safetensors"
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def random_tensors(model, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for global_name in global_names(model)
+        for name, shape in zip(hf_names(global_name), hf_shapes(global_name, model), strict=True)
+    }
+
+
+def hf_folder(folder, *, model=MODEL, dtype=torch.float32, tensors=None):
+    """A folder as transformers lays it out, with tokenizer files that nobody here reads."""
+    folder.mkdir(parents=True)
+    token_ids = {"bos_token_id": 5, "eos_token_id": [6, 7]}
+    config = hf_config(model, dtype=files.DTYPE_NAMES[dtype], token_ids=token_ids)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random_tensors(model, dtype) if tensors is None else tensors, folder / SINGLE, metadata={"format": "pt"})
+    for name in FILES:
+        (folder / name).write_text(f'{{"file": "{name}"}}')
+    return folder
+
+
+def there_and_back(folder, tmp_path, **options):
+    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "back", tokenizer=None, say=print, **{"dtype": None, **options})
+    return tmp_path / "back"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_folder_comes_back_byte_for_byte(tmp_path, groups, tied, dtype):
+    changes = {"num_query_groups": groups, "untie_embeddings_and_output_weights": not tied}
+    folder = hf_folder(tmp_path / "hf", model=MODEL.model_copy(update=changes), dtype=dtype)
+    back = there_and_back(folder, tmp_path)
+    original, again = load_file(folder / SINGLE), load_file(back / SINGLE)
+    assert original.keys() == again.keys()
+    for name, tensor in original.items():
+        assert tensor.dtype == again[name].dtype == dtype
+        assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), name
+    assert json.loads((back / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    for name in FILES:
+        assert (back / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_each_tensor_keeps_a_dtype_of_its_own(tmp_path):
+    tensors = random_tensors(MODEL, torch.bfloat16)
+    tensors["model.norm.weight"] = torch.randn(32)
+    back = there_and_back(hf_folder(tmp_path / "hf", tensors=tensors), tmp_path)
+    assert torch.equal(load_file(back / SINGLE)["model.norm.weight"], tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_dtype_option_casts_every_tensor_either_way(tmp_path, dtype):
+    folder = hf_folder(tmp_path / "hf")
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    expected = {name: tensor.to(kind) for name, tensor in load_file(folder / SINGLE).items()}
+    exported = there_and_back(folder, tmp_path, dtype=dtype)
+    hf_to_checkpoint(folder, tmp_path / "cast", dtype=dtype, say=print)
+    checkpoint_to_hf(tmp_path / "cast", tmp_path / "from_cast", dtype=None, tokenizer=None, say=print)
+    for result in (exported, tmp_path / "from_cast"):
+        tensors = load_file(result / SINGLE)
+        assert all(tensor.dtype == kind and torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+        config = json.loads((result / "config.json").read_text())
+        assert config["dtype"] == config["torch_dtype"] == str(kind).removeprefix("torch.")
+    assert tensors_agree(tmp_path / "ckpt", exported, target="hf", say=print)
+    assert tensors_agree(tmp_path / "cast", folder, target="ckpt", say=print)
+
+
+def test_the_layouts_are_those_of_megatron(tmp_path):
+    """Group by group the queries, the key, the value; gate above up: said with indices instead of reshapes."""
+    folder = hf_folder(tmp_path / "hf")
+    hf = load_file(folder / SINGLE)
+    with HFReader(folder, model=MODEL) as reader:
+        qkv = reader.read("decoder.layers.1.self_attention.linear_qkv.weight").reshape(2, 4, 8, 32)
+        fc1 = reader.read("decoder.layers.0.mlp.linear_fc1.weight")
+    heads = {part: hf[f"model.layers.1.self_attn.{part}_proj.weight"].reshape(-1, 8, 32) for part in "qkv"}
+    for group in range(2):
+        assert torch.equal(qkv[group, 0], heads["q"][2 * group]) and torch.equal(
+            qkv[group, 1], heads["q"][2 * group + 1]
+        )
+        assert torch.equal(qkv[group, 2], heads["k"][group]) and torch.equal(qkv[group, 3], heads["v"][group])
+    assert torch.equal(fc1[:48], hf["model.layers.0.mlp.gate_proj.weight"])
+    assert torch.equal(fc1[48:], hf["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_large_models_are_written_in_several_files_with_an_index(tmp_path, monkeypatch):
+    folder = hf_folder(tmp_path / "hf")
+    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 40_000)
+    back = there_and_back(folder, tmp_path)
+    index = json.loads((back / INDEX).read_text())
+    shards = sorted(path.name for path in back.glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    original = load_file(folder / SINGLE)
+    assert index["weight_map"].keys() == original.keys() and set(index["weight_map"].values()) == set(shards)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in original.values())
+    with HFReader(back, model=MODEL) as several, HFReader(folder, model=MODEL) as single:
+        assert all(torch.equal(several.read(name), single.read(name)) for name in global_names(MODEL))
+
+
+def test_a_checkpoint_from_hf_has_what_a_run_needs(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+    manifest = files.read_manifest(tmp_path / "ckpt")
+    files.verify_files(tmp_path / "ckpt", manifest)
+    files.verify_coverage(tmp_path / "ckpt", manifest)
+    state = TrainingState(**{name: manifest.state[name] for name in TrainingState.__dataclass_fields__})
+    assert state == TrainingState() and manifest.state["world_size"] == 1
+    from_checkpoint = resolve_model(ModelConfig(load=f"ckpt:{tmp_path / 'ckpt'}"))
+    from_hf = resolve_model(ModelConfig(load=f"hf:{folder}"))
+    assert from_checkpoint.model_copy(update={"load": None}) == from_hf.model_copy(update={"load": None})
+
+
+def test_the_tokenizer_is_the_named_one_or_that_of_the_run(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+    tokenizer = tmp_path / "some.model"
+    tokenizer.write_bytes(train(["some text to train on"], vocab_size=290))
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "named", dtype=None, tokenizer=tokenizer, say=print)
+    manifest = files.read_manifest(tmp_path / "ckpt")
+    for name in FILES:
+        (tmp_path / "ckpt" / name).unlink()
+    manifest.state["tokenizer"] = str(tokenizer)
+    files.write_manifest(tmp_path / "ckpt", manifest)
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "of_the_run", dtype=None, tokenizer=None, say=print)
+    for result in (tmp_path / "named", tmp_path / "of_the_run"):
+        assert (result / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+        config = json.loads((result / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"], config["vocab_size"]) == (1, 2, 301)
+        assert json.loads((result / "generation_config.json").read_text())["eos_token_id"] == 2
+        assert not (result / "chat_template.jinja").exists()
+    tokenizer.unlink()
+    said = []
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "without", dtype=None, tokenizer=None, say=said.append)
+    assert said[0].startswith("warning: no tokenizer found")
+    assert json.loads((tmp_path / "without" / "config.json").read_text())["eos_token_id"] == [6, 7]
+
+
+def test_a_tokenizer_that_is_missing_or_too_large_is_refused(tmp_path):
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt", dtype=None, say=print)
+    large = tmp_path / "large.model"
+    large.write_bytes(train(["alpha beta gamma delta epsilon zeta eta theta iota kappa"], vocab_size=310))
+    for tokenizer, kind, text in [
+        (tmp_path / "none.model", ConfigError, "does not exist"),
+        (large, DataError, r"has 310 pieces, more than the checkpoint's vocab_size \(301\)"),
+    ]:
+        with pytest.raises(kind, match=text):
+            checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out", dtype=None, tokenizer=tokenizer, say=print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf", "large.model"]
+
+
+def test_others_may_read_what_was_written(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    back = there_and_back(folder, tmp_path)
+    plain = tmp_path / "plain"
+    plain.touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for out in (back, tmp_path / "ckpt") for path in out.iterdir()}
+    assert modes == {stat.S_IMODE(plain.stat().st_mode)}
+
+
+class Stop(Exception):
+    """Stands for anything that goes wrong half-way."""
+
+
+@pytest.mark.parametrize("where", ["write_json", "_copy_files", "save_file"])
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, where):
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt", dtype=None, say=print)
+
+    def stop(*_, **__):
+        raise Stop
+
+    monkeypatch.setattr(convert, where, stop)
+    with pytest.raises(Stop):
+        checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out", dtype=None, tokenizer=None, say=print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
+
+
+def test_a_failed_import_leaves_nothing_and_a_killed_one_is_no_hindrance(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").symlink_to("/etc/hostname")  # refused after the weights are written
+    with pytest.raises(DataError, match="link out of its folder"):
+        hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    (folder / "chat_template.jinja").unlink()
+    (tmp_path / ".tmp-ckpt").mkdir()
+    (tmp_path / ".tmp-ckpt" / "leftover").touch()
+    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+    assert not (tmp_path / "ckpt" / "leftover").exists() and not (tmp_path / ".tmp-ckpt").exists()
+
+
+def test_an_existing_target_is_refused(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="there exists; name a folder that does not"):
+        hf_to_checkpoint(folder, tmp_path / "there", dtype=None, say=print)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "dtype", "text"),
+    [
+        ("ckpt:a", "ckpt:b", None, "one side must be ckpt:DIR and the other hf:DIR"),
+        ("hf:", "ckpt:b", None, "--from hf:: must be ckpt:DIR or hf:DIR"),
+        ("hf:a", "b", None, "--to b: must be ckpt:DIR or hf:DIR"),
+        ("hf:a", "ckpt:b", "fp8", "--dtype fp8: must be one of fp32, bf16, fp16"),
+        ("hf:/nowhere/a", "ckpt:b", None, "/nowhere/a: there is no such folder"),
+        ("ckpt:/nowhere/a", "hf:b", None, "/nowhere/a: there is no such folder"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_bad_config(source, target, dtype, text):
+    with pytest.raises(ConfigError, match=text):
+        verb.convert(source, target, dtype=dtype, tokenizer=None, verify=False, say=print)
+
+
+def refused(folder, text):
+    with pytest.raises(DataError, match=text) as caught:
+        hf_to_checkpoint(folder, folder.parent / "ckpt", dtype=None, say=print)
+    assert caught.value.exit_code == 65
+    assert not (folder.parent / "ckpt").exists()
+
+
+def test_pickles_are_never_opened(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    (folder / SINGLE).unlink()
+    refused(folder, "holds neither model.safetensors nor")
+    # Not even a pickle: opening it would be another error.
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
+    refused(folder, "a pickle, which is never opened; load and save it once with transformers' save_pretrained")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("../model.safetensors", "no plain name"),
+        ("/etc/model.safetensors", "no plain name"),
+        ("sub/model.safetensors", "no plain name"),
+        ("model.bin", "which is no .safetensors file"),
+        (7, "which is no .safetensors file"),
+        ("model-00001-of-00002.safetensors", "is named by model.safetensors.index.json and is not there"),
+    ],
+)
+def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
+    folder = hf_folder(tmp_path / "hf")
+    weight_map = dict.fromkeys(random_tensors(MODEL), SINGLE) | {"model.norm.weight": file}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, text)
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [("{", "is damaged"), ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {}}', "names no model.embed")],
+)
+def test_a_damaged_index_is_bad_data(tmp_path, index, text):
+    folder = hf_folder(tmp_path / "hf")
+    (folder / INDEX).write_text(index)
+    refused(folder, text)
+
+
+@pytest.mark.parametrize("file", [SINGLE, "config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path, file):
+    folder = hf_folder(tmp_path / "hf")
+    (folder / file).rename(tmp_path / "elsewhere")
+    (folder / file).symlink_to("../elsewhere")
+    refused(folder, f"{file} is a link out of its folder, to {tmp_path / 'elsewhere'}; it is refused")
+
+
+def test_a_snapshot_of_the_hub_cache_links_to_its_blobs(tmp_path):
+    cache = tmp_path / "models--somebody--model"
+    snapshot = hf_folder(cache / "snapshots" / "0a1b")
+    (cache / "blobs").mkdir()
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(cache / "blobs" / f"{number:064x}")
+        path.symlink_to(f"../../blobs/{number:064x}")
+    back = there_and_back(snapshot, tmp_path)
+    assert load_file(back / SINGLE).keys() == random_tensors(MODEL).keys()
+    assert not any(path.is_symlink() for path in (tmp_path / "ckpt").iterdir())
+    (snapshot / "config.json").unlink()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "config").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../../blobs/config")
+    with pytest.raises(DataError, match="link out of its folder"):
+        hf_to_checkpoint(snapshot, tmp_path / "again", dtype=None, say=print)
+
+
+def test_truncated_weights_are_damaged(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    content = (folder / SINGLE).read_bytes()
+    for size in (0, 5, 100, len(content) - 1):
+        (folder / SINGLE).write_bytes(content[:size])
+        refused(folder, r"model\.safetensors is damaged")
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_missing_tensor_is_named(tmp_path, indexed):
+    tensors = random_tensors(MODEL)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    folder = hf_folder(tmp_path / "hf", tensors=tensors)
+    if indexed:  # the index promises what the file lacks
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(random_tensors(MODEL), SINGLE)}))
+    refused(folder, r"does not give model\.layers\.1\.mlp\.up_proj\.weight, which config\.json calls for")
+
+
+def test_a_wrong_shape_is_told_with_both_shapes(tmp_path):
+    tensors = random_tensors(MODEL)
+    tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(32, 32)
+    refused(
+        hf_folder(tmp_path / "hf", tensors=tensors),
+        r"model\.layers\.0\.self_attn\.k_proj\.weight is \[32, 32\], but config\.json makes it \[16, 32\]",
+    )
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    tensors = random_tensors(MODEL)
+    tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
+    refused(hf_folder(tmp_path / "hf", tensors=tensors), r"model\.norm\.weight is of type torch\.int8")
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt", dtype=None, say=print)
+    shard = next((tmp_path / "ckpt").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="do not match the checksum"):
+        checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out", dtype=None, tokenizer=None, say=print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_changed_weight_does_not_agree(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    back = there_and_back(folder, tmp_path)
+    said = []
+    assert tensors_agree(tmp_path / "ckpt", back, target="hf", say=said.append)
+    tensors = load_file(back / SINGLE)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = -tensors["model.layers.1.mlp.down_proj.weight"][3, 5]
+    save_file(tensors, back / SINGLE, metadata={"format": "pt"})
+    assert not tensors_agree(tmp_path / "ckpt", back, target="hf", say=said.append)
+    assert said[-1] == "1 tensors differ, the first is decoder.layers.1.mlp.linear_fc2.weight"
