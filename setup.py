@@ -1,4 +1,4 @@
-"""Build entry point; metadata and tool settings stand in pyproject.toml. Says in one line where megatron-core has no wheels."""
+"""Build entry point; metadata stands in pyproject.toml. Says in one line where megatron-core has no wheels."""
 
 import platform
 import sys

@@ -297,8 +297,8 @@ def _load_weight(reader: files.TensorReader, named: NamedParameter) -> None:
     if main is not None:
         if main_name in reader:
             reader.read_into(main_name, main, named.shard)
-        else:
-            main.copy_(named.parameter)
+        else:  # in the stored precision, which may be more than the parameter's
+            reader.read_into(named.name, main, named.shard)
 
 
 def _load_moments(reader: files.TensorReader, role: Role, named: NamedParameter, *, steps: int) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_xy import __version__
-from megatron_xy.errors import EXIT_BUG, EXIT_COMPARISON_FAILED, EXIT_IO, ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import EXIT_BUG, EXIT_COMPARISON_FAILED, EXIT_IO, DataError, MegatronXYError
 
 app = typer.Typer(
     add_completion=False,
@@ -57,7 +57,7 @@ def main() -> None:
 
 def fail(error: Exception, *, code: int) -> None:
     """One calm message on stderr, and the code."""
-    Console(stderr=True, soft_wrap=True).print(f"[red]error[/red] ({code}): {escape(str(error))}", highlight=False)
+    Console(stderr=True, soft_wrap=True, emoji=False).print(f"[red]error[/red] ({code}): {escape(str(error))}", highlight=False)
     sys.exit(code)
 
 
@@ -99,17 +99,20 @@ def run(
     """Starts and supervises torchrun on this machine: exit codes, restarts from the newest checkpoint, no orphans."""
     from megatron_xy import run_folder
     from megatron_xy.config import load_config, run_dir_of
+    from megatron_xy.preflight import check_paths
     from megatron_xy.supervise import supervise
 
     options = overrides or []
     try:
         config = load_config(run_yaml, overrides=options, world_size=nproc_per_node)
-    except ConfigError as error:
+        check_paths(config)
+    except MegatronXYError as error:
         run_dir = run_dir_of(run_yaml, overrides=options)
         if run_dir is not None:
             run_folder.prepare(run_dir)
             run_folder.record_exit(run_dir, code=error.exit_code, message=str(error), rank=None)
         raise
+    print(f"starting {nproc_per_node} rank(s) on this machine, in {config.run_dir}", flush=True)
     code = supervise(
         str(run_yaml),
         overrides=options,

@@ -32,6 +32,9 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
     check_shape(config)
     check_world(config, world_size=world_size)
     dataset = open_data(config)
+    if config.data.tokenizer is None:
+        data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
+        config = config.model_copy(update={"data": data})
     run_folder.prepare(config.run_dir)
     run_folder.refuse_if_busy(config.run_dir)  # before this rank's own files there are touched
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))

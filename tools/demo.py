@@ -1,8 +1,8 @@
 """The main job end to end on real input, on this machine's CPU: what `make demo` runs.
 
 A corpus that every Python installation holds -> tokenizer -> packed buckets -> training on 4 ranks (tensor parallel 2
-x pipeline parallel 2) -> the same training again, killed half-way and resumed, compared bit for bit -> HF export, opened
-by transformers -> a report. Every step is a command that is printed and can be typed.
+x pipeline parallel 2) -> the same training again, killed half-way and resumed, compared bit for bit -> HF export,
+opened by transformers -> a report. Every step is a command that is printed and can be typed.
 """
 
 from __future__ import annotations

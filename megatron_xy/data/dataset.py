@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path, read_header
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
 from megatron_xy.data.sampler import SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
@@ -63,11 +63,15 @@ class PackedDataset:
         if not paths:
             raise ConfigError("data.path is empty; name at least one folder that `data build` wrote")
         self.paths = list(paths)
+        for path in self.paths:
+            if not path.is_dir():
+                raise ConfigError(f"data.path ({path}): there is no such folder; name one that `data build` wrote")
         manifests = [read_manifest(path) for path in self.paths]
         _check_joinable(self.paths, manifests)
         self.buckets = sorted(manifests[0].buckets)
         self.vocab_size = manifests[0].tokenizer.vocab_size
         self.tokenizer_sha256 = manifests[0].tokenizer.sha256
+        self.tokenizer_path = self.paths[0] / manifests[0].tokenizer.file  # the folder's own copy
         self._shards: dict[tuple[str, int], list[_Shard]] = {}
         for path, manifest in zip(self.paths, manifests, strict=True):
             for source, entry in sorted(manifest.sources.items()):
@@ -116,6 +120,7 @@ class _Shard:
                     f"{path} has {size} bytes where the manifest lists {expected}: it was cut, grown or replaced; "
                     "copy the folder or build it again"
                 )
+        read_header(idx_path(self.prefix))  # a foreign or damaged index is refused before the first step
 
     def sample(self, index: int, *, bucket: int, vocab_size: int) -> Sample:
         if self._reader is None:

@@ -181,7 +181,7 @@ class IndexedReader:
         for path in (self._idx_path, self._bin_path):
             if not path.is_file():
                 raise ConfigError(f"{path} does not exist; an indexed dataset is PREFIX.bin and PREFIX.idx")
-        code, self.num_sequences, num_indices = _read_header(self._idx_path)
+        code, self.num_sequences, num_indices = read_header(self._idx_path)
         self.dtype, self.num_documents = DTYPES[code], num_indices - 1
         index = _map(self._idx_path)
         offset = HEADER.size
@@ -265,7 +265,7 @@ class IndexedReader:
         return DataError(f"{self._idx_path} is damaged: {reason}; copy or build it again")
 
 
-def _read_header(path: Path) -> tuple[int, int, int]:
+def read_header(path: Path) -> tuple[int, int, int]:
     """(dtype code, S, D) of an `.idx`, after a check against the file's size. Raises DataError."""
     size = path.stat().st_size
     with path.open("rb") as stream:

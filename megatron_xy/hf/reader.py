@@ -20,13 +20,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class HFReader:
-    """The weights of an HF folder under the global names. A context manager: holds files open."""
+    """The weights of an HF folder under the global names. A context manager: holds files open.
+
+    Raises DataError where the folder holds no weights in safetensors, or biases, which would be dropped silently.
+    """
 
     def __init__(self, directory: Path, *, model: ModelConfig) -> None:
         self.directory, self.model = directory, model
-        self._files = _weight_map(directory)
         self._stack = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
+        index = _weight_map(directory)
+        self._files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE) if index is None else index
+        if biases := sorted(name for name in self._files if name.endswith(".bias")):
+            raise DataError(f"{directory} holds {biases[0]}; only Llama shapes without biases are supported")
 
     def __enter__(self) -> HFReader:
         return self
@@ -41,15 +47,14 @@ class HFReader:
         return from_hf(name, lambda part: self._tensor(part, shapes[part]), model=self.model)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        # A folder without an index has one file; safetensors says whether it holds the tensor.
-        file = self._files.get(name) if self._files is not None else SINGLE
-        if file is None:
-            raise DataError(f"{self.directory / INDEX} names no {name}, which config.json calls for")
+        if name not in self._files:
+            raise DataError(f"{self.directory} holds no {name}, which config.json calls for")
+        file = self._files[name]
         path = self.directory / file
         try:
             tensor: torch.Tensor = self._file(file).get_tensor(name)
         except SafetensorError as error:
-            raise DataError(f"{path} does not give {name}, which config.json calls for: {error}") from None
+            raise DataError(f"{path} does not hold {name}, though {INDEX} says so: {error}") from None
         if tuple(tensor.shape) != shape:
             raise DataError(f"{path}: {name} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
         if tensor.dtype not in DTYPES.values():

@@ -10,13 +10,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed.preload"])
@@ -30,10 +30,13 @@ def run_ranks(
 
     Fails the test on any error.
     """
-    port = _free_port()
+    # Hosted here on a port that the system picks: no rank has to win a free port for itself.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = _context.Queue()
     ranks = [
-        _context.Process(target=_rank_main, args=(rank, world_size, port, function, arguments, results), daemon=True)
+        _context.Process(
+            target=_rank_main, args=(rank, world_size, store.port, function, arguments, results), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -76,6 +79,7 @@ def _rank_main(
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # as under torchrun: the store is there, every rank is its client
         GLOO_SOCKET_IFNAME="lo",
     )
     from megatron_xy import device, parallel
@@ -91,10 +95,3 @@ def _rank_main(
         results.close()
         results.join_thread()
         os._exit(1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -299,6 +299,10 @@ def _fails(job: Job, run_dir: Path, *overrides: str, code: int, message: str, ra
     assert ended.code == code, ended
     record = read_exit(run_dir)
     assert record.code == code and message in record.message, record
-    assert ended.err == f"megatron-xy run: ended with {code} ({record.name}): {record.message}\n"
+    # By the command itself, before anything starts, or by the supervisor, after the ranks found it.
+    assert ended.err in (
+        f"error ({code}): {record.message}\n",
+        f"megatron-xy run: ended with {code} ({record.name}): {record.message}\n",
+    )
     assert "| loss " not in ended.out
     return ended

@@ -1,6 +1,7 @@
 """Conversion between checkpoint and HF folder: byte-equal round trips, whole or absent, and what is refused."""
 
 import json
+import re
 import stat
 
 import pytest
@@ -276,7 +277,7 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
 
 @pytest.mark.parametrize(
     ("index", "text"),
-    [("{", "is damaged"), ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {}}', "names no model.embed")],
+    [("{", "is damaged"), ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {}}', "holds no model.embed")],
 )
 def test_a_damaged_index_is_bad_data(tmp_path, index, text):
     folder = hf_folder(tmp_path / "hf")
@@ -321,11 +322,17 @@ def test_truncated_weights_are_damaged(tmp_path):
 @pytest.mark.parametrize("indexed", [False, True])
 def test_a_missing_tensor_is_named(tmp_path, indexed):
     tensors = random_tensors(MODEL)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
+    missing = "model.layers.1.mlp.up_proj.weight"
+    del tensors[missing]
     folder = hf_folder(tmp_path / "hf", tensors=tensors)
     if indexed:  # the index promises what the file lacks
         (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(random_tensors(MODEL), SINGLE)}))
-    refused(folder, r"does not give model\.layers\.1\.mlp\.up_proj\.weight, which config\.json calls for")
+    refused(folder, rf"hold(s no)? {re.escape(missing)}, (which config\.json calls for|though {INDEX} says so)")
+
+
+def test_biases_are_refused_even_where_the_config_says_nothing(tmp_path):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    refused(hf_folder(tmp_path / "hf", tensors={**random_tensors(MODEL), name: torch.zeros(32)}), f"holds {name}; only")
 
 
 def test_a_wrong_shape_is_told_with_both_shapes(tmp_path):
