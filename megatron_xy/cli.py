@@ -57,7 +57,8 @@ def main() -> None:
 
 def fail(error: Exception, *, code: int) -> None:
     """One calm message on stderr, and the code."""
-    Console(stderr=True, soft_wrap=True, emoji=False).print(f"[red]error[/red] ({code}): {escape(str(error))}", highlight=False)
+    console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
+    console.print(f"[red]error[/red] ({code}): {escape(str(error))}")
     sys.exit(code)
 
 

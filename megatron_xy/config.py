@@ -311,7 +311,7 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.text}"
+        return self.text if self.text.startswith(self.where) else f"{self.where}: {self.text}"
 
 
 class InvalidConfig(ConfigError):

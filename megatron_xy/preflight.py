@@ -33,13 +33,27 @@ def check_paths(config: RunConfig) -> None:
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
-    dataset = findings.of("data.path", lambda: PackedDataset(config.data.paths))
+    _look_at_data(completed, findings)
+    findings.end()
+
+
+def open_data(config: RunConfig) -> PackedDataset:
+    """The run's data, checked against its model, tokenizer, weights and batch sizes. Raises as `check_paths` does."""
+    findings = _Findings()
+    dataset = _look_at_data(config, findings)
+    findings.end()
+    assert dataset is not None, "what keeps it from being opened was raised"
+    return dataset
+
+
+def _look_at_data(config: RunConfig, findings: _Findings) -> PackedDataset | None:
+    dataset: PackedDataset | None = findings.of("data.path", lambda: PackedDataset(config.data.paths))
     if dataset is not None:
         findings.of("training.micro_batch_tokens", lambda: check_buckets(config.training, buckets=dataset.buckets))
-        findings.of("model.vocab_size", lambda: _check_vocabulary(model, dataset))
+        findings.of("model.vocab_size", lambda: _check_vocabulary(config.model, dataset))
         findings.of("data.tokenizer", lambda: _check_tokenizer(config.data.tokenizer, dataset))
         findings.of("data.weights", lambda: _sampler(config, dataset))
-    findings.end()
+    return dataset
 
 
 class _Findings:
@@ -87,8 +101,8 @@ def _completed_model(model: ModelConfig) -> ModelConfig:
 def _check_vocabulary(model: ModelConfig, dataset: PackedDataset) -> None:
     if model.vocab_size is not None and dataset.vocab_size > model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size ({model.vocab_size}) is smaller than the vocabulary of the data ({dataset.vocab_size}); "
-            f"give at least {dataset.vocab_size}"
+            f"model.vocab_size ({model.vocab_size}) is smaller than the vocabulary of the data ({dataset.vocab_size} "
+            f"in {dataset.paths[0]}); give at least {dataset.vocab_size}"
         )
 
 
@@ -96,9 +110,14 @@ def _check_tokenizer(path: Path | None, dataset: PackedDataset) -> None:
     if path is None:
         return
     if not path.is_file():
-        raise ConfigError(f"{path} is not there; name the tokenizer.model that the data was built with")
+        raise ConfigError(
+            f"data.tokenizer ({path}) is not there; name the tokenizer.model that the data was built with"
+        )
     if file_sha256(path) != dataset.tokenizer_sha256:
-        raise DataError(f"{path} is not the tokenizer that {dataset.paths[0]} was built with")
+        raise DataError(
+            f"data.tokenizer ({path}) is not the one that {dataset.paths[0]} was built with; name that one, or leave "
+            f"data.tokenizer out: the data folder holds a copy"
+        )
 
 
 def _sampler(config: RunConfig, dataset: PackedDataset) -> BucketSampler:

@@ -10,14 +10,14 @@ import platform
 import time
 
 from megatron_xy import device, environment, mcore, parallel, run_folder
-from megatron_xy.config import RunConfig, check_buckets, check_shape, check_world, dump_config
+from megatron_xy.config import RunConfig, check_shape, check_world, dump_config
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
+from megatron_xy.preflight import open_data
 from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
-from megatron_xy.storage import file_sha256, write_text
+from megatron_xy.storage import write_text
 from megatron_xy.trainer import StepLoader, Trainer, timed
 from megatron_xy.weights import resolve_model
 
@@ -90,27 +90,6 @@ def _build(config: RunConfig) -> Role:
     return build_role(
         groups, model=config.model, parallel=config.parallel, optimizer=config.optimizer, seed=config.seed
     )
-
-
-def open_data(config: RunConfig) -> PackedDataset:
-    """The run's data, checked against its model and tokenizer. Raises ConfigError or DataError."""
-    dataset = PackedDataset(config.data.paths)
-    check_buckets(config.training, buckets=dataset.buckets)
-    vocab_size = config.model.vocab_size
-    assert vocab_size is not None, "the shape is complete once a run starts"
-    if dataset.vocab_size > vocab_size:
-        raise ConfigError(
-            f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of the data ({dataset.vocab_size} in "
-            f"{config.data.paths[0]}); give at least {dataset.vocab_size}"
-        )
-    if config.data.tokenizer is not None:
-        found = file_sha256(config.data.tokenizer)
-        if found != dataset.tokenizer_sha256:
-            raise DataError(
-                f"data.tokenizer ({config.data.tokenizer}) is not the one that {config.data.paths[0]} was built with; "
-                f"name that one, or leave data.tokenizer out: the data folder holds a copy"
-            )
-    return dataset
 
 
 def leader_rank(config: RunConfig, *, world_size: int) -> int:

@@ -160,7 +160,7 @@ def test_check_paths_looks_at_files(run_yaml: Path) -> None:
     missing = command("check", run_yaml, "--paths", "data.tokenizer=nowhere.model", "model.load=hf:nowhere")
     assert missing.returncode == 78
     assert "nowhere: there is no such folder" in missing.stderr
-    assert f"{run_yaml.parent / 'data'} is not there; name a folder that `data build` wrote" in missing.stderr
+    assert f"data.path ({run_yaml.parent / 'data'}): there is no such folder" in missing.stderr
 
     (run_yaml.parent / "data").mkdir()
     empty = command("check", run_yaml, "--paths")

@@ -255,7 +255,13 @@ def test_an_index_that_was_cut_is_65(job, tmp_path):
 
 
 def test_a_data_folder_that_is_not_there_is_78(job, tmp_path):
-    _fails(job, tmp_path / "run", f"data.path={tmp_path}/none", code=78, message=f"{tmp_path}/none is not there")
+    _fails(
+        job,
+        tmp_path / "run",
+        f"data.path={tmp_path}/none",
+        code=78,
+        message=f"data.path ({tmp_path}/none): there is no such folder",
+    )
 
 
 def test_data_with_a_larger_vocabulary_than_the_model_is_78(job, tmp_path):
