@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -215,5 +216,6 @@ def as_peer_lost(error: BaseException) -> PeerLost | None:
     marked = isinstance(error, RuntimeError) and any(mark in text for mark in device.COLLECTIVE_ERROR_MARKS)
     if marked or isinstance(error, dist.DistError):
         first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        first_line = re.sub(r"^\[\S+:\d+\] ", "", first_line)  # gloo begins with the place in its own source
         return PeerLost(f"a collective failed because another rank is gone or stands still: {first_line}")
     return None

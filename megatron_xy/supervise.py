@@ -244,7 +244,7 @@ class _Account:
     torchrun ends with a traceback of its own whenever a rank leaves with another code than 0, a clean stop included.
     """
 
-    _LOG_LINE = re.compile(r"[A-Z]\d{4} [\d:.]+ \d+ torch/distributed/(elastic|launcher|run\.py)")
+    _LOG_LINE = re.compile(r"[A-Z]\d{4} [\d:.]+ \d+ (\S*/)?torch/distributed/(elastic|launcher|run\.py)")
     _ITS_ERRORS = re.compile(r"torch\.distributed\.elastic\.\S*(ChildFailedError|SignalException)\b")
     _RANK = re.compile(r"\s+rank\s*: (\d+) \(local_rank")
     _EXIT_CODE = re.compile(r"\s+exitcode\s*: (-?\d+) \(pid: (\d+)\)")
