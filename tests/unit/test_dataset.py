@@ -129,7 +129,7 @@ def test_folders_that_do_not_fit_together_are_refused(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_a_config_error_and_one_without_manifest_a_data_error(tmp_path):
-    with pytest.raises(ConfigError, match="is not there"):
+    with pytest.raises(ConfigError, match=r"data\.path \(.*nowhere\): there is no such folder"):
         PackedDataset([tmp_path / "nowhere"])
     with pytest.raises(DataError, match=r"holds no manifest\.json"):
         PackedDataset([tmp_path])
@@ -150,13 +150,22 @@ def test_a_shard_of_another_size_is_refused_at_open(tmp_path, kind, damage):
         PackedDataset([folder])
 
 
-def test_an_index_of_the_right_size_with_wrong_bytes_is_refused_when_it_is_read(tmp_path):
+def test_an_index_of_the_right_size_with_a_wrong_header_is_refused_at_once(tmp_path):
     folder = write_folder(tmp_path / "data", CONTENTS)
     path = folder / "code/bucket_00008/shard_00000.idx"
     path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DataError, match=r"shard_00000\.idx is no Megatron index"):
+        PackedDataset([folder])
+
+
+def test_an_index_of_the_right_size_with_wrong_contents_is_refused_when_it_is_read(tmp_path):
+    folder = write_folder(tmp_path / "data", CONTENTS)
+    path = folder / "code/bucket_00008/shard_00000.idx"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:34] + bytes(len(whole) - 34))
     dataset = PackedDataset([folder])
     assert len(dataset.sample(SampleId("code", 8, 2)).tokens) == 5, "the other shard is sound"
-    with pytest.raises(DataError, match=r"shard_00000\.idx"):
+    with pytest.raises(DataError, match=r"shard_00000\."):
         dataset.sample(SampleId("code", 8, 0))
 
 
