@@ -40,7 +40,7 @@ test-full: lint
 
 # Python 3.12 with the newest accepted megatron-core, in an environment of its own; torch there may be several GB.
 test-latest:
-	$(MAKE) test PYTHON=$(PYTHON_LATEST) VENV=.venv-latest
+	$(MAKE) test PYTHON="$(PYTHON_LATEST)" VENV=.venv-latest
 
 lint: $(READY)
 	$(BIN)/ruff check .
