@@ -17,6 +17,7 @@ assert device.is_settled(), "device.start() comes before megatron_xy.mcore is im
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
 logging.getLogger("megatron").setLevel(logging.ERROR)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a toolkit without a GPU is no news here
 
 from megatron.core import parallel_state as _parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
