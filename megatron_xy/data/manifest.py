@@ -17,13 +17,22 @@ from megatron_xy.storage import write_text
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
 SOURCE_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"
-RESERVED_NAMES = frozenset({MANIFEST_NAME, "tokenizer.model", "tokenizer.json", "held_out"})
+BAD_LINES_NAME = "bad_lines.txt"
+RESERVED_NAMES = frozenset({MANIFEST_NAME, BAD_LINES_NAME, "tokenizer.model", "tokenizer.json", "held_out"})
 
 
 class Entry(BaseModel):
     """Base of everything in a manifest: unknown keys are refused, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(Entry):
+    """A further file of the data folder, by its name in it."""
+
+    name: str
+    size: int = Field(ge=1, description="bytes")
+    sha256: str
 
 
 class ShardEntry(Entry):
@@ -94,7 +103,8 @@ class Statistics(Entry):
     truncation_ratio: float
     concatenation_ratio: float
     skipped_empty: int = Field(description="documents without a token")
-    bad_lines: int = Field(description="lines left out under bad_lines = skip")
+    bad_lines: int = Field(description="lines left out because they are no document")
+    lines: int = Field(default=0, description="lines read, good and bad, without blank ones")
 
 
 class Manifest(Entry):
@@ -111,6 +121,7 @@ class Manifest(Entry):
     inputs: list[InputEntry]
     sources: dict[str, SourceEntry]
     statistics: Statistics
+    bad_lines: FileEntry | None = Field(default=None, description="the list of the lines left out, if there are any")
 
     @model_validator(mode="after")
     def _sums_agree(self) -> Manifest:
