@@ -25,16 +25,17 @@ from megatron_xy.data.manifest import (
     BAD_LINES_NAME,
     MANIFEST_NAME,
     BucketEntry,
-    FileEntry,
     InputEntry,
     Manifest,
     ShardEntry,
     SourceEntry,
     Statistics,
     TokenizerEntry,
+    file_entry,
     read_manifest,
     write_manifest,
 )
+from megatron_xy.data.origins import read_rows
 from megatron_xy.data.packing import WINDOW_DOCUMENTS, PackReceipt, check_buckets, pack_shard, pack_tasks
 from megatron_xy.data.prefixes import copy_documents
 from megatron_xy.data.tokenize import (
@@ -130,7 +131,7 @@ def build_dataset(
                 inputs=[InputEntry(path=file.path, size=file.size, sha256=file.sha256) for file in scanned],
                 sources=sources,
                 statistics=_statistics(sources, report),
-                bad_lines=_file_entry(work / BAD_LINES_NAME) if report.bad_lines else None,
+                bad_lines=file_entry(work / BAD_LINES_NAME, folder=work) if report.bad_lines else None,
             )
             _publish(folder, work=work, manifest=manifest, tokenizer=loaded)
     return {**dataset_stats(folder), "reused": False}
@@ -364,10 +365,6 @@ def _source_entry(receipts: Sequence[PackReceipt], buckets: Sequence[int]) -> So
     )
 
 
-def _file_entry(path: Path) -> FileEntry:
-    return FileEntry(name=path.name, size=path.stat().st_size, sha256=file_sha256(path))
-
-
 def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     return TokenizerEntry(
         file=TOKENIZER_FILE,
@@ -419,6 +416,11 @@ def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Man
     _verify_file(bin_path(prefix), size=shard.bin_bytes, sha256=shard.bin_sha256)
     _verify_file(idx_path(prefix), size=shard.idx_bytes, sha256=shard.idx_sha256)
     reader = IndexedReader(prefix)
+    if shard.trace is not None:
+        _verify_file(folder / shard.trace.name, size=shard.trace.size, sha256=shard.trace.sha256)
+        files = read_rows(prefix, num_sequences=reader.num_sequences)["file"]
+        if files.min() < 0 or files.max() >= len(manifest.inputs):
+            raise DataError(f"{folder / shard.trace.name} names inputs that the manifest does not list; build it again")
     reader.verify(vocab_size=manifest.tokenizer.vocab_size)
     ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
     lengths = np.diff(ends[reader.document_indices])

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import write_text
+from megatron_xy.storage import file_sha256, write_text
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
@@ -45,6 +45,7 @@ class ShardEntry(Entry):
     idx_bytes: int = Field(ge=1)
     bin_sha256: str
     idx_sha256: str
+    trace: FileEntry | None = Field(default=None, description="PREFIX.trace: where each piece comes from")
 
 
 class BucketEntry(Entry):
@@ -162,6 +163,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def is_source_name(name: str) -> bool:
     """Whether a source may carry this name: it becomes a folder beside the manifest and the tokenizer."""
     return re.fullmatch(SOURCE_PATTERN, name) is not None and name not in RESERVED_NAMES
+
+
+def file_entry(path: Path, *, folder: Path) -> FileEntry:
+    """The entry of a file in `folder`, which is read for it."""
+    return FileEntry(name=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=file_sha256(path))
 
 
 def bucket_folder(bucket: int) -> str:

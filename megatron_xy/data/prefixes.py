@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_xy.data.documents import DEFAULT_SOURCE, LineReport, Part
-from megatron_xy.data.indexed import IndexedReader, IndexedWriter, dtype_for
+from megatron_xy.data.indexed import IndexedReader, dtype_for
+from megatron_xy.data.origins import TracedWriter, document_rows
 from megatron_xy.data.tokenize import Advance, TokenizeTask, TokenShard, read_receipt
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
@@ -30,7 +31,7 @@ def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
         return done
     vocab_size = load_tokenizer(task.tokenizer).vocab_size
     report = LineReport()
-    with IndexedWriter(task.folder / DEFAULT_SOURCE, dtype=dtype_for(vocab_size)) as writer:
+    with TracedWriter(task.folder / DEFAULT_SOURCE, dtype=dtype_for(vocab_size)) as writer:
         for part in task.parts:
             _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
     shard = TokenShard(task.folder, {DEFAULT_SOURCE: writer.num_documents} if writer.num_documents else {}, report)
@@ -39,7 +40,7 @@ def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
     return shard
 
 
-def _copy(part: Part, writer: IndexedWriter, *, vocab_size: int, report: LineReport, advance: Advance) -> None:
+def _copy(part: Part, writer: TracedWriter, *, vocab_size: int, report: LineReport, advance: Advance) -> None:
     reader = IndexedReader(Path(part.path).with_suffix(""))
     itemsize = reader.dtype.itemsize
     # [documents of this part + 1]: tokens of the dataset before each of its documents.
@@ -65,5 +66,7 @@ def _copy(part: Part, writer: IndexedWriter, *, vocab_size: int, report: LineRep
         report.lines += len(lengths)
         report.skipped_empty += int(np.count_nonzero(lengths == 0))
         writer.add_documents(tokens.astype(writer.dtype), lengths=lengths[lengths > 0])
+        numbers = part.first_line + first + np.flatnonzero(lengths)
+        writer.add_rows(document_rows(np.full(len(numbers), part.file), numbers))
         advance(tokens.nbytes)
         first = last
