@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.data.best_fit import EngineName, best_fit, start_engine
-from megatron_xy.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path
-from megatron_xy.data.manifest import Entry, ShardEntry, bucket_folder
+from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_xy.data.manifest import Entry, ShardEntry, bucket_folder, file_entry
+from megatron_xy.data.origins import Rows, TracedWriter, read_rows, trace_path
 from megatron_xy.data.sample_plan import Plan, write_samples
 from megatron_xy.errors import ConfigError
 from megatron_xy.storage import file_sha256, storage_error, write_text
@@ -273,7 +274,7 @@ def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
         return receipt
     documents = truncated = dropped = tokens_lost = 0
     with ExitStack() as stack:
-        writers: dict[int, IndexedWriter] = {}
+        writers: dict[int, TracedWriter] = {}
         for window in task.windows:
             plan = _pack_window(window, task=task, writers=writers, stack=stack)
             documents += plan.num_documents
@@ -296,16 +297,19 @@ def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
 
 
 def _pack_window(
-    window: tuple[Range, ...], *, task: PackTask, writers: dict[int, IndexedWriter], stack: ExitStack
+    window: tuple[Range, ...], *, task: PackTask, writers: dict[int, TracedWriter], stack: ExitStack
 ) -> Plan:
     """Pack one window into the writers of its buckets, which are opened as buckets turn up."""
     lengths: list[NDArray[np.int32]] = []
+    document_rows: list[Rows] = []
     # One flat file, however many shards a rare source is spread over: the gather needs one descriptor, no mapping.
     with tempfile.TemporaryFile(dir=task.folder) as scratch:
         for part in window:
             reader = IndexedReader(part.prefix)
             ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
             lengths.append(np.array(reader.sequence_lengths[part.first : part.last]))
+            rows = read_rows(part.prefix, num_sequences=reader.num_sequences)
+            document_rows.append(np.array(rows[part.first : part.last]))
             try:
                 scratch.write(reader.tokens[ends[part.first] : ends[part.last]].data)
                 scratch.flush()
@@ -316,13 +320,19 @@ def _pack_window(
         for size in (task.buckets[index] for index in np.unique(plan.sample_bucket)):
             if size not in writers:
                 prefix = task.folder / task.source / bucket_folder(size) / f"shard_{task.index:05d}"
-                writers[size] = stack.enter_context(IndexedWriter(prefix, dtype=reader.dtype))
+                writers[size] = stack.enter_context(TracedWriter(prefix, dtype=reader.dtype))
         starts = np.cumsum(window_lengths) - window_lengths
-        write_samples(plan, tokens_file=scratch.fileno(), document_start=starts, writers=writers)
+        write_samples(
+            plan,
+            tokens_file=scratch.fileno(),
+            document_start=starts,
+            document_rows=np.concatenate(document_rows),
+            writers=writers,
+        )
     return plan
 
 
-def _shard_entry(folder: Path, writer: IndexedWriter) -> ShardEntry:
+def _shard_entry(folder: Path, writer: TracedWriter) -> ShardEntry:
     files = bin_path(writer.prefix), idx_path(writer.prefix)
     return ShardEntry(
         name=writer.prefix.relative_to(folder).as_posix(),
@@ -332,4 +342,5 @@ def _shard_entry(folder: Path, writer: IndexedWriter) -> ShardEntry:
         idx_bytes=files[1].stat().st_size,
         bin_sha256=file_sha256(files[0]),
         idx_sha256=file_sha256(files[1]),
+        trace=file_entry(trace_path(writer.prefix), folder=folder),
     )

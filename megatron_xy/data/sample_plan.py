@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.indexed import IndexedWriter
+from megatron_xy.data.origins import Rows, TracedWriter, piece_rows
 from megatron_xy.errors import DataError
 
 Integers = NDArray[np.int64]
@@ -65,7 +65,9 @@ class Plan:
         return self.num_documents / self.num_samples if self.num_samples else 0.0
 
 
-def write_samples(plan: Plan, *, tokens_file: int, document_start: Integers, writers: dict[int, IndexedWriter]) -> None:
+def write_samples(
+    plan: Plan, *, tokens_file: int, document_start: Integers, document_rows: Rows, writers: dict[int, TracedWriter]
+) -> None:
     """Copy the planned samples from a flat file of tokens into the writers {bucket size: writer}, in plan order.
 
     `tokens_file` is an open file descriptor of tokens of the writers' type, `document_start` [documents] each
@@ -88,6 +90,8 @@ def write_samples(plan: Plan, *, tokens_file: int, document_start: Integers, wri
             writers[size].add_documents(
                 tokens, lengths=lengths[part], num_pieces=pieces_per_sample[samples[first:last]]
             )
+        documents, starts_within = plan.piece_document[pieces], plan.piece_start[pieces]
+        writers[size].add_rows(piece_rows(document_rows, piece_document=documents, piece_start=starts_within))
 
 
 def _gather(tokens_file: int, *, starts: Integers, lengths: NDArray[np.int32], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import megatron_xy
 from megatron_xy.data.best_fit import best_fit, start_engine
-from megatron_xy.data.indexed import IndexedReader, IndexedWriter
+from megatron_xy.data.indexed import IndexedReader
+from megatron_xy.data.origins import TracedWriter, document_rows
 from megatron_xy.data.packing import WINDOW_DOCUMENTS, check_buckets, check_policy, pack, pack_shard, pack_tasks
 from megatron_xy.errors import ConfigError
 
@@ -239,8 +240,9 @@ def test_bad_policies_are_refused(packing, overflow, buckets, message):
 def test_shards_hold_what_the_policy_keeps(tmp_path, packing, overflow, kept):
     lengths = [3, 8, 20, 1, 9, 16]
     texts = [np.arange(length) + 100 * number for number, length in enumerate(lengths)]
-    with IndexedWriter(tmp_path / "tokens", dtype=np.dtype(np.uint16)) as writer:
+    with TracedWriter(tmp_path / "tokens", dtype=np.dtype(np.uint16)) as writer:
         writer.add_documents(np.concatenate(texts).astype(np.uint16), lengths=np.array(lengths))
+        writer.add_rows(document_rows([0] * len(lengths), range(1, len(lengths) + 1)))
     tasks = pack_tasks(
         "wiki",
         [tmp_path / "tokens"],
