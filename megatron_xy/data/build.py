@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_xy.data.documents import BadLinePolicy, LineReport, ScannedFile, find_inputs, scan_file
+from megatron_xy.data.documents import BAD_LINES_LIMIT, BadLinePolicy, LineReport, Part, ScannedFile
 from megatron_xy.data.indexed import IndexedReader, bin_path, dtype_for, idx_path
+from megatron_xy.data.inputs import find_inputs, input_size, is_prefix, scan_file
 from megatron_xy.data.manifest import (
+    BAD_LINES_NAME,
     MANIFEST_NAME,
     BucketEntry,
     InputEntry,
@@ -28,10 +31,13 @@ from megatron_xy.data.manifest import (
     SourceEntry,
     Statistics,
     TokenizerEntry,
+    file_entry,
     read_manifest,
     write_manifest,
 )
+from megatron_xy.data.origins import read_rows
 from megatron_xy.data.packing import WINDOW_DOCUMENTS, PackReceipt, check_buckets, pack_shard, pack_tasks
+from megatron_xy.data.prefixes import copy_documents
 from megatron_xy.data.tokenize import (
     MOST_SOURCES,
     Advance,
@@ -45,7 +51,7 @@ from megatron_xy.data.tokenize import (
 )
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import file_sha256, replace, storage_error, write_text
+from megatron_xy.storage import file_sha256, replace, storage_error, storage_errors, write_text
 
 DEFAULT_BUCKETS = (2048, 4096, 8192, 16384)
 WORK_FOLDER = ".tmp-tokens"
@@ -61,14 +67,15 @@ def build_dataset(
     text_field: str = "text",
     append_eod: bool = False,
     workers: int = 1,
-    bad_lines: BadLinePolicy = "fail",
+    bad_lines: BadLinePolicy = "limit",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Tokenise and pack a corpus into the data folder `output`; returns `dataset_stats` and "reused".
 
     The result is the same for any number of workers. Killed at any moment, the same call goes on where it was; where
-    it is already finished, nothing is done and "reused" is true. `bad_lines`: "fail" raises DataError with all bad
-    lines of a file, "skip" counts them. `progress(phase, done, total, unit)` is called about twice a second.
+    it is already finished, nothing is done and "reused" is true. `bad_lines` (see BadLinePolicy): all that are left
+    out are counted and listed in OUTPUT/bad_lines.txt. `progress(phase, done, total, unit)` is called about twice a
+    second.
     Raises ConfigError (arguments, paths, another data set in `output`), DataError (corpus, tokenizer), StorageError.
     """
     sizes = check_buckets(buckets)
@@ -83,18 +90,18 @@ def build_dataset(
         "append_eod": append_eod,
         "text_field": text_field,
         "source_field": source_field,
-        "bad_lines": bad_lines,
         "window_documents": WINDOW_DOCUMENTS,
     }
     with Workers(workers, progress=progress) as pool:
-        total = sum(file.stat().st_size for file in files)
+        total = sum(input_size(file) for file in files)
         part_bytes = part_bytes_for(total)
-        scanned = list(pool.run("scan", _scan, [(file, part_bytes) for file in files], total=total, unit="bytes"))
+        to_scan = [(file, index, part_bytes) for index, file in enumerate(files)]
+        scanned = list(pool.run("scan", _scan, to_scan, total=total, unit="bytes"))
         fingerprint = _fingerprint(scanned, tokenizer=loaded, options=options)
         if (folder / MANIFEST_NAME).is_file():
-            return _reuse(folder, fingerprint)
+            return _reuse(folder, fingerprint, bad_lines=bad_lines)
         with _work_folder(folder, fingerprint) as work:
-            tokenized = _tokenize(
+            tokenized, report = _tokenize(
                 pool,
                 [
                     TokenizeTask(
@@ -106,13 +113,12 @@ def build_dataset(
                         append_eod=append_eod,
                         bad_lines=bad_lines,
                     )
-                    for index, parts in enumerate(group_parts(scanned, part_bytes=part_bytes))
+                    for index, parts in enumerate(_group_parts(scanned, part_bytes=part_bytes))
                 ],
                 total=total,
+                most_lines=_most_lines(scanned),
+                listing=work / BAD_LINES_NAME,
             )
-            report = LineReport()
-            for shard in tokenized:
-                report.add(shard.report)
             sources = _pack(pool, tokenized, work=work, buckets=sizes)
             manifest = Manifest(
                 fingerprint=fingerprint,
@@ -125,6 +131,7 @@ def build_dataset(
                 inputs=[InputEntry(path=file.path, size=file.size, sha256=file.sha256) for file in scanned],
                 sources=sources,
                 statistics=_statistics(sources, report),
+                bad_lines=file_entry(work / BAD_LINES_NAME, folder=work) if report.bad_lines else None,
             )
             _publish(folder, work=work, manifest=manifest, tokenizer=loaded)
     return {**dataset_stats(folder), "reused": False}
@@ -170,6 +177,8 @@ def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -
     tokenizer = folder / manifest.tokenizer.file
     if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
         raise DataError(f"{tokenizer} is missing or not the tokenizer of the manifest; copy the right one there")
+    if manifest.bad_lines is not None:
+        _verify_file(folder / manifest.bad_lines.name, size=manifest.bad_lines.size, sha256=manifest.bad_lines.sha256)
     shards = [
         (shard, int(size))
         for source in manifest.sources.values()
@@ -198,9 +207,9 @@ def _check_output(folder: Path, inputs: Sequence[Path | str]) -> None:
         raise ConfigError(f"output ({folder}) holds other files; name a new or empty folder")
 
 
-def _scan(task: tuple[Path, int], advance: Advance) -> ScannedFile:
-    path, part_bytes = task
-    return scan_file(path, part_bytes=part_bytes, advance=advance)
+def _scan(task: tuple[Path, int, int], advance: Advance) -> ScannedFile:
+    path, index, part_bytes = task
+    return scan_file(path, part_bytes=part_bytes, file=index, advance=advance)
 
 
 def _fingerprint(scanned: Sequence[ScannedFile], *, tokenizer: Tokenizer, options: dict[str, Any]) -> str:
@@ -210,10 +219,18 @@ def _fingerprint(scanned: Sequence[ScannedFile], *, tokenizer: Tokenizer, option
     return hashlib.sha256(json.dumps([content, tokenizer.sha256, options], sort_keys=True).encode()).hexdigest()
 
 
-def _reuse(folder: Path, fingerprint: str) -> dict[str, Any]:
-    if read_manifest(folder).fingerprint != fingerprint:
+def _reuse(folder: Path, fingerprint: str, *, bad_lines: BadLinePolicy) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    if manifest.fingerprint != fingerprint:
         raise ConfigError(
             f"output ({folder}) holds a finished data set of other inputs or options; name a new folder, or remove it"
+        )
+    statistics = manifest.statistics
+    most = {"fail": 0.0, "limit": BAD_LINES_LIMIT * statistics.lines, "skip": float(statistics.lines)}
+    if statistics.bad_lines > most[bad_lines]:
+        raise DataError(
+            f"output ({folder}) was built without {statistics.bad_lines} bad line(s) of {statistics.lines}, listed in "
+            f"{BAD_LINES_NAME}; accept that with bad_lines = skip, or mend them and build anew"
         )
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
     return {**dataset_stats(folder), "reused": True}
@@ -251,17 +268,59 @@ def _clear(folder: Path, work: Path) -> None:
     moved.unlink(missing_ok=True)
 
 
-def _tokenize(pool: Workers, tasks: list[TokenizeTask], *, total: int) -> list[TokenShard]:
-    """Run all tasks. Raises DataError with all bad lines of a file once its last part is read, under "fail"."""
+def _group_parts(files: Sequence[ScannedFile], *, part_bytes: int) -> list[tuple[Part, ...]]:
+    """What becomes one token shard each; texts and Megatron datasets never come together."""
+    runs = [list(run) for _, run in itertools.groupby(files, key=lambda file: is_prefix(file.path))]
+    return [group for run in runs for group in group_parts(run, part_bytes=part_bytes)]
+
+
+def _most_lines(files: Sequence[ScannedFile]) -> int | None:
+    """At most so many lines are in all files; None where that is not known before they are read."""
+    lines = [0 if is_prefix(file.path) else file.most_lines for file in files]
+    return None if None in lines else sum(count or 0 for count in lines)
+
+
+def _make_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
+    return copy_documents(task, advance) if is_prefix(task.parts[0].path) else tokenize_shard(task, advance)
+
+
+def _tokenize(
+    pool: Workers, tasks: list[TokenizeTask], *, total: int, most_lines: int | None, listing: Path
+) -> tuple[list[TokenShard], LineReport]:
+    """Run all tasks; bad lines are listed in the file `listing`. Raises DataError, with those seen, at the end of the
+    file from which on the policy does not allow them.
+    """
     shards: list[TokenShard] = []
     report = LineReport()
-    for index, shard in enumerate(pool.run("tokenize", tokenize_shard, tasks, total=total, unit="bytes")):
-        shards.append(shard)
-        report.add(shard.report)
-        file_ends = index + 1 == len(tasks) or tasks[index + 1].parts[0].path != tasks[index].parts[-1].path
-        if file_ends and tasks[index].bad_lines == "fail":
-            report.raise_if_bad()
-    return shards
+    last_task = {part.path: index for index, task in enumerate(tasks) for part in task.parts}
+    judged_after = len(tasks) - 1  # the task that ends the first file with bad lines
+    with storage_errors(listing), listing.open("w", encoding="utf-8") as stream:
+        for index, shard in enumerate(pool.run("tokenize", _make_shard, tasks, total=total, unit="bytes")):
+            shards.append(shard)
+            if shard.report.bad_lines and not report.bad_lines:
+                judged_after = min(last_task[path] for path in _bad_files(tasks[index], shard.report))
+            report.add(shard.report)
+            stream.writelines(f"{line}\n" for line in shard.report.listed)
+            if more := shard.report.bad_lines - len(shard.report.listed):
+                stream.write(f"{tasks[index].parts[-1].path}: {more} more\n")
+            if index >= judged_after:
+                _judge(report, policy=tasks[index].bad_lines, most_lines=most_lines)
+    if tasks and tasks[0].bad_lines == "limit":
+        report.raise_if_too_bad()
+    return shards, report
+
+
+def _bad_files(task: TokenizeTask, report: LineReport) -> list[str]:
+    """The files of one task that have bad lines."""
+    return [path for path in {part.path for part in task.parts} if any(x.startswith(f"{path}:") for x in report.listed)]
+
+
+def _judge(report: LineReport, *, policy: BadLinePolicy, most_lines: int | None) -> None:
+    """Raises DataError where what is known so far breaks the policy."""
+    if policy == "fail":
+        report.raise_if_bad()
+    if policy == "limit" and most_lines is not None:
+        report.raise_if_too_bad(most_lines=most_lines)
 
 
 def _pack(
@@ -329,6 +388,7 @@ def _statistics(sources: dict[str, SourceEntry], report: LineReport) -> Statisti
         concatenation_ratio=documents / samples,
         skipped_empty=report.skipped_empty,
         bad_lines=report.bad_lines,
+        lines=report.lines,
     )
 
 
@@ -345,24 +405,22 @@ def _publish(folder: Path, *, work: Path, manifest: Manifest, tokenizer: Tokeniz
     except OSError as error:
         raise storage_error(folder, error) from error
     replace(copy, folder / TOKENIZER_FILE)
+    if manifest.bad_lines is not None:
+        replace(work / BAD_LINES_NAME, folder / BAD_LINES_NAME)
     write_manifest(folder, manifest)
     shutil.rmtree(work)
 
 
 def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Manifest) -> None:
     prefix = folder / shard.name
-    expected = {
-        bin_path(prefix): (shard.bin_bytes, shard.bin_sha256),
-        idx_path(prefix): (shard.idx_bytes, shard.idx_sha256),
-    }
-    for path, (size, sha256) in expected.items():
-        if not path.is_file():
-            raise DataError(f"{path} is missing; copy or build it again")
-        if path.stat().st_size != size:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it was cut or grown")
-        if file_sha256(path) != sha256:
-            raise DataError(f"{path} is damaged: its checksum is not the manifest's; copy or build it again")
+    _verify_file(bin_path(prefix), size=shard.bin_bytes, sha256=shard.bin_sha256)
+    _verify_file(idx_path(prefix), size=shard.idx_bytes, sha256=shard.idx_sha256)
     reader = IndexedReader(prefix)
+    if shard.trace is not None:
+        _verify_file(folder / shard.trace.name, size=shard.trace.size, sha256=shard.trace.sha256)
+        files = read_rows(prefix, num_sequences=reader.num_sequences)["file"]
+        if files.min() < 0 or files.max() >= len(manifest.inputs):
+            raise DataError(f"{folder / shard.trace.name} names inputs that the manifest does not list; build it again")
     reader.verify(vocab_size=manifest.tokenizer.vocab_size)
     ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
     lengths = np.diff(ends[reader.document_indices])
@@ -370,3 +428,12 @@ def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Man
         raise DataError(f"{prefix} holds other counts or another type of ids than the manifest says; build it again")
     if lengths.min() < 1 or lengths.max() > bucket:
         raise DataError(f"{prefix} holds samples of {lengths.min()} to {lengths.max()} tokens in bucket {bucket}")
+
+
+def _verify_file(path: Path, *, size: int, sha256: str) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is missing; copy or build it again")
+    if path.stat().st_size != size:
+        raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it was cut or grown")
+    if file_sha256(path) != sha256:
+        raise DataError(f"{path} is damaged: its checksum is not the manifest's; copy or build it again")

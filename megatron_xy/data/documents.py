@@ -1,156 +1,113 @@
-"""Corpus files -> documents, in a fixed order: .jsonl and .jsonl.gz (a document a line), .txt (a document a file).
+"""Parts of corpus files -> documents: jsonl, plain or compressed (one a line), txt (one a file), Parquet (one a row).
 
-A file is scanned once for its checksum and cut at line borders into parts of bounded size; each part can then be
-read by itself, anywhere, with true line numbers. The cut depends on the file's bytes alone.
+Each part (inputs.py cuts them) can be read by itself, anywhere, with true line numbers; what is no document is counted
+and listed in a report.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
-import hashlib
+import importlib
 import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
+from megatron_xy.data.compressed import DAMAGE, open_compressed
 from megatron_xy.data.manifest import is_source_name
 from megatron_xy.errors import ConfigError, DataError
 
-BadLinePolicy = Literal["fail", "skip"]
+# What bad lines lead to. limit: they are left out, and an error where more than BAD_LINES_LIMIT of all lines are bad;
+# fail: an error at the end of the file that has one; skip: they are left out, however many.
+BadLinePolicy = Literal["limit", "fail", "skip"]
 
-SUPPORTED = (".jsonl", ".jsonl.gz", ".txt")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+COMPRESSED = (".gz", ".zst")
 DEFAULT_SOURCE = "default"
-NUM_BAD_LINES_SHOWN = 20
-SCAN_BLOCK = 8 * 1024 * 1024  # bytes
+BAD_LINES_LIMIT = 0.001
+MOST_BAD_LINES_LISTED = 10_000  # of a part (8 MB) each; more are counted only
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it stands; `line` counts from 1."""
+    """One text and where it stands; `line` counts from 1, `file` is the number of the input, from 0."""
 
     text: str
     source: str
     path: str
     line: int
+    file: int = 0
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes start..stop of a corpus file, whole lines from line `first_line` on. A .gz or .txt file is one part."""
+    """Bytes start..stop of a corpus file, whole lines from line `first_line` on. A compressed or .txt file is one part.
+
+    In Parquet a row counts as a line, and the bytes are those of row groups; in Megatron's format documents and .bin.
+    """
 
     path: str
     start: int
     stop: int
     first_line: int
+    file: int = 0  # number of the input, from 0
 
 
 @dataclass(frozen=True)
 class ScannedFile:
-    """A corpus file with its size in bytes, its checksum and its parts in order."""
+    """A corpus file with its size in bytes, its checksum, its parts in order, and at most how many lines it has."""
 
     path: str
     size: int
     sha256: str
     parts: list[Part]
+    most_lines: int | None  # None: not known before it is read
 
 
 @dataclass
 class LineReport:
-    """What reading left out: counts, and the first bad lines as `FILE:LINE: reason`."""
+    """What reading left out: counts, and the bad lines as `FILE:LINE: reason`, in order."""
 
+    lines: int = 0  # with content, good and bad
     skipped_empty: int = 0
     bad_lines: int = 0
-    shown: list[str] = field(default_factory=list)
+    listed: list[str] = field(default_factory=list)
 
     def bad(self, path: str, line: int, reason: str) -> None:
         """Note one bad line."""
         self.bad_lines += 1
-        if len(self.shown) < NUM_BAD_LINES_SHOWN:
-            self.shown.append(f"{path}:{line}: {reason}")
+        if len(self.listed) < MOST_BAD_LINES_LISTED:
+            self.listed.append(f"{path}:{line}: {reason}")
 
     def add(self, other: LineReport) -> None:
         """Take in the report of a later part."""
+        self.lines += other.lines
         self.skipped_empty += other.skipped_empty
         self.bad_lines += other.bad_lines
-        self.shown = (self.shown + other.shown)[:NUM_BAD_LINES_SHOWN]
+        self.listed = (self.listed + other.listed)[:MOST_BAD_LINES_LISTED]
 
     def raise_if_bad(self) -> None:
-        """DataError with the first bad lines and their number, if there is one."""
+        """DataError with the bad lines and their number, if there is one."""
         if self.bad_lines:
-            more = self.bad_lines - len(self.shown)
-            lines = self.shown + ([f"... and {more} more"] if more else [])
+            raise DataError(f"{self._list()}\n{self.bad_lines} bad line(s); mend them, or leave them out with skip")
+
+    def raise_if_too_bad(self, *, most_lines: int | None = None) -> None:
+        """DataError with the bad lines where they are more than BAD_LINES_LIMIT of `most_lines`, or else of all read.
+
+        With `most_lines` (at most so many lines are there in all) it can be told before all are read.
+        """
+        lines = self.lines if most_lines is None else most_lines
+        if self.bad_lines > BAD_LINES_LIMIT * lines:
             raise DataError(
-                "\n".join(lines) + f"\n{self.bad_lines} bad line(s); mend them, or leave them out with bad_lines = skip"
+                f"{self._list()}\n{self.bad_lines} bad line(s) of at most {lines}, more than {BAD_LINES_LIMIT:.1%}; "
+                "mend them, name the right fields, or leave them out with skip"
             )
 
-
-def find_inputs(inputs: Sequence[Path | str]) -> list[Path]:
-    """The corpus files that `inputs` (files, folders, globs) name: in the order given, sorted within each.
-
-    Hidden files of a folder are passed over. Raises ConfigError: missing, nothing matches, a kind that is not
-    supported, a file named twice.
-    """
-    files: list[Path] = []
-    for given in inputs:
-        files += _expand(str(given))
-    refused = [str(file) for file in files if not file.name.endswith(SUPPORTED)]
-    if refused:
-        raise ConfigError(
-            f"input ({', '.join(refused[:5])}{', ...' if len(refused) > 5 else ''}): only {', '.join(SUPPORTED)} "
-            "can be read; convert them, or leave them out with a glob such as DIR/*.jsonl"
-        )
-    seen: set[Path] = set()
-    for file in files:
-        if file.resolve() in seen:
-            raise ConfigError(f"input ({file}) is named twice; name each file once")
-        seen.add(file.resolve())
-    if not files:
-        raise ConfigError("input names no file; give files, folders or globs")
-    return files
-
-
-def scan_file(path: Path, *, part_bytes: int, advance: Callable[[int], None] = lambda size: None) -> ScannedFile:
-    """Checksum and parts of one corpus file, in one pass; parts of a .jsonl have about `part_bytes` bytes.
-
-    `advance` is told how many bytes were read since the last call.
-    """
-    digest, parts, size, lines = hashlib.sha256(), list[Part](), 0, 0
-    divisible = path.name.endswith(".jsonl")
-    start, first_line = 0, 1
-    with path.open("rb") as stream:
-        while block := stream.read(min(SCAN_BLOCK, part_bytes)):
-            if divisible and size + len(block) - start >= part_bytes and not block.endswith(b"\n"):
-                block += stream.readline()
-            digest.update(block)
-            size += len(block)
-            lines += block.count(b"\n")
-            if divisible and size - start >= part_bytes:
-                parts.append(Part(str(path), start, size, first_line))
-                start, first_line = size, lines + 1
-            advance(len(block))
-    if size > start or not parts:
-        parts.append(Part(str(path), start, size, first_line))
-    return ScannedFile(str(path), size, digest.hexdigest(), parts)
-
-
-def read_documents(
-    inputs: Sequence[Path | str],
-    *,
-    text_field: str = "text",
-    source_field: str | None = None,
-    bad_lines: BadLinePolicy = "fail",
-) -> Iterator[Document]:
-    """All documents of `inputs` in order. Raises DataError at the end of a file that has bad lines, under "fail"."""
-    for path in find_inputs(inputs):
-        report = LineReport()
-        whole = Part(str(path), 0, path.stat().st_size, 1)
-        yield from read_part(whole, text_field=text_field, source_field=source_field, report=report)
-        if bad_lines == "fail":
-            report.raise_if_bad()
+    def _list(self) -> str:
+        more = self.bad_lines - len(self.listed)
+        return "\n".join(self.listed + ([f"... and {more} more"] if more else []))
 
 
 def read_part(
@@ -164,57 +121,78 @@ def read_part(
     """The documents of one part; empty texts and bad lines go into `report`. Memory: one line, or one .txt file.
 
     `advance` is told how many bytes of the file were used up since the last call. Raises DataError where the file
-    itself is damaged (a cut or broken .gz, a file that changed since it was scanned).
+    itself is damaged (cut or broken), changed since it was scanned, or has not the columns (Parquet).
     """
     if part.path.endswith(".txt"):
-        yield from _read_text_file(part, report)
-        advance(part.stop - part.start)
-        return
-    for line, raw in _lines(part, advance):
-        if not raw.strip():
-            continue
-        try:
-            text, source = _parse(raw, text_field=text_field, source_field=source_field)
-        except _BadLine as error:
-            report.bad(part.path, line, str(error))
-            continue
-        if text:
-            yield Document(text, source, part.path, line)
+        rows = _read_text_file(part)
+    elif part.path.endswith(".parquet"):
+        rows = _read_row_groups(part, text_field=text_field, source_field=source_field)
+    else:
+        rows = _read_lines(part, advance, text_field=text_field, source_field=source_field)
+    for line, row in rows:
+        report.lines += 1
+        if isinstance(row, _BadLine):
+            report.bad(part.path, line, str(row))
+        elif row[0]:
+            yield Document(row[0], row[1], part.path, line, part.file)
         else:
             report.skipped_empty += 1
+    if not part.path.endswith(JSON_LINES):
+        advance(part.stop - part.start)
+
+
+def parquet_reader() -> ModuleType:
+    """The reader of Parquet files; imported here because pyarrow is an extra."""
+    try:
+        return importlib.import_module("megatron_xy.data.parquet")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"input: .parquet needs {error.name}; pip install 'megatron-xy[data]'") from error
 
 
 class _BadLine(Exception):
     """Why a line is no document."""
 
 
-def _expand(given: str) -> list[Path]:
-    path = Path(given)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        below = sorted(file for file in path.rglob("*") if file.is_file())
-        files = [file for file in below if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-        if not files:
-            raise ConfigError(f"input ({given}): the folder holds no file")
-        return files
-    if glob.has_magic(given):
-        matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - Path.glob refuses absolute patterns
-        files = [file for match in matches if (file := Path(match)).is_file()]
-        if not files:
-            raise ConfigError(f"input ({given}): no file matches")
-        return files
-    raise ConfigError(f"input ({given}) does not exist; give files, folders or globs")
+_Row = tuple[str, str] | _BadLine  # text and source, or why there are none
+
+
+def _read_row_groups(part: Part, *, text_field: str, source_field: str | None) -> Iterator[tuple[int, _Row]]:
+    """(row number, text and source) of the row groups of a part."""
+    parquet, path = parquet_reader(), Path(part.path)
+    stop, line, chosen = 0, 1, []
+    for index, (rows, group_bytes) in enumerate(parquet.row_groups(path)):
+        if part.first_line <= line and stop < part.stop:
+            chosen.append(index)
+        stop, line = stop + group_bytes, line + rows
+    fields = [text_field] if source_field is None else [text_field, source_field]
+    for line, values in enumerate(parquet.read_rows(path, columns=fields, groups=chosen), start=part.first_line):
+        try:
+            yield line, _checked(dict(zip(fields, values, strict=True)), text_field, source_field)
+        except _BadLine as error:
+            yield line, error
+
+
+def _read_lines(
+    part: Part, advance: Callable[[int], None], *, text_field: str, source_field: str | None
+) -> Iterator[tuple[int, _Row]]:
+    """(line number, text and source) of every line with content."""
+    for line, raw in _lines(part, advance):
+        if not raw.strip():
+            continue
+        try:
+            yield line, _parse(raw, text_field=text_field, source_field=source_field)
+        except _BadLine as error:
+            yield line, error
 
 
 def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of every line of a .jsonl or .jsonl.gz part."""
-    zipped = part.path.endswith(".gz")
+    """(line number, bytes) of every line of a part of a jsonl file, plain or compressed."""
+    zipped = part.path.endswith(COMPRESSED)
     line, told = part.first_line, part.start
     with Path(part.path).open("rb") as stream:
         stream.seek(part.start)
         position = part.start
-        lines = gzip.GzipFile(fileobj=stream) if zipped else stream
+        lines = open_compressed(Path(part.path), stream) if zipped else stream
         try:
             while zipped or position < part.stop:
                 raw = lines.readline()
@@ -226,7 +204,7 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
                 if position - told >= 65536:
                     advance(position - told)
                     told = position
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise DataError(f"{part.path}: damaged after line {line - 1}: {error}; copy it again") from error
     if not zipped and position != part.stop:
         raise DataError(f"{part.path} changed while it was read; leave the corpus alone and run again")
@@ -245,6 +223,11 @@ def _parse(raw: bytes, *, text_field: str, source_field: str | None) -> tuple[st
         raise _BadLine(f"invalid JSON: {error}") from error
     if not isinstance(row, dict):
         raise _BadLine(f"a JSON object is wanted, not {_json_type(row)}")
+    return _checked(row, text_field, source_field)
+
+
+def _checked(row: dict[str, Any], text_field: str, source_field: str | None) -> tuple[str, str]:
+    """(text, source) of one row. Raises _BadLine."""
     text = _string(row, text_field)
     if source_field is None:
         return text, DEFAULT_SOURCE
@@ -259,6 +242,8 @@ def _string(row: dict[str, Any], name: str) -> str:
     if name not in row:
         raise _BadLine(f"no field {name!r}")
     value = row[name]
+    if isinstance(value, UnicodeDecodeError):
+        raise _BadLine(f"field {name!r}: invalid UTF-8 at byte {value.start}")
     if not isinstance(value, str):
         raise _BadLine(f"field {name!r} is {_json_type(value)}, not a string")
     try:
@@ -273,14 +258,9 @@ def _json_type(value: object) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def _read_text_file(part: Part, report: LineReport) -> Iterator[Document]:
+def _read_text_file(part: Part) -> Iterator[tuple[int, _Row]]:
     raw = Path(part.path).read_bytes().removeprefix(BYTE_ORDER_MARK)
     try:
-        text = raw.decode("utf-8")
+        yield 1, (raw.decode("utf-8"), DEFAULT_SOURCE)
     except UnicodeDecodeError as error:
-        report.bad(part.path, raw.count(b"\n", 0, error.start) + 1, "invalid UTF-8")
-        return
-    if text:
-        yield Document(text, DEFAULT_SOURCE, part.path, 1)
-    else:
-        report.skipped_empty += 1
+        yield raw.count(b"\n", 0, error.start) + 1, _BadLine("invalid UTF-8")

@@ -12,18 +12,27 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import write_text
+from megatron_xy.storage import file_sha256, write_text
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
 SOURCE_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"
-RESERVED_NAMES = frozenset({MANIFEST_NAME, "tokenizer.model", "tokenizer.json", "held_out"})
+BAD_LINES_NAME = "bad_lines.txt"
+RESERVED_NAMES = frozenset({MANIFEST_NAME, BAD_LINES_NAME, "tokenizer.model", "tokenizer.json", "held_out"})
 
 
 class Entry(BaseModel):
     """Base of everything in a manifest: unknown keys are refused, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(Entry):
+    """A further file of the data folder, by its name in it."""
+
+    name: str
+    size: int = Field(ge=1, description="bytes")
+    sha256: str
 
 
 class ShardEntry(Entry):
@@ -36,6 +45,7 @@ class ShardEntry(Entry):
     idx_bytes: int = Field(ge=1)
     bin_sha256: str
     idx_sha256: str
+    trace: FileEntry | None = Field(default=None, description="PREFIX.trace: where each piece comes from")
 
 
 class BucketEntry(Entry):
@@ -94,7 +104,8 @@ class Statistics(Entry):
     truncation_ratio: float
     concatenation_ratio: float
     skipped_empty: int = Field(description="documents without a token")
-    bad_lines: int = Field(description="lines left out under bad_lines = skip")
+    bad_lines: int = Field(description="lines left out because they are no document")
+    lines: int = Field(default=0, description="lines read, good and bad, without blank ones")
 
 
 class Manifest(Entry):
@@ -111,6 +122,7 @@ class Manifest(Entry):
     inputs: list[InputEntry]
     sources: dict[str, SourceEntry]
     statistics: Statistics
+    bad_lines: FileEntry | None = Field(default=None, description="the list of the lines left out, if there are any")
 
     @model_validator(mode="after")
     def _sums_agree(self) -> Manifest:
@@ -151,6 +163,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def is_source_name(name: str) -> bool:
     """Whether a source may carry this name: it becomes a folder beside the manifest and the tokenizer."""
     return re.fullmatch(SOURCE_PATTERN, name) is not None and name not in RESERVED_NAMES
+
+
+def file_entry(path: Path, *, folder: Path) -> FileEntry:
+    """The entry of a file in `folder`, which is read for it."""
+    return FileEntry(name=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=file_sha256(path))
 
 
 def bucket_folder(bucket: int) -> str:

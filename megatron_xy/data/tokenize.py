@@ -1,7 +1,8 @@
 """Documents -> token shards: each part of the corpus (about 8 MB) becomes one indexed file a source, by one worker.
 
 Workers share nothing but files. The cut into shards depends on the corpus alone, so the result is the same for any
-number of workers; a shard's receipt is written last, and a shard that has one is not done again.
+number of workers; a shard's receipt is written last, and a shard that has one is not done again. Text is encoded by
+fastokens where the task says so, else by the tokenizer's own library.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,9 +28,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part, ScannedFile, read_part
-from megatron_xy.data.indexed import IndexedWriter, dtype_for
+from megatron_xy.data.engines import TokenBatch
+from megatron_xy.data.fast_engine import FAST_ENGINE, FastTokenizer, chosen_texts
+from megatron_xy.data.indexed import dtype_for
+from megatron_xy.data.origins import TracedWriter, document_rows
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_xy.errors import EXIT_PEER_LOST, ConfigError, PeerLost
+from megatron_xy.errors import EXIT_PEER_LOST, ConfigError, DataError, PeerLost
 from megatron_xy.storage import write_text
 
 Task = TypeVar("Task")
@@ -54,6 +59,7 @@ class TokenizeTask:
     source_field: str | None
     append_eod: bool
     bad_lines: BadLinePolicy
+    fast: bool = False  # by fastokens, which engine_choice.py found to be exact here
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class TokenShard:
     folder: Path
     documents: dict[str, int]
     report: LineReport
+    engine: str = ""  # what encoded it, with its version
+    checked_documents: int = 0  # of them, compared with what the tokenizer's own library makes of them
 
     @staticmethod
     def receipt(folder: Path) -> Path:
@@ -93,27 +101,42 @@ def tokenize_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
     """Tokenise one shard, unless its receipt says that it is done. Memory: one batch of text and one document.
 
     Under "fail" nothing is encoded after the first bad line; all bad lines of the shard are in the report.
-    Raises DataError (a damaged file), ConfigError (too many sources).
+    Raises DataError (a damaged file; fastokens differs from the reference), ConfigError (too many sources).
     """
     done = read_receipt(task.folder)
-    if done is not None:
+    # What fastokens did is not taken over by a build that does not trust it.
+    if done is not None and (task.fast or not done.engine.startswith(FAST_ENGINE)):
         advance(sum(part.stop - part.start for part in task.parts))
         return done
     tokenizer = _tokenizer(task.tokenizer)
-    report = LineReport()
+    fast = _fast_tokenizer(task.tokenizer) if task.fast else None
+    report, num_checked = LineReport(), 0
     with ExitStack() as stack:
-        writers: dict[str, IndexedWriter] = {}
+        writers: dict[str, TracedWriter] = {}
         for batch in _batches(task, report, advance):
             if report.bad_lines and task.bad_lines == "fail":
                 continue
-            _encode(batch, task=task, tokenizer=tokenizer, writers=writers, stack=stack, report=report)
+            batch.sort(key=lambda document: document.source)  # stable: within a source in order of the corpus
+            texts = [document.text for document in batch]
+            encoded = tokenizer.encode_flat(texts) if fast is None else fast.encode_flat(texts)
+            if fast is not None:
+                num_checked += _check(batch, encoded, fast=fast)
+            _write(batch, encoded, task=task, tokenizer=tokenizer, writers=writers, stack=stack, report=report)
     counts = {name: writers[name].num_documents for name in sorted(writers)}
-    shard = TokenShard(task.folder, {name: count for name, count in counts.items() if count}, report)
+    documents = {name: count for name, count in counts.items() if count}
+    name = tokenizer.engine.name if fast is None else fast.name
+    shard = TokenShard(task.folder, documents, report, engine=name, checked_documents=num_checked)
     if not (report.bad_lines and task.bad_lines == "fail"):
-        receipt = {"documents": shard.documents, "report": asdict(report)}
-        task.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_text(TokenShard.receipt(task.folder), json.dumps(receipt))
+        write_receipt(shard)
     return shard
+
+
+def write_receipt(shard: TokenShard) -> None:
+    """Say that all files of the shard are there."""
+    receipt = asdict(shard)
+    del receipt["folder"]  # which may be moved
+    shard.folder.parent.mkdir(parents=True, exist_ok=True)
+    write_text(TokenShard.receipt(shard.folder), json.dumps(receipt))
 
 
 def read_receipt(folder: Path) -> TokenShard | None:
@@ -122,7 +145,7 @@ def read_receipt(folder: Path) -> TokenShard | None:
     if not path.is_file():
         return None
     receipt = json.loads(path.read_text(encoding="utf-8"))
-    return TokenShard(folder, receipt["documents"], LineReport(**receipt["report"]))
+    return TokenShard(folder, **{**receipt, "report": LineReport(**receipt["report"])})
 
 
 def _batches(task: TokenizeTask, report: LineReport, advance: Advance) -> Iterator[list[Document]]:
@@ -138,43 +161,68 @@ def _batches(task: TokenizeTask, report: LineReport, advance: Advance) -> Iterat
             if characters >= BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
-    yield batch
+    if batch:
+        yield batch
 
 
-def _encode(
+def _check(batch: list[Document], encoded: TokenBatch, *, fast: FastTokenizer) -> int:
+    """Compare some of a batch with the reference; returns how many. Raises DataError that names the document."""
+    texts = [document.text for document in batch]
+    chosen = chosen_texts(texts)
+    different = fast.first_difference(texts, encoded, chosen)
+    if different is not None:
+        document = batch[different]
+        raise DataError(
+            f"{document.path}:{document.line}: {fast.name} encodes this document otherwise than "
+            f"{fast.reference.engine.name}; uninstall fastokens and run again, shards that it made are then done anew"
+        )
+    return len(chosen)
+
+
+def _write(
     batch: list[Document],
+    encoded: TokenBatch,
     *,
     task: TokenizeTask,
     tokenizer: Tokenizer,
-    writers: dict[str, IndexedWriter],
+    writers: dict[str, TracedWriter],
     stack: ExitStack,
     report: LineReport,
 ) -> None:
-    """Append a batch to the writers of its sources, which are opened as sources turn up."""
+    """Append a batch, sorted by source, to the writers of its sources, which are opened as sources turn up."""
     dtype = dtype_for(tokenizer.vocab_size)
-    end = np.array([tokenizer.eos_id] if task.append_eod else [], dtype=dtype)
-    by_source: dict[str, list[np.ndarray[Any, Any]]] = {}
-    for document, tokens in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
-        if len(tokens):
-            by_source.setdefault(document.source, []).append(np.concatenate([tokens.astype(dtype), end]))
-        else:
-            report.skipped_empty += 1
-    for source, documents in by_source.items():
+    kept = np.flatnonzero(encoded.lengths)
+    report.skipped_empty += len(batch) - len(kept)
+    ids, lengths = encoded.ids.astype(dtype), encoded.lengths[kept]
+    if task.append_eod:
+        assert tokenizer.eos_id is not None, "the build refuses append_eod where there is no end token"
+        ids, lengths = np.insert(ids, np.cumsum(lengths), tokenizer.eos_id), lengths + 1
+    first = start = 0
+    for source, run in groupby(batch[index].source for index in kept):
         if source not in writers:
             if len(writers) == MOST_SOURCES:
                 raise ConfigError(
                     f"source_field ({task.source_field}) names more than {MOST_SOURCES} sources in "
                     f"{batch[0].path}; name a field that says where a text comes from, not which it is"
                 )
-            writers[source] = stack.enter_context(IndexedWriter(task.folder / source, dtype=dtype))
-        lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
-        writers[source].add_documents(np.concatenate(documents), lengths=lengths)
+            writers[source] = stack.enter_context(TracedWriter(task.folder / source, dtype=dtype))
+        last = first + sum(1 for _ in run)
+        stop = start + int(lengths[first:last].sum())
+        writers[source].add_documents(ids[start:stop], lengths=lengths[first:last])
+        written = [batch[index] for index in kept[first:last]]
+        writers[source].add_rows(document_rows([d.file for d in written], [d.line for d in written]))
+        first, start = last, stop
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> Tokenizer:
     """Loaded once a process."""
     return load_tokenizer(path)
+
+
+@lru_cache(maxsize=1)
+def _fast_tokenizer(path: Path) -> FastTokenizer:
+    return FastTokenizer(_tokenizer(path))
 
 
 class Workers:

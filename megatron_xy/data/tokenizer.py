@@ -1,4 +1,4 @@
-"""The tokenizer: text -> token ids and back, from a SentencePiece tokenizer.model.
+"""The tokenizer: text -> token ids and back, from a SentencePiece tokenizer.model or an HF tokenizer.json.
 
 Text never yields a control id: "<s>" in a document is text; control ids are added by whoever builds a sequence.
 """
@@ -6,90 +6,83 @@ Text never yields a control id: "<s>" in a document is text; control ids are add
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from numpy.typing import NDArray
 
+from megatron_xy.data.engines import Engine, SentencePieceEngine, TokenBatch, TokenizersEngine
 from megatron_xy.errors import ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.model"
-
-# sentencepiece 0.2.3 and newer write ids straight into arrays; older ones only give lists.
-_ENCODE_OPTIONS: dict[str, Any] = (
-    {"return_type": "numpy"}
-    if "return_type" in inspect.signature(sentencepiece.SentencePieceProcessor.Encode).parameters
-    else {"out_type": int}
-)
+TOKENIZER_JSON = "tokenizer.json"
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer in `path`: a SentencePiece .model file, or a folder that holds tokenizer.model.
+    """The tokenizer in `path`: a SentencePiece model, an HF tokenizer.json (any .json), or a folder that holds one.
 
-    Raises ConfigError (missing, or of a kind that is not supported) and DataError (damaged).
+    A folder's tokenizer.model goes before its tokenizer.json. Raises ConfigError (missing) and DataError (damaged, or
+    text could yield control ids).
     """
     file = Path(path)
     if file.is_dir():
-        if not (file / TOKENIZER_FILE).is_file():
-            raise ConfigError(f"tokenizer ({file}): the folder holds no {TOKENIZER_FILE}; name one that does")
-        file = file / TOKENIZER_FILE
+        found = [file / name for name in (TOKENIZER_FILE, TOKENIZER_JSON) if (file / name).is_file()]
+        if not found:
+            raise ConfigError(f"tokenizer ({file}): the folder holds no {TOKENIZER_FILE} and no {TOKENIZER_JSON}")
+        file = found[0]
     if not file.is_file():
-        raise ConfigError(f"tokenizer ({file}) does not exist; name a SentencePiece {TOKENIZER_FILE}")
-    if file.suffix == ".json":
-        raise ConfigError(
-            f"tokenizer ({file}): tokenizer.json is not supported yet, only SentencePiece models; name the "
-            f"{TOKENIZER_FILE} of the same model"
-        )
-    return Tokenizer(file)
+        raise ConfigError(f"tokenizer ({file}) does not exist; name a {TOKENIZER_FILE} or a {TOKENIZER_JSON}")
+    serialized = file.read_bytes()
+    if not serialized:
+        raise DataError(f"tokenizer ({file}) is empty; copy it again")
+    engine = TokenizersEngine if file.suffix == ".json" else SentencePieceEngine
+    return Tokenizer(file, engine(serialized, file))
 
 
 class Tokenizer:
-    """A SentencePiece model.
+    """A tokenizer file, read by the library it belongs to.
 
-    Attributes: path, sha256 (of the file), vocab_size, bos_id, eos_id, pad_id (None where the model has none).
+    Attributes: path, sha256 (of the file), engine, vocab_size, bos_id, eos_id, pad_id (None where there is none), and
+    file_name: tokenizer.model or tokenizer.json, what a copy of the file is called.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, engine: Engine) -> None:
         self.path = path
-        serialized = path.read_bytes()
-        self.sha256 = hashlib.sha256(serialized).hexdigest()
-        if not serialized:
-            raise DataError(f"tokenizer ({path}) is empty; copy it again")
-        try:
-            # From memory, so that the hash is the hash of what was loaded.
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=serialized)
-        except RuntimeError as error:
-            raise DataError(f"tokenizer ({path}) is no SentencePiece model, or a damaged one: {error}") from error
-        self.vocab_size: int = self._model.vocab_size()
-        self.bos_id = _known(self._model.bos_id())
-        self.eos_id = _known(self._model.eos_id())
-        self.pad_id = _known(self._model.pad_id())
-        self._is_control = np.array([self._model.is_control(index) for index in range(self.vocab_size)], dtype=bool)
+        self.engine = engine
+        self.sha256 = hashlib.sha256(engine.serialized).hexdigest()
+        self.file_name = TOKENIZER_JSON if path.suffix == ".json" else TOKENIZER_FILE
+        self.vocab_size = engine.vocab_size
+        self.bos_id, self.eos_id, self.pad_id = engine.bos_id, engine.eos_id, engine.pad_id
+        self._is_control = np.zeros(engine.vocab_size, dtype=bool)
+        self._is_control[engine.control_ids] = True
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Token ids [length] of one text, without control ids."""
-        return self.encode_batch([text])[0]
+        return self.encode_flat([text]).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Token ids of each text, [length] each, without control ids. A text must hold no lone surrogates."""
-        encoded = self._model.encode(list(texts), num_threads=1, **_ENCODE_OPTIONS)
-        arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-        if arrays:
-            assert not self._is_control[np.concatenate(arrays)].any(), "text must never yield a control id"
-        return arrays
+        return self.encode_flat(texts).split()
+
+    def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
+        """As `encode_batch`, the ids of all texts in one array."""
+        return self.checked(self.engine.encode(texts))
+
+    def checked(self, batch: TokenBatch) -> TokenBatch:
+        """The batch itself: all its ids are in the vocabulary, and none is a control id."""
+        if len(batch.ids):
+            lowest, highest = int(batch.ids.min()), int(batch.ids.max())
+            assert 0 <= lowest <= highest < self.vocab_size, "an engine's ids must lie in the vocabulary"
+            # Most often all control ids lie below those of text, and no gather over the batch is needed.
+            if self._is_control[lowest : highest + 1].any():
+                assert not self._is_control[batch.ids].any(), "text must never yield a control id"
+        return batch
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The text of token ids; control ids yield none. Raises DataError for an id outside the vocabulary."""
         plain = [int(index) for index in ids]
         if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
             raise DataError(f"token ids {min(plain)}..{max(plain)} are outside 0..{self.vocab_size} of {self.path}")
-        return str(self._model.decode(plain))
-
-
-def _known(index: int) -> int | None:
-    """SentencePiece says -1 where a model lacks a control piece."""
-    return None if index < 0 else index
+        return self.engine.decode(plain)

@@ -1,6 +1,5 @@
 """`data build` end to end on small corpora: nothing lost, the same for any number of workers, resumed after a stop."""
 
-import io
 import json
 import os
 import shutil
@@ -15,26 +14,14 @@ from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
+from tests.unit.small_corpus import content, train_tokenizer
 
 BUCKETS = (16, 32, 64)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 20),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    path = tmp_path_factory.mktemp("tokenizer") / "fox.model"
-    path.write_bytes(model.getvalue())
-    return path
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "fox.model")
 
 
 @pytest.fixture
@@ -62,10 +49,6 @@ def small_parts(monkeypatch):
 
 def run(corpus, tokenizer, output, **options):
     return build_dataset([corpus], tokenizer=tokenizer, output=output, buckets=BUCKETS, source_field="src", **options)
-
-
-def content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def pieces_by_source(output):
@@ -185,22 +168,6 @@ def test_a_finished_folder_is_reused_and_never_overwritten(corpus, tokenizer, tm
     with pytest.raises(ConfigError, match="finished data set of other inputs or options"):
         run(corpus, tokenizer, output)
     assert content(output) == before
-
-
-def test_bad_lines_fail_with_all_of_their_file_or_are_counted(corpus, tokenizer, tmp_path):
-    lines = (corpus / "b.jsonl").read_text().splitlines()
-    for number in (2, 30, 58):  # in different shards
-        lines[number - 1] = "{"
-    (corpus / "b.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError) as raised:
-        run(corpus, tokenizer, tmp_path / "out")
-    for number in (2, 30, 58):
-        assert f"{corpus / 'b.jsonl'}:{number}: invalid JSON" in str(raised.value)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    stats = run(corpus, tokenizer, tmp_path / "out", bad_lines="skip")
-    assert (stats["bad_lines"], stats["documents"]) == (3, 177)
-    (corpus / "b.jsonl").unlink()
-    assert run(corpus, tokenizer, tmp_path / "other")["documents"] == 120
 
 
 def test_arguments_and_places_are_checked_before_anything_is_written(corpus, tokenizer, tmp_path):

@@ -2,26 +2,20 @@
 
 import gzip
 import json
+import random
+import tracemalloc
 
 import pytest
+import zstandard
 
-from megatron_xy.data.documents import (
-    LineReport,
-    find_inputs,
-    read_documents,
-    read_part,
-    scan_file,
-)
+from megatron_xy.data.documents import LineReport, read_part
+from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
 from megatron_xy.errors import ConfigError, DataError
-
-
-def write_lines(path, rows):
-    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
-    return path
+from tests.unit.small_corpus import write_rows
 
 
 def test_order_sources_and_lines(tmp_path):
-    write_lines(tmp_path / "b.jsonl", [{"text": "b1", "src": "x"}, {"text": "b2", "src": "y"}])
+    write_rows(tmp_path / "b.jsonl", [{"text": "b1", "src": "x"}, {"text": "b2", "src": "y"}])
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
         stream.write('{"text": "a1", "src": "x"}\n\n{"text": "a3", "src": "x"}')
     found = [
@@ -52,8 +46,8 @@ def test_inputs_keep_the_order_given_and_refuse_what_they_cannot_read(tmp_path):
     assert [p.name for p in find_inputs([tmp_path])] == ["a.jsonl", "b.jsonl", "c.txt", "d.jsonl"]
     with pytest.raises(ConfigError, match="named twice"):
         find_inputs([tmp_path, tmp_path / "a.jsonl"])
-    (tmp_path / "e.parquet").write_text("")
-    with pytest.raises(ConfigError, match=r"e\.parquet.*only \.jsonl"):
+    (tmp_path / "e.csv").write_text("")
+    with pytest.raises(ConfigError, match=r"e\.csv.*only \.jsonl"):
         find_inputs([tmp_path])
     (tmp_path / "empty").mkdir()
     for wrong in ("missing.jsonl", "none*.jsonl", "empty"):
@@ -81,7 +75,7 @@ BAD = [
 
 def test_all_bad_lines_are_named_at_once_or_skipped(tmp_path):
     good = {"text": "good", "src": "a"}
-    path = write_lines(tmp_path / "a.jsonl", [good, *(line for line, _ in BAD), good])
+    path = write_rows(tmp_path / "a.jsonl", [good, *(line for line, _ in BAD), good])
     with pytest.raises(DataError) as raised:
         list(read_documents([path], source_field="src"))
     lines = str(raised.value).splitlines()
@@ -92,11 +86,22 @@ def test_all_bad_lines_are_named_at_once_or_skipped(tmp_path):
     assert texts == ["good", "good"]
 
 
-def test_the_first_twenty_bad_lines_and_the_count_are_shown(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [b"{"] * 50)
-    with pytest.raises(DataError, match=r"a\.jsonl:20: (.*\n)+\.\.\. and 30 more\n50 bad line") as raised:
+def test_all_lines_of_a_long_list_are_named_up_to_ten_thousand(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [b"{"] * 10_050)
+    with pytest.raises(DataError, match=r"a\.jsonl:10000: .*\n\.\.\. and 50 more\n10050 bad line") as raised:
+        list(read_documents([path], bad_lines="fail"))
+    assert str(raised.value).count("\n") == 10_001
+
+
+def test_one_bad_line_in_a_thousand_is_let_pass_and_one_more_is_not(tmp_path):
+    good = [{"text": "x"}] * 1999
+    path = write_rows(tmp_path / "a.jsonl", [b"{", b"", *good, b"{"])
+    assert len(list(read_documents([path]))) == 1999  # 2 of 2001 are less than 0.1%
+    write_rows(path, [b"{", b"{", *good, b"{"])
+    with pytest.raises(DataError, match=r"a\.jsonl:2002: (.*\n)+3 bad line\(s\) of at most 2002, more than 0\.1%"):
         list(read_documents([path]))
-    assert "a.jsonl:21:" not in str(raised.value)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: "):
+        list(read_documents([write_rows(path, [b"{", *good])], bad_lines="fail"))
 
 
 def test_bad_bytes_in_a_text_file_have_their_line(tmp_path):
@@ -105,28 +110,53 @@ def test_bad_bytes_in_a_text_file_have_their_line(tmp_path):
         list(read_documents([tmp_path / "a.txt"]))
 
 
-@pytest.mark.parametrize("policy", ["fail", "skip"])
-def test_a_damaged_gzip_never_passes_for_a_shorter_one(tmp_path, policy):
-    whole = gzip.compress(b"".join(json.dumps({"text": f"line {n}"}).encode() + b"\n" for n in range(5000)))
+def compress_zst(data):
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+
+
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("zst", compress_zst)])
+@pytest.mark.parametrize("policy", ["limit", "fail", "skip"])
+def test_a_damaged_compressed_file_never_passes_for_a_shorter_one(tmp_path, ending, compress, policy):
+    lines = [json.dumps({"text": f"line {n}"}).encode() + b"\n" for n in range(5000)]
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(compress(b"".join(lines[:2000])) + compress(b"".join(lines[2000:])))  # members, frames
+    assert [(d.text, d.line) for d in read_documents([path])] == [(f"line {n}", n + 1) for n in range(5000)]
+    whole = compress(b"".join(lines))
     flipped = bytearray(whole)
-    flipped[-6] ^= 1  # in the checksum at the end
-    for content in (whole[: len(whole) // 2], whole[:-4], bytes(flipped), b"plain"):
-        (tmp_path / "a.jsonl.gz").write_bytes(content)
-        with pytest.raises(DataError, match=r"a\.jsonl\.gz: damaged after line"):
-            list(read_documents([tmp_path / "a.jsonl.gz"], bad_lines=policy))
+    flipped[-2 if ending == "zst" else -6] ^= 1  # in the checksum at the end
+    for content in (whole[: len(whole) // 2], whole[:-4], whole + whole[:50], bytes(flipped), b"plain"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"a\.jsonl\.{ending}: damaged after line"):
+            list(read_documents([path], bad_lines=policy))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_reading_takes_as_much_memory_for_a_large_file_as_for_a_small_one(tmp_path, ending):
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": compress_zst}[ending]
+    peaks = []
+    for size in (4_000, 16_000):
+        path = tmp_path / f"{size}.jsonl{ending}"
+        noise = random.Random(0).randbytes(size * 50).hex()
+        path.write_bytes(compress("".join(f'{{"text": "{noise[100 * n :][:100]}"}}\n' for n in range(size)).encode()))
+        tracemalloc.start()
+        assert sum(1 for _ in read_documents([path])) == size
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] + 100_000
 
 
 @pytest.mark.parametrize("part_bytes", [1, 7, 40, 100, 1000, 10**6])
 @pytest.mark.parametrize("last_newline", [True, False])
 def test_parts_give_every_document_once_with_its_line(tmp_path, part_bytes, last_newline):
     rows = [{"text": "x" * (n % 37)} for n in range(60)]
-    path = write_lines(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     if not last_newline:
         path.write_bytes(path.read_bytes()[:-1])
     scanned = scan_file(path, part_bytes=part_bytes)
     assert [p.start for p in scanned.parts] == [0, *(p.stop for p in scanned.parts[:-1])]
     assert scanned.parts[-1].stop == scanned.size == path.stat().st_size
     assert len(scanned.parts) == 1 or max(p.stop - p.start for p in scanned.parts) <= 2 * part_bytes + 60
+    assert scanned.most_lines >= len(rows)
     report, advanced = LineReport(), []
     read = [
         (d.text, d.line)
@@ -134,11 +164,11 @@ def test_parts_give_every_document_once_with_its_line(tmp_path, part_bytes, last
         for d in read_part(part, text_field="text", source_field=None, report=report, advance=advanced.append)
     ]
     assert read == [(row["text"], n) for n, row in enumerate(rows, start=1) if row["text"]]
-    assert report == LineReport(skipped_empty=2) and sum(advanced) == scanned.size
+    assert report == LineReport(lines=60, skipped_empty=2) and sum(advanced) == scanned.size
 
 
 def test_a_file_that_changes_after_the_scan_is_refused(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
     (part,) = scan_file(path, part_bytes=1000).parts
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match="changed while it was read"):

@@ -1,0 +1,72 @@
+"""Megatron's .bin/.idx as input -> token shards: no tokenising, documents as they lie, their sequences joined."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from megatron_xy.data.documents import DEFAULT_SOURCE, LineReport, Part
+from megatron_xy.data.indexed import IndexedReader, dtype_for
+from megatron_xy.data.origins import TracedWriter, document_rows
+from megatron_xy.data.tokenize import Advance, TokenizeTask, TokenShard, read_receipt
+from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.errors import DataError
+from megatron_xy.storage import write_text
+
+COPY_TOKENS = 1 << 22  # held in memory at a time, or one document
+
+
+def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
+    """One token shard from parts of Megatron datasets, unless its receipt says that it is done.
+
+    No end-of-document token is added, whatever the task says. Documents without a token are left out and counted.
+    Raises DataError where a dataset is damaged or an id lies outside the tokenizer's vocabulary.
+    """
+    done = read_receipt(task.folder)
+    if done is not None:
+        advance(sum(part.stop - part.start for part in task.parts))
+        return done
+    vocab_size = load_tokenizer(task.tokenizer).vocab_size
+    report = LineReport()
+    with TracedWriter(task.folder / DEFAULT_SOURCE, dtype=dtype_for(vocab_size)) as writer:
+        for part in task.parts:
+            _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
+    shard = TokenShard(task.folder, {DEFAULT_SOURCE: writer.num_documents} if writer.num_documents else {}, report)
+    receipt = {"documents": shard.documents, "report": asdict(report)}
+    write_text(TokenShard.receipt(task.folder), json.dumps(receipt))
+    return shard
+
+
+def _copy(part: Part, writer: TracedWriter, *, vocab_size: int, report: LineReport, advance: Advance) -> None:
+    reader = IndexedReader(Path(part.path).with_suffix(""))
+    itemsize = reader.dtype.itemsize
+    # [documents of this part + 1]: tokens of the dataset before each of its documents.
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
+    ends = ends[reader.document_indices[part.first_line - 1 :]]
+    ends = ends[: int(np.searchsorted(ends, part.stop // itemsize, side="right"))]
+    if not len(ends) or int(ends[0]) * itemsize != part.start or int(ends[-1]) * itemsize != part.stop:
+        raise DataError(f"{part.path} changed while it was read; leave the corpus alone and run again")
+    first = 0
+    while first < len(ends) - 1:
+        last = int(np.searchsorted(ends, ends[first] + COPY_TOKENS, side="left"))
+        last = min(max(last, first + 1), len(ends) - 1)
+        tokens = reader.tokens[ends[first] : ends[last]]
+        bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+        if len(bad):
+            place = int(ends[first]) + int(bad[0])
+            document = part.first_line + int(np.searchsorted(ends, place, side="right")) - 1
+            raise DataError(
+                f"{part.path}:{document}: token id {tokens[bad[0]]} is outside the vocabulary of {vocab_size}; "
+                "the dataset is damaged or was made with another tokenizer"
+            )
+        lengths = np.diff(ends[first : last + 1])
+        report.lines += len(lengths)
+        report.skipped_empty += int(np.count_nonzero(lengths == 0))
+        writer.add_documents(tokens.astype(writer.dtype), lengths=lengths[lengths > 0])
+        numbers = part.first_line + first + np.flatnonzero(lengths)
+        writer.add_rows(document_rows(np.full(len(numbers), part.file), numbers))
+        advance(tokens.nbytes)
+        first = last

@@ -1,0 +1,161 @@
+"""Every piece of every sample is traced to the line it stands in, and a data step to its lines."""
+
+import gzip
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+
+from megatron_xy.data import build, tokenize
+from megatron_xy.data.build import build_dataset, verify_dataset
+from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.indexed import IndexedWriter
+from megatron_xy.data.manifest import read_manifest
+from megatron_xy.data.origins import TracedWriter, document_rows, read_rows, trace_path
+from megatron_xy.data.plan_steps import plan_steps
+from megatron_xy.data.sampler import SampleId
+from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.trace import Tracer, trace_steps
+from megatron_xy.errors import DataError
+from tests.unit.small_corpus import texts, train_tokenizer, write_rows
+
+BUCKETS = (16, 64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "fox.model")
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer):
+    """({(file, line): text}, folder) of a corpus of every kind but Parquet, with empty texts, blank and bad lines."""
+    folder, expected = tmp_path / "corpus", {}
+    folder.mkdir()
+
+    def lines(path, seed):
+        rows = [{"text": text, "src": "ab"[n % 2]} for n, text in enumerate(texts(80, seed=seed))]
+        rows[10:10] = [{"text": "", "src": "a"}, b"", b"{"]
+        for line, row in enumerate(rows, start=1):
+            if isinstance(row, dict) and row["text"]:
+                expected[str(path), line] = row["text"]
+        return rows
+
+    write_rows(folder / "a.jsonl", lines(folder / "a.jsonl", 0))
+    packed = write_rows(tmp_path / "plain", lines(folder / "b.jsonl.gz", 1)).read_bytes()
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(packed))
+    (folder / "c.txt").write_text("the lazy dog\nthe quick fox\n" * 20)
+    expected[str(folder / "c.txt"), 1] = (folder / "c.txt").read_text()
+    with IndexedWriter(folder / "d", dtype="u2") as writer:
+        for number, text in enumerate(["", *texts(50, seed=2)], start=1):
+            ids = load_tokenizer(tokenizer).encode(text)
+            writer.add_document(np.array_split(ids.astype("u2"), 2))
+            if text:
+                expected[str(folder / "d.bin"), number] = text
+    return expected, folder
+
+
+def run(folder, tokenizer, output, **options):
+    return build_dataset(
+        [folder],
+        tokenizer=tokenizer,
+        output=output,
+        buckets=BUCKETS,
+        source_field="src",
+        bad_lines="skip",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_piece_is_the_named_part_of_the_named_line(corpus, tokenizer, tmp_path, monkeypatch, workers):
+    if workers == 1:  # many shards and windows
+        monkeypatch.setattr(tokenize, "PART_BYTES", 2000)
+        monkeypatch.setattr(build, "WINDOW_DOCUMENTS", 30)
+    expected, folder = corpus
+    run(folder, tokenizer, tmp_path / "out", workers=workers)
+    verify_dataset(tmp_path / "out")
+    tracer, encode = Tracer(tmp_path / "out"), load_tokenizer(tokenizer).encode
+    dataset = PackedDataset([tmp_path / "out"])
+    covered = dict.fromkeys(expected, 0)
+    for stream in dataset.streams:
+        for index in range(stream.num_samples):
+            sample = dataset.sample(SampleId(stream.source, stream.bucket, index))
+            documents = tracer.documents(source=stream.source, bucket=stream.bucket, index=index)
+            pieces = np.split(sample.tokens, np.cumsum(sample.piece_lengths)[:-1])
+            for document, piece in zip(documents, pieces, strict=True):
+                place, start = (document["file"], document["line"]), document["start"]
+                assert encode(expected[place])[start : start + document["length"]].tolist() == piece.tolist()
+                covered[place] += document["length"]
+    assert covered == {place: len(encode(text)) for place, text in expected.items()}
+    with pytest.raises(IndexError, match="sample 10000 of"):
+        tracer.documents(source="a", bucket=16, index=10_000)
+
+
+def test_steps_are_traced_as_they_are_planned(corpus, tokenizer, tmp_path):
+    _, folder = corpus
+    run(folder, tokenizer, tmp_path / "out")
+    config = tmp_path / "run.yaml"
+    text = {
+        "task": "pretrain",
+        "run_dir": str(tmp_path / "run"),
+        "model": {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 300},
+        "data": {"path": str(tmp_path / "out"), "weights": {"a": 1, "b": 2, "default": 1}},
+        "training": {"train_iters": 10, "global_batch_tokens": 256, "micro_batch_tokens": 64},
+    }
+    config.write_text(json.dumps(text))
+    asked = {"config_path": config, "overrides": ["seed=7"], "steps": range(3, 9)}
+    rows = list(trace_steps(tmp_path / "out", **asked))
+    planned = plan_steps(tmp_path / "out", **asked, data_parallel_size=1, data_parallel_rank=0)
+    tracer = Tracer(tmp_path / "out")
+    assert rows == [
+        {
+            **{key: row[key] for key in ("data_step", "bucket", "source")},
+            "sample": index,
+            "documents": tracer.documents(source=row["source"], bucket=row["bucket"], index=index),
+        }
+        for row in planned
+        for index in row["samples"]
+    ]
+    assert {row["data_step"] for row in rows} == set(range(3, 9)) and json.dumps(rows)
+
+
+def test_a_sample_of_a_large_shard_is_traced_at_once(tmp_path):
+    """Rows are mapped: the last of three million is as near as the first."""
+    count = 3_000_000
+    prefix = tmp_path / "shard"
+    with TracedWriter(prefix, dtype="u2") as writer:
+        writer.add_documents(np.zeros(count, dtype="u2"), lengths=np.ones(count, dtype="i4"))
+        writer.add_rows(document_rows(np.zeros(count, dtype="i4"), np.arange(count)))
+    start = time.perf_counter()
+    assert read_rows(prefix, num_sequences=count)[count - 1]["line"] == count - 1
+    assert time.perf_counter() - start < 0.05
+
+
+def test_a_damaged_trace_is_refused(corpus, tokenizer, tmp_path):
+    _, folder = corpus
+    run(folder, tokenizer, tmp_path / "out")
+    shard = read_manifest(tmp_path / "out").sources["a"].buckets["16"].shards[0].name
+    path = trace_path(tmp_path / "out" / shard)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\x01")
+    with pytest.raises(DataError, match=r"\.trace is damaged: its checksum"):
+        verify_dataset(tmp_path / "out")
+    os.truncate(path, len(whole) - 16)
+    for refused in (verify_dataset, lambda out: Tracer(out).documents(source="a", bucket=16, index=0)):
+        with pytest.raises(DataError, match=r"\.trace has \d+ bytes"):
+            refused(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(DataError, match=r"\.trace is missing"):
+        Tracer(tmp_path / "out").documents(source="a", bucket=16, index=0)
+
+
+def test_nothing_stays_of_a_writer_that_fails(tmp_path):
+    with pytest.raises(RuntimeError), TracedWriter(tmp_path / "shard", dtype="u2"):
+        raise RuntimeError
+    unequal = pytest.raises(AssertionError, match="every sequence has its row")
+    with unequal, TracedWriter(tmp_path / "shard", dtype="u2") as writer:
+        writer.add_documents(np.zeros(3, dtype="u2"), lengths=np.array([3]))
+    assert not list(tmp_path.iterdir())
