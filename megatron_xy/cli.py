@@ -214,24 +214,40 @@ def data_build(
         bool, typer.Option("--append-eod", help="end every document with the end-of-document token")
     ] = False,
     workers: Annotated[int, typer.Option("--workers", min=1, help="processes")] = 1,
-    bad_lines: Annotated[Literal["fail", "skip"], typer.Option("--bad-lines", metavar="fail|skip")] = "fail",
+    bad_lines: Annotated[
+        Literal["limit", "fail", "skip"],
+        typer.Option("--bad-lines", help="limit: leave out up to 0.1% of the lines; fail: none; skip: any number"),
+    ] = "limit",
+    packing: Annotated[
+        Literal["best_fit", "concatenate"],
+        typer.Option("--packing", help="concatenate: Megatron's fixed-length samples, of --seq-length tokens"),
+    ] = "best_fit",
+    seq_length: Annotated[int | None, typer.Option("--seq-length", min=1, help="with --packing concatenate")] = None,
+    overflow: Annotated[
+        Literal["split", "drop", "truncate"],
+        typer.Option("--overflow", help="what becomes of documents longer than the largest bucket"),
+    ] = "split",
     as_json: AsJson = False,
 ) -> None:
     """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx."""
     from megatron_xy.data.build import build_dataset
     from megatron_xy.data.progress import showing_progress
 
+    if (packing == "concatenate") != (seq_length is not None):
+        raise typer.BadParameter("--packing concatenate and --seq-length go together", param_hint="--seq-length")
     with showing_progress() as progress:
         stats = build_dataset(
             [*inputs, *(more_inputs or [])],
             tokenizer=tokenizer,
             output=output,
-            buckets=_numbers(buckets, option="--buckets"),
+            buckets=_numbers(buckets, option="--buckets") if seq_length is None else [seq_length],
             source_field=source_field,
             text_field=text_field,
             append_eod=append_eod,
             workers=workers,
             bad_lines=bad_lines,
+            packing=packing,
+            overflow=overflow,
             progress=progress,
         )
     _show_stats(stats, output, as_json=as_json)
@@ -240,7 +256,7 @@ def data_build(
 @data_app.command("stats")
 def data_stats(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """Documents, tokens, samples, shares and the three ratios of a data folder."""
-    from megatron_xy.data.build import dataset_stats
+    from megatron_xy.data.examine import dataset_stats
 
     _show_stats(dataset_stats(directory), directory, as_json=as_json)
 
@@ -248,7 +264,7 @@ def data_stats(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_jso
 @data_app.command("verify")
 def data_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """Checks sizes, checksums, sample lengths and token ids of a data folder."""
-    from megatron_xy.data.build import verify_dataset
+    from megatron_xy.data.examine import verify_dataset
 
     _verified(lambda: verify_dataset(directory), directory, as_json=as_json)
 
@@ -265,18 +281,29 @@ def data_plan_steps(
     """Which samples a data parallel rank draws at which step: JSON lines, one a (step, source)."""
     from megatron_xy.data.plan_steps import plan_steps
 
-    first, _, last = steps.partition(":")
-    if not (first.isdigit() and last.isdigit()):
-        raise typer.BadParameter(f"{steps!r} is not A:B", param_hint="--steps")
     rows = plan_steps(
         directory,
         config_path=config,
         overrides=overrides or [],
-        steps=range(int(first), int(last)),
+        steps=_steps(steps),
         data_parallel_size=data_parallel_size,
         data_parallel_rank=data_parallel_rank,
     )
     for row in rows:
+        print(json.dumps(row))
+
+
+@data_app.command("trace")
+def data_trace(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    config: Annotated[Path, typer.Option("--config", metavar="RUN.yaml")],
+    steps: Annotated[str, typer.Option("--steps", metavar="A:B", help="data steps, half-open, from 0")],
+    overrides: Overrides = None,
+) -> None:
+    """The documents (file, line) that were drawn at these steps: JSON lines, one a sample."""
+    from megatron_xy.data.trace import trace_steps
+
+    for row in trace_steps(directory, config_path=config, overrides=overrides or [], steps=_steps(steps)):
         print(json.dumps(row))
 
 
@@ -323,6 +350,13 @@ def checkpoint_hash(directory: Annotated[Path, typer.Argument(metavar="DIR")], a
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _steps(text: str) -> range:
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit()):
+        raise typer.BadParameter(f"{text!r} is not A:B", param_hint="--steps")
+    return range(int(first), int(last))
 
 
 def _numbers(text: str, *, option: str) -> list[int]:

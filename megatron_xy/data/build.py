@@ -1,4 +1,4 @@
-"""`data build`: a corpus -> a data folder of packed samples, through token shards; its statistics, its verification.
+"""`data build`: a corpus -> a data folder of packed samples, through token shards.
 
 Everything grows in OUTPUT/.tmp-tokens under receipts, so that the same command goes on after a kill; sources move to
 their place when all is done, and the manifest is written last.
@@ -13,21 +13,23 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_xy.data.documents import BAD_LINES_LIMIT, BadLinePolicy, LineReport, Part, ScannedFile
-from megatron_xy.data.indexed import IndexedReader, bin_path, dtype_for, idx_path
+from megatron_xy.data.engine_choice import choose_engine
+from megatron_xy.data.examine import dataset_stats
+from megatron_xy.data.indexed import dtype_for
 from megatron_xy.data.inputs import find_inputs, input_size, is_prefix, scan_file
 from megatron_xy.data.manifest import (
     BAD_LINES_NAME,
     MANIFEST_NAME,
     BucketEntry,
+    EngineEntry,
     InputEntry,
     Manifest,
-    ShardEntry,
     SourceEntry,
     Statistics,
     TokenizerEntry,
@@ -35,8 +37,16 @@ from megatron_xy.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_xy.data.origins import read_rows
-from megatron_xy.data.packing import WINDOW_DOCUMENTS, PackReceipt, check_buckets, pack_shard, pack_tasks
+from megatron_xy.data.packing import (
+    WINDOW_DOCUMENTS,
+    Overflow,
+    Packing,
+    PackReceipt,
+    check_buckets,
+    check_policy,
+    pack_shard,
+    pack_tasks,
+)
 from megatron_xy.data.prefixes import copy_documents
 from megatron_xy.data.tokenize import (
     MOST_SOURCES,
@@ -51,10 +61,19 @@ from megatron_xy.data.tokenize import (
 )
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import file_sha256, replace, storage_error, storage_errors, write_text
+from megatron_xy.storage import replace, storage_error, storage_errors, write_text
 
 DEFAULT_BUCKETS = (2048, 4096, 8192, 16384)
 WORK_FOLDER = ".tmp-tokens"
+WORK_FORMAT = 2  # of what an unfinished build leaves there: another version starts over
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What an overflow policy left out, over all sources."""
+
+    documents: int
+    tokens: int
 
 
 def build_dataset(
@@ -68,17 +87,20 @@ def build_dataset(
     append_eod: bool = False,
     workers: int = 1,
     bad_lines: BadLinePolicy = "limit",
+    packing: Packing = "best_fit",
+    overflow: Overflow = "split",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Tokenise and pack a corpus into the data folder `output`; returns `dataset_stats` and "reused".
 
     The result is the same for any number of workers. Killed at any moment, the same call goes on where it was; where
     it is already finished, nothing is done and "reused" is true. `bad_lines` (see BadLinePolicy): all that are left
-    out are counted and listed in OUTPUT/bad_lines.txt. `progress(phase, done, total, unit)` is called about twice a
-    second.
+    out are counted and listed in OUTPUT/bad_lines.txt. `packing` and `overflow`: see packing.py.
+    `progress(phase, done, total, unit)` is called about twice a second.
     Raises ConfigError (arguments, paths, another data set in `output`), DataError (corpus, tokenizer), StorageError.
     """
     sizes = check_buckets(buckets)
+    check_policy(packing, overflow, buckets=sizes)
     loaded = load_tokenizer(tokenizer)
     if append_eod and loaded.eos_id is None:
         raise ConfigError(f"append_eod (true): the tokenizer {loaded.path} has no end token; leave it off")
@@ -91,6 +113,9 @@ def build_dataset(
         "text_field": text_field,
         "source_field": source_field,
         "window_documents": WINDOW_DOCUMENTS,
+        "packing": packing,
+        "overflow": overflow,
+        "work_format": WORK_FORMAT,
     }
     with Workers(workers, progress=progress) as pool:
         total = sum(input_size(file) for file in files)
@@ -101,98 +126,44 @@ def build_dataset(
         if (folder / MANIFEST_NAME).is_file():
             return _reuse(folder, fingerprint, bad_lines=bad_lines)
         with _work_folder(folder, fingerprint) as work:
+            tasks = [
+                TokenizeTask(
+                    folder=work / "tokens" / f"{index:06d}",
+                    parts=parts,
+                    tokenizer=loaded.path,
+                    text_field=text_field,
+                    source_field=source_field,
+                    append_eod=append_eod,
+                    bad_lines=bad_lines,
+                )
+                for index, parts in enumerate(_group_parts(scanned, part_bytes=part_bytes))
+            ]
+            texts = [task for task in tasks if not is_prefix(task.parts[0].path)]
+            engine = choose_engine(loaded, texts) if texts else None
+            if engine is not None:
+                tasks = [replace_fields(task, fast=engine.fast) for task in tasks]
             tokenized, report = _tokenize(
-                pool,
-                [
-                    TokenizeTask(
-                        folder=work / "tokens" / f"{index:06d}",
-                        parts=parts,
-                        tokenizer=loaded.path,
-                        text_field=text_field,
-                        source_field=source_field,
-                        append_eod=append_eod,
-                        bad_lines=bad_lines,
-                    )
-                    for index, parts in enumerate(_group_parts(scanned, part_bytes=part_bytes))
-                ],
-                total=total,
-                most_lines=_most_lines(scanned),
-                listing=work / BAD_LINES_NAME,
+                pool, tasks, total=total, most_lines=_most_lines(scanned), listing=work / BAD_LINES_NAME
             )
-            sources = _pack(pool, tokenized, work=work, buckets=sizes)
+            sources, dropped = _pack(pool, tokenized, work=work, buckets=sizes, packing=packing, overflow=overflow)
             manifest = Manifest(
                 fingerprint=fingerprint,
                 buckets=list(sizes),
                 append_eod=append_eod,
                 text_field=text_field,
                 source_field=source_field,
+                packing=packing,
+                overflow=overflow,
                 tokenizer=_tokenizer_entry(loaded),
+                engine=EngineEntry(**engine.entry(tokenized)) if engine is not None else None,
                 dtype="uint16" if dtype_for(loaded.vocab_size).itemsize == 2 else "int32",
                 inputs=[InputEntry(path=file.path, size=file.size, sha256=file.sha256) for file in scanned],
                 sources=sources,
-                statistics=_statistics(sources, report),
+                statistics=_statistics(sources, report, dropped=dropped),
                 bad_lines=file_entry(work / BAD_LINES_NAME, folder=work) if report.bad_lines else None,
             )
             _publish(folder, work=work, manifest=manifest, tokenizer=loaded)
     return {**dataset_stats(folder), "reused": False}
-
-
-def dataset_stats(directory: Path | str) -> dict[str, Any]:
-    """Documents, tokens, samples, the three ratios; per source and bucket samples, tokens, share and padding.
-
-    `share` is the part of all samples' length, padding included. Raises ConfigError, DataError as `read_manifest`.
-    """
-    manifest = read_manifest(Path(directory))
-    whole = sum(source.packed_length for source in manifest.sources.values())
-    sources: dict[str, Any] = {}
-    for name, source in manifest.sources.items():
-        sources[name] = {
-            "documents": source.documents,
-            "tokens": source.tokens,
-            "samples": source.samples,
-            "share": source.packed_length / whole,
-            "padding_ratio": 1 - source.tokens / source.packed_length,
-            "truncation_ratio": source.truncated_documents / source.documents,
-            "concatenation_ratio": source.documents / source.samples,
-            "buckets": {
-                size: {
-                    "samples": bucket.samples,
-                    "tokens": bucket.tokens,
-                    "share": int(size) * bucket.samples / whole,
-                    "padding_ratio": 1 - bucket.tokens / (int(size) * bucket.samples),
-                }
-                for size, bucket in source.buckets.items()
-            },
-        }
-    return {**manifest.statistics.model_dump(), "buckets": manifest.buckets, "sources": sources}
-
-
-def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -> None:
-    """Read a whole data folder: sizes, checksums, every sample within its bucket, every id within the vocabulary.
-
-    Raises ConfigError where the folder is missing, DataError with the file and the reason where anything is wrong.
-    """
-    folder = Path(directory)
-    manifest = read_manifest(folder)
-    tokenizer = folder / manifest.tokenizer.file
-    if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
-        raise DataError(f"{tokenizer} is missing or not the tokenizer of the manifest; copy the right one there")
-    if manifest.bad_lines is not None:
-        _verify_file(folder / manifest.bad_lines.name, size=manifest.bad_lines.size, sha256=manifest.bad_lines.sha256)
-    shards = [
-        (shard, int(size))
-        for source in manifest.sources.values()
-        for size, bucket in source.buckets.items()
-        for shard in bucket.shards
-    ]
-    done, total = 0, sum(shard.bin_bytes + shard.idx_bytes for shard, _ in shards)
-    for shard, size in shards:
-        if progress is not None:
-            progress("verify", done, total, "bytes")
-        _verify_shard(folder, shard, bucket=size, manifest=manifest)
-        done += shard.bin_bytes + shard.idx_bytes
-    if progress is not None:
-        progress("verify", total, total, "bytes")
 
 
 def _check_output(folder: Path, inputs: Sequence[Path | str]) -> None:
@@ -324,9 +295,18 @@ def _judge(report: LineReport, *, policy: BadLinePolicy, most_lines: int | None)
 
 
 def _pack(
-    pool: Workers, tokenized: Sequence[TokenShard], *, work: Path, buckets: tuple[int, ...]
-) -> dict[str, SourceEntry]:
-    """Pack each source by itself, in the order of the names. Raises DataError where there is nothing to pack."""
+    pool: Workers,
+    tokenized: Sequence[TokenShard],
+    *,
+    work: Path,
+    buckets: tuple[int, ...],
+    packing: Packing,
+    overflow: Overflow,
+) -> tuple[dict[str, SourceEntry], Dropped]:
+    """Pack each source by itself, in the order of the names; a source of which nothing is left has no entry.
+
+    Raises DataError where there is nothing to pack, or nothing left of it.
+    """
     names = sorted({name for shard in tokenized for name in shard.documents})
     if not names:
         raise DataError("the inputs hold no document with text; check the text field and the files")
@@ -341,26 +321,41 @@ def _pack(
             folder=work / "packed",
             buckets=buckets,
             window_documents=WINDOW_DOCUMENTS,
+            packing=packing,
+            overflow=overflow,
         )
     ]
     total = sum(sum(shard.documents.values()) for shard in tokenized)
     receipts: dict[str, list[PackReceipt]] = {name: [] for name in names}
     for task, receipt in zip(tasks, pool.run("pack", pack_shard, tasks, total=total, unit="documents"), strict=True):
         receipts[task.source].append(receipt)
-    return {name: _source_entry(of_source, buckets) for name, of_source in receipts.items()}
+    entries = {name: _source_entry(of_source, buckets) for name, of_source in receipts.items()}
+    sources = {name: entry for name, entry in entries.items() if entry is not None}
+    if not sources:
+        raise DataError(f"overflow ({overflow}) leaves nothing: every document is longer than {buckets[-1]} tokens")
+    every = [receipt for of_source in receipts.values() for receipt in of_source]
+    dropped = Dropped(
+        documents=sum(receipt.dropped_documents for receipt in every),
+        tokens=sum(receipt.tokens_lost for receipt in every),
+    )
+    return sources, dropped
 
 
-def _source_entry(receipts: Sequence[PackReceipt], buckets: Sequence[int]) -> SourceEntry:
+def _source_entry(receipts: Sequence[PackReceipt], buckets: Sequence[int]) -> SourceEntry | None:
     entries: dict[str, BucketEntry] = {}
     for size in (str(bucket) for bucket in buckets):
         shards = [receipt.shards[size] for receipt in receipts if size in receipt.shards]
         if shards:
             samples, tokens = sum(shard.samples for shard in shards), sum(shard.tokens for shard in shards)
             entries[size] = BucketEntry(samples=samples, tokens=tokens, shards=shards)
+    if not entries:
+        return None
     return SourceEntry(
         documents=sum(receipt.documents for receipt in receipts),
         truncated_documents=sum(receipt.truncated_documents for receipt in receipts),
+        dropped_documents=sum(receipt.dropped_documents for receipt in receipts),
         tokens=sum(receipt.tokens for receipt in receipts),
+        tokens_lost=sum(receipt.tokens_lost for receipt in receipts),
         buckets=entries,
     )
 
@@ -375,7 +370,7 @@ def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     )
 
 
-def _statistics(sources: dict[str, SourceEntry], report: LineReport) -> Statistics:
+def _statistics(sources: dict[str, SourceEntry], report: LineReport, *, dropped: Dropped) -> Statistics:
     documents = sum(source.documents for source in sources.values())
     tokens = sum(source.tokens for source in sources.values())
     samples = sum(source.samples for source in sources.values())
@@ -386,6 +381,8 @@ def _statistics(sources: dict[str, SourceEntry], report: LineReport) -> Statisti
         padding_ratio=1 - tokens / sum(source.packed_length for source in sources.values()),
         truncation_ratio=sum(source.truncated_documents for source in sources.values()) / documents,
         concatenation_ratio=documents / samples,
+        dropped_documents=dropped.documents,
+        tokens_lost=dropped.tokens,
         skipped_empty=report.skipped_empty,
         bad_lines=report.bad_lines,
         lines=report.lines,
@@ -409,31 +406,3 @@ def _publish(folder: Path, *, work: Path, manifest: Manifest, tokenizer: Tokeniz
         replace(work / BAD_LINES_NAME, folder / BAD_LINES_NAME)
     write_manifest(folder, manifest)
     shutil.rmtree(work)
-
-
-def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Manifest) -> None:
-    prefix = folder / shard.name
-    _verify_file(bin_path(prefix), size=shard.bin_bytes, sha256=shard.bin_sha256)
-    _verify_file(idx_path(prefix), size=shard.idx_bytes, sha256=shard.idx_sha256)
-    reader = IndexedReader(prefix)
-    if shard.trace is not None:
-        _verify_file(folder / shard.trace.name, size=shard.trace.size, sha256=shard.trace.sha256)
-        files = read_rows(prefix, num_sequences=reader.num_sequences)["file"]
-        if files.min() < 0 or files.max() >= len(manifest.inputs):
-            raise DataError(f"{folder / shard.trace.name} names inputs that the manifest does not list; build it again")
-    reader.verify(vocab_size=manifest.tokenizer.vocab_size)
-    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
-    lengths = np.diff(ends[reader.document_indices])
-    if (reader.dtype.name, reader.num_documents, reader.num_tokens) != (manifest.dtype, shard.samples, shard.tokens):
-        raise DataError(f"{prefix} holds other counts or another type of ids than the manifest says; build it again")
-    if lengths.min() < 1 or lengths.max() > bucket:
-        raise DataError(f"{prefix} holds samples of {lengths.min()} to {lengths.max()} tokens in bucket {bucket}")
-
-
-def _verify_file(path: Path, *, size: int, sha256: str) -> None:
-    if not path.is_file():
-        raise DataError(f"{path} is missing; copy or build it again")
-    if path.stat().st_size != size:
-        raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it was cut or grown")
-    if file_sha256(path) != sha256:
-        raise DataError(f"{path} is damaged: its checksum is not the manifest's; copy or build it again")

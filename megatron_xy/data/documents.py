@@ -146,7 +146,7 @@ def parquet_reader() -> ModuleType:
     try:
         return importlib.import_module("megatron_xy.data.parquet")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"input: .parquet needs {error.name}; pip install 'megatron-xy[data]'") from error
+        raise ConfigError(f"input: .parquet needs {error.name}; pip install 'megatron-xy[parquet]'") from error
 
 
 class _BadLine(Exception):

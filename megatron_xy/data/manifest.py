@@ -60,8 +60,10 @@ class SourceEntry(Entry):
     """One source; only buckets that hold samples are listed, keyed by their size in tokens."""
 
     documents: int = Field(ge=1)
-    truncated_documents: int = Field(ge=0, description="cut into two or more pieces")
+    truncated_documents: int = Field(ge=0, description="cut into two or more pieces, or cut short")
+    dropped_documents: int = Field(default=0, ge=0, description="longer than the largest bucket, under overflow = drop")
     tokens: int = Field(ge=1)
+    tokens_lost: int = Field(default=0, ge=0, description="of dropped documents and of what was cut off")
     buckets: dict[str, BucketEntry]
 
     @property
@@ -85,6 +87,15 @@ class TokenizerEntry(Entry):
     eos_id: int | None
 
 
+class EngineEntry(Entry):
+    """What encoded the corpus, and what it was compared with while it did; each name with its version."""
+
+    name: str
+    reference: str
+    conversion_sha256: str | None = Field(description="of the tokenizer.json that the engine was given")
+    checked_documents: int = Field(ge=0, description="compared with the reference during the build")
+
+
 class InputEntry(Entry):
     """One corpus file, as it was when it was read."""
 
@@ -103,6 +114,8 @@ class Statistics(Entry):
     padding_ratio: float
     truncation_ratio: float
     concatenation_ratio: float
+    dropped_documents: int = Field(default=0, description="longer than the largest bucket, under overflow = drop")
+    tokens_lost: int = Field(default=0, description="of dropped documents and of what was cut off")
     skipped_empty: int = Field(description="documents without a token")
     bad_lines: int = Field(description="lines left out because they are no document")
     lines: int = Field(default=0, description="lines read, good and bad, without blank ones")
@@ -117,7 +130,10 @@ class Manifest(Entry):
     append_eod: bool
     text_field: str
     source_field: str | None
+    packing: Literal["best_fit", "concatenate"] = "best_fit"
+    overflow: Literal["split", "drop", "truncate"] = "split"
     tokenizer: TokenizerEntry
+    engine: EngineEntry | None = Field(default=None, description="what encoded the text; None where none was encoded")
     dtype: Literal["uint16", "int32"]
     inputs: list[InputEntry]
     sources: dict[str, SourceEntry]

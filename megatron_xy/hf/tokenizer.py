@@ -1,8 +1,7 @@
 """A SentencePiece BPE model as HF's tokenizer files, encoding every text to the same ids.
 
-transformers' own conversion differs from SentencePiece in how it treats leading spaces; this one keeps to the model:
-normal pieces and their merges by score, a dummy prefix, spaces as U+2581, bytes as the fallback, control pieces never
-from text.
+The conversion itself is the data layer's; here come the control pieces, which transformers wants as special tokens, and
+the <s> that Llama puts before a text.
 """
 
 from __future__ import annotations
@@ -10,14 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
+from megatron_xy.data.sentencepiece_json import CONTROL, UNKNOWN, inexact_reasons, parse_model, tokenizer_json
 from megatron_xy.errors import DataError
 from megatron_xy.storage import write_json
-
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-_BPE = 2
-_SPACE = "\u2581"
 
 
 def write_hf_tokenizer(sentencepiece_model: Path, directory: Path, *, model_max_length: int) -> None:
@@ -28,10 +22,10 @@ def write_hf_tokenizer(sentencepiece_model: Path, directory: Path, *, model_max_
     Raises DataError where the model is of a kind that HF's BPE cannot reproduce.
     """
     serialized = sentencepiece_model.read_bytes()
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(serialized)
-    _refuse_inexact(model, sentencepiece_model)
-    control = {piece.piece: index for index, piece in enumerate(model.pieces) if piece.type in (_UNKNOWN, _CONTROL)}
+    model = parse_model(serialized)
+    if reasons := inexact_reasons(model):
+        raise DataError(f"{sentencepiece_model} cannot be written as an exact tokenizer.json: {reasons[0]}")
+    control = {piece.piece: index for index, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)}
     spec = model.trainer_spec
     names = {
         "bos_token": spec.bos_piece, "eos_token": spec.eos_piece,
@@ -47,90 +41,30 @@ def write_hf_tokenizer(sentencepiece_model: Path, directory: Path, *, model_max_
         **{key: name for key, name in names.items() if name in control},
     }
     (directory / "tokenizer.model").write_bytes(serialized)
-    write_json(directory / "tokenizer.json", tokenizer_json(model, control=control))
+    write_json(directory / "tokenizer.json", {**tokenizer_json(model), **_special_tokens(model, control=control)})
     write_json(directory / "tokenizer_config.json", settings)
 
 
-def tokenizer_json(model: Any, *, control: dict[str, int]) -> dict[str, Any]:
-    """The contents of tokenizer.json for a parsed SentencePiece model; `control`: its control pieces and their ids."""
-    prefix = [{"type": "Prepend", "prepend": _SPACE}] if model.normalizer_spec.add_dummy_prefix else []
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+def _special_tokens(model: Any, *, control: dict[str, int]) -> dict[str, Any]:
+    """What tokenizer.json says of the control pieces, given with their ids: that they are tokens; where <s> goes."""
+    added = [
+        {
+            "id": index, "content": piece, "special": True,
+            "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+        }
+        for piece, index in control.items()
+    ]  # fmt: skip
     bos = model.trainer_spec.bos_piece
+    if bos not in control:
+        return {"added_tokens": added}
+
+    def begun(part: str, type_id: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": bos, "type_id": type_id}}, {"Sequence": {"id": part, "type_id": type_id}}]
+
     template = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [
-            {"SpecialToken": {"id": bos, "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"SpecialToken": {"id": bos, "type_id": 1}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
-        "special_tokens": {bos: {"id": bos, "ids": [control[bos]], "tokens": [bos]}} if bos in control else {},
+        "single": begun("A", 0),
+        "pair": [*begun("A", 0), *begun("B", 1)],
+        "special_tokens": {bos: {"id": bos, "ids": [control[bos]], "tokens": [bos]}},
     }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": index, "content": piece, "special": True,
-                "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            }
-            for piece, index in control.items()
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": [*prefix, replace]},
-        "pre_tokenizer": None,
-        "post_processor": template if bos in control else None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *strip,
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": model.trainer_spec.unk_piece,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece.piece: index for index, piece in enumerate(model.pieces)},
-            "merges": _merges(model),
-        },
-    }  # fmt: skip
-
-
-def _merges(model: Any) -> list[list[str]]:
-    """Every pair of normal pieces that makes a normal piece, best score first: what SentencePiece would join."""
-    normal = {piece.piece: (piece.score, index) for index, piece in enumerate(model.pieces) if piece.type == _NORMAL}
-    ranked = []
-    for piece, (score, index) in normal.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in normal and right in normal:
-                ranked.append((-score, index, normal[left][1], normal[right][1], left, right))
-    return [[left, right] for *_, left, right in sorted(ranked)]
-
-
-def _refuse_inexact(model: Any, path: Path) -> None:
-    normal = {piece.piece for piece in model.pieces if piece.type == _NORMAL}
-    reasons = {
-        "it is no BPE model": model.trainer_spec.model_type != _BPE,
-        "it has no byte fallback": not model.trainer_spec.byte_fallback,
-        "it has user-defined pieces": any(
-            piece.type not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE) for piece in model.pieces
-        ),
-        "it has pieces with characters that are no pieces themselves": not set("".join(normal)) <= normal,
-        "it normalises text by a character map": bool(model.normalizer_spec.precompiled_charsmap),
-        "it removes extra whitespace": model.normalizer_spec.remove_extra_whitespaces,
-        "it treats whitespace as a suffix": model.trainer_spec.treat_whitespace_as_suffix,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise DataError(f"{path} cannot be written as an exact tokenizer.json: {reason}")
+    return {"added_tokens": added, "post_processor": template}

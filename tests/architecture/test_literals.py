@@ -153,7 +153,8 @@ RULES: dict[str, tuple[Finder, set[str], str, list[str]]] = {
     ),
     "megatron": (
         megatron,
-        {"megatron_xy/mcore.py"},
+        # The benchmark's rival is megatron-core's own dataset builder.
+        {"megatron_xy/mcore.py", "tools/bench_tokenize.py"},
         "import megatron_xy\n",
         ["import megatron.core", "from megatron.core import mpu", "def f():\n    from megatron import core"],
     ),

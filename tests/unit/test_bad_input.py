@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from megatron_xy.data import build, tokenize
-from megatron_xy.data.build import build_dataset, verify_dataset
+from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import HEADER, MAGIC, IndexedReader, bin_path, idx_path
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer

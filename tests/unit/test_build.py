@@ -9,7 +9,8 @@ import pytest
 import sentencepiece
 
 from megatron_xy.data import build, tokenize
-from megatron_xy.data.build import build_dataset, dataset_stats, verify_dataset
+from megatron_xy.data.build import build_dataset
+from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer

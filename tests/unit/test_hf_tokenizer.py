@@ -140,7 +140,7 @@ def character_missing(model):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (unigram, "no BPE model"),
+        (unigram, "not a BPE model"),
         (no_byte_fallback, "no byte fallback"),
         (user_defined, "user-defined pieces"),
         (squeezed, "removes extra whitespace"),

@@ -6,8 +6,9 @@ import pyarrow.parquet
 import pytest
 
 from megatron_xy.data import tokenize
-from megatron_xy.data.build import build_dataset, verify_dataset
+from megatron_xy.data.build import build_dataset
 from megatron_xy.data.documents import LineReport, read_part
+from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
 from megatron_xy.data.manifest import read_manifest

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_xy.data import build, tokenize
-from megatron_xy.data.build import build_dataset, verify_dataset
+from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.origins import TracedWriter, document_rows, read_rows, trace_path

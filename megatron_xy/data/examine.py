@@ -1,0 +1,101 @@
+"""`data stats` and `data verify`: what a finished data folder holds, and whether it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
+from megatron_xy.data.origins import read_rows
+from megatron_xy.data.tokenize import Progress
+from megatron_xy.errors import DataError
+from megatron_xy.storage import file_sha256
+
+
+def dataset_stats(directory: Path | str) -> dict[str, Any]:
+    """Documents, tokens, samples, the three ratios; per source and bucket samples, tokens, share and padding.
+
+    `share` is the part of all samples' length, padding included. Raises ConfigError, DataError as `read_manifest`.
+    """
+    manifest = read_manifest(Path(directory))
+    whole = sum(source.packed_length for source in manifest.sources.values())
+    sources: dict[str, Any] = {}
+    for name, source in manifest.sources.items():
+        sources[name] = {
+            "documents": source.documents,
+            "tokens": source.tokens,
+            "samples": source.samples,
+            "share": source.packed_length / whole,
+            "padding_ratio": 1 - source.tokens / source.packed_length,
+            "truncation_ratio": source.truncated_documents / source.documents,
+            "concatenation_ratio": source.documents / source.samples,
+            "buckets": {
+                size: {
+                    "samples": bucket.samples,
+                    "tokens": bucket.tokens,
+                    "share": int(size) * bucket.samples / whole,
+                    "padding_ratio": 1 - bucket.tokens / (int(size) * bucket.samples),
+                }
+                for size, bucket in source.buckets.items()
+            },
+        }
+    return {**manifest.statistics.model_dump(), "buckets": manifest.buckets, "sources": sources}
+
+
+def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -> None:
+    """Read a whole data folder: sizes, checksums, every sample within its bucket, every id within the vocabulary.
+
+    Raises ConfigError where the folder is missing, DataError with the file and the reason where anything is wrong.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    tokenizer = folder / manifest.tokenizer.file
+    if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
+        raise DataError(f"{tokenizer} is missing or not the tokenizer of the manifest; copy the right one there")
+    if manifest.bad_lines is not None:
+        _verify_file(folder / manifest.bad_lines.name, size=manifest.bad_lines.size, sha256=manifest.bad_lines.sha256)
+    shards = [
+        (shard, int(size))
+        for source in manifest.sources.values()
+        for size, bucket in source.buckets.items()
+        for shard in bucket.shards
+    ]
+    done, total = 0, sum(shard.bin_bytes + shard.idx_bytes for shard, _ in shards)
+    for shard, size in shards:
+        if progress is not None:
+            progress("verify", done, total, "bytes")
+        _verify_shard(folder, shard, bucket=size, manifest=manifest)
+        done += shard.bin_bytes + shard.idx_bytes
+    if progress is not None:
+        progress("verify", total, total, "bytes")
+
+
+def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Manifest) -> None:
+    prefix = folder / shard.name
+    _verify_file(bin_path(prefix), size=shard.bin_bytes, sha256=shard.bin_sha256)
+    _verify_file(idx_path(prefix), size=shard.idx_bytes, sha256=shard.idx_sha256)
+    reader = IndexedReader(prefix)
+    if shard.trace is not None:
+        _verify_file(folder / shard.trace.name, size=shard.trace.size, sha256=shard.trace.sha256)
+        files = read_rows(prefix, num_sequences=reader.num_sequences)["file"]
+        if files.min() < 0 or files.max() >= len(manifest.inputs):
+            raise DataError(f"{folder / shard.trace.name} names inputs that the manifest does not list; build it again")
+    reader.verify(vocab_size=manifest.tokenizer.vocab_size)
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
+    lengths = np.diff(ends[reader.document_indices])
+    if (reader.dtype.name, reader.num_documents, reader.num_tokens) != (manifest.dtype, shard.samples, shard.tokens):
+        raise DataError(f"{prefix} holds other counts or another type of ids than the manifest says; build it again")
+    if lengths.min() < 1 or lengths.max() > bucket:
+        raise DataError(f"{prefix} holds samples of {lengths.min()} to {lengths.max()} tokens in bucket {bucket}")
+
+
+def _verify_file(path: Path, *, size: int, sha256: str) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is missing; copy or build it again")
+    if path.stat().st_size != size:
+        raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it was cut or grown")
+    if file_sha256(path) != sha256:
+        raise DataError(f"{path} is damaged: its checksum is not the manifest's; copy or build it again")
