@@ -227,10 +227,13 @@ def data_build(
         Literal["split", "drop", "truncate"],
         typer.Option("--overflow", help="what becomes of documents longer than the largest bucket"),
     ] = "split",
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="this share only; the last one to end finishes")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx."""
-    from megatron_xy.data.build import build_dataset
+    from megatron_xy.data.build import Share, build_dataset
     from megatron_xy.data.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
@@ -248,9 +251,16 @@ def data_build(
             bad_lines=bad_lines,
             packing=packing,
             overflow=overflow,
+            shard=Share.parse(shard) if shard is not None else None,
             progress=progress,
         )
-    _show_stats(stats, output, as_json=as_json)
+    if stats["finished"]:
+        _show_stats(stats, output, as_json=as_json)
+    elif as_json:
+        print(json.dumps(stats))
+    else:
+        others = f"{stats['missing']} token shard(s) of others are not there yet"
+        print(f"share {shard} is done; {others if stats['missing'] else 'another one is finishing the data set'}")
 
 
 @data_app.command("stats")
@@ -259,6 +269,28 @@ def data_stats(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_jso
     from megatron_xy.data.examine import dataset_stats
 
     _show_stats(dataset_stats(directory), directory, as_json=as_json)
+
+
+@data_app.command("show")
+def data_show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    source: Annotated[str | None, typer.Option("--source", help="of this source only")] = None,
+    bucket: Annotated[int | None, typer.Option("--bucket", help="of this bucket only")] = None,
+    index: Annotated[int, typer.Option("--index", min=0, help="number of the first sample")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, help="samples of each source and bucket")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Samples as text: a colour a document, a bar between two, the token that the loss leaves out reversed."""
+    from megatron_xy.data.show import shown_samples
+
+    samples = shown_samples(directory, source=source, bucket=bucket, index=index, count=count)
+    if as_json:
+        print(json.dumps([{"sample": heading, "text": text.plain} for heading, text in samples]))
+        return
+    console = Console()
+    for heading, text in samples:
+        console.rule(escape(heading), align="left")
+        console.print(text, soft_wrap=True)
 
 
 @data_app.command("verify")

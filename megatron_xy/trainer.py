@@ -18,7 +18,7 @@ from megatron_xy import device, mcore
 from megatron_xy.checkpoint import CheckpointWriter, find_resumable, load_state, sweep
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import RunConfig
-from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate
+from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate, samples_of_rank
 from megatron_xy.data.sampler import BucketSampler, SamplerPhase
 from megatron_xy.errors import Stopped
 from megatron_xy.flops import peak_flops, step_flops
@@ -63,8 +63,14 @@ class StepLoader:
         self._prefetcher.close()
 
     def _micro_batches(self, data_step: int) -> list[MicroBatch]:
-        batch = self.sampler.batch(data_step)
-        mine = self.sampler.samples_of_rank(batch, data_parallel_size=self._dp_size, data_parallel_rank=self._dp_rank)
+        batch, mine = samples_of_rank(
+            self._dataset,
+            self.sampler,
+            data_step,
+            data_parallel_size=self._dp_size,
+            data_parallel_rank=self._dp_rank,
+            split_documents=self._config.data.split_documents,
+        )
         micro_batch_tokens = self._config.training.micro_batch_tokens
         per_micro_batch = micro_batch_tokens // batch.bucket
         return [

@@ -6,20 +6,18 @@ their place when all is done, and the manifest is written last.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
 from megatron_xy.data.documents import BAD_LINES_LIMIT, BadLinePolicy, LineReport, Part, ScannedFile
-from megatron_xy.data.engine_choice import choose_engine
+from megatron_xy.data.engine_choice import EngineChoice, choose_engine
 from megatron_xy.data.examine import dataset_stats
 from megatron_xy.data.indexed import dtype_for
 from megatron_xy.data.inputs import find_inputs, input_size, is_prefix, scan_file
@@ -57,15 +55,32 @@ from megatron_xy.data.tokenize import (
     Workers,
     group_parts,
     part_bytes_for,
+    read_receipt,
     tokenize_shard,
 )
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from megatron_xy.data.work_folder import WORK_FOLDER, WorkFolderBusy, shared_work_folder, work_folder
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import replace, storage_error, storage_errors, write_text
 
 DEFAULT_BUCKETS = (2048, 4096, 8192, 16384)
-WORK_FOLDER = ".tmp-tokens"
 WORK_FORMAT = 2  # of what an unfinished build leaves there: another version starts over
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `count` shares of the work of tokenising, numbered from 0."""
+
+    index: int
+    count: int
+
+    @staticmethod
+    def parse(text: str) -> Share:
+        """I/N with I from 0 to N - 1, or from 1 to N: either way of counting covers all shares. Raises ConfigError."""
+        index, _, count = text.partition("/")
+        if not (index.isdigit() and count.isdigit() and int(count) >= 1 and int(index) <= int(count)):
+            raise ConfigError(f"shard ({text}) must be I/N, such as 0/8 to 7/8")
+        return Share(int(index) % int(count), int(count))
 
 
 @dataclass(frozen=True)
@@ -89,9 +104,14 @@ def build_dataset(
     bad_lines: BadLinePolicy = "limit",
     packing: Packing = "best_fit",
     overflow: Overflow = "split",
+    shard: Share | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Tokenise and pack a corpus into the data folder `output`; returns `dataset_stats` and "reused".
+    """Tokenise and pack a corpus into the data folder `output`; returns `dataset_stats`, "finished" and "reused".
+
+    shard: tokenise this share only, and finish the data set if all other shares are there; else "finished" is false and
+    nothing but "missing", the number of token shards not made yet, is returned. Shares may run on several machines that
+    see the same folders.
 
     The result is the same for any number of workers. Killed at any moment, the same call goes on where it was; where
     it is already finished, nothing is done and "reused" is true. `bad_lines` (see BadLinePolicy): all that are left
@@ -125,45 +145,92 @@ def build_dataset(
         fingerprint = _fingerprint(scanned, tokenizer=loaded, options=options)
         if (folder / MANIFEST_NAME).is_file():
             return _reuse(folder, fingerprint, bad_lines=bad_lines)
-        with _work_folder(folder, fingerprint) as work:
-            tasks = [
-                TokenizeTask(
-                    folder=work / "tokens" / f"{index:06d}",
-                    parts=parts,
-                    tokenizer=loaded.path,
-                    text_field=text_field,
-                    source_field=source_field,
-                    append_eod=append_eod,
-                    bad_lines=bad_lines,
-                )
-                for index, parts in enumerate(_group_parts(scanned, part_bytes=part_bytes))
-            ]
-            texts = [task for task in tasks if not is_prefix(task.parts[0].path)]
-            engine = choose_engine(loaded, texts) if texts else None
-            if engine is not None:
-                tasks = [replace_fields(task, fast=engine.fast) for task in tasks]
-            tokenized, report = _tokenize(
-                pool, tasks, total=total, most_lines=_most_lines(scanned), listing=work / BAD_LINES_NAME
-            )
-            sources, dropped = _pack(pool, tokenized, work=work, buckets=sizes, packing=packing, overflow=overflow)
-            manifest = Manifest(
-                fingerprint=fingerprint,
-                buckets=list(sizes),
-                append_eod=append_eod,
+        tasks = [
+            TokenizeTask(
+                folder=folder / WORK_FOLDER / "tokens" / f"{index:06d}",
+                parts=parts,
+                tokenizer=loaded.path,
                 text_field=text_field,
                 source_field=source_field,
-                packing=packing,
-                overflow=overflow,
-                tokenizer=_tokenizer_entry(loaded),
-                engine=EngineEntry(**engine.entry(tokenized)) if engine is not None else None,
-                dtype="uint16" if dtype_for(loaded.vocab_size).itemsize == 2 else "int32",
-                inputs=[InputEntry(path=file.path, size=file.size, sha256=file.sha256) for file in scanned],
-                sources=sources,
-                statistics=_statistics(sources, report, dropped=dropped),
-                bad_lines=file_entry(work / BAD_LINES_NAME, folder=work) if report.bad_lines else None,
+                append_eod=append_eod,
+                bad_lines=bad_lines,
             )
-            _publish(folder, work=work, manifest=manifest, tokenizer=loaded)
-    return {**dataset_stats(folder), "reused": False}
+            for index, parts in enumerate(_group_parts(scanned, part_bytes=part_bytes))
+        ]
+        texts = [task for task in tasks if not is_prefix(task.parts[0].path)]
+        engine = choose_engine(loaded, texts) if texts else None
+        if engine is not None:
+            tasks = [replace_fields(task, fast=engine.fast) for task in tasks]
+        if shard is not None:
+            with shared_work_folder(folder, fingerprint) as work:
+                missing = _tokenize_share(pool, tasks, shard=shard, most_lines=_most_lines(scanned), work=work)
+            if missing:
+                return {"finished": False, "missing": missing}
+        build = _Build(folder, fingerprint, scanned, loaded, options, engine)
+        try:
+            with work_folder(folder, fingerprint) as work:
+                if (folder / MANIFEST_NAME).is_file():  # by another share, meanwhile
+                    return _reuse(folder, fingerprint, bad_lines=bad_lines)
+                _finish(pool, tasks, build=build, work=work, total=total)
+        except WorkFolderBusy:
+            if shard is None:
+                raise
+            return {"finished": False, "missing": 0}  # another share is finishing
+    return {**dataset_stats(folder), "finished": True, "reused": False}
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What is settled before the work begins."""
+
+    folder: Path
+    fingerprint: str
+    scanned: list[ScannedFile]
+    tokenizer: Tokenizer
+    options: dict[str, Any]
+    engine: EngineChoice | None
+
+
+def _tokenize_share(
+    pool: Workers, tasks: list[TokenizeTask], *, shard: Share, most_lines: int | None, work: Path
+) -> int:
+    """Make the token shards of one share; returns how many of all are not there yet."""
+    mine = tasks[shard.index :: shard.count]
+    total = sum(part.stop - part.start for task in mine for part in task.parts)
+    _tokenize(pool, mine, total=total, most_lines=most_lines, listing=work / f"bad_lines-{shard.index}.txt")
+    return sum(read_receipt(task.folder) is None for task in tasks)
+
+
+def _finish(pool: Workers, tasks: list[TokenizeTask], *, build: _Build, work: Path, total: int) -> None:
+    """Make the token shards that are missing, pack, and give the data folder its contents, the manifest last."""
+    options, tokenizer = build.options, build.tokenizer
+    listing = work / BAD_LINES_NAME
+    tokenized, report = _tokenize(pool, tasks, total=total, most_lines=_most_lines(build.scanned), listing=listing)
+    sources, dropped = _pack(
+        pool,
+        tokenized,
+        work=work,
+        buckets=tuple(options["buckets"]),
+        packing=options["packing"],
+        overflow=options["overflow"],
+    )
+    manifest = Manifest(
+        fingerprint=build.fingerprint,
+        buckets=options["buckets"],
+        append_eod=options["append_eod"],
+        text_field=options["text_field"],
+        source_field=options["source_field"],
+        packing=options["packing"],
+        overflow=options["overflow"],
+        tokenizer=_tokenizer_entry(tokenizer),
+        engine=EngineEntry(**build.engine.entry(tokenized)) if build.engine is not None else None,
+        dtype="uint16" if dtype_for(tokenizer.vocab_size).itemsize == 2 else "int32",
+        inputs=[InputEntry(path=file.path, size=file.size, sha256=file.sha256) for file in build.scanned],
+        sources=sources,
+        statistics=_statistics(sources, report, dropped=dropped),
+        bad_lines=file_entry(listing, folder=work) if report.bad_lines else None,
+    )
+    _publish(build.folder, work=work, manifest=manifest, tokenizer=tokenizer)
 
 
 def _check_output(folder: Path, inputs: Sequence[Path | str]) -> None:
@@ -204,39 +271,7 @@ def _reuse(folder: Path, fingerprint: str, *, bad_lines: BadLinePolicy) -> dict[
             f"{BAD_LINES_NAME}; accept that with bad_lines = skip, or mend them and build anew"
         )
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
-    return {**dataset_stats(folder), "reused": True}
-
-
-@contextmanager
-def _work_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
-    """The folder of the unfinished build, locked; what another build left there is cleared away."""
-    work = folder / WORK_FOLDER
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as error:
-        raise storage_error(work, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"output ({folder}): another build is writing it; wait for it, or stop it") from error
-        mark = work / "fingerprint"
-        if not mark.is_file() or mark.read_text() != fingerprint:
-            _clear(folder, work)
-            write_text(mark, fingerprint)
-        (work / "packed").mkdir(exist_ok=True)
-        yield work
-
-
-def _clear(folder: Path, work: Path) -> None:
-    """Remove another build's leavings: its work, and the sources that it had already moved to their place."""
-    moved = work / "publish.json"
-    names = json.loads(moved.read_text()) if moved.is_file() else []
-    for path in [*(folder / name for name in names), work / "tokens", work / "packed"]:
-        if path.exists():
-            shutil.rmtree(path)
-    moved.unlink(missing_ok=True)
+    return {**dataset_stats(folder), "finished": True, "reused": True}
 
 
 def _group_parts(files: Sequence[ScannedFile], *, part_bytes: int) -> list[tuple[Part, ...]]:

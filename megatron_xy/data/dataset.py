@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path, read_header
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
-from megatron_xy.data.sampler import SampleId, Stream
+from megatron_xy.data.sampler import Batch, BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 
 NO_LABEL = 0  # stands where loss_mask is 0; a valid id, so that an embedding or a loss may read it
@@ -94,15 +94,45 @@ class PackedDataset:
         """The names of all sources, sorted."""
         return sorted({source for source, _ in self._starts})
 
+    def attention_cost(self, sample_id: SampleId, *, split_documents: bool) -> int:
+        """Sum of n^2 over what attends within itself: the pieces, or the whole sample. Reads the index alone."""
+        shard, index = self._place(sample_id)
+        lengths = shard.piece_lengths(index).astype(np.int64)
+        return int((lengths**2).sum()) if split_documents else int(lengths.sum()) ** 2
+
     def sample(self, sample_id: SampleId) -> Sample:
         """Reads one sample. Raises DataError, with file, sample and offset, where it breaks the format's rules."""
+        shard, index = self._place(sample_id)
+        return shard.sample(index, bucket=sample_id.bucket, vocab_size=self.vocab_size)
+
+    def _place(self, sample_id: SampleId) -> tuple[_Shard, int]:
+        """The shard that holds a sample, and the sample's number there."""
         stream = sample_id.source, sample_id.bucket
         starts = self._starts[stream]
         if not 0 <= sample_id.index < starts[-1]:
             raise IndexError(f"sample {sample_id.index} of {starts[-1]} in source {stream[0]}, bucket {stream[1]}")
         number = bisect.bisect_right(starts, sample_id.index) - 1
-        shard = self._shards[stream][number]
-        return shard.sample(sample_id.index - starts[number], bucket=sample_id.bucket, vocab_size=self.vocab_size)
+        return self._shards[stream][number], sample_id.index - starts[number]
+
+
+def samples_of_rank(
+    dataset: PackedDataset,
+    sampler: BucketSampler,
+    data_step: int,
+    *,
+    data_parallel_size: int,
+    data_parallel_rank: int,
+    split_documents: bool,
+) -> tuple[Batch, tuple[SampleId, ...]]:
+    """The batch of `data_step` and this rank's samples of it, dealt so that all ranks have equal attention work."""
+    batch = sampler.batch(data_step)
+    costs = None
+    if data_parallel_size > 1:
+        costs = [dataset.attention_cost(sample, split_documents=split_documents) for sample in batch.samples]
+    mine = sampler.samples_of_rank(
+        batch, data_parallel_size=data_parallel_size, data_parallel_rank=data_parallel_rank, costs=costs
+    )
+    return batch, mine
 
 
 class _Shard:
@@ -122,13 +152,22 @@ class _Shard:
                 )
         read_header(idx_path(self.prefix))  # a foreign or damaged index is refused before the first step
 
-    def sample(self, index: int, *, bucket: int, vocab_size: int) -> Sample:
+    @property
+    def reader(self) -> IndexedReader:
+        """The mapped files, opened at the first use."""
         if self._reader is None:
             reader = IndexedReader(self.prefix)
             if reader.num_documents != self.num_samples:
                 raise self._damaged(f"holds {reader.num_documents} samples where the manifest lists {self.num_samples}")
             self._reader = reader
-        tokens, piece_lengths = self._reader.document_tokens(index)
+        return self._reader
+
+    def piece_lengths(self, index: int) -> NDArray[np.int32]:
+        first, last = self.reader.document_indices[index : index + 2].tolist()
+        return self.reader.sequence_lengths[first:last]
+
+    def sample(self, index: int, *, bucket: int, vocab_size: int) -> Sample:
+        tokens, piece_lengths = self.reader.document_tokens(index)
         if not 0 < len(tokens) <= bucket:
             raise self._damaged(f"sample {index} has {len(tokens)} tokens, must have 1 to {bucket}")
         bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))

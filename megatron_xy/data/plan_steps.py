@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.config import load_config
-from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.dataset import PackedDataset, samples_of_rank
 from megatron_xy.data.sampler import BucketSampler, SamplerPhase
 from megatron_xy.errors import ConfigError
 
@@ -31,9 +31,13 @@ def plan_steps(
     phase = SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)
     sampler = BucketSampler(dataset.streams, seed=config.seed, phases=[phase])
     for step in steps:
-        batch = sampler.batch(step)
-        mine = sampler.samples_of_rank(
-            batch, data_parallel_size=data_parallel_size, data_parallel_rank=data_parallel_rank
+        batch, mine = samples_of_rank(
+            dataset,
+            sampler,
+            step,
+            data_parallel_size=data_parallel_size,
+            data_parallel_rank=data_parallel_rank,
+            split_documents=config.data.split_documents,
         )
         for source in sorted({sample.source for sample in mine}):
             indices = [sample.index for sample in mine if sample.source == source]

@@ -113,9 +113,13 @@ class BucketSampler:
         return Batch(data_step, bucket, tuple(SampleId(sources[owner], bucket, index) for owner, index in samples))
 
     def samples_of_rank(
-        self, batch: Batch, *, data_parallel_size: int, data_parallel_rank: int
+        self, batch: Batch, *, data_parallel_size: int, data_parallel_rank: int, costs: Sequence[int] | None = None
     ) -> tuple[SampleId, ...]:
-        """The part of one data parallel rank; all ranks' parts are as long, and together they are the batch."""
+        """The part of one data parallel rank; all ranks' parts are as long, and together they are the batch.
+
+        costs: the attention work of each of the batch's samples. Given them, the samples are dealt back and forth from
+        the most expensive to the cheapest, so that ranks that wait for one another have about the same to do.
+        """
         count = len(batch.samples)
         if count % data_parallel_size:
             raise ConfigError(
@@ -124,7 +128,14 @@ class BucketSampler:
                 f"{batch.bucket * data_parallel_size}"
             )
         assert 0 <= data_parallel_rank < data_parallel_size, "ranks count from 0"
-        return batch.samples[data_parallel_rank::data_parallel_size]
+        if costs is None or data_parallel_size == 1:
+            return batch.samples[data_parallel_rank::data_parallel_size]
+        order = sorted(range(count), key=lambda place: -costs[place])  # stable: the batch's order among equals
+        rounds = [order[first : first + data_parallel_size] for first in range(0, count, data_parallel_size)]
+        return tuple(
+            batch.samples[one[data_parallel_rank if number % 2 == 0 else data_parallel_size - 1 - data_parallel_rank]]
+            for number, one in enumerate(rounds)
+        )
 
     def shares(self, data_step: int = 0) -> dict[tuple[str, int], float]:
         """{(source, bucket): its part of the tokens drawn in the phase of `data_step`}; the sum is 1."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.data.dataset import PackedDataset, Prefetcher, Sample, collate
+from megatron_xy.data.dataset import PackedDataset, Prefetcher, Sample, collate, samples_of_rank
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.manifest import (
     BucketEntry,
@@ -340,3 +340,28 @@ def test_close_ends_the_thread_and_drops_what_is_queued():
     prefetcher.close()
     assert prepared == [0, 1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_ranks_get_about_the_same_attention_work(tmp_path):
+    generator = np.random.default_rng(5)
+    samples = []
+    for _ in range(64):  # from one long document to many short ones: costs differ by far
+        cuts = np.sort(generator.choice(np.arange(1, 64), size=int(generator.integers(0, 12)), replace=False))
+        lengths = np.diff([0, *cuts.tolist(), 64]).tolist()
+        samples.append([[1] * length for length in lengths])
+    dataset = PackedDataset([write_folder(tmp_path / "data", {"code": {64: [samples]}}, buckets=(64,))])
+    phase = SamplerPhase(0, None, 64 * 16)
+    sampler = BucketSampler(dataset.streams, seed=1, phases=[phase])
+    for step in range(4):
+        work, drawn = [], []
+        for rank in range(4):
+            batch, mine = samples_of_rank(
+                dataset, sampler, step, data_parallel_size=4, data_parallel_rank=rank, split_documents=True
+            )
+            assert len(mine) == 4
+            work.append(sum(dataset.attention_cost(sample, split_documents=True) for sample in mine))
+            drawn += mine
+        assert sorted(drawn) == sorted(batch.samples)
+        costs = [dataset.attention_cost(sample, split_documents=True) for sample in batch.samples]
+        assert max(work) - min(work) <= max(costs), "back and forth, ranks differ by less than the dearest sample"
+        assert costs == [int((dataset.sample(sample).piece_lengths ** 2).sum()) for sample in batch.samples]

@@ -1,0 +1,93 @@
+"""The tools under Megatron's names write what Megatron's builder writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from megatron_xy.data.build import build_dataset
+from megatron_xy.data.examine import verify_dataset
+from megatron_xy.data.indexed import IndexedReader, IndexedWriter
+from tests.unit.small_corpus import texts, train_tokenizer, write_rows
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run(tool, *arguments):
+    command = [sys.executable, TOOLS / f"{tool}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    base = tmp_path_factory.mktemp("megatron")
+    rows = [{"text": text, "title": text[:5]} for text in texts(50, seed=3)]
+    return write_rows(base / "corpus.jsonl", rows), train_tokenizer(base / "tokenizer.model"), rows
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_preprocess_data_writes_megatrons_bytes(corpus, tmp_path, append_eod):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    file, tokenizer, rows = corpus
+    flags = ["--input", file, "--output-prefix", tmp_path / "ours", "--tokenizer-model", tokenizer]
+    flags += ["--json-keys", "text", "--tokenizer-type", "SentencePieceTokenizer", "--workers", 1, "--partitions", 1]
+    answer = run("preprocess_data", *flags, *(["--append-eod"] if append_eod else []))
+    assert answer.returncode == 0, answer.stderr
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for row in rows:
+        ids = processor.encode(row["text"]) + ([processor.eos_id()] if append_eod else [])
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        ours, theirs = tmp_path / f"ours_text_document.{suffix}", tmp_path / f"theirs.{suffix}"
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_what_it_wrote_goes_into_data_build(corpus, tmp_path):
+    file, tokenizer, rows = corpus
+    flags = ["--input", file, "--output-prefix", tmp_path / "plain", "--tokenizer-model", tokenizer]
+    assert run("preprocess_data", *flags).returncode == 0
+    prefix = tmp_path / "plain_text_document.bin"
+    stats = build_dataset([prefix], tokenizer=tokenizer, output=tmp_path / "data", buckets=[64, 128])
+    assert stats["documents"] == len(rows)
+    verify_dataset(tmp_path / "data")
+
+
+def test_a_bad_line_leaves_nothing_behind(corpus, tmp_path):
+    _, tokenizer, rows = corpus
+    file = write_rows(tmp_path / "bad.jsonl", [rows[0], b"{", rows[1]])
+    flags = ["--input", file, "--output-prefix", tmp_path / "out" / "ours", "--tokenizer-model", tokenizer]
+    answer = run("preprocess_data", *flags)
+    assert answer.returncode == 65 and "bad.jsonl:2" in answer.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_merge_datasets_joins_pairs_in_the_order_of_their_names(tmp_path):
+    documents = {"b": [[[1, 2], [3]], [[4]]], "a": [[[5, 6, 7]], [[8], [9, 10]]]}
+    for name, contents in documents.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        with IndexedWriter(tmp_path / "in" / name, dtype=np.uint16) as writer:
+            for pieces in contents:
+                writer.add_document([np.array(piece) for piece in pieces])
+    answer = run("merge_datasets", "--input", tmp_path / "in", "--output-prefix", tmp_path / "merged")
+    assert answer.returncode == 0, answer.stderr
+    reader = IndexedReader(tmp_path / "merged")
+    merged = [[piece.tolist() for piece in reader.document(index)] for index in range(reader.num_documents)]
+    assert merged == documents["a"] + documents["b"]
+    assert run("merge_datasets", "--input", tmp_path / "none", "--output-prefix", tmp_path / "x").returncode == 78
+
+
+def test_build_dataset_is_data_build(corpus, tmp_path):
+    file, tokenizer, rows = corpus
+    flags = ["--input", file, "--tokenizer", tokenizer, "--output", tmp_path / "data", "--buckets", "64,128", "--json"]
+    answer = run("build_dataset", *flags)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["documents"] == len(rows)
