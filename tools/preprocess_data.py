@@ -1,8 +1,8 @@
 """Megatron's preprocess_data, by its own flags: jsonl files -> PREFIX_KEY_document.{bin,idx}, byte for byte the same.
 
 For those who come from Megatron-LM with scripts that call it. Without buckets: one document a line, one sequence a
-document, in the order of the files; lines without text are left out. Training on buckets wants `megatron-xy data build`,
-which also takes what this tool writes.
+document, in the order of the files; lines without text are left out. Training on buckets wants `data build`, which
+also takes what this tool writes.
 """
 
 from __future__ import annotations
