@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from megatron_xy.data.compressed import DAMAGE, open_compressed
 from megatron_xy.data.manifest import is_source_name
+from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
 
 # What bad lines lead to. limit: they are left out, and an error where more than BAD_LINES_LIMIT of all lines are bad;
@@ -53,6 +54,7 @@ class Part:
     stop: int
     first_line: int
     file: int = 0  # number of the input, from 0
+    selection: Selection | None = None  # None: every document is taken
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class LineReport:
 
     lines: int = 0  # with content, good and bad
     skipped_empty: int = 0
+    duplicates: int = 0
+    held_out: int = 0  # left for the held-out data
     bad_lines: int = 0
     listed: list[str] = field(default_factory=list)
 
@@ -85,6 +89,8 @@ class LineReport:
         """Take in the report of a later part."""
         self.lines += other.lines
         self.skipped_empty += other.skipped_empty
+        self.duplicates += other.duplicates
+        self.held_out += other.held_out
         self.bad_lines += other.bad_lines
         self.listed = (self.listed + other.listed)[:MOST_BAD_LINES_LISTED]
 
@@ -129,14 +135,15 @@ def read_part(
         rows = _read_row_groups(part, text_field=text_field, source_field=source_field)
     else:
         rows = _read_lines(part, advance, text_field=text_field, source_field=source_field)
+    duplicates = _duplicates(part)
     for line, row in rows:
         report.lines += 1
         if isinstance(row, _BadLine):
             report.bad(part.path, line, str(row))
-        elif row[0]:
-            yield Document(row[0], row[1], part.path, line, part.file)
-        else:
+        elif not row[0]:
             report.skipped_empty += 1
+        elif part.selection is None or _takes(part.selection, row[0], line, duplicates=duplicates, report=report):
+            yield Document(row[0], row[1], part.path, line, part.file)
     if not part.path.endswith(JSON_LINES):
         advance(part.stop - part.start)
 
@@ -147,6 +154,26 @@ def parquet_reader() -> ModuleType:
         return importlib.import_module("megatron_xy.data.parquet")
     except ModuleNotFoundError as error:
         raise ConfigError(f"input: .parquet needs {error.name}; pip install 'megatron-xy[parquet]'") from error
+
+
+def _duplicates(part: Part) -> Duplicates | None:
+    if part.selection is None or part.selection.duplicates is None:
+        return None
+    # A line of plain text has a byte at least; compressed files are one part.
+    most_lines = part.stop - part.start if part.path.endswith(".jsonl") else None
+    folder = Path(part.selection.duplicates)
+    return Duplicates(folder, file=part.file, first_line=part.first_line, most_lines=most_lines)
+
+
+def _takes(selection: Selection, text: str, line: int, *, duplicates: Duplicates | None, report: LineReport) -> bool:
+    """Whether a document is taken; why not is counted."""
+    duplicate = duplicates is not None and duplicates.has(line)
+    fraction = selection.held_out_fraction
+    if fraction and is_held_out(text, fraction=fraction) != selection.held_out:
+        report.held_out += not (duplicate or selection.held_out)
+        return False
+    report.duplicates += duplicate
+    return not duplicate
 
 
 class _BadLine(Exception):

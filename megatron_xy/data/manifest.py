@@ -18,7 +18,8 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
 SOURCE_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"
 BAD_LINES_NAME = "bad_lines.txt"
-RESERVED_NAMES = frozenset({MANIFEST_NAME, BAD_LINES_NAME, "tokenizer.model", "tokenizer.json", "held_out"})
+HELD_OUT_NAME = "held_out"
+RESERVED_NAMES = frozenset({MANIFEST_NAME, BAD_LINES_NAME, "tokenizer.model", "tokenizer.json", HELD_OUT_NAME})
 
 
 class Entry(BaseModel):
@@ -56,6 +57,21 @@ class BucketEntry(Entry):
     shards: list[ShardEntry]
 
 
+class FixedLengthEntry(Entry):
+    """What cutting the documents of a source, laid end to end, every so many tokens would give."""
+
+    samples: int
+    truncated_documents: int = Field(description="cut into two or more pieces")
+
+
+class LengthsEntry(Entry):
+    """The lengths of a source's documents in tokens: {first of a bin: documents}, {sample length: what it gives}."""
+
+    longest: int
+    histogram: dict[str, int]
+    fixed_length: dict[str, FixedLengthEntry]
+
+
 class SourceEntry(Entry):
     """One source; only buckets that hold samples are listed, keyed by their size in tokens."""
 
@@ -65,6 +81,7 @@ class SourceEntry(Entry):
     tokens: int = Field(ge=1)
     tokens_lost: int = Field(default=0, ge=0, description="of dropped documents and of what was cut off")
     buckets: dict[str, BucketEntry]
+    lengths: LengthsEntry | None = Field(default=None, description="of all its documents, as they came")
 
     @property
     def samples(self) -> int:
@@ -118,6 +135,8 @@ class Statistics(Entry):
     tokens_lost: int = Field(default=0, description="of dropped documents and of what was cut off")
     skipped_empty: int = Field(description="documents without a token")
     bad_lines: int = Field(description="lines left out because they are no document")
+    duplicates: int = Field(default=0, description="documents left out because their text stands earlier")
+    held_out_documents: int = Field(default=0, description="documents left for the held-out data")
     lines: int = Field(default=0, description="lines read, good and bad, without blank ones")
 
 

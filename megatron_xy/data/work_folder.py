@@ -79,7 +79,10 @@ def _clear(folder: Path, work: Path) -> None:
     """Remove another build's leavings: its work, and the sources that it had already moved to their place."""
     moved = work / "publish.json"
     names = json.loads(moved.read_text(encoding="utf-8")) if moved.is_file() else []
-    for path in [*(folder / name for name in names), work / "tokens", work / "packed"]:
+    for path in [
+        *(folder / name for name in names),
+        *(work / name for name in ("hashes", "duplicates", "tokens", "packed")),
+    ]:
         if path.exists():
             shutil.rmtree(path)
     moved.unlink(missing_ok=True)

@@ -98,6 +98,17 @@ def test_every_token_of_the_corpus_is_there_once_in_its_source(corpus, tokenizer
     assert dataset_stats(output) == {key: value for key, value in stats.items() if key not in ("reused", "finished")}
 
 
+def test_a_tokenizer_json_keeps_its_name_in_the_data_folder(corpus, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "fox": 1, "dog": 2}, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / "words.json"))
+    run(corpus, tmp_path / "words.json", tmp_path / "out")
+    verify_dataset(tmp_path / "out")
+    assert read_manifest(tmp_path / "out").tokenizer.file == "tokenizer.json"
+    assert load_tokenizer(tmp_path / "out").encode("fox dog").tolist() == [1, 2]
+
+
 def test_two_workers_give_the_same_bytes(corpus, tokenizer, tmp_path):
     run(corpus, tokenizer, tmp_path / "one")
     run(corpus, tokenizer, tmp_path / "two", workers=2)
