@@ -227,6 +227,12 @@ def data_build(
         Literal["split", "drop", "truncate"],
         typer.Option("--overflow", help="what becomes of documents longer than the largest bucket"),
     ] = "split",
+    deduplicate: Annotated[
+        bool, typer.Option("--deduplicate", help="of documents with the same text only the first stays")
+    ] = False,
+    held_out: Annotated[
+        float, typer.Option("--held-out", metavar="FRACTION", help="this share of the documents goes into DIR/held_out")
+    ] = 0.0,
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="this share only; the last one to end finishes")
     ] = None,
@@ -251,6 +257,8 @@ def data_build(
             bad_lines=bad_lines,
             packing=packing,
             overflow=overflow,
+            deduplicate=deduplicate,
+            held_out=held_out,
             shard=Share.parse(shard) if shard is not None else None,
             progress=progress,
         )
@@ -264,10 +272,21 @@ def data_build(
 
 
 @data_app.command("stats")
-def data_stats(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+def data_stats(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    pictures: Annotated[
+        Path | None, typer.Option("--pictures", metavar="FOLDER", help="also histograms, as PNG")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Documents, tokens, samples, shares and the three ratios of a data folder."""
     from megatron_xy.data.examine import dataset_stats
 
+    if pictures is not None:
+        from megatron_xy.data.pictures import draw_statistics
+
+        for path in draw_statistics(directory, pictures):
+            _say(f"wrote {path}")
     _show_stats(dataset_stats(directory), directory, as_json=as_json)
 
 
