@@ -88,7 +88,9 @@ def test_bad_rows_of_parquet_are_listed_and_bad_files_refused(tmp_path):
     report = LineReport()
     part = scan_file(path, part_bytes=1000).parts[0]
     assert [d.text for d in read_part(part, text_field="text", source_field=None, report=report)] == ["a"]
-    assert report == LineReport(lines=3, skipped_empty=1, bad_lines=1, listed=[f"{path}:2: field 'text' is null, not a string"])
+    assert report == LineReport(
+        lines=3, skipped_empty=1, bad_lines=1, listed=[f"{path}:2: field 'text' is null, not a string"]
+    )
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"plain", b""):
         path.write_bytes(damaged)
