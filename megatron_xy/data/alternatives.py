@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from megatron_xy.data.manifest import FixedLengthEntry, LengthsEntry, Manifest
 
-# Where the bins of a histogram begin: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... four to a doubling.
-BIN_STARTS = np.unique((2.0 ** np.arange(31)[:, None] * np.array([1, 1.25, 1.5, 1.75])).astype(np.int64).ravel())
+# Where the bins of a histogram begin: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four to a doubling, evenly.
+QUARTERS = np.array([1, 1.1892071150, 1.4142135624, 1.6817928305])
+BIN_STARTS = np.unique(np.ceil(2.0 ** np.arange(31)[:, None] * QUARTERS).astype(np.int64))
 
 
 def profile_lengths(lengths: Iterable[NDArray[np.integer[Any]]], *, sizes: Sequence[int]) -> LengthsEntry:

@@ -88,6 +88,7 @@ def _ratios(manifest: Manifest) -> Figure:
         bars = axes.bar(list(alternatives), values, color=["tab:blue", *["lightgrey"] * (len(values) - 1)])
         axes.bar_label(bars, [f"{value:.2f}" if ratio == "concatenation_ratio" else f"{value:.2%}" for value in values])
         axes.set_title(label, fontsize="medium")
+        axes.margins(y=0.12)
         axes.tick_params(axis="x", rotation=45)
     return figure
 
