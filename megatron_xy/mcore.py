@@ -19,6 +19,7 @@ warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a toolkit without a GPU is no news here
 
+from megatron.core import optimizer as _optimizer  # noqa: E402
 from megatron.core import parallel_state as _parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
@@ -44,6 +45,10 @@ from megatron.core.transformer.transformer_block import (  # noqa: E402
 )
 
 device.adapt_megatron_random(tensor_parallel_random)
+
+# torch's AdamW everywhere, also where TE or apex is installed: theirs keep the step elsewhere, and a checkpoint written
+# with one optimizer must go on with the other.
+_optimizer.USING_PYTORCH_OPTIMIZER = True
 
 VERSION = importlib.metadata.version("megatron-core")
 

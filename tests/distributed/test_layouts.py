@@ -57,3 +57,16 @@ def test_every_layout_has_the_same_losses_and_gradient_norms(
         for (loss, norm), (expected_loss, expected_norm) in zip(curve, reference, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+# A large embedding of an odd vocabulary: a norm that loses digits with a tensor's size shows here.
+WIDE = models.MODEL.model_copy(
+    update={"hidden_size": 128, "vocab_size": 8197, "num_query_groups": 4, "untie_embeddings_and_output_weights": False}
+)
+
+
+def test_the_gradient_norm_of_large_tensors_is_the_same_however_they_are_split() -> None:
+    expected = run_ranks(train, Layout(), WIDE, 2, world_size=1)[0]
+    for layout in (Layout(tp=2), Layout(tp=2, pp=2, sp=True)):
+        curve = run_ranks(train, layout, WIDE, 2, world_size=layout.world_size)[0]
+        assert [norm for _, norm in curve] == pytest.approx([norm for _, norm in expected], rel=2e-6)
