@@ -191,12 +191,13 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto | never | ITERATION"
     )
+    allow_changes: bool = Field(False, description="resume though seed, data, weights or batch size differ")
 
 
 class RuntimeConfig(Section):
     """The processes themselves."""
 
-    timeout_seconds: float = Field(120, gt=0, description="of every collective")
+    timeout_seconds: float = Field(120, gt=0, le=7 * 24 * 3600, description="of every collective")
     num_threads: int = Field(1, ge=1, description="CPU threads a rank")
     deterministic: bool = False
 

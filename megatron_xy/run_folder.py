@@ -47,6 +47,7 @@ from megatron_xy.storage import storage_errors, write_json
 FOLDERS = ("logs", "checkpoints", "report", "heartbeats")
 TRAINING_LOCK = ".lock"  # taken by rank 0 of the training
 SUPERVISOR_LOCK = ".supervisor.lock"  # taken by `megatron-xy run`
+COURSE = "course.json"
 ATTEMPT_VARIABLE = "MEGATRON_XY_ATTEMPT"  # set by the supervisor: 0, then 1 for the first restart
 PATIENCE_SECONDS = 1.0  # a holder that is just leaving, or has not yet written its name, is no reason to refuse
 BEAT_SECONDS = 0.5  # a heartbeat that says nothing new is written at most this often
@@ -141,7 +142,7 @@ def lock(run_dir: Path, *, name: str = TRAINING_LOCK) -> Iterator[None]:
     try:
         if not _within_patience(lambda: _flock(descriptor, fcntl.LOCK_EX)):
             raise _busy(run_dir, path)
-        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": _now(), "start": _this_start()})
+        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": _now(), "start": this_start()})
         with storage_errors(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, holder.encode(), 0)
@@ -207,7 +208,7 @@ def record_exit(
         host=socket.gethostname(),
         time=_now(),
         attempt=current_attempt() if attempt is None else attempt,
-        start=_this_start(),
+        start=this_start(),
     )
     if _foreign_lock(run_dir) is not None:
         return None
@@ -235,7 +236,7 @@ def clear_exit(run_dir: Path, *, of_others_only: bool = False) -> None:
     """
     with _exit_lock(run_dir):
         standing = read_exit(run_dir) if of_others_only else None
-        if standing is None or standing.start != _this_start():
+        if standing is None or standing.start != this_start():
             (run_dir / "exit.json").unlink(missing_ok=True)
 
 
@@ -264,7 +265,20 @@ def _weight(code: int) -> int:
     return {EXIT_DONE: 0, EXIT_STOPPED: 1, EXIT_PEER_LOST: 2}.get(code, 3)
 
 
-def _this_start() -> str:
+def read_start(run_dir: Path) -> str | None:
+    """Which start last began, or went on with, the course of checkpoints in `run_dir`."""
+    try:
+        return str(_read_json(run_dir / COURSE)["start"])
+    except FileNotFoundError:
+        return None
+
+
+def write_start(run_dir: Path) -> None:
+    """Says that it is this start. One rank calls it."""
+    write_json(run_dir / COURSE, {"start": this_start(), "time": _now()})
+
+
+def this_start() -> str:
     """One word for all processes of one start: a supervisor with its ranks, a bare torchrun's ranks, or this alone."""
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     if supervisor is None and "RANK" in os.environ:
@@ -284,7 +298,7 @@ def _is_free_or_ours(path: Path) -> bool:
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _flock(descriptor, fcntl.LOCK_SH) or _holder(path).get("start") == _this_start()
+        return _flock(descriptor, fcntl.LOCK_SH) or _holder(path).get("start") == this_start()
     finally:
         os.close(descriptor)
 
@@ -331,7 +345,7 @@ def _exit_lock(run_dir: Path) -> Iterator[None]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} must be JSON as the run wrote it: {error}; remove it") from None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_xy import device, mcore
+from megatron_xy import course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter, find_resumable, load_state, sweep
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import RunConfig
@@ -48,6 +48,7 @@ class StepLoader:
         phase = SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)
         self.sampler = BucketSampler(dataset.streams, seed=config.seed, phases=[phase])
         self.sources = dataset.sources
+        self.data_fingerprints = dataset.fingerprints
         self._dataset, self._config = dataset, config
         self._dp_size, self._dp_rank = dp_size, dp_rank
         self._prefetcher = Prefetcher(self._micro_batches)
@@ -111,14 +112,24 @@ class Trainer:
             for name in sweep(self.checkpoints):
                 self.log.say(f"swept {name}, which a killed save left half-written")
         barrier(role.groups)
-        found = find_resumable(self.checkpoints, role.groups, resume=self.config.checkpoint.resume, say=self.log.say)
+        resume = course.wanted_resume(self.config, role.groups)
+        found = find_resumable(self.checkpoints, role.groups, resume=resume, say=self.log.say)
         if found is None:
-            load_initial_weights(role, verify=role.groups.role_rank == 0)
+            load_initial_weights(role)
             origin = f"starting from {role.model.load or 'fresh weights'}"
         else:
             folder, manifest = found
+            course.check_continuation(
+                manifest.state,
+                self._facts(),
+                allow_changes=self.config.checkpoint.allow_changes,
+                origin=folder,
+                say=self.log.say,
+            )
             self.state = load_state(role, folder, manifest)
             origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
+        if role.groups.role_rank == 0:
+            course.begin(self.config.run_dir, iteration=None if resume == "auto" else self.state.iteration, say=print)
         barrier(role.groups)  # from here on a request to stop finds all ranks with something to save
         self.log.say(origin)
 
@@ -219,8 +230,7 @@ class Trainer:
         self._beat("save", iteration)
         facts = {
             "task": self.config.task,
-            "seed": self.config.seed,
-            "model": self.role.model.model_dump(mode="json"),
+            **self._facts(),
             "tokenizer": str(self.config.data.tokenizer) if self.config.data.tokenizer else None,
             "megatron_core": mcore.VERSION,
             "torch": torch.__version__,
@@ -228,6 +238,9 @@ class Trainer:
         held = self.writer.save(self.role, self.state, facts=facts)
         how = "being written" if self.config.checkpoint.async_save else "written"
         self.log.say(f"checkpoint of step {iteration} {how} (training held for {held:.2f} s)")
+
+    def _facts(self) -> dict[str, Any]:
+        return course.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)
 
     def _beat(self, phase: str, iteration: int) -> None:
         self.heartbeat.beat(iteration=iteration, phase=phase)

@@ -70,6 +70,7 @@ class PackedDataset:
         _check_joinable(self.paths, manifests)
         self.buckets = sorted(manifests[0].buckets)
         self.vocab_size = manifests[0].tokenizer.vocab_size
+        self.fingerprints = [manifest.fingerprint for manifest in manifests]
         self.tokenizer_sha256 = manifests[0].tokenizer.sha256
         self.tokenizer_path = self.paths[0] / manifests[0].tokenizer.file  # the folder's own copy
         self._shards: dict[tuple[str, int], list[_Shard]] = {}

@@ -233,6 +233,31 @@ def test_a_checkpoint_that_is_not_there_is_78(job, unbroken, tmp_path):
     _fails(job, run_dir, "checkpoint.resume=5", code=78, message=message)
 
 
+def test_a_resume_with_another_model_is_78_and_touches_nothing(job, unbroken, tmp_path):
+    run_dir = copy_run(unbroken[0], tmp_path / "run", iterations=[TRAIN_ITERS])
+    message = f"model.rotary_base (5000.0) is 10000.0 in {run_dir}/checkpoints/{LAST}"
+    _fails(job, run_dir, "model.rotary_base=5000", "training.train_iters=20", code=78, message=message)
+    assert len(metrics_of(run_dir)) == TRAIN_ITERS
+
+
+def test_a_new_beginning_is_followed_by_its_own_checkpoints_through_a_restart(job, unbroken, tmp_path):
+    """`resume: never` in a folder of an older run: killed and restarted it goes on, and `auto` follows it later."""
+    run_dir = copy_run(unbroken[0], tmp_path / "run", iterations=[TRAIN_ITERS])
+    short = [*ONE_RANK, f"run_dir={run_dir}", "training.train_iters=10", "checkpoint.save_interval=2"]
+    with started(run_command(job.config, *short, "checkpoint.resume=never", ranks=1, restarts=1)) as process:
+        ended = _kill_rank(process, run_dir, rank=0, iteration=5)
+    assert ended.code == 0, ended
+    assert f"set aside as abandoned_1_{LAST}" in ended.out
+    assert (
+        "starting from fresh weights" in ended.out and f"resuming from {run_dir}/checkpoints/iter_000000" in ended.out
+    )
+    again = run_to_end(run_command(job.config, *short, "training.train_iters=12", ranks=1))
+    assert again.code == 0 and "iter_0000010 (10 iterations done)" in again.out, again
+    assert "changed since the checkpoint: training.train_iters 10 -> 12" in again.out
+    assert [record["iteration"] for record in metrics_of(run_dir)] == list(range(1, 13))
+    assert (run_dir / "checkpoints" / f"abandoned_1_{LAST}" / "manifest.json").is_file()
+
+
 def test_damaged_weights_named_by_model_load_are_65(job, unbroken, tmp_path):
     folder = shutil.copytree(unbroken[0] / "checkpoints" / LAST, tmp_path / "weights")
     flip_bit(folder / SHARD, offset=-9)

@@ -1,0 +1,88 @@
+"""Which checkpoints a run follows after a new beginning, and what it refuses to go on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_xy import course
+from megatron_xy.config import InvalidConfig, RunConfig
+from tests.distributed import models
+
+FINGERPRINTS = ["a" * 64]
+
+
+def facts(**changes):
+    config = RunConfig.model_validate({"data": {"path": "data"}, **changes})
+    model = models.MODEL.model_copy(update=changes.get("model", {}))
+    return course.facts(config, model=model, data_fingerprints=FINGERPRINTS)
+
+
+def differences(stored, current, *, allow_changes=False):
+    said: list[str] = []
+    course.check_continuation(
+        stored, current, allow_changes=allow_changes, origin=Path("run/iter_0000008"), say=said.append
+    )
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", 1),
+        ("untie_embeddings_and_output_weights", False),
+        ("num_attention_heads", 2),
+        ("num_query_groups", 1),
+        ("rotary_base", 500000.0),
+        ("norm_epsilon", 0.01),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_another_model_is_refused_by_name_with_both_values(name, value):
+    with pytest.raises(InvalidConfig, match=rf"model\.{name} \(.*\) is .* in run/iter_0000008") as caught:
+        differences(facts(), facts(model={name: value}), allow_changes=True)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"seed": 99}, "seed"),
+        ({"data": {"path": "data", "weights": {"code": 1, "prose": 9}}}, "data.weights"),
+        ({"training": {"global_batch_tokens": 32768}}, "training.global_batch_tokens"),
+    ],
+)
+def test_another_order_of_the_data_is_refused_unless_allowed(changes, name):
+    with pytest.raises(InvalidConfig, match=rf"{name} .*checkpoint\.allow_changes=true"):
+        differences(facts(), facts(**changes))
+    (line,) = differences(facts(), facts(**changes), allow_changes=True)
+    assert name in line
+
+
+def test_other_settings_are_said_and_equal_ones_are_not():
+    assert differences(facts(), facts()) == []
+    (line,) = differences(facts(), facts(training={"train_iters": 7}))
+    assert line.endswith("training.train_iters 100 -> 7")
+
+
+def test_groups_left_out_are_as_many_as_heads():
+    assert differences(facts(model={"num_query_groups": None}), facts(model={"num_query_groups": 4})) == []
+
+
+def test_later_checkpoints_are_set_aside_and_never_deleted(tmp_path, monkeypatch):
+    for iteration in (2, 4, 6):
+        (tmp_path / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
+    said: list[str] = []
+    course.begin(tmp_path, iteration=2, say=said.append)
+    course.begin(tmp_path, iteration=None, say=said.append)
+    (tmp_path / "checkpoints" / "iter_0000004").mkdir()
+    course.begin(tmp_path, iteration=0, say=said.append)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [
+        "abandoned_1_iter_0000002",
+        "abandoned_1_iter_0000004",
+        "abandoned_1_iter_0000006",
+        "abandoned_2_iter_0000004",
+    ]
+    assert len(said) == 4
