@@ -312,7 +312,8 @@ def _fingerprint(scanned: Sequence[ScannedFile], *, tokenizer: Tokenizer, option
     """Equal where the result would be: over contents and kinds of the inputs in order, tokenizer and options."""
     kinds = [Path(file.path).suffixes[-1:] for file in scanned]
     content = [[kind, file.size, file.sha256] for kind, file in zip(kinds, scanned, strict=True)]
-    return hashlib.sha256(json.dumps([content, tokenizer.sha256, options], sort_keys=True).encode()).hexdigest()
+    settled = [content, tokenizer.sha256, tokenizer.eos_id, options]
+    return hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()
 
 
 def _reuse(folder: Path, fingerprint: str, *, bad_lines: BadLinePolicy) -> dict[str, Any]:

@@ -153,7 +153,13 @@ def _write_tokenizer(
             f"tokenizer ({loaded.path}) has {loaded.vocab_size} pieces, more than the checkpoint's vocab_size "
             f"({model.vocab_size}); name the tokenizer that it was trained with"
         )
-    write_hf_tokenizer(loaded.path, folder, model_max_length=model.max_position_embeddings)
+    if loaded.path.suffix == ".json":  # HF's own files, as they are
+        with storage_errors(folder):
+            for path in (loaded.path, loaded.path.with_name("tokenizer_config.json")):
+                if path.is_file():
+                    shutil.copyfile(path, folder / path.name)
+    else:
+        write_hf_tokenizer(loaded.path, folder, model_max_length=model.max_position_embeddings)
     ids = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id, "pad_token_id": loaded.pad_id}
     return {name: value for name, value in ids.items() if value is not None}
 

@@ -14,10 +14,11 @@ import torch
 from megatron_xy.config import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
 PLAIN = {
     EMBEDDING: "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
+    OUTPUT_LAYER: "lm_head.weight",
 }
 LAYER = {
     "input_layernorm.weight": ("input_layernorm.weight",),
@@ -41,7 +42,7 @@ def global_names(model: ModelConfig) -> Iterator[str]:
         yield from (f"decoder.layers.{layer}.{name}" for name in LAYER)
     yield "decoder.final_layernorm.weight"
     if model.untie_embeddings_and_output_weights:
-        yield "output_layer.weight"
+        yield OUTPUT_LAYER
 
 
 def hf_names(name: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import file_inside, read_object
-from megatron_xy.hf.names import from_hf, hf_names, hf_shapes
+from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, from_hf, global_names, hf_names, hf_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,6 +33,7 @@ class HFReader:
         self._files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE) if index is None else index
         if biases := sorted(name for name in self._files if name.endswith(".bias")):
             raise DataError(f"{directory} holds {biases[0]}; only Llama shapes without biases are supported")
+        self._refuse_unused()
 
     def __enter__(self) -> HFReader:
         return self
@@ -40,6 +41,21 @@ class HFReader:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
         self._open.clear()
+
+    def _refuse_unused(self) -> None:
+        """What config.json has no place for would be dropped silently. A tied head beside its embedding is no loss."""
+        used = {part for name in global_names(self.model) for part in hf_names(name)}
+        unused = sorted(name for name in self._files.keys() - used if not name.endswith("rotary_emb.inv_freq"))
+        head, embedding = hf_names(OUTPUT_LAYER)[0], hf_names(EMBEDDING)[0]
+        if head in unused and not self.model.untie_embeddings_and_output_weights:
+            shape = hf_shapes(EMBEDDING, self.model)[0]
+            if torch.equal(self._tensor(head, shape), self._tensor(embedding, shape)):
+                unused.remove(head)
+        if unused:
+            raise DataError(
+                f"{self.directory} holds {len(unused)} tensor(s) that its config.json has no place for, the first is "
+                f"{unused[0]}; correct num_hidden_layers or tie_word_embeddings there"
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """The global tensor `name`, whole, in its own dtype. Raises DataError where HF's tensors do not make it up."""

@@ -100,7 +100,7 @@ def _role_of(hf_folder: Path) -> Role:
     groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
     assert groups is not None, "this process is the role's one rank"
     role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=None, seed=0)
-    load_initial_weights(role, verify=False)
+    load_initial_weights(role)
     return role
 
 
