@@ -86,7 +86,8 @@ class CheckpointWriter:
         tensors = {part.name: _to_host(part.tensor, part.shard) for part in parts}
         shards = {part.name: part.shard for part in parts}
         rank_state = {f"rank_state.{name}": value.clone() for name, value in role.generator_states.items()}
-        body = {**asdict(state), "world_size": len(role.groups.ranks), "parallel": role.parallel.model_dump(), **facts}
+        place = {"world_size": len(role.groups.ranks), "device": device.current().type}
+        body = {**asdict(state), **place, "parallel": role.parallel.model_dump(), **facts}
         groups = role.groups
 
         def write() -> None:
@@ -211,7 +212,7 @@ def find_resumable(
     damaged = []
     for iteration in _agreed_candidates(checkpoints, groups, wanted=wanted):
         folder = iteration_folder(checkpoints, iteration)
-        problem = _shared_problem(folder, groups)
+        problem = shared_problem(folder, groups)
         if problem is None:
             return folder, files.read_manifest(folder)
         if wanted is not None:
@@ -246,7 +247,7 @@ def _agreed_candidates(checkpoints: Path, groups: Groups, *, wanted: int | None)
     return candidates
 
 
-def _shared_problem(folder: Path, groups: Groups) -> str | None:
+def shared_problem(folder: Path, groups: Groups) -> str | None:
     """Verifies a checkpoint, each rank its share of the files; all get the first finding. None: it is whole."""
     problem = None
     try:
@@ -275,7 +276,8 @@ def load_weights(role: Role, folder: Path) -> files.Manifest:
 def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingState:
     """Fills weights, optimizer and random generators from a verified checkpoint; returns where the run stands.
 
-    Generators are restored where the layout has as many ranks as the writer's; other layouts keep their fresh ones.
+    Generators are restored where there are as many ranks as the writer's, on the same kind of device; others keep their
+    fresh ones.
     """
     state = TrainingState(**{name: manifest.state[name] for name in TrainingState.__dataclass_fields__})
     with files.TensorReader(folder, manifest) as reader:
@@ -283,7 +285,8 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
             _load_weight(reader, named)
             if role.optimizer is not None:
                 _load_moments(reader, role, named, steps=state.optimizer_steps)
-        if manifest.state["world_size"] == len(role.groups.ranks):
+        here = (len(role.groups.ranks), device.current().type)
+        if (manifest.state["world_size"], manifest.state.get("device")) == here:
             role.generator_states = reader.read_rank_state(role.groups.role_rank) or role.generator_states
     return state
 

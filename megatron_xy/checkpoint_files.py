@@ -125,7 +125,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise DataError(
             f"{directory} holds no {MANIFEST}: it is no checkpoint, or one that was never finished"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(body, dict) or "format_version" not in body:
         raise DataError(f"{path} is not a checkpoint's manifest")
@@ -274,7 +274,13 @@ def _parsed(body: dict[str, Any], path: Path) -> Manifest:
         rank: {name: _listed(file, files, path) for name, file in names.items()}
         for rank, names in body["rank_state"].items()
     }
-    return Manifest(body["state"], tensors, rank_state, files)
+    for file, facts in files.items():
+        if not (isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)):
+            raise DataError(f"{path}: {file} lacks its size or checksum")
+    state = body["state"]
+    if missing := sorted({*TrainingState.__dataclass_fields__, "world_size", "model"} - set(state)):
+        raise DataError(f"{path}: its state lacks {', '.join(missing)}")
+    return Manifest(state, tensors, rank_state, files)
 
 
 def _listed(file: str, files: dict[str, Any], manifest_path: Path) -> str:

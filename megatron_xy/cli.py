@@ -391,7 +391,9 @@ def checkpoint_hash(directory: Annotated[Path, typer.Argument(metavar="DIR")], a
     """A sha256 for every global tensor: the same for every layout that holds the same values."""
     from megatron_xy import checkpoint_files as files
 
-    hashes = dict(files.tensor_hashes(directory, files.read_manifest(directory)))
+    manifest = files.read_manifest(directory)
+    files.verify_files(directory, manifest)
+    hashes = dict(files.tensor_hashes(directory, manifest))
     if as_json:
         print(json.dumps(hashes))
         return
@@ -407,6 +409,8 @@ def _steps(text: str) -> range:
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit()):
         raise typer.BadParameter(f"{text!r} is not A:B", param_hint="--steps")
+    if int(first) >= int(last):
+        raise typer.BadParameter(f"{text!r} holds no step: A must be below B", param_hint="--steps")
     return range(int(first), int(last))
 
 

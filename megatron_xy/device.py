@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import resource
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_xy.errors import ConfigError
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -40,11 +43,18 @@ def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = Fa
     """
     global _device
     torch.set_num_threads(num_threads)
+    if deterministic:  # read by cuBLAS when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch._dynamo: 2 s
         torch.use_deterministic_algorithms(deterministic)
     if _device is not None:
         return _device
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}; "
+                f"start no more ranks a host than it has (--nproc-per-node)"
+            )
         _device = torch.device("cuda", local_rank)
         torch.cuda.set_device(_device)
     else:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 
+def is_set() -> bool:
+    """Whether a launcher started this process as one of a world."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def rank() -> int:
     """Global rank; 0 where no launcher set one."""
     return int(os.environ.get("RANK", "0"))

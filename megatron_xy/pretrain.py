@@ -9,9 +9,12 @@ import contextlib
 import platform
 import time
 
+import torch
+
 from megatron_xy import device, environment, mcore, parallel, run_folder
 from megatron_xy.config import RunConfig, check_shape, check_world, dump_config
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.preflight import open_data
@@ -51,6 +54,11 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
             run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
         try:
             _train(config, dataset=dataset, log=log, heartbeat=heartbeat, stop=stop)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"rank {rank} ran out of device memory ({str(error).splitlines()[0]}); lower "
+                f"training.micro_batch_tokens, set model.recompute_granularity to full, or split the model further"
+            ) from error
         except RuntimeError as error:
             lost = parallel.as_peer_lost(error)
             if lost is None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from megatron_xy import checkpoint_files as files
-from megatron_xy.checkpoint import MAIN_PARAM, load_weights
+from megatron_xy.checkpoint import MAIN_PARAM, load_weights, shared_problem
 from megatron_xy.config import ModelConfig
+from megatron_xy.errors import DataError
 from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.hf.reader import HFReader
 from megatron_xy.role import Role
@@ -40,17 +41,18 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_initial_weights(role: Role, *, verify: bool) -> None:
+def load_initial_weights(role: Role) -> None:
     """Fills a fresh role from `model.load`; each rank reads what it holds. Nothing to do where there is none.
 
-    verify: compare all checksums of a ckpt: folder first; one rank of a role is enough. Raises DataError.
+    A ckpt: folder's checksums are compared first, each rank its share of the files. Collective over the role's ranks.
+    Raises DataError, on all ranks alike, where they do not hold.
     """
     if role.model.load is None:
         return
     kind, folder = split_origin(role.model.load)
     if kind == "ckpt":
-        if verify:
-            files.verify_files(folder, files.read_manifest(folder))
+        if problem := shared_problem(folder, role.groups):
+            raise DataError(problem)
         load_weights(role, folder)
         return
     with HFReader(folder, model=role.model) as reader:

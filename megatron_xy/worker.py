@@ -44,6 +44,11 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
             raise ConfigError(
                 f"task ({config.task}) in {config_path} does not agree with the verb {task}; use that verb"
             )
+        if not environment.is_set():
+            raise ConfigError(
+                f"{task} runs in the ranks of a torchrun world; start it with `megatron-xy run {config_path}`, or with "
+                f"torchrun --standalone --nproc-per-node N -m megatron_xy {task} {config_path}"
+            )
         work(config, stop)
     except MegatronXYError as error:
         code, message = error.exit_code, str(error)

@@ -40,6 +40,7 @@ assert "megatron" not in sys.modules
 CHECK_CUDA = f"""
 {SNAPSHOT}
 torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 4
 torch.cuda.set_device = lambda device: None
 from megatron_xy import device
 before = snapshot()

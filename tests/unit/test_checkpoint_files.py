@@ -35,11 +35,17 @@ CUTS = {
 GENERATOR_STATE = torch.arange(16, dtype=torch.uint8)
 
 
+STATE = {
+    "iteration": 3, "data_step": 3, "consumed_samples": 6, "consumed_tokens": 96, "optimizer_steps": 3, "lr": 1e-05,
+    "world_size": 1, "model": {},
+}  # fmt: skip
+
+
 def write_checkpoint(folder, *, cuts=CUTS, full=FULL, state=None):
     """FULL as `cuts` cuts it, with generator states of one rank."""
     folder.mkdir(parents=True)
     held = {}
-    manifest = Manifest(state=state or {"iteration": 3, "lr": 1e-05}, tensors={}, rank_state={}, files={})
+    manifest = Manifest(state={**STATE, **(state or {})}, tensors={}, rank_state={}, files={})
     for name, pieces in cuts.items():
         tensor = full[name]
         entry = TensorEntry(tuple(tensor.shape), files.DTYPE_NAMES[tensor.dtype])
@@ -78,7 +84,7 @@ def test_what_was_written_comes_back(checkpoint, tmp_path):
     again = tmp_path / "again"
     assert write_checkpoint(again) == open_whole(again) == open_whole(checkpoint)
     manifest = open_whole(checkpoint)
-    assert manifest.state == {"iteration": 3, "lr": 1e-05}
+    assert manifest.state == STATE
     with files.TensorReader(checkpoint, manifest) as reader:
         for name, full in FULL.items():
             found = reader.read_full(name)
@@ -318,3 +324,26 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
         files.write_shard(tmp_path / "nowhere", file="a.safetensors", tensors={"x": torch.ones(2)})
     with pytest.raises(StorageError, match="cannot be written"):
         files.write_manifest(tmp_path / "nowhere", Manifest({}, {}, {}, {}))
+
+
+@pytest.mark.parametrize("missing", ["model", "world_size", "consumed_tokens"])
+def test_a_state_without_what_loading_needs_is_refused(checkpoint, missing):
+    manifest = files.read_manifest(checkpoint)
+    del manifest.state[missing]
+    files.write_manifest(checkpoint, manifest)
+    with pytest.raises(DataError, match=f"its state lacks {missing}"):
+        files.read_manifest(checkpoint)
+
+
+def test_a_file_without_its_checksum_is_refused(checkpoint):
+    manifest = files.read_manifest(checkpoint)
+    del next(iter(manifest.files.values()))["sha256"]
+    files.write_manifest(checkpoint, manifest)
+    with pytest.raises(DataError, match="sha256"):
+        files.read_manifest(checkpoint)
+
+
+def test_brackets_beyond_measure_are_refused(checkpoint):
+    (checkpoint / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="is damaged"):
+        files.read_manifest(checkpoint)
