@@ -1,4 +1,4 @@
-"""AdamW through megatron-core's optimizer classes, the learning-rate schedule, and the update itself."""
+"""AdamW through megatron-core's optimizer classes, and the update itself."""
 
 from __future__ import annotations
 
@@ -40,19 +40,6 @@ def build_optimizer(config: OptimizerConfig, *, module: torch.nn.Module, groups:
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron-core's wrappers."""
     return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
-
-
-def learning_rate(config: OptimizerConfig, *, iteration: int, train_iters: int) -> float:
-    """The rate of the update that is number `iteration` (1 = the first): linear warm-up, then the decay to `min_lr`."""
-    warmup = config.lr_warmup_iters
-    if iteration <= warmup:
-        return config.lr * iteration / warmup
-    if config.lr_decay_style == "constant" or train_iters <= warmup:
-        return config.lr
-    progress = min(1.0, (iteration - warmup) / (train_iters - warmup))
-    is_linear = config.lr_decay_style == "linear"
-    remaining = 1.0 - progress if is_linear else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_lr + (config.lr - config.min_lr) * remaining
 
 
 @torch.no_grad()

@@ -23,10 +23,10 @@ from megatron_xy.data.sampler import BucketSampler, SamplerPhase
 from megatron_xy.errors import Stopped
 from megatron_xy.flops import peak_flops, step_flops
 from megatron_xy.log import RunLog
-from megatron_xy.optimizer import learning_rate
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.role import Role
 from megatron_xy.run_folder import Heartbeat
+from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.train_step import StepResult, train_step
 from megatron_xy.weights import load_initial_weights
@@ -159,7 +159,13 @@ class Trainer:
         self._beat("step", iteration)
         began = time.perf_counter()
         prepared, waited = self.loader.get(self.state.data_step)
-        lr = learning_rate(self.config.optimizer, iteration=iteration, train_iters=self.config.training.train_iters)
+        consumed_tokens = self.state.consumed_tokens + self.config.training.global_batch_tokens
+        lr = learning_rate(
+            self.config.optimizer,
+            iteration=iteration,
+            consumed_tokens=consumed_tokens,
+            train_iters=self.config.training.train_iters,
+        )
         with self.role.active():
             result = train_step(
                 self.role,
@@ -176,7 +182,7 @@ class Trainer:
             iteration=iteration,
             data_step=data_step + 1,
             consumed_samples=self.state.consumed_samples + prepared.num_samples,
-            consumed_tokens=self.state.consumed_tokens + self.config.training.global_batch_tokens,
+            consumed_tokens=consumed_tokens,
             optimizer_steps=self.state.optimizer_steps + int(result.updated),
         )
         record = self._record(prepared, result, data_step=data_step, lr=lr, seconds=seconds, waited=waited)
