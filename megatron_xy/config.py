@@ -559,8 +559,9 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"parallel.{switch}", f"{switch} (true): only false is supported"
     if config.model.layer_spec == "transformer_engine":
         yield "model.layer_spec", "layer_spec (transformer_engine): only auto and torch are supported"
-    if training.phases:
-        yield "training.phases", f"training.phases ({len(training.phases)} given): only [] is supported"
+    for phase in training.phases:
+        if phase.train_only is not None:
+            yield "training.phases", f"training.phases: train_only ({phase.train_only}): only null is supported"
     if training.epochs is not None:
         yield "training.epochs", f"training.epochs ({training.epochs}): only null is supported; use train_iters"
     if training.eval_interval:

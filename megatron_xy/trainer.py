@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from megatron_xy import course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter, find_resumable, load_state, sweep
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import RunConfig
-from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate, samples_of_rank
-from megatron_xy.data.sampler import BucketSampler, SamplerPhase
+from megatron_xy.data.loader import PreparedStep, StepLoader
 from megatron_xy.errors import Stopped
 from megatron_xy.flops import peak_flops, step_flops
 from megatron_xy.log import RunLog
@@ -30,61 +29,6 @@ from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.train_step import StepResult, train_step
 from megatron_xy.weights import load_initial_weights
-
-
-@dataclass(frozen=True)
-class PreparedStep:
-    """The micro-batches of one data step for this data parallel rank, and what the whole step's batch is."""
-
-    bucket: int
-    micro_batches: list[MicroBatch]
-    num_samples: int  # of all ranks
-
-
-class StepLoader:
-    """Prepares this data parallel rank's micro-batches of any data step, the next ones in the background."""
-
-    def __init__(self, config: RunConfig, *, dataset: PackedDataset, dp_size: int, dp_rank: int) -> None:
-        phase = SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)
-        self.sampler = BucketSampler(dataset.streams, seed=config.seed, phases=[phase])
-        self.sources = dataset.sources
-        self.data_fingerprints = dataset.fingerprints
-        self._dataset, self._config = dataset, config
-        self._dp_size, self._dp_rank = dp_size, dp_rank
-        self._prefetcher = Prefetcher(self._micro_batches)
-
-    def get(self, data_step: int) -> tuple[PreparedStep, float]:
-        """The step's micro-batches and the seconds waited for them."""
-        micro_batches, waited = self._prefetcher.get(data_step)
-        batch = self.sampler.batch(data_step)
-        return PreparedStep(batch.bucket, micro_batches, len(batch.samples)), waited
-
-    def close(self) -> None:
-        """Ends the background thread."""
-        self._prefetcher.close()
-
-    def _micro_batches(self, data_step: int) -> list[MicroBatch]:
-        batch, mine = samples_of_rank(
-            self._dataset,
-            self.sampler,
-            data_step,
-            data_parallel_size=self._dp_size,
-            data_parallel_rank=self._dp_rank,
-            split_documents=self._config.data.split_documents,
-        )
-        micro_batch_tokens = self._config.training.micro_batch_tokens
-        per_micro_batch = micro_batch_tokens // batch.bucket
-        return [
-            collate(
-                [self._dataset.sample(sample) for sample in mine[first : first + per_micro_batch]],
-                source_indices=[self.sources.index(sample.source) for sample in mine[first : first + per_micro_batch]],
-                num_sources=len(self.sources),
-                bucket=batch.bucket,
-                micro_batch_tokens=micro_batch_tokens,
-                split_documents=self._config.data.split_documents,
-            )
-            for first in range(0, len(mine), per_micro_batch)
-        ]
 
 
 class Trainer:
@@ -159,7 +103,7 @@ class Trainer:
         self._beat("step", iteration)
         began = time.perf_counter()
         prepared, waited = self.loader.get(self.state.data_step)
-        consumed_tokens = self.state.consumed_tokens + self.config.training.global_batch_tokens
+        consumed_tokens = self.state.consumed_tokens + prepared.num_tokens
         lr = learning_rate(
             self.config.optimizer,
             iteration=iteration,
@@ -198,7 +142,7 @@ class Trainer:
         ]
         counts = torch.tensor(local, dtype=torch.float64, device=device.current())
         padding, squares = sum_over(counts, self.role.groups.collection.dp).tolist()
-        batch_tokens = self.config.training.global_batch_tokens
+        batch_tokens = prepared.num_tokens
         flops = step_flops(self.role.model, num_tokens=batch_tokens - int(padding), sum_squared_lengths=int(squares))
         peak = self._peak_flops
         utilisation = flops / (seconds * len(self.role.groups.ranks) * peak) if peak else None
