@@ -165,6 +165,9 @@ class TrainingConfig(Section):
     phases: list[Phase] = []
     epochs: int | None = Field(None, ge=1)
     eval_interval: int = Field(0, ge=0, description="iterations; 0: no evaluation")
+    spike_policy: Literal["log", "skip"] = Field("log", description="of a step that stands out from the last 128")
+    spike_sigmas: float = Field(6.0, gt=0, description="how far above them a step's loss or norm stands out")
+    max_skipped_in_a_row: int = Field(50, ge=1, description="updates not made, before the run ends with 65")
 
 
 class OptimizerConfig(Section):
@@ -212,6 +215,22 @@ class RuntimeConfig(Section):
     timeout_seconds: float = Field(120, gt=0, le=7 * 24 * 3600, description="of every collective")
     num_threads: int = Field(1, ge=1, description="CPU threads a rank")
     deterministic: bool = False
+    profile: str | None = Field(None, description="A:B, iterations from A to B - 1, by torch's profiler")
+    profile_ranks: list[Annotated[int, Field(ge=0)]] = [0]
+
+    @field_validator("profile")
+    @classmethod
+    def _is_a_window(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", value)
+            if match is None or not 0 < int(match[1]) < int(match[2]):
+                raise ValueError("must be A:B, iterations from A (1 is the first) to B - 1, such as 10:13")
+        return value
+
+    @property
+    def profiled_iterations(self) -> range:
+        """`profile` as a range of iterations; empty without it."""
+        return range(*map(int, self.profile.split(":"))) if self.profile else range(0)
 
 
 class RoleConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,17 +60,20 @@ def global_grad_norm(optimizer: Any) -> float:
 
 
 @torch.no_grad()
-def apply_gradients(optimizer: Any, *, lr: float, clip_grad: float) -> tuple[float, bool]:
+def apply_gradients(
+    optimizer: Any, *, lr: float, clip_grad: float, accepts: Callable[[float], bool] = math.isfinite
+) -> tuple[float, bool]:
     """One update from the finished gradients; returns their global norm and whether the update was made.
 
-    A norm that is not finite, the same number on all ranks of the role, leaves weights and moments untouched.
+    accepts: whether an update is made from gradients of this norm, which is the same number on all ranks of the role,
+    as the answer must be. Where it is not, weights and moments stay untouched.
     """
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
     optimizer.prepare_grads()
     grad_norm = global_grad_norm(optimizer)
-    if not math.isfinite(grad_norm):
+    if not accepts(grad_norm):
         return grad_norm, False
     if clip_grad > 0.0:
         for part in optimizer.chained_optimizers:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_xy import pretrain, run_folder, signals
 from megatron_xy.config import RunConfig
+from megatron_xy.errors import MegatronXYError
 from megatron_xy.log import RunLog
 from megatron_xy.preflight import open_data
 from tests.end_to_end.tiny_run import BUCKETS, VOCAB_SIZE
@@ -53,3 +54,12 @@ def train(*configs: RunConfig) -> None:
         heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
         pretrain.train(config, dataset=open_data(config), log=log, heartbeat=heartbeat, stop=stop)
         log.close()
+
+
+def train_into_an_error(config: RunConfig) -> str:
+    """On one rank: the error that the job ends with, as its exit code and words."""
+    try:
+        train(config)
+    except MegatronXYError as error:
+        return f"{error.exit_code}: {error}"
+    return "no error"

@@ -88,7 +88,8 @@ runtime: {timeout_seconds: 120, num_threads: 1, deterministic: false}
 # Keys beside those, each with its line in docs/decisions.md.
 OF_OUR_OWN = {
     "init_method_std", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters", "lr_decay_tokens",
-    "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style",
+    "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy", "spike_sigmas",
+    "max_skipped_in_a_row", "profile", "profile_ranks",
 }  # fmt: skip
 
 ROLES = """\
@@ -350,6 +351,10 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("model.load=5", "model.load (5): must be text; put it in quotes"),
         ("model.params_dtype=fp16", "model.params_dtype (fp16): must be 'fp32' or 'bf16'"),
         ("parallel.sequence_parallel=often", "parallel.sequence_parallel (often): must be true or false"),
+        ("runtime.profile=5", "runtime.profile (5): must be text; put it in quotes"),
+        ("runtime.profile='5:5'",
+         "runtime.profile (5:5): must be A:B, iterations from A (1 is the first) to B - 1, such as 10:13"),
+        ("training.spike_policy=stop", "training.spike_policy (stop): must be 'log' or 'skip'"),
         ("task=dpo", "task (dpo): must be 'pretrain', 'sft', 'reward' or 'ppo'"),
         ("training=5", "training (5): must be a section: `key: value` lines below it"),
         ("optimizer.min_lr=1", "optimizer.min_lr (1) must not exceed lr (0.0003); lower it"),
