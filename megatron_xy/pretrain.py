@@ -18,7 +18,7 @@ from megatron_xy.data.loader import StepLoader
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
-from megatron_xy.preflight import open_data
+from megatron_xy.preflight import open_data, open_held_out
 from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import write_text
@@ -35,7 +35,7 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
     config = config.model_copy(update={"model": resolve_model(config.model)})
     check_shape(config)
     check_world(config, world_size=world_size)
-    dataset = open_data(config)
+    dataset, held_out = open_data(config), open_held_out(config)
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})
@@ -56,7 +56,7 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
         try:
             timeout = config.runtime.timeout_seconds
             timed(log, heartbeat, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
-            train(config, dataset=dataset, log=log, heartbeat=heartbeat, stop=stop)
+            train(config, dataset=dataset, held_out=held_out, log=log, heartbeat=heartbeat, stop=stop)
             parallel.stop_distributed()
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -71,7 +71,13 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
 
 
 def train(
-    config: RunConfig, *, dataset: PackedDataset, log: RunLog, heartbeat: run_folder.Heartbeat, stop: StopRequest
+    config: RunConfig,
+    *,
+    dataset: PackedDataset,
+    held_out: PackedDataset | None,
+    log: RunLog,
+    heartbeat: run_folder.Heartbeat,
+    stop: StopRequest,
 ) -> None:
     """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
     role: Role = timed(log, heartbeat, "model and optimizer", lambda: _build(config))
@@ -82,7 +88,7 @@ def train(
         "data",
         lambda: StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank),
     )
-    trainer = Trainer(config, role=role, loader=loader, log=log, heartbeat=heartbeat, stop=stop)
+    trainer = Trainer(config, role=role, loader=loader, held_out=held_out, log=log, heartbeat=heartbeat, stop=stop)
     with contextlib.closing(loader):
         timed(log, heartbeat, "weights", trainer.restore)
         stop.can_save = True

@@ -11,7 +11,7 @@ from megatron_xy import pretrain, run_folder, signals
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.log import RunLog
-from megatron_xy.preflight import open_data
+from megatron_xy.preflight import open_data, open_held_out
 from tests.end_to_end.tiny_run import BUCKETS, VOCAB_SIZE
 
 
@@ -52,7 +52,8 @@ def train(*configs: RunConfig) -> None:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log = RunLog(config.run_dir, rank=rank, is_leader=rank == pretrain.leader_rank(config, world_size=world_size))
         heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
-        pretrain.train(config, dataset=open_data(config), log=log, heartbeat=heartbeat, stop=stop)
+        dataset, held_out = open_data(config), open_held_out(config)
+        pretrain.train(config, dataset=dataset, held_out=held_out, log=log, heartbeat=heartbeat, stop=stop)
         log.close()
 
 
