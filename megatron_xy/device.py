@@ -89,6 +89,11 @@ def name() -> str:
     return "CPU" if is_cpu() else torch.cuda.get_device_name(current())
 
 
+def compute_capability() -> tuple[int, int]:
+    """The GPU's architecture, such as (9, 0) for Hopper; (0, 0) on a CPU."""
+    return (0, 0) if is_cpu() else torch.cuda.get_device_capability(current())
+
+
 def synchronize() -> None:
     """Waits for the device's queued work; nothing on a CPU."""
     if not is_cpu():

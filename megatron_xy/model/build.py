@@ -19,16 +19,21 @@ import torch.nn.functional as F
 
 from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig, ParallelConfig
-from megatron_xy.model.attention import PackedAttention
+from megatron_xy.model.layer_spec import (
+    DTYPES,
+    choose_layers,
+    connect_layers,
+    layer_submodules,
+    spec_free_name,
+    split_dimension,
+)
 from megatron_xy.model.norm import RMSNorm
-from megatron_xy.model.rotary import RotaryEmbedding
 from megatron_xy.parallel import Groups
 from megatron_xy.shards import Box, ParameterShard
 
 VOCABULARY_MULTIPLE = 128  # rows of the padded vocabulary a tensor parallel rank, as Megatron's default
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # the MLP calls the activation that it is given: ours
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -109,10 +115,8 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
 
 
 def _gpt_model(config: mcore.TransformerConfig, *, model: ModelConfig, groups: Groups) -> mcore.GPTModel:
-    layer = mcore.get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    choice = choose_layers(model)
+    layer = layer_submodules(choice)
     num_layers = mcore.get_num_layers_to_build(config, None, groups.pp_rank)
     block = mcore.TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
     gpt = mcore.GPTModel(
@@ -123,11 +127,11 @@ def _gpt_model(config: mcore.TransformerConfig, *, model: ModelConfig, groups: G
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
+        position_embedding_type="none",  # the attention rotates
         pg_collection=groups.collection,
     )
     gpt.model_type = mcore.ModelType.encoder_or_decoder
-    gpt.rotary_pos_emb = RotaryEmbedding(model, device=device.current())
+    connect_layers(gpt, model=model, choice=choice)
     return gpt
 
 
@@ -136,19 +140,13 @@ def mark_tensor_parallel(gpt: torch.nn.Module) -> None:
 
     Its own initialisation does it, which `perform_initialization=False` skips in some versions.
     """
-    layers = mcore.tensor_parallel_layers
     for name, module in gpt.named_modules():
-        if isinstance(module, layers.ColumnParallelLinear | layers.VocabParallelEmbedding):
+        dimension, weight = split_dimension(name), getattr(module, "weight", None)
+        if dimension is not None and isinstance(weight, torch.nn.Parameter):  # a tied output layer has none of its own
+            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+            weight.partition_dim = dimension  # type: ignore[attr-defined]
             # Gate and up projection stand one after the other in every shard of fc1.
-            dimension, stride = 0, 2 if name.endswith("linear_fc1") else 1
-        elif isinstance(module, layers.RowParallelLinear):
-            dimension, stride = 1, 1
-        else:
-            continue
-        if module.weight is not None:  # a tied output layer has none of its own
-            module.weight.tensor_model_parallel = True
-            module.weight.partition_dim = dimension
-            module.weight.partition_stride = stride
+            weight.partition_stride = 2 if name.endswith("linear_fc1") else 1  # type: ignore[attr-defined]
 
 
 def named_parameters(module: torch.nn.Module, *, model: ModelConfig, groups: Groups) -> Iterator[NamedParameter]:
@@ -171,7 +169,8 @@ def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _global_name(local_name: str, gpt: torch.nn.Module) -> str:
-    """megatron-core's name with the layer's number in the whole model instead of that in the stage."""
+    """The name under the torch spec, with the layer's number in the whole model instead of that in the stage."""
+    local_name = spec_free_name(local_name)
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", local_name)
     if not match:
         return local_name

@@ -69,7 +69,7 @@ def test_recomputation_keeps_less_and_changes_nothing(layout: Layout) -> None:
     )
     for rank in range(layout.world_size):
         kept = plain[rank]["kept"]
-        assert selective[rank]["kept"] < 0.7 * kept, "the MLP keeps a good part of what a layer keeps"
+        assert selective[rank]["kept"] < 0.8 * kept, "the MLP keeps a good part of what a layer keeps"
         assert full[rank]["kept"] < 0.4 * kept
         for recomputed in (selective, full):
             for got, want in zip(recomputed[rank]["curve"], plain[rank]["curve"], strict=True):
