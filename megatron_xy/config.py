@@ -125,6 +125,11 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = False
 
     @property
+    def num_chunks(self) -> int:
+        """Chunks of layers a pipeline stage: 1, or the virtual pipeline's size."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one replica of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
@@ -406,6 +411,17 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             f"tensor_model_parallel_size ({tp}) under sequence_parallel; nearest: "
             f"{_nearest_multiples(training.micro_batch_tokens, tp)}",
         )
+    if parallel.num_chunks > 1 and parallel.pipeline_model_parallel_size == 1:
+        yield (
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"virtual_pipeline_model_parallel_size ({parallel.num_chunks}) needs pipeline_model_parallel_size above 1; "
+            f"leave it out",
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather",
+            "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
+        )
     if config.optimizer.min_lr > config.optimizer.lr and config.optimizer.lr_decay_style != "constant":
         yield (
             "optimizer.min_lr",
@@ -429,13 +445,16 @@ def _batch_rules(
     training: TrainingConfig, parallel: ParallelConfig, *, world_size: int | None
 ) -> Iterator[tuple[str, str]]:
     """The world divides into replicas, and a step's tokens into their micro-batches."""
-    unit, unit_name = training.micro_batch_tokens, f"micro_batch_tokens ({training.micro_batch_tokens})"
+    factors = {"micro_batch_tokens": training.micro_batch_tokens}
+    if parallel.num_chunks > 1:  # the interleaved schedule takes them in rounds of as many as there are stages
+        factors["pipeline_model_parallel_size"] = parallel.pipeline_model_parallel_size
     if world_size is not None and world_size % parallel.model_parallel_size:
         yield "parallel", _world_rule(parallel, world_size)
     elif world_size is not None:
-        replicas = world_size // parallel.model_parallel_size
-        unit *= replicas
-        unit_name = f"micro_batch_tokens x data parallel size ({training.micro_batch_tokens} x {replicas} = {unit})"
+        factors["data parallel size"] = world_size // parallel.model_parallel_size
+    unit = math.prod(factors.values())
+    unit_name = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))}"
+    unit_name += f" = {unit})" if len(factors) > 1 else ")"
     if training.global_batch_tokens % unit:
         yield (
             "training.global_batch_tokens",
@@ -463,7 +482,13 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
     if model.num_attention_heads is not None and model.num_attention_heads % tp == 0:
         yield from divides("num_query_groups", groups, "tensor_model_parallel_size", tp)
     yield from divides("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
-    yield from divides("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
+    num_chunks = pp * parallel.num_chunks
+    if model.num_layers is not None and model.num_layers < num_chunks:
+        yield (
+            "model.num_layers",
+            f"model.num_layers ({model.num_layers}) must be at least pipeline x virtual pipeline size "
+            f"({pp} x {parallel.num_chunks} = {num_chunks}), a layer a chunk; split it less",
+        )
     if (
         model.hidden_size
         and model.num_attention_heads
@@ -499,18 +524,9 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
     if config.task != "pretrain":
         yield "task", f"task ({config.task}): only pretrain is supported"
-    if parallel.virtual_pipeline_model_parallel_size not in (None, 1):
-        value = parallel.virtual_pipeline_model_parallel_size
-        yield (
-            "parallel.virtual_pipeline_model_parallel_size",
-            f"virtual_pipeline_model_parallel_size ({value}): only null is supported",
-        )
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
-    for switch in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(parallel, switch):
-            yield f"parallel.{switch}", f"{switch} (true): only false is supported"
     if config.model.layer_spec == "transformer_engine":
         yield "model.layer_spec", "layer_spec (transformer_engine): only auto and torch are supported"
     if training.phases:

@@ -15,8 +15,20 @@ from tests.distributed.spawn import run_ranks
 
 OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
 TIED = models.MODEL.model_copy(update={"untie_embeddings_and_output_weights": False})
-SOURCES = [Layout(tp=2, pp=2, sp=True), Layout(tp=2, dp=2), Layout()]
-TARGETS = [Layout(), Layout(tp=2, pp=2), Layout(pp=2, dp=2), Layout(pp=4), Layout(tp=2, dp=2, sp=True)]
+SOURCES = [
+    Layout(),
+    Layout(tp=2, pp=2, sp=True, vp=2),
+    Layout(tp=2, dp=2),
+    Layout(tp=2, dp=2, distributed=True, overlap=True),
+]
+TARGETS = [
+    Layout(),
+    Layout(pp=4),
+    Layout(tp=2, dp=2, sp=True),
+    Layout(pp=2, dp=2, vp=2),
+    Layout(dp=4, distributed=True),
+    Layout(tp=2, dp=2, distributed=True),
+]
 
 
 def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, asynchronous: bool = False) -> dict[str, Any]:
@@ -94,7 +106,9 @@ def test_another_layout_goes_on_with_the_same_losses(saved: tuple[Layout, Path, 
         assert got == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("target", [Layout(), Layout(tp=2, pp=2), Layout(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize(
+    "target", [Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2, distributed=True)], ids=str
+)
 def test_the_hash_is_the_same_for_every_layout(
     saved: tuple[Layout, Path, list[Any]], target: Layout, tmp_path: Path
 ) -> None:
@@ -119,9 +133,9 @@ def test_pieces_cover_every_tensor_once_and_replicas_share_the_writing(
         assert sizes[-1] < 1.5 * sizes[0]
 
 
-def test_tied_embeddings_survive_every_pipeline_split(tmp_path: Path) -> None:
-    layout = Layout(pp=2)
-    results = run_ranks(train_and_save, layout, TIED, tmp_path, world_size=2)
+@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(pp=2, dp=2, distributed=True)], ids=str)
+def test_tied_embeddings_survive_every_pipeline_split(layout: Layout, tmp_path: Path) -> None:
+    results = run_ranks(train_and_save, layout, TIED, tmp_path, world_size=layout.world_size)
     folder = tmp_path / "iter_0000003"
     assert "output_layer.weight" not in files.read_manifest(folder).tensors
     for target in (Layout(), Layout(tp=2, pp=2)):
@@ -130,9 +144,9 @@ def test_tied_embeddings_survive_every_pipeline_split(tmp_path: Path) -> None:
             assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_bf16_keeps_its_main_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(tp=2, dp=2, distributed=True, overlap=True)], ids=str)
+def test_bf16_keeps_its_main_weights(layout: Layout, tmp_path: Path) -> None:
     model = models.MODEL.model_copy(update={"params_dtype": "bf16"})
-    layout = Layout(tp=2, pp=2)
     results = run_ranks(train_and_save, layout, model, tmp_path, world_size=4)
     folder = tmp_path / "iter_0000003"
     manifest = files.read_manifest(folder)

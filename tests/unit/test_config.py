@@ -382,8 +382,20 @@ def test_numbers_that_yaml_reads_as_text_or_the_other_kind(run_yaml: Path) -> No
         (["model.num_query_groups=3"],
          "model.num_attention_heads (4) must be a multiple of num_query_groups (3); nearest: 3, 6"),
         (["model.hidden_size=12"], "model.hidden_size / num_attention_heads (3) must be even for RoPE"),
-        (["model.num_layers=5", "parallel.pipeline_model_parallel_size=2"],
-         "model.num_layers (5) must be a multiple of pipeline_model_parallel_size (2); nearest: 4, 6"),
+        (["model.num_layers=3", "parallel.pipeline_model_parallel_size=2",
+          "parallel.virtual_pipeline_model_parallel_size=2"],
+         "model.num_layers (3) must be at least pipeline x virtual pipeline size (2 x 2 = 4), a layer a chunk; "
+         "split it less"),
+        (["parallel.virtual_pipeline_model_parallel_size=2"],
+         "virtual_pipeline_model_parallel_size (2) needs "
+         "pipeline_model_parallel_size above 1; leave it out"),
+        (["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=2",
+          "model.num_layers=8", "training.global_batch_tokens=10240"],
+         "training.global_batch_tokens (10240) must be a multiple of micro_batch_tokens x pipeline_model_parallel_size "
+         "(2048 x 4 = 8192); nearest: 8192, 16384"),
+        (["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+         "overlap_param_gather (true) needs use_distributed_optimizer and "
+         "overlap_grad_reduce; set both to true"),
         (["model.ffn_hidden_size=129", "parallel.tensor_model_parallel_size=2"],
          "model.ffn_hidden_size (129) must be a multiple of tensor_model_parallel_size (2); nearest: 128, 130"),
         (["model.num_query_groups=1", "parallel.tensor_model_parallel_size=2"],
@@ -403,11 +415,6 @@ def test_rules_name_the_nearest_valid_values(run_yaml: Path, overrides: list[str
     ("override", "text"),
     [
         ("parallel.context_parallel_size=2", "context_parallel_size (2): only 1 is supported"),
-        ("parallel.virtual_pipeline_model_parallel_size=2",
-         "virtual_pipeline_model_parallel_size (2): only null is supported"),
-        ("parallel.use_distributed_optimizer=true", "use_distributed_optimizer (true): only false is supported"),
-        ("parallel.overlap_grad_reduce=true", "overlap_grad_reduce (true): only false is supported"),
-        ("parallel.overlap_param_gather=true", "overlap_param_gather (true): only false is supported"),
         ("model.layer_spec=transformer_engine", "layer_spec (transformer_engine): only auto and torch are supported"),
         ("training.phases=[{from_iter: 5}]", "training.phases (1 given): only [] is supported"),
         ("training.epochs=2", "training.epochs (2): only null is supported; use train_iters"),

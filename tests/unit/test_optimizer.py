@@ -63,7 +63,7 @@ def test_a_warm_up_longer_than_the_run_only_rises():
 
 def gradients(role, step):
     """Forward and backward of one step; gradients stand in main_grad."""
-    role.module.zero_grad_buffer()
+    role.chunks[0].zero_grad_buffer()
     role.optimizer.zero_grad()
     batches = [on_device(batch) for batch in models.micro_batches(step, dp_size=1, dp_rank=0)]
     forward_backward(role, batches, forward_step=partial(language_model_step, role, 2))
@@ -109,7 +109,7 @@ def test_weight_decay_alone_shrinks_matrices_and_leaves_norms(alone):
     model = models.MODEL.model_copy(update={"num_layers": 1})
     role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=config, seed=1)
     before = {part.name: part.parameter.detach().clone() for part in role.named_parameters()}
-    role.module.zero_grad_buffer()
+    role.chunks[0].zero_grad_buffer()
     assert apply_gradients(role.optimizer, lr=0.1, clip_grad=1.0) == (0.0, True)
     for part in role.named_parameters():
         factor = 1.0 if part.name.endswith("layernorm.weight") else 1 - 0.1 * 0.5
