@@ -170,6 +170,9 @@ class TrainingConfig(Section):
     phases: list[Phase] = []
     epochs: int | None = Field(None, ge=1)
     eval_interval: int = Field(0, ge=0, description="iterations; 0: no evaluation")
+    spike_policy: Literal["log", "skip"] = Field("log", description="of a step that stands out from the last 128")
+    spike_sigmas: float = Field(6.0, gt=0, description="how far above them a step's loss or norm stands out")
+    max_skipped_in_a_row: int = Field(50, ge=1, description="updates not made, before the run ends with 65")
 
 
 class OptimizerConfig(Section):
@@ -177,13 +180,25 @@ class OptimizerConfig(Section):
 
     lr: float = Field(3e-4, ge=0)
     min_lr: float = Field(3e-5, ge=0)
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: int = Field(10, ge=0, description="may exceed train_iters")
+    lr_warmup_tokens: int | None = Field(None, ge=0, description="in place of lr_warmup_iters: a schedule by tokens")
+    lr_warmup_init: float = Field(0.0, ge=0, description="the rate that the warm-up starts above")
+    lr_decay_iters: int | None = Field(None, ge=1, description="where min_lr is reached; null: train_iters")
+    lr_decay_tokens: int | None = Field(None, ge=1, description="likewise, in a schedule by tokens")
+    lr_wsd_decay_iters: int | None = Field(None, ge=1, description="WSD: how long before its end the decay begins")
+    lr_wsd_decay_tokens: int | None = Field(None, ge=1, description="likewise, in a schedule by tokens")
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     weight_decay: float = Field(0.1, ge=0, description="not applied to norms")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
+
+    @property
+    def is_by_tokens(self) -> bool:
+        """Whether the schedule counts consumed tokens, padding included, instead of iterations."""
+        return self.lr_warmup_tokens is not None or self.lr_decay_tokens is not None
 
 
 class CheckpointConfig(Section):
@@ -205,6 +220,22 @@ class RuntimeConfig(Section):
     timeout_seconds: float = Field(120, gt=0, le=7 * 24 * 3600, description="of every collective")
     num_threads: int = Field(1, ge=1, description="CPU threads a rank")
     deterministic: bool = False
+    profile: str | None = Field(None, description="A:B, iterations from A to B - 1, by torch's profiler")
+    profile_ranks: list[Annotated[int, Field(ge=0)]] = [0]
+
+    @field_validator("profile")
+    @classmethod
+    def _is_a_window(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", value)
+            if match is None or not 0 < int(match[1]) < int(match[2]):
+                raise ValueError("must be A:B, iterations from A (1 is the first) to B - 1, such as 10:13")
+        return value
+
+    @property
+    def profiled_iterations(self) -> range:
+        """`profile` as a range of iterations; empty without it."""
+        return range(*map(int, self.profile.split(":"))) if self.profile else range(0)
 
 
 class RoleConfig(Section):
@@ -422,11 +453,7 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             "parallel.overlap_param_gather",
             "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
         )
-    if config.optimizer.min_lr > config.optimizer.lr and config.optimizer.lr_decay_style != "constant":
-        yield (
-            "optimizer.min_lr",
-            f"optimizer.min_lr ({config.optimizer.min_lr:g}) must not exceed lr ({config.optimizer.lr:g}); lower it",
-        )
+    yield from _schedule_rules(config.optimizer)
     if data.weights is not None:
         for source, weight in data.weights.items():
             if weight < 0:
@@ -461,6 +488,44 @@ def _batch_rules(
             f"training.global_batch_tokens ({training.global_batch_tokens}) must be a multiple of {unit_name}; "
             f"nearest: {_nearest_multiples(training.global_batch_tokens, unit)}",
         )
+
+
+def _schedule_rules(optimizer: OptimizerConfig) -> Iterator[tuple[str, str]]:
+    """A schedule counts in iterations or in tokens, has an end if it decays, and never rises but by its warm-up."""
+    style, is_decaying = optimizer.lr_decay_style, optimizer.lr_decay_style != "constant"
+    if optimizer.min_lr > optimizer.lr and is_decaying:
+        yield (
+            "optimizer.min_lr",
+            f"optimizer.min_lr ({optimizer.min_lr:g}) must not exceed lr ({optimizer.lr:g}); lower it",
+        )
+    if optimizer.lr_warmup_init > optimizer.lr:
+        yield (
+            "optimizer.lr_warmup_init",
+            f"optimizer.lr_warmup_init ({optimizer.lr_warmup_init:g}) must not exceed lr ({optimizer.lr:g}); lower it",
+        )
+    needed = {"lr_warmup_tokens", "lr_decay_tokens"} if optimizer.is_by_tokens else set()
+    unit, other_unit = ("tokens", "iters") if optimizer.is_by_tokens else ("iters", "tokens")
+    if not is_decaying:
+        needed.discard("lr_decay_tokens")
+    if style == "WSD":
+        needed.add(f"lr_wsd_decay_{unit}")
+    for name in sorted(needed):
+        if getattr(optimizer, name) is None:
+            yield (
+                f"optimizer.{name}",
+                f"optimizer.{name} is missing; a schedule of style {style} that counts {unit} needs it"
+                f"{' (0: no warm-up)' if name == 'lr_warmup_tokens' else ''}",
+            )
+    for name in (f"lr_decay_{other_unit}", f"lr_wsd_decay_{other_unit}"):
+        if getattr(optimizer, name) is not None:
+            yield (
+                f"optimizer.{name}",
+                f"optimizer.{name} ({getattr(optimizer, name)}): this schedule counts {unit}; give "
+                f"{name.replace(other_unit, unit)} in its place, or every length of the schedule in {other_unit}",
+            )
+    for name in ("lr_wsd_decay_iters", "lr_wsd_decay_tokens"):
+        if style != "WSD" and getattr(optimizer, name) is not None:
+            yield f"optimizer.{name}", f"optimizer.{name}: only lr_decay_style WSD has it; leave it out"
 
 
 def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
@@ -529,8 +594,9 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
     if config.model.layer_spec == "transformer_engine":
         yield "model.layer_spec", "layer_spec (transformer_engine): only auto and torch are supported"
-    if training.phases:
-        yield "training.phases", f"training.phases ({len(training.phases)} given): only [] is supported"
+    for phase in training.phases:
+        if phase.train_only is not None:
+            yield "training.phases", f"training.phases: train_only ({phase.train_only}): only null is supported"
     if training.epochs is not None:
         yield "training.epochs", f"training.epochs ({training.epochs}): only null is supported; use train_iters"
     if training.eval_interval:

@@ -1,9 +1,9 @@
-"""AdamW through megatron-core's optimizer classes, the learning-rate schedule, and the update itself."""
+"""AdamW through megatron-core's optimizer classes, and the update itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,19 +94,6 @@ def owned_parameters(
     return owned
 
 
-def learning_rate(config: OptimizerConfig, *, iteration: int, train_iters: int) -> float:
-    """The rate of the update that is number `iteration` (1 = the first): linear warm-up, then the decay to `min_lr`."""
-    warmup = config.lr_warmup_iters
-    if iteration <= warmup:
-        return config.lr * iteration / warmup
-    if config.lr_decay_style == "constant" or train_iters <= warmup:
-        return config.lr
-    progress = min(1.0, (iteration - warmup) / (train_iters - warmup))
-    is_linear = config.lr_decay_style == "linear"
-    remaining = 1.0 - progress if is_linear else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_lr + (config.lr - config.min_lr) * remaining
-
-
 @torch.no_grad()
 def global_grad_norm(optimizer: Any) -> float:
     """L2 norm of the finished gradients over all ranks of the model, each element counted once. Collective.
@@ -124,17 +111,20 @@ def global_grad_norm(optimizer: Any) -> float:
 
 
 @torch.no_grad()
-def apply_gradients(optimizer: Any, *, lr: float, clip_grad: float) -> tuple[float, bool]:
+def apply_gradients(
+    optimizer: Any, *, lr: float, clip_grad: float, accepts: Callable[[float], bool] = math.isfinite
+) -> tuple[float, bool]:
     """One update from the finished gradients; returns their global norm and whether the update was made.
 
-    A norm that is not finite, the same number on all ranks of the role, leaves weights and moments untouched.
+    accepts: whether an update is made from gradients of this norm, which is the same number on all ranks of the role,
+    as the answer must be. Where it is not, weights and moments stay untouched.
     """
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
     optimizer.prepare_grads()
     grad_norm = global_grad_norm(optimizer)
-    if not math.isfinite(grad_norm):
+    if not accepts(grad_norm):
         return grad_norm, False
     if clip_grad > 0.0:
         for part in optimizer.chained_optimizers:

@@ -16,7 +16,8 @@ from megatron_xy.config import (
     data_parallel_size,
 )
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.sampler import BucketSampler, SamplerPhase
+from megatron_xy.data.phases import sampler_phases, total_tokens
+from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import complete_model, read_hf_config
@@ -122,8 +123,7 @@ def _check_tokenizer(path: Path | None, dataset: PackedDataset) -> None:
 
 def _sampler(config: RunConfig, dataset: PackedDataset) -> BucketSampler:
     """The run's own sampler: it refuses weights and batch sizes that do not fit the data."""
-    phase = SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)
-    return BucketSampler(dataset.streams, seed=config.seed, phases=[phase])
+    return BucketSampler(dataset.streams, seed=config.seed, phases=sampler_phases(config.data, config.training))
 
 
 def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
@@ -147,8 +147,13 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
         replicas = data_parallel_size(layout, world_size=world_size)
         micro_batches = training.global_batch_tokens // (training.micro_batch_tokens * replicas)
         lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {micro_batches} micro-batches a step")
+    phases = sampler_phases(config.data, training)
+    sizes_of_steps = ", ".join(
+        f"{phase.global_batch_tokens}{f' from step {phase.from_step} on' if phase.from_step else ''}"
+        for phase in phases
+    )
+    all_tokens = total_tokens(phases, train_iters=training.train_iters)
     lines.append(
-        f"  training: {training.train_iters} steps of {training.global_batch_tokens} tokens "
-        f"({training.train_iters * training.global_batch_tokens / 1e6:,.1f} M in all)"
+        f"  training: {training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
     )
     return "\n".join(lines)

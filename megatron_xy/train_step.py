@@ -6,6 +6,8 @@ batch is split into micro-batches nor over data parallel ranks nor on its bucket
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,7 @@ from megatron_xy.parallel import from_last_stage, sum_over
 from megatron_xy.role import Role
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+Judge = Callable[[float, float], bool]
 ForwardStep = Callable[[Iterator["DeviceBatch"], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
 
 
@@ -46,12 +49,23 @@ class StepResult:
     source_tokens: dict[int, int]  # unmasked tokens, likewise
     grad_norm: float
     updated: bool
+    forward_backward_seconds: float  # until the gradient norm is known
 
 
 def train_step(
-    role: Role, micro_batches: Sequence[MicroBatch], *, num_sources: int, lr: float, clip_grad: float
+    role: Role,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    num_sources: int,
+    lr: float,
+    clip_grad: float,
+    judge: Judge | None = None,
 ) -> StepResult:
-    """One update of the role's weights from this data parallel rank's micro-batches; collective over the role."""
+    """One update of the role's weights from this data parallel rank's micro-batches; collective over the role.
+
+    judge: of the step's loss and its finite gradient norm, whether the update is made; the same answer on all ranks.
+    """
+    began = time.perf_counter()
     assert role.optimizer is not None, "a role that trains has an optimizer"
     role.zero_gradients()
     batches = [on_device(batch) for batch in micro_batches]
@@ -61,18 +75,29 @@ def train_step(
     for output in outputs:
         totals += output["totals"]
     totals = from_last_stage(sum_over(totals, role.groups.collection.dp), role.groups)
-    grad_norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad)
-    sums, counts = totals.unbind(dim=1)
-    num_tokens = int(counts.sum().item())
-    losses = {index: total / count for index, (total, count) in enumerate(totals.tolist()) if count}
+    known_at = began
+
+    def accepts(norm: float) -> bool:
+        nonlocal known_at
+        known_at = time.perf_counter()  # here all ranks have met, and the device has caught up
+        return math.isfinite(norm) and (judge is None or judge(_mean_loss(totals.tolist()), norm))
+
+    grad_norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad, accepts=accepts)
+    by_source = totals.tolist()
     return StepResult(
-        loss=float(sums.sum().item()) / max(num_tokens, 1),
-        num_loss_tokens=num_tokens,
-        source_losses=losses,
-        source_tokens={index: int(count) for index, count in enumerate(counts.tolist()) if count},
+        loss=_mean_loss(by_source),
+        num_loss_tokens=sum(int(count) for _, count in by_source),
+        source_losses={index: total / count for index, (total, count) in enumerate(by_source) if count},
+        source_tokens={index: int(count) for index, (_, count) in enumerate(by_source) if count},
         grad_norm=grad_norm,
         updated=updated,
+        forward_backward_seconds=known_at - began,
     )
+
+
+def _mean_loss(totals: Sequence[Sequence[float]]) -> float:
+    """Of sums and counts by source."""
+    return sum(total for total, _ in totals) / max(sum(count for _, count in totals), 1)
 
 
 def forward_backward(

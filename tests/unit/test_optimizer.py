@@ -1,6 +1,5 @@
-"""The learning-rate schedule against its formula, the update against torch's AdamW on a plain copy."""
+"""The update against torch's AdamW on a plain copy."""
 
-import itertools
 import math
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_xy import parallel
 from megatron_xy.config import OptimizerConfig, ParallelConfig
-from megatron_xy.optimizer import apply_gradients, learning_rate, torch_optimizers
+from megatron_xy.optimizer import apply_gradients, torch_optimizers
 from megatron_xy.role import build_role
 from megatron_xy.train_step import forward_backward, language_model_step, on_device
 from tests.distributed import models
@@ -24,41 +23,6 @@ def alone():
     yield parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=60)
     if started:
         dist.destroy_process_group()
-
-
-def rate(iteration, *, style, warmup, train_iters, lr=4e-3, min_lr=1e-3):
-    config = OptimizerConfig(lr=lr, min_lr=min_lr, lr_decay_style=style, lr_warmup_iters=warmup)
-    return learning_rate(config, iteration=iteration, train_iters=train_iters)
-
-
-@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize(("warmup", "train_iters"), [(0, 1), (0, 10), (4, 20), (10, 10), (9, 10)])
-def test_the_rate_follows_its_formula(style, warmup, train_iters):
-    for iteration in range(1, train_iters + 1):
-        if iteration <= warmup:
-            want = 4e-3 * iteration / warmup
-        elif style == "constant":
-            want = 4e-3
-        else:
-            done = (iteration - warmup) / (train_iters - warmup)
-            share = (1 + math.cos(math.pi * done)) / 2 if style == "cosine" else 1 - done
-            want = 1e-3 + 3e-3 * share
-        assert rate(iteration, style=style, warmup=warmup, train_iters=train_iters) == pytest.approx(want, rel=1e-12)
-
-
-@pytest.mark.parametrize(("style", "last"), [("cosine", 1e-3), ("linear", 1e-3), ("constant", 4e-3)])
-def test_the_rate_ends_where_it_should_and_stays_there(style, last):
-    whole = [rate(iteration, style=style, warmup=5, train_iters=50) for iteration in range(1, 80)]
-    assert whole[0] == pytest.approx(8e-4)
-    assert max(whole) == whole[4] == 4e-3
-    assert whole[49] == pytest.approx(last, rel=1e-12)
-    assert whole[50:] == [whole[49]] * 29
-    assert all(a >= b for a, b in itertools.pairwise(whole[4:]))
-
-
-def test_a_warm_up_longer_than_the_run_only_rises():
-    whole = [rate(iteration, style="cosine", warmup=100, train_iters=10) for iteration in range(1, 11)]
-    assert whole == pytest.approx([4e-3 * iteration / 100 for iteration in range(1, 11)], rel=1e-12)
 
 
 def gradients(role, step):
