@@ -16,7 +16,7 @@ from megatron_xy.config import (
     data_parallel_size,
 )
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.sampler import BucketSampler, SamplerPhase
+from megatron_xy.data.phases import check_epochs, run_sampler
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import complete_model, read_hf_config
@@ -52,7 +52,9 @@ def _look_at_data(config: RunConfig, findings: _Findings) -> PackedDataset | Non
         findings.of("training.micro_batch_tokens", lambda: check_buckets(config.training, buckets=dataset.buckets))
         findings.of("model.vocab_size", lambda: _check_vocabulary(config.model, dataset))
         findings.of("data.tokenizer", lambda: _check_tokenizer(config.data.tokenizer, dataset))
-        findings.of("data.weights", lambda: _sampler(config, dataset))
+        sampler = findings.of("data.weights", lambda: run_sampler(config, dataset.streams))
+        if sampler is not None:
+            findings.of("data.max_epochs", lambda: check_epochs(config, sampler))
     return dataset
 
 
@@ -118,12 +120,6 @@ def _check_tokenizer(path: Path | None, dataset: PackedDataset) -> None:
             f"data.tokenizer ({path}) is not the one that {dataset.paths[0]} was built with; name that one, or leave "
             f"data.tokenizer out: the data folder holds a copy"
         )
-
-
-def _sampler(config: RunConfig, dataset: PackedDataset) -> BucketSampler:
-    """The run's own sampler: it refuses weights and batch sizes that do not fit the data."""
-    phase = SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)
-    return BucketSampler(dataset.streams, seed=config.seed, phases=[phase])
 
 
 def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
