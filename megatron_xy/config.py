@@ -143,6 +143,9 @@ class DataConfig(Section):
     tokenizer: FilePath | None = None
     split_documents: bool = Field(True, description="attention and positions stop at document borders")
     eval_path: FilePath | None = None
+    max_epochs: float | None = Field(
+        None, gt=0, description="refuse a run that would draw a (source, bucket) more often; null: any number of times"
+    )
 
     @property
     def paths(self) -> list[Path]:
@@ -153,7 +156,7 @@ class DataConfig(Section):
 
 
 class Phase(Section):
-    """From data step `from_iter` on, other weights, batch size or trained part."""
+    """From data step `from_iter` on, other weights, batch size or trained part; what is left out stays as it was."""
 
     from_iter: int = Field(ge=0)
     weights: dict[str, Weight] | None = None
@@ -454,12 +457,8 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
         )
     yield from _schedule_rules(config.optimizer)
-    if data.weights is not None:
-        for source, weight in data.weights.items():
-            if weight < 0:
-                yield "data.weights", f"data.weights.{source} ({weight:g}) must not be negative; 0 leaves it out"
-        if not any(weight > 0 for weight in data.weights.values()):
-            yield "data.weights", "data.weights: at least one source needs a weight above 0"
+    yield from _weight_rules(data.weights, key="data.weights")
+    yield from _phase_rules(training.phases)
     if not data.paths:
         yield "data.path", "data.path is missing; name a folder that `megatron-xy data build` wrote"
     if config.model.load is None:
@@ -482,12 +481,42 @@ def _batch_rules(
     unit = math.prod(factors.values())
     unit_name = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))}"
     unit_name += f" = {unit})" if len(factors) > 1 else ")"
-    if training.global_batch_tokens % unit:
-        yield (
-            "training.global_batch_tokens",
-            f"training.global_batch_tokens ({training.global_batch_tokens}) must be a multiple of {unit_name}; "
-            f"nearest: {_nearest_multiples(training.global_batch_tokens, unit)}",
-        )
+    sizes = [("training", training.global_batch_tokens)]
+    for number, phase in enumerate(training.phases):
+        if phase.global_batch_tokens is not None:
+            sizes.append((f"training.phases[{number}]", phase.global_batch_tokens))
+    for key, tokens in sizes:
+        if tokens % unit:
+            name = f"{key}.global_batch_tokens"
+            rule = f"{name} ({tokens}) must be a multiple of {unit_name}; nearest: {_nearest_multiples(tokens, unit)}"
+            yield name.split("[")[0], rule
+
+
+def _weight_rules(weights: dict[str, float] | None, *, key: str) -> Iterator[tuple[str, str]]:
+    """Weights of sources are 0 or more, and one is above."""
+    if weights is None:
+        return
+    where = key.split("[")[0]
+    for source, weight in weights.items():
+        if weight < 0:
+            yield where, f"{key}.{source} ({weight:g}) must not be negative; 0 leaves it out"
+    if not any(weight > 0 for weight in weights.values()):
+        yield where, f"{key}: at least one source needs a weight above 0"
+
+
+def _phase_rules(phases: Sequence[Phase]) -> Iterator[tuple[str, str]]:
+    """Phases stand in the order in which they begin, each changes something, and their weights are such."""
+    for number, phase in enumerate(phases):
+        key = f"training.phases[{number}]"
+        if number and phase.from_iter <= phases[number - 1].from_iter:
+            yield (
+                "training.phases",
+                f"{key}.from_iter ({phase.from_iter}) must be above that of the phase before it "
+                f"({phases[number - 1].from_iter}); sort the phases, and name each step once",
+            )
+        if phase.weights is None and phase.global_batch_tokens is None and phase.train_only is None:
+            yield "training.phases", f"{key} changes nothing; give it weights or global_batch_tokens"
+        yield from _weight_rules(phase.weights, key=f"{key}.weights")
 
 
 def _schedule_rules(optimizer: OptimizerConfig) -> Iterator[tuple[str, str]]:
@@ -594,9 +623,13 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
     if config.model.layer_spec == "transformer_engine":
         yield "model.layer_spec", "layer_spec (transformer_engine): only auto and torch are supported"
-    for phase in training.phases:
+    for number, phase in enumerate(training.phases):
         if phase.train_only is not None:
-            yield "training.phases", f"training.phases: train_only ({phase.train_only}): only null is supported"
+            names = ", ".join(phase.train_only)
+            yield (
+                "training.phases",
+                f"training.phases[{number}].train_only ({names}): only null is supported; all weights train",
+            )
     if training.epochs is not None:
         yield "training.epochs", f"training.epochs ({training.epochs}): only null is supported; use train_iters"
     if training.eval_interval:

@@ -15,6 +15,7 @@ from megatron_xy import device, environment, mcore, parallel, run_folder
 from megatron_xy.config import RunConfig, check_shape, check_world, dump_config
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.loader import StepLoader
+from megatron_xy.data.phases import describe_epochs, run_sampler
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
@@ -44,6 +45,7 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
     heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
     log.say(_headline(config, world_size=world_size))
+    log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
     log.say(f"  {'import':<28} {time.monotonic() - began:6.1f} s")
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)

@@ -89,7 +89,7 @@ runtime: {timeout_seconds: 120, num_threads: 1, deterministic: false}
 OF_OUR_OWN = {
     "init_method_std", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters", "lr_decay_tokens",
     "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy", "spike_sigmas",
-    "max_skipped_in_a_row", "profile", "profile_ranks",
+    "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks",
 }  # fmt: skip
 
 ROLES = """\
@@ -411,6 +411,18 @@ def test_numbers_that_yaml_reads_as_text_or_the_other_kind(run_yaml: Path) -> No
          "model.num_query_groups (1) must be a multiple of tensor_model_parallel_size (2); nearest: 2"),
         (["training.global_batch_tokens=10000"],
          "training.global_batch_tokens (10000) must be a multiple of micro_batch_tokens (2048); nearest: 8192, 10240"),
+        (["training.phases=[{from_iter: 9, global_batch_tokens: 10000}]"],
+         "training.phases[0].global_batch_tokens (10000) must be a multiple of micro_batch_tokens (2048); "
+         "nearest: 8192, 10240"),
+        (["training.phases=[{from_iter: 9, weights: {a: 1}}, {from_iter: 9, weights: {a: 2}}]"],
+         "training.phases[1].from_iter (9) must be above that of the phase before it (9); sort the phases, and name "
+         "each step once"),
+        (["training.phases=[{from_iter: 9, weights: {a: 1, b: -1}}]"],
+         "training.phases[0].weights.b (-1) must not be negative; 0 leaves it out"),
+        (["training.phases=[{from_iter: 9, weights: {a: 0}}]"],
+         "training.phases[0].weights: at least one source needs a weight above 0"),
+        (["training.phases=[{from_iter: 9}]"],
+         "training.phases[0] changes nothing; give it weights or global_batch_tokens"),
         (["training.micro_batch_tokens=1", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
          "training.micro_batch_tokens (1) must be a multiple of tensor_model_parallel_size (2) under "
          "sequence_parallel; nearest: 2"),
@@ -457,8 +469,8 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
     [
         ("parallel.context_parallel_size=2", "context_parallel_size (2): only 1 is supported"),
         ("model.layer_spec=transformer_engine", "layer_spec (transformer_engine): only auto and torch are supported"),
-        ("training.phases=[{from_iter: 5, train_only: [embedding]}]",
-         "training.phases: train_only (['embedding']): only null is supported"),
+        ("training.phases=[{from_iter: 5, train_only: [embedding, output_layer]}]",
+         "training.phases[0].train_only (embedding, output_layer): only null is supported; all weights train"),
         ("training.epochs=2", "training.epochs (2): only null is supported; use train_iters"),
         ("training.eval_interval=5", "eval_interval (5): only 0 is supported"),
         ("data.eval_path=runs/held-out", "eval_path (runs/held-out): only null is supported"),
