@@ -22,6 +22,7 @@ from megatron_xy import checkpoint_files as files
 from megatron_xy import device
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.errors import ConfigError, DataError, PeerLost, StorageError
+from megatron_xy.host_copy import HostCopy
 from megatron_xy.model.build import EMBEDDING, NamedParameter
 from megatron_xy.optimizer import OwnedParameter
 from megatron_xy.parallel import Groups, barrier, joined_over, sum_over
@@ -65,40 +66,66 @@ def sweep(checkpoints: Path) -> list[str]:
 
 
 class CheckpointWriter:
-    """Saves a role's state at iterations. At most one save is under way; the next one waits for it."""
+    """Saves a role's state at iterations. At most one save is under way; the next one waits for it.
 
-    def __init__(self, checkpoints: Path, *, keep_latest: int, asynchronous: bool, timeout_seconds: float) -> None:
+    A save is scheduled (`save`), copied to the host (`before_update` waits for that), written (`on_written` is told,
+    on the leader), and verified when it is opened again.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        keep_latest: int,
+        asynchronous: bool,
+        timeout_seconds: float,
+        on_progress: Callable[[int], object] = lambda num_bytes: None,
+        on_written: Callable[[str], object] = lambda text: None,
+    ) -> None:
         self.checkpoints = checkpoints
         self.keep_latest = keep_latest
         self.asynchronous = asynchronous
         self.timeout_seconds = timeout_seconds
+        self._on_progress, self._on_written = on_progress, on_written
+        self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._held_seconds = 0.0  # of the save under way
 
     def save(self, role: Role, state: TrainingState, *, facts: dict[str, Any]) -> float:
         """Writes iter_N; returns the seconds for which the caller was held up. Collective over the role's ranks.
 
-        facts: what else the manifest says of the run (its model section, versions).
+        Asynchronously: forward and backward passes may follow at once; before weights or moments are changed,
+        `before_update` waits for the copy. facts: what else the manifest says of the run (its model section, versions).
         """
         began = time.monotonic()
         self.wait()
         parts = [part for part in _parts(role) if part.is_writer]
-        tensors = {part.name: _to_host(part.tensor, part.shard) for part in parts}
+        tensors = {part.name: part.shard.trim(part.tensor) for part in parts}
         shards = {part.name: part.shard for part in parts}
         rank_state = {f"rank_state.{name}": value.clone() for name, value in role.generator_states.items()}
         place = {"world_size": len(role.groups.ranks), "device": device.current().type}
         body = {**asdict(state), **place, "parallel": role.parallel.model_dump(), **facts}
         groups = role.groups
+        self._copy.mark()
 
         def write() -> None:
-            self._write(groups, state.iteration, tensors=tensors, shards=shards, rank_state=rank_state, state=body)
+            copies = self._copy.run(tensors)
+            self._write(groups, state.iteration, tensors=copies, shards=shards, rank_state=rank_state, state=body)
 
         if self.asynchronous:
             self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint", daemon=True)
             self._thread.start()
         else:
             write()
-        return time.monotonic() - began
+        self._held_seconds = time.monotonic() - began
+        return self._held_seconds
+
+    def before_update(self) -> float:
+        """Waits until a save under way has its copy of what an update changes; returns the seconds."""
+        seconds = self._copy.wait()
+        self._held_seconds += seconds
+        return seconds
 
     def wait(self) -> None:
         """Waits for this rank's part of the save under way, and raises what went wrong in it."""
@@ -131,6 +158,7 @@ class CheckpointWriter:
         state: dict[str, Any],
     ) -> None:
         """This rank's shard and note; on the leader also the manifest, the rename and the retention."""
+        began = time.monotonic()
         folder = self.checkpoints / f"{TEMPORARY_PREFIX}iter_{iteration:07d}"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -138,7 +166,8 @@ class CheckpointWriter:
             raise StorageError(f"{folder} cannot be made: {error}") from error
         size = len(groups.ranks)
         file = f"rank-{groups.role_rank:05d}-of-{size:05d}.safetensors"
-        facts = files.write_shard(folder, file=file, tensors={**tensors, **rank_state})
+        contents = {**tensors, **rank_state}
+        facts = files.write_shard(folder, file=file, tensors=contents, on_progress=self._on_progress)
         note = {
             "file": file,
             "facts": facts,
@@ -153,11 +182,19 @@ class CheckpointWriter:
             "rank_state": [name.removeprefix("rank_state.") for name in rank_state],
         }
         write_json(folder / f"note-{groups.role_rank:05d}.json", note)
-        if groups.role_rank == 0:
-            self._complete(folder, iteration, num_ranks=size, state=state)
+        if groups.is_leader:
+            num_bytes = self._complete(folder, iteration, num_ranks=size, state=state)
+            seconds = time.monotonic() - began
+            self._on_written(
+                f"checkpoint of step {iteration} written: {num_bytes / 1e6:,.1f} MB in {seconds:.2f} s "
+                f"(training held for {self._held_seconds:.2f} s)"
+            )
 
-    def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> None:
-        """Gathers the notes into the manifest, gives the folder its name, and lets go of the oldest checkpoints."""
+    def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> int:
+        """Gathers the notes into the manifest, gives the folder its name, and lets go of the oldest checkpoints.
+
+        Returns the bytes of all shards.
+        """
         notes = {rank: self._await_note(folder / f"note-{rank:05d}.json") for rank in range(num_ranks)}
         manifest = files.Manifest(state=state, tensors={}, rank_state={}, files={})
         for rank, note in notes.items():
@@ -179,6 +216,7 @@ class CheckpointWriter:
         course = [saved for saved in saved_iterations(self.checkpoints) if saved <= iteration]
         for old in course[self.keep_latest :]:
             self._remove(iteration_folder(self.checkpoints, old))
+        return sum(int(facts["bytes"]) for facts in manifest.files.values())
 
     def _await_note(self, path: Path) -> dict[str, Any]:
         """Another rank's note, as soon as it is there. Writing a shard may take long; a rank that died never will."""
@@ -357,10 +395,3 @@ def _state_tensors(named: NamedParameter, owned: OwnedParameter | None) -> dict[
         tensors[f"optimizer.{MAIN_PARAM}.{named.name}"] = owned.main.detach()
     moments = owned.inner.state.get(owned.main, {})
     return {**tensors, **{f"optimizer.{name}.{named.name}": moments[name] for name in MOMENTS if name in moments}}
-
-
-def _to_host(tensor: torch.Tensor, shard: ParameterShard) -> torch.Tensor:
-    """A copy of its own in the host's memory, without the padding."""
-    trimmed = shard.trim(tensor)
-    assert trimmed.numel() == shard.numel, "the boxes cover all but the padding"
-    return trimmed.to("cpu", copy=True).contiguous()

@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.shards import Box, ParameterShard, whole
-from megatron_xy.storage import file_sha256, sync_file, write_json
+from megatron_xy.storage import file_sha256, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -29,6 +31,11 @@ DTYPE_NAMES = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
     torch.uint8: "uint8", torch.int32: "int32", torch.int64: "int64",
 }  # fmt: skip
+SAFETENSORS_CODES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+BLOCK_BYTES = 16 << 20
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -94,15 +101,55 @@ class Manifest:
         return {**body, "manifest_sha256": _digest_of(body)}
 
 
-def write_shard(directory: Path, *, file: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Writes one safetensors file, synced to disk; returns its {bytes, sha256}. Raises StorageError."""
+def write_shard(
+    directory: Path,
+    *,
+    file: str,
+    tensors: dict[str, torch.Tensor],
+    on_progress: Callable[[int], object] = lambda num_bytes: None,
+) -> dict[str, Any]:
+    """Writes one safetensors file, synced to disk; returns its {bytes, sha256}. Raises StorageError.
+
+    Written in blocks that are hashed at the same time, so that nothing is read again. tensors: on the CPU, contiguous.
+    on_progress: called after each block with the bytes written so far.
+    """
     path = directory / file
+    digest, written = hashlib.sha256(), 0
     try:
-        save_file(tensors, path, metadata={"format": "megatron_xy"})
-        sync_file(path)
-    except (OSError, SafetensorError) as error:
+        with path.open("wb") as stream, ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
+            for block in _safetensors_blocks(tensors):
+                hashing = pool.submit(digest.update, block)
+                stream.write(block)
+                hashing.result()
+                written += len(block)
+                on_progress(written)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}; the checkpoints before it are untouched") from error
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"bytes": written, "sha256": digest.hexdigest()}
+
+
+def _safetensors_blocks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview]:
+    """A safetensors file of `tensors`: the header's length, the header as JSON, the tensors one after the other.
+
+    As the format asks: wider elements first, then by name, so that every tensor is aligned; the header padded with
+    spaces to 8 bytes.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "megatron_xy"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        code = SAFETENSORS_CODES[tensor.dtype]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield memoryview(struct.pack("<Q", len(encoded)) + encoded)
+    for _, tensor in ordered:
+        whole_tensor = tensor.reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(whole_tensor), BLOCK_BYTES):
+            yield whole_tensor[start : start + BLOCK_BYTES]
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

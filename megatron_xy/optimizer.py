@@ -112,12 +112,18 @@ def global_grad_norm(optimizer: Any) -> float:
 
 @torch.no_grad()
 def apply_gradients(
-    optimizer: Any, *, lr: float, clip_grad: float, accepts: Callable[[float], bool] = math.isfinite
+    optimizer: Any,
+    *,
+    lr: float,
+    clip_grad: float,
+    accepts: Callable[[float], bool] = math.isfinite,
+    before_update: Callable[[], object] = lambda: None,
 ) -> tuple[float, bool]:
     """One update from the finished gradients; returns their global norm and whether the update was made.
 
     accepts: whether an update is made from gradients of this norm, which is the same number on all ranks of the role,
     as the answer must be. Where it is not, weights and moments stay untouched.
+    before_update: called right before they change.
     """
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
@@ -129,5 +135,6 @@ def apply_gradients(
     if clip_grad > 0.0:
         for part in optimizer.chained_optimizers:
             mcore.clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, grad_norm)
+    before_update()
     optimizer.step_with_ready_grads()
     return grad_norm, True

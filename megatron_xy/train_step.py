@@ -60,10 +60,12 @@ def train_step(
     lr: float,
     clip_grad: float,
     judge: Judge | None = None,
+    before_update: Callable[[], object] = lambda: None,
 ) -> StepResult:
     """One update of the role's weights from this data parallel rank's micro-batches; collective over the role.
 
     judge: of the step's loss and its finite gradient norm, whether the update is made; the same answer on all ranks.
+    before_update: called right before weights and moments change.
     """
     began = time.perf_counter()
     assert role.optimizer is not None, "a role that trains has an optimizer"
@@ -82,7 +84,9 @@ def train_step(
         known_at = time.perf_counter()  # here all ranks have met, and the device has caught up
         return math.isfinite(norm) and (judge is None or judge(_mean_loss(totals.tolist()), norm))
 
-    grad_norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad, accepts=accepts)
+    grad_norm, updated = apply_gradients(
+        role.optimizer, lr=lr, clip_grad=clip_grad, accepts=accepts, before_update=before_update
+    )
     by_source = totals.tolist()
     return StepResult(
         loss=_mean_loss(by_source),

@@ -54,6 +54,7 @@ class Trainer:
             keep_latest=config.checkpoint.keep_latest,
             asynchronous=config.checkpoint.async_save,
             timeout_seconds=config.runtime.timeout_seconds,
+            on_written=log.say,
         )
         self._peak_flops = _device_peak_flops()
 
@@ -131,6 +132,7 @@ class Trainer:
                 lr=lr,
                 clip_grad=self.config.optimizer.clip_grad,
                 judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
+                before_update=self.writer.before_update,
             )
         device.synchronize()
         seconds = time.perf_counter() - began
@@ -239,8 +241,8 @@ class Trainer:
         }
         held = self.writer.save(self.role, self.state, facts=facts)
         self._seconds_between_steps["save"] += held
-        how = "being written" if self.config.checkpoint.async_save else "written"
-        self.log.say(f"checkpoint of step {iteration} {how} (training held for {held:.2f} s)")
+        if self.config.checkpoint.async_save:
+            self.log.say(f"checkpoint of step {iteration} scheduled")
 
     def _facts(self) -> dict[str, Any]:
         return course.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, asynch
     writer = CheckpointWriter(checkpoints, keep_latest=2, asynchronous=asynchronous, timeout_seconds=30)
     state = TrainingState(iteration=3, data_step=3, consumed_samples=24, consumed_tokens=1536, optimizer_steps=3)
     writer.save(role, state, facts={"model": model.model_dump(mode="json")})
-    after = steps(role, range(3, 6))
+    after = steps(role, range(3, 6), before_update=writer.before_update)
     writer.finish(role.groups)
     return {"after": after, "shard_bytes": parameter_bytes(role)}
 
@@ -69,14 +70,16 @@ def load_and_save(layout: Layout, model: ModelConfig, folder: Path, checkpoints:
     writer.finish(role.groups)
 
 
-def steps(role: Any, numbers: range) -> list[tuple[float, float]]:
+def steps(role: Any, numbers: range, before_update: Callable[[], object] = lambda: None) -> list[tuple[float, float]]:
     from megatron_xy.train_step import train_step
 
     curve = []
     for number in numbers:
         batches = models.micro_batches(number, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
         with role.active():
-            result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+            result = train_step(
+                role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0, before_update=before_update
+            )
         curve.append((result.loss, result.grad_norm))
     return curve
 
@@ -156,9 +159,10 @@ def test_bf16_keeps_its_main_weights(layout: Layout, tmp_path: Path) -> None:
     assert run_ranks(load_and_train, layout, model, folder, world_size=4)[0] == results[0]["after"]
 
 
-def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path) -> None:
-    """Three steps follow while it is written: what is on disk must be the state before them."""
-    layout = Layout(tp=2)
-    results = run_ranks(train_and_save, layout, models.MODEL, tmp_path, True, world_size=2)
-    resumed = run_ranks(load_and_train, layout, models.MODEL, tmp_path / "iter_0000003", world_size=2)
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, dp=2, distributed=True, overlap=True)], ids=str)
+def test_a_save_in_the_background_holds_the_state_of_its_step(layout: Layout, tmp_path: Path) -> None:
+    """Three steps follow while it is copied and written: what is on disk must be the state before them."""
+    results = run_ranks(train_and_save, layout, models.MODEL, tmp_path, True, world_size=layout.world_size)
+    folder = tmp_path / "iter_0000003"
+    resumed = run_ranks(load_and_train, layout, models.MODEL, folder, world_size=layout.world_size)
     assert resumed[0] == results[0]["after"]
