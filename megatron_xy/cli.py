@@ -368,7 +368,8 @@ def checkpoint_show(directory: Annotated[Path, typer.Argument(metavar="DIR")], a
         print(json.dumps(manifest.to_json()))
         return
     for name, value in manifest.state.items():
-        print(f"{name}: {value}")
+        if name != "history":  # of the last steps, for the spikes' sake: long, and only told as JSON
+            print(f"{name}: {value}")
     total = sum(facts["bytes"] for facts in manifest.files.values())
     print(f"tensors: {len(manifest.tensors)}\nfiles: {len(manifest.files)}, {total / 1e6:,.1f} MB")
 

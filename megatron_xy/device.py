@@ -13,7 +13,8 @@ import contextlib
 import functools
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,6 +119,40 @@ def set_generator_state(state: torch.Tensor) -> None:
         torch.set_rng_state(state)
     else:
         torch.cuda.set_rng_state(state)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the device's queue of work."""
+
+    event: Any
+
+
+def mark_point() -> Point:
+    """Where the device's queue stands now."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return Point(event)
+
+
+@contextlib.contextmanager
+def beside_training(*, after: Point | None) -> Iterator[None]:
+    """Inside, work goes to a stream of its own that waits for `after`; it is done at the end. For other threads."""
+    if is_cpu():
+        yield
+        return
+    with torch.cuda.device(current()):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if after is not None:
+            stream.wait_event(after.event)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+
+def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory of the host for a copy of `tensor`, contiguous; pinned where the device is a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=not is_cpu())
 
 
 def adapt_megatron_random(module: Any) -> None:

@@ -34,18 +34,18 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import random as tensor_parallel_random  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.enums import LayerType  # noqa: E402
 from megatron.core.transformer.mlp import MLP  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 
 device.adapt_megatron_random(tensor_parallel_random)
 
@@ -65,12 +65,15 @@ __all__ = [
     "VERSION",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
+    "DistributedOptimizer",
     "GPTModel",
+    "LayerType",
     "MegatronModule",
     "ModelType",
     "OptimizerConfig",
     "P2PCommunicator",
     "PackedSeqParams",
+    "PipelineParallelLayerLayout",
     "ProcessGroupCollection",
     "TransformerBlockSubmodules",
     "TransformerConfig",
@@ -80,6 +83,5 @@ __all__ = [
     "get_gpt_layer_local_spec",
     "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
-    "get_num_layers_to_build",
     "tensor_parallel_random",
 ]

@@ -16,7 +16,7 @@ from megatron_xy.config import (
     data_parallel_size,
 )
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.sampler import BucketSampler, SamplerPhase
+from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, total_tokens
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import complete_model, read_hf_config
@@ -52,7 +52,9 @@ def _look_at_data(config: RunConfig, findings: _Findings) -> PackedDataset | Non
         findings.of("training.micro_batch_tokens", lambda: check_buckets(config.training, buckets=dataset.buckets))
         findings.of("model.vocab_size", lambda: _check_vocabulary(config.model, dataset))
         findings.of("data.tokenizer", lambda: _check_tokenizer(config.data.tokenizer, dataset))
-        findings.of("data.weights", lambda: _sampler(config, dataset))
+        sampler = findings.of("data.weights", lambda: run_sampler(config, dataset.streams))
+        if sampler is not None:
+            findings.of("data.max_epochs", lambda: check_epochs(config, sampler))
     return dataset
 
 
@@ -120,12 +122,6 @@ def _check_tokenizer(path: Path | None, dataset: PackedDataset) -> None:
         )
 
 
-def _sampler(config: RunConfig, dataset: PackedDataset) -> BucketSampler:
-    """The run's own sampler: it refuses weights and batch sizes that do not fit the data."""
-    phase = SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)
-    return BucketSampler(dataset.streams, seed=config.seed, phases=[phase])
-
-
 def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
     """What the config comes to, in a few lines."""
     model, training, layout = config.model, config.training, config.parallel
@@ -147,8 +143,13 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
         replicas = data_parallel_size(layout, world_size=world_size)
         micro_batches = training.global_batch_tokens // (training.micro_batch_tokens * replicas)
         lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {micro_batches} micro-batches a step")
+    phases = sampler_phases(config)
+    sizes_of_steps = ", ".join(
+        f"{phase.global_batch_tokens}{f' from step {phase.from_step} on' if phase.from_step else ''}"
+        for phase in phases
+    )
+    all_tokens = total_tokens(phases, train_iters=training.train_iters)
     lines.append(
-        f"  training: {training.train_iters} steps of {training.global_batch_tokens} tokens "
-        f"({training.train_iters * training.global_batch_tokens / 1e6:,.1f} M in all)"
+        f"  training: {training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
     )
     return "\n".join(lines)

@@ -43,17 +43,10 @@ from megatron_xy.data.packing import (
 )
 from megatron_xy.data.selection import MOST_FILES, Selection
 from megatron_xy.data.token_shards import make_token_shards
-from megatron_xy.data.tokenize import (
-    Advance,
-    Progress,
-    TokenizeTask,
-    Workers,
-    group_parts,
-    part_bytes_for,
-    read_receipt,
-)
+from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, read_receipt
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.data.work_folder import WORK_FOLDER, WorkFolderBusy, shared_work_folder, work_folder
+from megatron_xy.data.workers import Advance, Progress, Workers
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import replace, storage_error, write_text
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_xy.data.documents import LineReport, Part, read_part
 from megatron_xy.data.selection import document_key, text_hash
-from megatron_xy.data.tokenize import Advance, Workers
+from megatron_xy.data.workers import Advance, Workers
 from megatron_xy.storage import replace, storage_errors
 
 # A document: its hash as two numbers, and its key.

@@ -11,8 +11,9 @@ from megatron_xy.data.documents import LineReport
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry
 from megatron_xy.data.packing import Overflow, Packing, PackReceipt, pack_shard, pack_tasks
-from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard, Workers
+from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard
 from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_xy.data.documents import BadLinePolicy, LineReport
 from megatron_xy.data.inputs import is_prefix
 from megatron_xy.data.prefixes import copy_documents
-from megatron_xy.data.tokenize import Advance, TokenizeTask, TokenShard, Workers, tokenize_shard
+from megatron_xy.data.tokenize import TokenizeTask, TokenShard, tokenize_shard
+from megatron_xy.data.workers import Advance, Workers
 from megatron_xy.storage import storage_errors
 
 

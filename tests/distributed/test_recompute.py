@@ -55,7 +55,7 @@ def kept_bytes(role: Any) -> int:
         return result
 
     batches = [on_device(batch) for batch in models.micro_batches(0, dp_size=1, dp_rank=0)]
-    role.module.zero_grad_buffer()
+    role.chunks[0].zero_grad_buffer()
     with role.active():
         forward_backward(role, batches, forward_step=step)
     return measured[0]
