@@ -186,15 +186,15 @@ def convert(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Says what this machine has, what would be used and why, and what is patched."""
     from megatron_xy import device
 
     device.start()
-    from megatron_xy.doctor import diagnose
+    from megatron_xy.doctor import diagnose, told
 
-    for line in diagnose():
-        print(line)
+    findings = diagnose()
+    print(json.dumps(findings) if as_json else told(findings))
 
 
 @data_app.command("build")

@@ -102,7 +102,9 @@ class ModelConfig(Section):
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
     params_dtype: Literal["fp32", "bf16"] = "fp32"
-    layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
+    layer_spec: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="auto: transformer_engine where it is installed and works on a GPU, else torch"
+    )
     recompute_granularity: Literal["none", "selective", "full"] = "none"
 
     @property
@@ -621,8 +623,6 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
-    if config.model.layer_spec == "transformer_engine":
-        yield "model.layer_spec", "layer_spec (transformer_engine): only auto and torch are supported"
     for number, phase in enumerate(training.phases):
         if phase.train_only is not None:
             names = ", ".join(phase.train_only)

@@ -33,6 +33,7 @@ COLLECTIVE_ERROR_MARKS = (
 _MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
 _device: torch.device | None = None
+_patched: list[str] = []
 
 
 def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = False) -> torch.device:
@@ -78,6 +79,11 @@ def current() -> torch.device:
 def is_cpu() -> bool:
     """Whether this process computes on the CPU, through the stand-in."""
     return current() == _CPU
+
+
+def patched() -> list[str]:
+    """The names that `start` replaced in this process; none where CUDA is."""
+    return list(_patched)
 
 
 def backend() -> str:
@@ -220,12 +226,17 @@ def _install_stand_in() -> None:
         replacements[counter] = _zero_counter()
     for attribute, replacement in replacements.items():
         setattr(cuda, attribute, replacement)
+        _patched.append(f"torch.cuda.{attribute}")
     cuda.random.get_rng_state = lambda device="": torch.get_rng_state()
     cuda.random.set_rng_state = lambda new_state, device="": torch.set_rng_state(new_state)
     cuda.nvtx.range_push = lambda message: None
     cuda.nvtx.range_pop = lambda: None
+    _patched.extend(f"torch.cuda.random.{name}" for name in ("get_rng_state", "set_rng_state"))
+    _patched.extend(f"torch.cuda.nvtx.{name}" for name in ("range_push", "range_pop"))
     for factory in _FACTORIES:
         setattr(torch, factory, _on_cpu(getattr(torch, factory)))
+        _patched.append(f"torch.{factory}")
+    _patched.extend(("torch.Tensor.cuda", "torch.Tensor.type"))
     _install_tensor_methods()
 
 

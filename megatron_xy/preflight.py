@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def check_paths(config: RunConfig) -> None:
     """
     findings = _Findings()
     model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
+    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
@@ -98,6 +100,15 @@ def _completed_model(model: ModelConfig) -> ModelConfig:
     if not (folder / "manifest.json").is_file():
         raise DataError(f"{folder} holds no manifest.json: it is no checkpoint, or one that was not finished")
     return model
+
+
+def _check_layer_spec(model: ModelConfig) -> None:
+    """That Transformer Engine is there if it is asked for; whether it works shows when the GPU is there."""
+    if model.layer_spec == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "model.layer_spec (transformer_engine): transformer_engine is not installed; install "
+            "transformer-engine[pytorch], or set layer_spec to auto or torch"
+        )
 
 
 def _check_vocabulary(model: ModelConfig, dataset: PackedDataset) -> None:

@@ -19,6 +19,7 @@ from megatron_xy.data.phases import describe_epochs, run_sampler
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
+from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.preflight import open_data
 from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
@@ -46,6 +47,7 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
     heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
     log.say(_headline(config, world_size=world_size))
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
+    log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
     log.say(f"  {'import':<28} {time.monotonic() - began:6.1f} s")
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)

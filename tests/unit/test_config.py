@@ -468,7 +468,6 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
     ("override", "text"),
     [
         ("parallel.context_parallel_size=2", "context_parallel_size (2): only 1 is supported"),
-        ("model.layer_spec=transformer_engine", "layer_spec (transformer_engine): only auto and torch are supported"),
         ("training.phases=[{from_iter: 5, train_only: [embedding, output_layer]}]",
          "training.phases[0].train_only (embedding, output_layer): only null is supported; all weights train"),
         ("training.epochs=2", "training.epochs (2): only null is supported; use train_iters"),
