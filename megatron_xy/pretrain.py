@@ -102,7 +102,12 @@ def _build(config: RunConfig) -> Role:
     )
     assert groups is not None, "a training job's role has all ranks"
     return build_role(
-        groups, model=config.model, parallel=config.parallel, optimizer=config.optimizer, seed=config.seed
+        groups,
+        model=config.model,
+        parallel=config.parallel,
+        optimizer=config.optimizer,
+        seed=config.seed,
+        draw=False,
     )
 
 

@@ -68,7 +68,7 @@ class Trainer:
         resume = course.wanted_resume(self.config, role.groups)
         found = find_resumable(self.checkpoints, role.groups, resume=resume, say=self.log.say)
         if found is None:
-            load_initial_weights(role)
+            load_initial_weights(role, seed=self.config.seed)
             origin = f"starting from {role.model.load or 'fresh weights'}"
         else:
             folder, manifest = found
