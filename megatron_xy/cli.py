@@ -216,7 +216,7 @@ def bench(
         print(json.dumps(results))
     else:
         for table in verb.tables(results):
-            Console().print(table)
+            Console(width=max(Console().width, 170)).print(table)
     if not all(part["ok"] for part in results["parts"].values()):
         sys.exit(EXIT_COMPARISON_FAILED)
 

@@ -67,6 +67,9 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
                 "step_seconds_spread": [min(seconds), max(seconds)],
                 "flops_per_token": flops,
                 "mfu": tokens * flops / (median * peak) if peak else None,
+                "mfu_by_cpu_seconds": (
+                    tokens * flops / (statistics.median(cpu_seconds) * peak) if peak and device.is_cpu() else None
+                ),
                 "peak_memory_bytes": device.peak_memory_bytes(),
             }
         )
