@@ -260,10 +260,18 @@ def data_build(
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="this share only; the last one to end finishes")
     ] = None,
+    executor: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--executor", help="where the workers are: processes here, or tasks of the running Ray cluster"),
+    ] = "local",
     as_json: AsJson = False,
 ) -> None:
-    """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx."""
-    from megatron_xy.data.build import Share, build_dataset
+    """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx.
+
+    The same command on several machines that share the folders does the work together.
+    """
+    from megatron_xy.data.build import build_dataset
+    from megatron_xy.data.build_folder import Share
     from megatron_xy.data.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
@@ -284,6 +292,7 @@ def data_build(
             deduplicate=deduplicate,
             held_out=held_out,
             shard=Share.parse(shard) if shard is not None else None,
+            executor=executor,
             progress=progress,
         )
     if stats["finished"]:
@@ -291,8 +300,7 @@ def data_build(
     elif as_json:
         print(json.dumps(stats))
     else:
-        others = f"{stats['missing']} token shard(s) of others are not there yet"
-        print(f"share {shard} is done; {others if stats['missing'] else 'another one is finishing the data set'}")
+        print(f"share {shard} is done; {stats['missing']} token shard(s) of others are not there yet")
 
 
 @data_app.command("stats")

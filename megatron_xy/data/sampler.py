@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +57,12 @@ class SamplerPhase:
     key: str | None = None
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class SampleId:
+class SampleId(NamedTuple):
     """One sample by its place: the `index`-th of what `source` holds in `bucket`."""
 
     source: str
     bucket: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's own method of this name is not needed
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ class BucketSampler:
         indices = self._indices(numbers, owners, [(source, bucket) for source in sources])
         key = np.frombuffer(_digest(self.seed, "order", data_step), dtype="<u8")[0]
         order = np.argsort(_mix(np.arange(batch_samples, dtype=np.uint64) + key), kind="stable")
-        samples = zip(owners[order].tolist(), indices[order].tolist(), strict=True)
-        return Batch(data_step, bucket, tuple(SampleId(sources[owner], bucket, index) for owner, index in samples))
+        names = [sources[owner] for owner in owners[order].tolist()]
+        samples = tuple(map(SampleId, names, itertools.repeat(bucket), indices[order].tolist()))
+        return Batch(data_step, bucket, samples)
 
     def samples_of_rank(
         self, batch: Batch, *, data_parallel_size: int, data_parallel_rank: int, costs: Sequence[int] | None = None
@@ -176,10 +177,12 @@ class BucketSampler:
         """The sample index [n] of draw `numbers` [n] of the streams `owners` [n] (indices into `streams`)."""
         sizes = np.array([self._sizes[stream] for stream in streams], dtype=np.uint64)[owners]
         epochs, positions = np.divmod(numbers, sizes)
-        rows: dict[tuple[int, int], int] = {}
-        row_of = [rows.setdefault(pair, len(rows)) for pair in zip(owners.tolist(), epochs.tolist(), strict=True)]
-        digests = [_digest(self.seed, "epoch", *streams[owner], epoch) for owner, epoch in rows]
-        keys = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, PERMUTATION_ROUNDS)[row_of]
+        # Streams come one after another, their draws in ascending order: a key serves a run of equal epochs.
+        is_first = np.ones(len(numbers), dtype=bool)
+        is_first[1:] = (owners[1:] != owners[:-1]) | (epochs[1:] != epochs[:-1])
+        firsts = zip(owners[is_first].tolist(), epochs[is_first].tolist(), strict=True)
+        digests = [_digest(self.seed, "epoch", *streams[owner], epoch) for owner, epoch in firsts]
+        keys = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, PERMUTATION_ROUNDS)[np.cumsum(is_first) - 1]
         return permute(positions, sizes, keys)
 
 
