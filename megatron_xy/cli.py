@@ -197,6 +197,30 @@ def doctor(as_json: AsJson = False) -> None:
     print(json.dumps(findings) if as_json else told(findings))
 
 
+@app.command()
+def bench(
+    suite: Annotated[Literal["cpu", "gpu"], typer.Argument(metavar="cpu|gpu")],
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="PART", help="this part; may be repeated")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the JSON file; ./bench-SUITE-DATE.json unless given")
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="sizes that show that it runs, not how fast")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measures fixed models and buckets: tokens/s, MFU, memory, recomputation, attention, a resume, a plain loop."""
+    from megatron_xy.bench import verb
+
+    target = output or Path(f"bench-{suite}-{time.strftime('%Y-%m-%d')}.json")
+    results = verb.run(suite, only=only or [], output=target, tiny=tiny, say=_say)
+    if as_json:
+        print(json.dumps(results))
+    else:
+        for table in verb.tables(results):
+            Console(width=max(Console().width, 170)).print(table)
+    if not all(part["ok"] for part in results["parts"].values()):
+        sys.exit(EXIT_COMPARISON_FAILED)
+
+
 @data_app.command("build")
 def data_build(
     inputs: Annotated[
