@@ -22,6 +22,7 @@ from megatron_xy import checkpoint_files as files
 from megatron_xy import device
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.errors import ConfigError, DataError, PeerLost, StorageError
+from megatron_xy.liveness import waiting_for
 from megatron_xy.model.build import NamedParameter
 from megatron_xy.optimizer import torch_optimizers
 from megatron_xy.parallel import Groups, barrier, joined_over, sum_over
@@ -158,7 +159,10 @@ class CheckpointWriter:
 
     def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> None:
         """Gathers the notes into the manifest, gives the folder its name, and lets go of the oldest checkpoints."""
-        notes = {rank: self._await_note(folder / f"note-{rank:05d}.json") for rank in range(num_ranks)}
+        notes = {}
+        for rank in range(num_ranks):
+            with waiting_for(f"rank {rank}'s part of the checkpoint"):
+                notes[rank] = self._await_note(folder / f"note-{rank:05d}.json")
         manifest = files.Manifest(state=state, tensors={}, rank_state={}, files={})
         for rank, note in notes.items():
             manifest.files[note["file"]] = note["facts"]

@@ -16,7 +16,7 @@ import pytest
 from megatron_xy import supervise as supervise_module
 from megatron_xy.errors import ConfigError
 from megatron_xy.orphans import MARK_VARIABLE, is_running
-from megatron_xy.run_folder import Heartbeat, RunDirBusy, prepare, read_exit, read_heartbeats
+from megatron_xy.run_folder import RunDirBusy, new_beat, prepare, read_exit, read_heartbeats, write_beat
 from megatron_xy.supervise import supervise
 
 
@@ -87,7 +87,7 @@ def test_a_rank_killed_before_the_first_step_is_lost_though_its_peers_say_stoppe
 def test_a_run_without_a_supervisor_keeps_its_folder(tmp_path):
     """The supervisor neither starts there nor clears what that run's ranks have written."""
     prepare(tmp_path)
-    Heartbeat(tmp_path, rank=0).beat(iteration=3, phase="step")
+    write_beat(tmp_path, new_beat(rank=0, iteration=3, phase="step"))
     code = (
         "import pathlib, sys; from megatron_xy.run_folder import lock\n"
         "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
