@@ -32,9 +32,10 @@ def diagnose() -> Iterator[str]:
     yield f"device: {device.name()}, backend {device.backend()}, {torch.get_num_threads()} thread(s) a process"
     if device.is_cpu():
         yield "patched: torch.cuda, the device argument of torch's factory functions, Tensor.cuda and Tensor.type,"
-        yield "  because no GPU is there and megatron-core calls them; on a GPU nothing is patched"
+        yield "  because no GPU is there and megatron-core calls them"
     else:
-        yield "patched: nothing"
+        yield "patched: nothing in torch.cuda"
+    yield "in training also: torch.distributed's Work.wait and its groups' methods, so that the watchdog sees waits"
     yield "layer_spec auto: torch (RMSNorm and scaled dot product attention of torch)"
 
 

@@ -42,6 +42,7 @@ from megatron_xy.run_folder import (
     record_exit,
     refuse_if_busy,
 )
+from megatron_xy.signals import STOP_SIGNALS
 from megatron_xy.storage import storage_errors
 
 WORTH_A_RESTART = (EXIT_IO, EXIT_PEER_LOST)  # what another try may not meet again
@@ -82,6 +83,13 @@ def supervise(
     command += ["-m", module, task, config_path, *overrides]
     with lock(run_dir, name=SUPERVISOR_LOCK), _received_signals() as received:
         refuse_if_busy(run_dir)  # a run without a supervisor does not hold our lock
+        if received:  # while this process began
+            name = signal.Signals(received[0]).name
+            message = f"stopped by {name} before any rank was started; there was nothing to save"
+            clear_exit(run_dir)
+            record_exit(run_dir, code=EXIT_STOPPED, message=message, rank=None)
+            _say(f"ended with {EXIT_STOPPED} ({EXIT_NAMES[EXIT_STOPPED]}): {message}")
+            return EXIT_STOPPED
         for attempt in range(restarts + 1):
             silence = _Silence(run_dir, ranks=nproc_per_node, attempt=attempt, timeout_seconds=timeout_seconds)
             record = _attempt(
@@ -360,7 +368,8 @@ def _received_signals() -> Iterator[list[int]]:
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back since the process began
     try:
         yield received
     finally:

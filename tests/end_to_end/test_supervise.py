@@ -148,6 +148,20 @@ def test_a_signal_before_the_ranks_have_begun_is_a_clean_stop(tmp_path):
     assert read_exit(tmp_path).name == "stopped"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_the_command_itself_begins_is_a_clean_stop(tmp_path, number):
+    """`megatron-xy` holds the signals back from its first line on; the supervisor finds them waiting."""
+    code = (
+        "import os, sys; import test_supervise as t; from megatron_xy import signals; signals.block_stop_signals()\n"
+        "os.kill(os.getpid(), int(sys.argv[2])); sys.exit(t.run(t.Path(sys.argv[1]), 'clean'))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(int(number))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 75, ended
+    assert read_exit(tmp_path).message.startswith(f"stopped by {number.name} before any rank was started")
+    assert read_heartbeats(tmp_path) == {} and not (tmp_path / "shown-1.json").exists()
+
+
 def test_one_supervisor_a_folder_and_nothing_outlives_it(tmp_path):
     with supervisor(tmp_path, "stubborn") as process:
         wait_until(lambda: len(read_heartbeats(tmp_path)) == 2)
