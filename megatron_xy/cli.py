@@ -187,15 +187,15 @@ def convert(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Says what this machine has, what would be used and why, and what is patched."""
     from megatron_xy import device
 
     device.start()
-    from megatron_xy.doctor import diagnose
+    from megatron_xy.doctor import diagnose, told
 
-    for line in diagnose():
-        print(line)
+    findings = diagnose()
+    print(json.dumps(findings) if as_json else told(findings))
 
 
 @data_app.command("build")
@@ -237,10 +237,18 @@ def data_build(
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="this share only; the last one to end finishes")
     ] = None,
+    executor: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--executor", help="where the workers are: processes here, or tasks of the running Ray cluster"),
+    ] = "local",
     as_json: AsJson = False,
 ) -> None:
-    """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx."""
-    from megatron_xy.data.build import Share, build_dataset
+    """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx.
+
+    The same command on several machines that share the folders does the work together.
+    """
+    from megatron_xy.data.build import build_dataset
+    from megatron_xy.data.build_folder import Share
     from megatron_xy.data.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
@@ -261,6 +269,7 @@ def data_build(
             deduplicate=deduplicate,
             held_out=held_out,
             shard=Share.parse(shard) if shard is not None else None,
+            executor=executor,
             progress=progress,
         )
     if stats["finished"]:
@@ -268,8 +277,7 @@ def data_build(
     elif as_json:
         print(json.dumps(stats))
     else:
-        others = f"{stats['missing']} token shard(s) of others are not there yet"
-        print(f"share {shard} is done; {others if stats['missing'] else 'another one is finishing the data set'}")
+        print(f"share {shard} is done; {stats['missing']} token shard(s) of others are not there yet")
 
 
 @data_app.command("stats")
@@ -369,7 +377,8 @@ def checkpoint_show(directory: Annotated[Path, typer.Argument(metavar="DIR")], a
         print(json.dumps(manifest.to_json()))
         return
     for name, value in manifest.state.items():
-        print(f"{name}: {value}")
+        if name != "history":  # of the last steps, for the spikes' sake: long, and only told as JSON
+            print(f"{name}: {value}")
     total = sum(facts["bytes"] for facts in manifest.files.values())
     print(f"tensors: {len(manifest.tensors)}\nfiles: {len(manifest.files)}, {total / 1e6:,.1f} MB")
 

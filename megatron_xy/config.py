@@ -102,7 +102,9 @@ class ModelConfig(Section):
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
     params_dtype: Literal["fp32", "bf16"] = "fp32"
-    layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
+    layer_spec: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="auto: transformer_engine where it is installed and works on a GPU, else torch"
+    )
     recompute_granularity: Literal["none", "selective", "full"] = "none"
 
     @property
@@ -125,6 +127,11 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = False
 
     @property
+    def num_chunks(self) -> int:
+        """Chunks of layers a pipeline stage: 1, or the virtual pipeline's size."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one replica of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
@@ -138,6 +145,9 @@ class DataConfig(Section):
     tokenizer: FilePath | None = None
     split_documents: bool = Field(True, description="attention and positions stop at document borders")
     eval_path: FilePath | None = None
+    max_epochs: float | None = Field(
+        None, gt=0, description="refuse a run that would draw a (source, bucket) more often; null: any number of times"
+    )
 
     @property
     def paths(self) -> list[Path]:
@@ -148,7 +158,7 @@ class DataConfig(Section):
 
 
 class Phase(Section):
-    """From data step `from_iter` on, other weights, batch size or trained part."""
+    """From data step `from_iter` on, other weights, batch size or trained part; what is left out stays as it was."""
 
     from_iter: int = Field(ge=0)
     weights: dict[str, Weight] | None = None
@@ -165,6 +175,9 @@ class TrainingConfig(Section):
     phases: list[Phase] = []
     epochs: int | None = Field(None, ge=1)
     eval_interval: int = Field(0, ge=0, description="iterations; 0: no evaluation")
+    spike_policy: Literal["log", "skip"] = Field("log", description="of a step that stands out from the last 128")
+    spike_sigmas: float = Field(6.0, gt=0, description="how far above them a step's loss or norm stands out")
+    max_skipped_in_a_row: int = Field(50, ge=1, description="updates not made, before the run ends with 65")
 
 
 class OptimizerConfig(Section):
@@ -172,13 +185,25 @@ class OptimizerConfig(Section):
 
     lr: float = Field(3e-4, ge=0)
     min_lr: float = Field(3e-5, ge=0)
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: int = Field(10, ge=0, description="may exceed train_iters")
+    lr_warmup_tokens: int | None = Field(None, ge=0, description="in place of lr_warmup_iters: a schedule by tokens")
+    lr_warmup_init: float = Field(0.0, ge=0, description="the rate that the warm-up starts above")
+    lr_decay_iters: int | None = Field(None, ge=1, description="where min_lr is reached; null: train_iters")
+    lr_decay_tokens: int | None = Field(None, ge=1, description="likewise, in a schedule by tokens")
+    lr_wsd_decay_iters: int | None = Field(None, ge=1, description="WSD: how long before its end the decay begins")
+    lr_wsd_decay_tokens: int | None = Field(None, ge=1, description="likewise, in a schedule by tokens")
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     weight_decay: float = Field(0.1, ge=0, description="not applied to norms")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
+
+    @property
+    def is_by_tokens(self) -> bool:
+        """Whether the schedule counts consumed tokens, padding included, instead of iterations."""
+        return self.lr_warmup_tokens is not None or self.lr_decay_tokens is not None
 
 
 class CheckpointConfig(Section):
@@ -200,6 +225,22 @@ class RuntimeConfig(Section):
     timeout_seconds: float = Field(120, gt=0, le=7 * 24 * 3600, description="of every collective")
     num_threads: int = Field(1, ge=1, description="CPU threads a rank")
     deterministic: bool = False
+    profile: str | None = Field(None, description="A:B, iterations from A to B - 1, by torch's profiler")
+    profile_ranks: list[Annotated[int, Field(ge=0)]] = [0]
+
+    @field_validator("profile")
+    @classmethod
+    def _is_a_window(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", value)
+            if match is None or not 0 < int(match[1]) < int(match[2]):
+                raise ValueError("must be A:B, iterations from A (1 is the first) to B - 1, such as 10:13")
+        return value
+
+    @property
+    def profiled_iterations(self) -> range:
+        """`profile` as a range of iterations; empty without it."""
+        return range(*map(int, self.profile.split(":"))) if self.profile else range(0)
 
 
 class RoleConfig(Section):
@@ -406,17 +447,20 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             f"tensor_model_parallel_size ({tp}) under sequence_parallel; nearest: "
             f"{_nearest_multiples(training.micro_batch_tokens, tp)}",
         )
-    if config.optimizer.min_lr > config.optimizer.lr and config.optimizer.lr_decay_style != "constant":
+    if parallel.num_chunks > 1 and parallel.pipeline_model_parallel_size == 1:
         yield (
-            "optimizer.min_lr",
-            f"optimizer.min_lr ({config.optimizer.min_lr:g}) must not exceed lr ({config.optimizer.lr:g}); lower it",
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"virtual_pipeline_model_parallel_size ({parallel.num_chunks}) needs pipeline_model_parallel_size above 1; "
+            f"leave it out",
         )
-    if data.weights is not None:
-        for source, weight in data.weights.items():
-            if weight < 0:
-                yield "data.weights", f"data.weights.{source} ({weight:g}) must not be negative; 0 leaves it out"
-        if not any(weight > 0 for weight in data.weights.values()):
-            yield "data.weights", "data.weights: at least one source needs a weight above 0"
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather",
+            "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
+        )
+    yield from _schedule_rules(config.optimizer)
+    yield from _weight_rules(data.weights, key="data.weights")
+    yield from _phase_rules(training.phases)
     if not data.paths:
         yield "data.path", "data.path is missing; name a folder that `megatron-xy data build` wrote"
     if config.model.load is None:
@@ -429,19 +473,90 @@ def _batch_rules(
     training: TrainingConfig, parallel: ParallelConfig, *, world_size: int | None
 ) -> Iterator[tuple[str, str]]:
     """The world divides into replicas, and a step's tokens into their micro-batches."""
-    unit, unit_name = training.micro_batch_tokens, f"micro_batch_tokens ({training.micro_batch_tokens})"
+    factors = {"micro_batch_tokens": training.micro_batch_tokens}
+    if parallel.num_chunks > 1:  # the interleaved schedule takes them in rounds of as many as there are stages
+        factors["pipeline_model_parallel_size"] = parallel.pipeline_model_parallel_size
     if world_size is not None and world_size % parallel.model_parallel_size:
         yield "parallel", _world_rule(parallel, world_size)
     elif world_size is not None:
-        replicas = world_size // parallel.model_parallel_size
-        unit *= replicas
-        unit_name = f"micro_batch_tokens x data parallel size ({training.micro_batch_tokens} x {replicas} = {unit})"
-    if training.global_batch_tokens % unit:
+        factors["data parallel size"] = world_size // parallel.model_parallel_size
+    unit = math.prod(factors.values())
+    unit_name = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))}"
+    unit_name += f" = {unit})" if len(factors) > 1 else ")"
+    sizes = [("training", training.global_batch_tokens)]
+    for number, phase in enumerate(training.phases):
+        if phase.global_batch_tokens is not None:
+            sizes.append((f"training.phases[{number}]", phase.global_batch_tokens))
+    for key, tokens in sizes:
+        if tokens % unit:
+            name = f"{key}.global_batch_tokens"
+            rule = f"{name} ({tokens}) must be a multiple of {unit_name}; nearest: {_nearest_multiples(tokens, unit)}"
+            yield name.split("[")[0], rule
+
+
+def _weight_rules(weights: dict[str, float] | None, *, key: str) -> Iterator[tuple[str, str]]:
+    """Weights of sources are 0 or more, and one is above."""
+    if weights is None:
+        return
+    where = key.split("[")[0]
+    for source, weight in weights.items():
+        if weight < 0:
+            yield where, f"{key}.{source} ({weight:g}) must not be negative; 0 leaves it out"
+    if not any(weight > 0 for weight in weights.values()):
+        yield where, f"{key}: at least one source needs a weight above 0"
+
+
+def _phase_rules(phases: Sequence[Phase]) -> Iterator[tuple[str, str]]:
+    """Phases stand in the order in which they begin, each changes something, and their weights are such."""
+    for number, phase in enumerate(phases):
+        key = f"training.phases[{number}]"
+        if number and phase.from_iter <= phases[number - 1].from_iter:
+            yield (
+                "training.phases",
+                f"{key}.from_iter ({phase.from_iter}) must be above that of the phase before it "
+                f"({phases[number - 1].from_iter}); sort the phases, and name each step once",
+            )
+        if phase.weights is None and phase.global_batch_tokens is None and phase.train_only is None:
+            yield "training.phases", f"{key} changes nothing; give it weights or global_batch_tokens"
+        yield from _weight_rules(phase.weights, key=f"{key}.weights")
+
+
+def _schedule_rules(optimizer: OptimizerConfig) -> Iterator[tuple[str, str]]:
+    """A schedule counts in iterations or in tokens, has an end if it decays, and never rises but by its warm-up."""
+    style, is_decaying = optimizer.lr_decay_style, optimizer.lr_decay_style != "constant"
+    if optimizer.min_lr > optimizer.lr and is_decaying:
         yield (
-            "training.global_batch_tokens",
-            f"training.global_batch_tokens ({training.global_batch_tokens}) must be a multiple of {unit_name}; "
-            f"nearest: {_nearest_multiples(training.global_batch_tokens, unit)}",
+            "optimizer.min_lr",
+            f"optimizer.min_lr ({optimizer.min_lr:g}) must not exceed lr ({optimizer.lr:g}); lower it",
         )
+    if optimizer.lr_warmup_init > optimizer.lr:
+        yield (
+            "optimizer.lr_warmup_init",
+            f"optimizer.lr_warmup_init ({optimizer.lr_warmup_init:g}) must not exceed lr ({optimizer.lr:g}); lower it",
+        )
+    needed = {"lr_warmup_tokens", "lr_decay_tokens"} if optimizer.is_by_tokens else set()
+    unit, other_unit = ("tokens", "iters") if optimizer.is_by_tokens else ("iters", "tokens")
+    if not is_decaying:
+        needed.discard("lr_decay_tokens")
+    if style == "WSD":
+        needed.add(f"lr_wsd_decay_{unit}")
+    for name in sorted(needed):
+        if getattr(optimizer, name) is None:
+            yield (
+                f"optimizer.{name}",
+                f"optimizer.{name} is missing; a schedule of style {style} that counts {unit} needs it"
+                f"{' (0: no warm-up)' if name == 'lr_warmup_tokens' else ''}",
+            )
+    for name in (f"lr_decay_{other_unit}", f"lr_wsd_decay_{other_unit}"):
+        if getattr(optimizer, name) is not None:
+            yield (
+                f"optimizer.{name}",
+                f"optimizer.{name} ({getattr(optimizer, name)}): this schedule counts {unit}; give "
+                f"{name.replace(other_unit, unit)} in its place, or every length of the schedule in {other_unit}",
+            )
+    for name in ("lr_wsd_decay_iters", "lr_wsd_decay_tokens"):
+        if style != "WSD" and getattr(optimizer, name) is not None:
+            yield f"optimizer.{name}", f"optimizer.{name}: only lr_decay_style WSD has it; leave it out"
 
 
 def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
@@ -463,7 +578,13 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
     if model.num_attention_heads is not None and model.num_attention_heads % tp == 0:
         yield from divides("num_query_groups", groups, "tensor_model_parallel_size", tp)
     yield from divides("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
-    yield from divides("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
+    num_chunks = pp * parallel.num_chunks
+    if model.num_layers is not None and model.num_layers < num_chunks:
+        yield (
+            "model.num_layers",
+            f"model.num_layers ({model.num_layers}) must be at least pipeline x virtual pipeline size "
+            f"({pp} x {parallel.num_chunks} = {num_chunks}), a layer a chunk; split it less",
+        )
     if (
         model.hidden_size
         and model.num_attention_heads
@@ -499,22 +620,16 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
     if config.task != "pretrain":
         yield "task", f"task ({config.task}): only pretrain is supported"
-    if parallel.virtual_pipeline_model_parallel_size not in (None, 1):
-        value = parallel.virtual_pipeline_model_parallel_size
-        yield (
-            "parallel.virtual_pipeline_model_parallel_size",
-            f"virtual_pipeline_model_parallel_size ({value}): only null is supported",
-        )
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
-    for switch in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(parallel, switch):
-            yield f"parallel.{switch}", f"{switch} (true): only false is supported"
-    if config.model.layer_spec == "transformer_engine":
-        yield "model.layer_spec", "layer_spec (transformer_engine): only auto and torch are supported"
-    if training.phases:
-        yield "training.phases", f"training.phases ({len(training.phases)} given): only [] is supported"
+    for number, phase in enumerate(training.phases):
+        if phase.train_only is not None:
+            names = ", ".join(phase.train_only)
+            yield (
+                "training.phases",
+                f"training.phases[{number}].train_only ({names}): only null is supported; all weights train",
+            )
     if training.epochs is not None:
         yield "training.epochs", f"training.epochs ({training.epochs}): only null is supported; use train_iters"
     if training.eval_interval:

@@ -14,14 +14,17 @@ import torch
 from megatron_xy import device, environment, mcore, parallel, run_folder, waits
 from megatron_xy.config import RunConfig, check_shape, check_world, dump_config
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.loader import StepLoader
+from megatron_xy.data.phases import describe_epochs, run_sampler
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
+from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.preflight import open_data
 from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import write_text
-from megatron_xy.trainer import StepLoader, Trainer, timed
+from megatron_xy.trainer import Trainer, timed
 from megatron_xy.watchdog import Watchdog, backend_timeout
 from megatron_xy.weights import resolve_model
 
@@ -41,6 +44,8 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
         config = config.model_copy(update={"data": data})
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
     log.say(_headline(config, world_size=world_size))
+    log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
+    log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
     log.say(f"  {'import':<28} {time.monotonic() - began:6.1f} s")
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
@@ -51,7 +56,11 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
             write_text(config.run_dir / "run.yaml", dump_config(config))
             run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
         try:
-            _train(config, dataset=dataset, log=log, watchdog=watchdog, stop=stop)
+            timeout = backend_timeout(config.runtime.timeout_seconds)
+            waits.install()
+            timed(log, watchdog, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
+            train(config, dataset=dataset, log=log, watchdog=watchdog, stop=stop)
+            parallel.stop_distributed()
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"rank {rank} ran out of device memory ({str(error).splitlines()[0]}); lower "
@@ -64,10 +73,8 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
             raise lost from error
 
 
-def _train(config: RunConfig, *, dataset: PackedDataset, log: RunLog, watchdog: Watchdog, stop: StopRequest) -> None:
-    timeout = backend_timeout(config.runtime.timeout_seconds)
-    waits.install()
-    timed(log, watchdog, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
+def train(config: RunConfig, *, dataset: PackedDataset, log: RunLog, watchdog: Watchdog, stop: StopRequest) -> None:
+    """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
     role: Role = timed(log, watchdog, "model and optimizer", lambda: _build(config))
     groups = role.groups
     loader = timed(
@@ -81,7 +88,6 @@ def _train(config: RunConfig, *, dataset: PackedDataset, log: RunLog, watchdog: 
         timed(log, watchdog, "weights", trainer.restore)
         stop.can_save = True
         trainer.train()
-    parallel.stop_distributed()
 
 
 def _build(config: RunConfig) -> Role:

@@ -196,7 +196,10 @@ def read_heartbeats(run_dir: Path, *, start: str | None = None, attempt: int = 0
     """{rank: last beat} of every rank that has told one; in one attempt of one start, if that is given."""
     found = {}
     for path in sorted((run_dir / "heartbeats").glob("rank-*.json")):
-        values = _read_json(path)
+        try:
+            values = _read_json(path)
+        except FileNotFoundError:
+            continue  # cleared meanwhile, by a start that just begins
         if values.keys() == Beat.__dataclass_fields__.keys():  # else another version's
             beat = Beat(**values)
             if start is None or (beat.start, beat.attempt) == (start, attempt):

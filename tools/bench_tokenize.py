@@ -117,8 +117,9 @@ def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
     """Scan, choice of the engine and token shards, as in `data build` with --append-eod."""
     from megatron_xy.data.engine_choice import choose_engine
     from megatron_xy.data.inputs import find_inputs
-    from megatron_xy.data.tokenize import TokenizeTask, Workers, group_parts, part_bytes_for, tokenize_shard
+    from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
     from megatron_xy.data.tokenizer import load_tokenizer
+    from megatron_xy.data.workers import Workers
 
     files, loaded = find_inputs([inputs]), load_tokenizer(tokenizer)
     total = sum(file.stat().st_size for file in files)

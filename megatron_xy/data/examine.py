@@ -10,7 +10,7 @@ import numpy as np
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
 from megatron_xy.data.origins import read_rows
-from megatron_xy.data.tokenize import Progress
+from megatron_xy.data.workers import Progress
 from megatron_xy.errors import DataError
 from megatron_xy.storage import file_sha256
 

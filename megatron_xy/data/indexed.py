@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import replace, storage_error
+from megatron_xy.storage import replace, storage_error, temporary_name
 
 Tokens = NDArray[Any]
 
@@ -70,8 +70,8 @@ class IndexedWriter:
         self.num_tokens = 0
         self._sequence_lengths = array("i")
         self._document_indices = array("q", [0])
-        self._temporary_bin = self.prefix.with_name(f".tmp-{self.prefix.name}.bin")
-        self._temporary_idx = self.prefix.with_name(f".tmp-{self.prefix.name}.idx")
+        self._temporary = self.prefix.with_name(temporary_name(self.prefix.name))
+        self._temporary_bin, self._temporary_idx = bin_path(self._temporary), idx_path(self._temporary)
         self._bin: BinaryIO | None = None
 
     @property
@@ -82,7 +82,6 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary_bin.unlink(missing_ok=True)  # a killed writer's file: never share it with a late survivor
             self._bin = self._temporary_bin.open("wb", buffering=1024 * 1024)
         except OSError as error:
             raise storage_error(self._temporary_bin, error) from error

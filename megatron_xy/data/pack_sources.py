@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_xy.data.alternatives import profile_lengths
+from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.data.documents import LineReport
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry
 from megatron_xy.data.packing import Overflow, Packing, PackReceipt, pack_shard, pack_tasks
-from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard, Workers
+from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard
 from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError
 
 
@@ -59,7 +61,9 @@ def pack_sources(
     ]
     total = sum(sum(shard.documents.values()) for shard in tokenized)
     receipts: dict[str, list[PackReceipt]] = {name: [] for name in names}
-    for task, receipt in zip(tasks, pool.run("pack", pack_shard, tasks, total=total, unit="documents"), strict=True):
+    claims = [work / CLAIMS_FOLDER / f"pack-{task.receipt.stem}" for task in tasks]
+    packed = pool.run("pack", pack_shard, tasks, total=total, unit="documents", claims=claims)
+    for task, receipt in zip(tasks, packed, strict=True):
         receipts[task.source].append(receipt)
     entries = {name: _source_entry(of_source, buckets, prefixes[name]) for name, of_source in receipts.items()}
     sources = {name: entry for name, entry in entries.items() if entry is not None}

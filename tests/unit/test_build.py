@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_xy.data import build, tokenize
+from megatron_xy.data import build, tokenize, workers
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader
@@ -121,7 +121,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("phase", ["tokenize", "pack"])
 def test_a_stopped_build_goes_on_without_redoing_shards(corpus, tokenizer, tmp_path, monkeypatch, phase):
-    monkeypatch.setattr(tokenize, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(workers, "PROGRESS_SECONDS", 0)
     run(corpus, tokenizer, tmp_path / "unbroken")
     output, done_so_far = tmp_path / "out", []
 
