@@ -23,7 +23,7 @@ from tests.end_to_end.tiny_run import (
 )
 
 TIMEOUT_SECONDS = 4
-END_SECONDS = 40  # for the start-up, the timeout and the report, on a busy machine
+END_SECONDS = 150  # for start-up, timeout and report; a busy machine takes most of it to start
 TWO_RANKS = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=1")
 
 
@@ -73,11 +73,11 @@ def test_a_stopped_rank_is_named_and_all_processes_are_gone_soon(config, tmp_pat
     run_dir = tmp_path / "run"
     command = run_command(config, *options(run_dir), ranks=2) if supervised else torchrun(config, *options(run_dir))
     with started(command) as process:
-        wait_until(lambda: live_rank_at(run_dir, rank=1, iteration=2), process=process)
+        wait_until(lambda: live_rank_at(run_dir, rank=1, iteration=2), process=process, seconds=END_SECONDS)
         os.kill(live_rank_at(run_dir, rank=1, iteration=2), signal.SIGSTOP)
         stopped = time.monotonic()
         ended = wait_for_end(process, seconds=END_SECONDS)
-    assert time.monotonic() - stopped < TIMEOUT_SECONDS + 14
+    assert time.monotonic() - stopped < TIMEOUT_SECONDS + 30  # about 8 s on an idle machine
     assert ended.code == (76 if supervised else 1)
     report = the_report(ended, run_dir)
     pid = read_heartbeats(run_dir)[1].pid
@@ -134,7 +134,7 @@ def test_a_rank_missing_at_the_rendezvous_is_named(config, tmp_path, monkeypatch
 def test_ranks_that_are_all_stopped_are_found_by_the_supervisor(config, tmp_path):
     run_dir = tmp_path / "run"
     with started(run_command(config, *options(run_dir), ranks=2)) as process:
-        wait_until(lambda: live_rank_at(run_dir, rank=1, iteration=2), process=process)
+        wait_until(lambda: live_rank_at(run_dir, rank=1, iteration=2), process=process, seconds=END_SECONDS)
         for beat in read_heartbeats(run_dir).values():
             os.kill(beat.pid, signal.SIGSTOP)
         ended = wait_for_end(process, seconds=END_SECONDS)
