@@ -45,10 +45,10 @@ def block_the_save() -> None:
 
     write_shard = checkpoint_files.write_shard
 
-    def blocked(directory: Path, *, file: str, tensors: dict[str, object]) -> object:
+    def blocked(directory: Path, **arguments: object) -> object:
         os.mkfifo(directory / "pipe")
         (directory / "pipe").open("wb")
-        return write_shard(directory, file=file, tensors=tensors)
+        return write_shard(directory, **arguments)
 
     checkpoint_files.write_shard = blocked
 
@@ -59,13 +59,13 @@ def slow_save() -> None:
 
     write_shard = checkpoint_files.write_shard
 
-    def slow(directory: Path, *, file: str, tensors: dict[str, object]) -> object:
+    def slow(directory: Path, **arguments: object) -> object:
         until = time.monotonic() + float(os.environ["FAULT_SECONDS"])
         while time.monotonic() < until:
             (directory / "slow").write_bytes(bytes(2**20))
             time.sleep(0.1)
         (directory / "slow").unlink()
-        return write_shard(directory, file=file, tensors=tensors)
+        return write_shard(directory, **arguments)
 
     checkpoint_files.write_shard = slow
 
