@@ -75,7 +75,7 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     began = time.monotonic()
     from megatron_xy.worker import run_worker
 
-    def work(config: Any, stop: Any) -> None:
+    def work(config: Any, stop: Any, watchdog: Any) -> None:
         from megatron_xy import device, environment
 
         device.start(
@@ -85,7 +85,7 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
         )
         from megatron_xy import pretrain as verb
 
-        verb.run(config, stop=stop, began=began)
+        verb.run(config, stop=stop, watchdog=watchdog, began=began)
 
     run_worker("pretrain", config_path=run_yaml, overrides=overrides or [], work=work)
 
@@ -122,6 +122,7 @@ def run(
         run_dir=config.run_dir,
         task=config.task,
         num_threads=config.runtime.num_threads,
+        timeout_seconds=config.runtime.timeout_seconds,
     )
     sys.exit(code)
 
