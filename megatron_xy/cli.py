@@ -186,15 +186,15 @@ def convert(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Says what this machine has, what would be used and why, and what is patched."""
     from megatron_xy import device
 
     device.start()
-    from megatron_xy.doctor import diagnose
+    from megatron_xy.doctor import diagnose, told
 
-    for line in diagnose():
-        print(line)
+    findings = diagnose()
+    print(json.dumps(findings) if as_json else told(findings))
 
 
 @data_app.command("build")
@@ -376,7 +376,8 @@ def checkpoint_show(directory: Annotated[Path, typer.Argument(metavar="DIR")], a
         print(json.dumps(manifest.to_json()))
         return
     for name, value in manifest.state.items():
-        print(f"{name}: {value}")
+        if name != "history":  # of the last steps, for the spikes' sake: long, and only told as JSON
+            print(f"{name}: {value}")
     total = sum(facts["bytes"] for facts in manifest.files.values())
     print(f"tensors: {len(manifest.tensors)}\nfiles: {len(manifest.files)}, {total / 1e6:,.1f} MB")
 

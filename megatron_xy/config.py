@@ -102,7 +102,9 @@ class ModelConfig(Section):
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
     params_dtype: Literal["fp32", "bf16"] = "fp32"
-    layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
+    layer_spec: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="auto: transformer_engine where it is installed and works on a GPU, else torch"
+    )
     recompute_granularity: Literal["none", "selective", "full"] = "none"
 
     @property
@@ -123,6 +125,11 @@ class ParallelConfig(Section):
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of layers a pipeline stage: 1, or the virtual pipeline's size."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
     @property
     def model_parallel_size(self) -> int:
@@ -168,6 +175,9 @@ class TrainingConfig(Section):
     phases: list[Phase] = []
     epochs: int | None = Field(None, ge=1)
     eval_interval: int = Field(0, ge=0, description="iterations; 0: no evaluation")
+    spike_policy: Literal["log", "skip"] = Field("log", description="of a step that stands out from the last 128")
+    spike_sigmas: float = Field(6.0, gt=0, description="how far above them a step's loss or norm stands out")
+    max_skipped_in_a_row: int = Field(50, ge=1, description="updates not made, before the run ends with 65")
 
 
 class OptimizerConfig(Section):
@@ -175,13 +185,25 @@ class OptimizerConfig(Section):
 
     lr: float = Field(3e-4, ge=0)
     min_lr: float = Field(3e-5, ge=0)
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: int = Field(10, ge=0, description="may exceed train_iters")
+    lr_warmup_tokens: int | None = Field(None, ge=0, description="in place of lr_warmup_iters: a schedule by tokens")
+    lr_warmup_init: float = Field(0.0, ge=0, description="the rate that the warm-up starts above")
+    lr_decay_iters: int | None = Field(None, ge=1, description="where min_lr is reached; null: train_iters")
+    lr_decay_tokens: int | None = Field(None, ge=1, description="likewise, in a schedule by tokens")
+    lr_wsd_decay_iters: int | None = Field(None, ge=1, description="WSD: how long before its end the decay begins")
+    lr_wsd_decay_tokens: int | None = Field(None, ge=1, description="likewise, in a schedule by tokens")
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     weight_decay: float = Field(0.1, ge=0, description="not applied to norms")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
+
+    @property
+    def is_by_tokens(self) -> bool:
+        """Whether the schedule counts consumed tokens, padding included, instead of iterations."""
+        return self.lr_warmup_tokens is not None or self.lr_decay_tokens is not None
 
 
 class CheckpointConfig(Section):
@@ -203,6 +225,22 @@ class RuntimeConfig(Section):
     timeout_seconds: float = Field(120, gt=0, le=7 * 24 * 3600, description="of every collective")
     num_threads: int = Field(1, ge=1, description="CPU threads a rank")
     deterministic: bool = False
+    profile: str | None = Field(None, description="A:B, iterations from A to B - 1, by torch's profiler")
+    profile_ranks: list[Annotated[int, Field(ge=0)]] = [0]
+
+    @field_validator("profile")
+    @classmethod
+    def _is_a_window(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", value)
+            if match is None or not 0 < int(match[1]) < int(match[2]):
+                raise ValueError("must be A:B, iterations from A (1 is the first) to B - 1, such as 10:13")
+        return value
+
+    @property
+    def profiled_iterations(self) -> range:
+        """`profile` as a range of iterations; empty without it."""
+        return range(*map(int, self.profile.split(":"))) if self.profile else range(0)
 
 
 class RoleConfig(Section):
@@ -409,11 +447,18 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             f"tensor_model_parallel_size ({tp}) under sequence_parallel; nearest: "
             f"{_nearest_multiples(training.micro_batch_tokens, tp)}",
         )
-    if config.optimizer.min_lr > config.optimizer.lr and config.optimizer.lr_decay_style != "constant":
+    if parallel.num_chunks > 1 and parallel.pipeline_model_parallel_size == 1:
         yield (
-            "optimizer.min_lr",
-            f"optimizer.min_lr ({config.optimizer.min_lr:g}) must not exceed lr ({config.optimizer.lr:g}); lower it",
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"virtual_pipeline_model_parallel_size ({parallel.num_chunks}) needs pipeline_model_parallel_size above 1; "
+            f"leave it out",
         )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather",
+            "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
+        )
+    yield from _schedule_rules(config.optimizer)
     yield from _weight_rules(data.weights, key="data.weights")
     yield from _phase_rules(training.phases)
     if not data.paths:
@@ -428,13 +473,16 @@ def _batch_rules(
     training: TrainingConfig, parallel: ParallelConfig, *, world_size: int | None
 ) -> Iterator[tuple[str, str]]:
     """The world divides into replicas, and a step's tokens into their micro-batches."""
-    unit, unit_name = training.micro_batch_tokens, f"micro_batch_tokens ({training.micro_batch_tokens})"
+    factors = {"micro_batch_tokens": training.micro_batch_tokens}
+    if parallel.num_chunks > 1:  # the interleaved schedule takes them in rounds of as many as there are stages
+        factors["pipeline_model_parallel_size"] = parallel.pipeline_model_parallel_size
     if world_size is not None and world_size % parallel.model_parallel_size:
         yield "parallel", _world_rule(parallel, world_size)
     elif world_size is not None:
-        replicas = world_size // parallel.model_parallel_size
-        unit *= replicas
-        unit_name = f"micro_batch_tokens x data parallel size ({training.micro_batch_tokens} x {replicas} = {unit})"
+        factors["data parallel size"] = world_size // parallel.model_parallel_size
+    unit = math.prod(factors.values())
+    unit_name = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))}"
+    unit_name += f" = {unit})" if len(factors) > 1 else ")"
     sizes = [("training", training.global_batch_tokens)]
     for number, phase in enumerate(training.phases):
         if phase.global_batch_tokens is not None:
@@ -473,6 +521,44 @@ def _phase_rules(phases: Sequence[Phase]) -> Iterator[tuple[str, str]]:
         yield from _weight_rules(phase.weights, key=f"{key}.weights")
 
 
+def _schedule_rules(optimizer: OptimizerConfig) -> Iterator[tuple[str, str]]:
+    """A schedule counts in iterations or in tokens, has an end if it decays, and never rises but by its warm-up."""
+    style, is_decaying = optimizer.lr_decay_style, optimizer.lr_decay_style != "constant"
+    if optimizer.min_lr > optimizer.lr and is_decaying:
+        yield (
+            "optimizer.min_lr",
+            f"optimizer.min_lr ({optimizer.min_lr:g}) must not exceed lr ({optimizer.lr:g}); lower it",
+        )
+    if optimizer.lr_warmup_init > optimizer.lr:
+        yield (
+            "optimizer.lr_warmup_init",
+            f"optimizer.lr_warmup_init ({optimizer.lr_warmup_init:g}) must not exceed lr ({optimizer.lr:g}); lower it",
+        )
+    needed = {"lr_warmup_tokens", "lr_decay_tokens"} if optimizer.is_by_tokens else set()
+    unit, other_unit = ("tokens", "iters") if optimizer.is_by_tokens else ("iters", "tokens")
+    if not is_decaying:
+        needed.discard("lr_decay_tokens")
+    if style == "WSD":
+        needed.add(f"lr_wsd_decay_{unit}")
+    for name in sorted(needed):
+        if getattr(optimizer, name) is None:
+            yield (
+                f"optimizer.{name}",
+                f"optimizer.{name} is missing; a schedule of style {style} that counts {unit} needs it"
+                f"{' (0: no warm-up)' if name == 'lr_warmup_tokens' else ''}",
+            )
+    for name in (f"lr_decay_{other_unit}", f"lr_wsd_decay_{other_unit}"):
+        if getattr(optimizer, name) is not None:
+            yield (
+                f"optimizer.{name}",
+                f"optimizer.{name} ({getattr(optimizer, name)}): this schedule counts {unit}; give "
+                f"{name.replace(other_unit, unit)} in its place, or every length of the schedule in {other_unit}",
+            )
+    for name in ("lr_wsd_decay_iters", "lr_wsd_decay_tokens"):
+        if style != "WSD" and getattr(optimizer, name) is not None:
+            yield f"optimizer.{name}", f"optimizer.{name}: only lr_decay_style WSD has it; leave it out"
+
+
 def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
     """Sizes of the model that must divide, with the nearest values that do."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -492,7 +578,13 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
     if model.num_attention_heads is not None and model.num_attention_heads % tp == 0:
         yield from divides("num_query_groups", groups, "tensor_model_parallel_size", tp)
     yield from divides("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
-    yield from divides("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
+    num_chunks = pp * parallel.num_chunks
+    if model.num_layers is not None and model.num_layers < num_chunks:
+        yield (
+            "model.num_layers",
+            f"model.num_layers ({model.num_layers}) must be at least pipeline x virtual pipeline size "
+            f"({pp} x {parallel.num_chunks} = {num_chunks}), a layer a chunk; split it less",
+        )
     if (
         model.hidden_size
         and model.num_attention_heads
@@ -528,20 +620,9 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
     if config.task != "pretrain":
         yield "task", f"task ({config.task}): only pretrain is supported"
-    if parallel.virtual_pipeline_model_parallel_size not in (None, 1):
-        value = parallel.virtual_pipeline_model_parallel_size
-        yield (
-            "parallel.virtual_pipeline_model_parallel_size",
-            f"virtual_pipeline_model_parallel_size ({value}): only null is supported",
-        )
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
-    for switch in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(parallel, switch):
-            yield f"parallel.{switch}", f"{switch} (true): only false is supported"
-    if config.model.layer_spec == "transformer_engine":
-        yield "model.layer_spec", "layer_spec (transformer_engine): only auto and torch are supported"
     for number, phase in enumerate(training.phases):
         if phase.train_only is not None:
             names = ", ".join(phase.train_only)

@@ -60,6 +60,7 @@ def facts(config: RunConfig, *, model: ModelConfig, data_fingerprints: Sequence[
         "data.path": list(data_fingerprints),
         "data.weights": config.data.weights,
         "training.global_batch_tokens": config.training.global_batch_tokens,
+        "training.phases": [phase.model_dump(mode="json") for phase in config.training.phases],
     }
     settings: dict[str, Any] = {"data.split_documents": config.data.split_documents}
     for section in ("training", "optimizer", "parallel"):
@@ -74,14 +75,16 @@ def check_continuation(
 ) -> None:
     """Compares what `facts` said then and says now. Differences that change nothing learned or drawn so far are said.
 
-    Raises InvalidConfig where the model differs, and, unless allow_changes, where the order of the data would.
+    Raises InvalidConfig where the model differs, and, unless allow_changes, where the order of the data would. Phases
+    that have not begun are free to change: a mixture is steered by what the losses say.
     """
     models = [_fixed(side["model"]) for side in (stored, current)]
     problems = [
         Problem(f"model.{name}", f"model.{name} ({now}) is {then} in {origin}: a run goes on with the model it has")
         for name, then, now in _differences(*models)
     ]
-    changes = list(_differences(stored.get("data_order", {}), current["data_order"]))
+    then_order, now_order = stored.get("data_order", {}), current["data_order"]
+    changes = _differences(*(_until(order, stored["data_step"]) for order in (then_order, now_order)))
     if not allow_changes:
         problems += [
             Problem(
@@ -93,7 +96,8 @@ def check_continuation(
         ]
     if problems:
         raise InvalidConfig(problems)
-    for name, then, now in [*changes, *_differences(stored.get("settings", {}), current["settings"])]:
+    orders = _differences(then_order, now_order)  # of phases to come, too
+    for name, then, now in [*orders, *_differences(stored.get("settings", {}), current["settings"])]:
         say(f"  changed since the checkpoint: {name} {_short(then)} -> {_short(now)}")
 
 
@@ -103,11 +107,22 @@ def _fixed(section: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _until(order: dict[str, Any], data_step: int) -> dict[str, Any]:
+    """What of the data's order has a bearing on the steps before `data_step`."""
+    if "training.phases" not in order:  # written before there were any
+        return order
+    begun = [phase for phase in order["training.phases"] if phase["from_iter"] < data_step]
+    return {**order, "training.phases": begun}
+
+
 def _differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, then, now) of what both have and is not the same."""
     return [(name, stored[name], now) for name, now in current.items() if name in stored and stored[name] != now]
 
 
 def _short(value: Any) -> str:
-    text = ", ".join(str(part)[:12] for part in value) if isinstance(value, list) else str(value)
-    return text or "none"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {part}" for name, part in value.items() if part is not None) + "}"
+    if isinstance(value, list):
+        return ", ".join(part[:12] if isinstance(part, str) else _short(part) for part in value) or "none"
+    return str(value)

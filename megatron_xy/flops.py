@@ -2,7 +2,7 @@
 
 From a complete `ModelConfig` and token counts to plain numbers, without torch. A multiplication and an addition count
 as two FLOPs, the backward pass as twice the forward pass. Embedding look-ups, norms, softmax and activations are left
-out, recomputation and padding too: what these numbers give is MFU, not HFU. The vocabulary is the true one.
+out, and padding too: `step_flops` gives MFU; with `recomputed_flops` added, HFU. The vocabulary is the true one.
 """
 
 from __future__ import annotations
@@ -53,6 +53,20 @@ def step_flops(model: ModelConfig, *, num_tokens: int, sum_squared_lengths: int)
     its samples, where attention crosses document borders).
     """
     return _dense_flops_per_token(model) * num_tokens + _attention_flops_per_token(model) * sum_squared_lengths
+
+
+def recomputed_flops(model: ModelConfig, *, num_tokens: int, sum_squared_lengths: int) -> float:
+    """What `recompute_granularity` adds to `step_flops`: full, every layer's forward pass; selective, its MLP's.
+
+    The output layer is never recomputed; what attention kernels recompute by themselves is not counted.
+    """
+    shape = _shape(model)
+    if model.recompute_granularity == "none":
+        return 0.0
+    if model.recompute_granularity == "selective":
+        return 2.0 * shape.num_layers * 3 * shape.hidden_size * shape.ffn_hidden_size * num_tokens
+    layers = 2.0 * shape.num_layers * _layer_weights(shape) * num_tokens
+    return layers + _attention_flops_per_token(model) / 3 * sum_squared_lengths
 
 
 def peak_flops(device_name: str) -> float | None:

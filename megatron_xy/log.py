@@ -1,6 +1,7 @@
 """What a run tells: a line and a metrics record each step, phases with their seconds, TensorBoard, a log file per rank.
 
-RUN/metrics.jsonl holds one JSON object a step with floats unrounded; after a resume each iteration still stands once.
+RUN/metrics.jsonl holds one JSON object a step with floats unrounded, eval.jsonl one an evaluation, events.jsonl one a
+step that was skipped or stands out; after a resume each iteration still stands once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_xy.storage import write_text
 
 METRICS = "metrics.jsonl"
+EVALUATIONS = "eval.jsonl"
+EVENTS = "events.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _SCALARS = (
     "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_wait_seconds", "padding_ratio", "mfu", "hfu",
-    "consumed_tokens",
+    "consumed_tokens", "peak_memory_bytes",
 )  # fmt: skip
 
 
@@ -34,7 +37,7 @@ class RunLog:
         self.is_leader = is_leader
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         self._file: TextIO = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
-        self._metrics: TextIO | None = None
+        self._records: dict[str, TextIO] = {}  # open files of the leader by name
         self._board: SummaryWriter | None = None
 
     def say(self, text: str) -> None:
@@ -54,29 +57,39 @@ class RunLog:
         """Makes ready to add records after `iteration`: what an abandoned course wrote beyond it is cut off."""
         if not self.is_leader:
             return
-        path = self.run_dir / METRICS
-        cut_metrics(path, iteration=iteration)
-        self._metrics = path.open("a", encoding="utf-8")
+        for name in (METRICS, EVALUATIONS, EVENTS):
+            cut_records(self.run_dir / name, iteration=iteration)
         self._board = SummaryWriter(str(self.run_dir / TENSORBOARD_FOLDER), purge_step=iteration + 1)
 
     def step(self, record: dict[str, Any], *, train_iters: int) -> None:
         """One finished step: a line on the terminal, an object in metrics.jsonl, scalars in TensorBoard."""
         self.say(step_line(record, train_iters=train_iters))
-        if self._metrics is None or self._board is None:
-            return
-        self._metrics.write(json.dumps(_without_non_finite(record)) + "\n")
-        self._metrics.flush()
-        iteration = record["iteration"]
-        for name in _SCALARS:
-            if record.get(name) is not None:
-                self._board.add_scalar(name, record[name], iteration)
-        self._board.add_scalar(f"loss_by_bucket/{record['bucket']}", record["loss"], iteration)
-        for source, loss in record["loss_by_source"].items():
-            self._board.add_scalar(f"loss_by_source/{source}", loss, iteration)
+        self._write(METRICS, record)
+        scalars = {name: record[name] for name in _SCALARS if record.get(name) is not None}
+        scalars[f"loss_by_bucket/{record['bucket']}"] = record["loss"]
+        scalars |= {f"loss_by_source/{source}": loss for source, loss in record["loss_by_source"].items()}
+        self._draw(scalars, record["iteration"])
+
+    def event(self, record: dict[str, Any]) -> None:
+        """A step that was skipped or stands out: a line that says why, an object in events.jsonl."""
+        self.say(f"  step {record['iteration']}, data step {record['data_step']}: {'; '.join(record['reasons'])}")
+        self._write(EVENTS, record)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        if self._board is not None:  # on the leader, once records are asked for
+            if name not in self._records:
+                self._records[name] = (self.run_dir / name).open("a", encoding="utf-8")
+            self._records[name].write(json.dumps(_without_non_finite(record)) + "\n")
+            self._records[name].flush()
+
+    def _draw(self, scalars: dict[str, float], iteration: int) -> None:
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, iteration)
 
     def close(self) -> None:
         """Closes all files."""
-        for stream in (self._metrics, self._board, self._file):
+        for stream in (*self._records.values(), self._board, self._file):
             if stream is not None:
                 stream.close()
 
@@ -91,10 +104,12 @@ def step_line(record: dict[str, Any], *, train_iters: int) -> str:
         f"{record['tokens_per_second']:>9,.0f} tokens/s | "
         f"{record['step_seconds']:6.2f} s | ETA {_duration(remaining)}"
     )
-    return line + (" | SKIPPED: gradient not finite" if record["skipped"] else "")
+    if record["spike"]:
+        return f"{line} | {'SKIPPED: spike' if record['skipped'] else 'SPIKE'}"
+    return f"{line} | SKIPPED: gradient not finite" if record["skipped"] else line
 
 
-def cut_metrics(path: Path, *, iteration: int) -> None:
+def cut_records(path: Path, *, iteration: int) -> None:
     """Drops records beyond `iteration`, and a half-written last line, by rewriting the file whole."""
     if not path.exists():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_xy.config import (
     data_parallel_size,
 )
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.phases import check_epochs, run_sampler
+from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, total_tokens
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import complete_model, read_hf_config
@@ -30,6 +31,7 @@ def check_paths(config: RunConfig) -> None:
     """
     findings = _Findings()
     model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
+    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
@@ -100,6 +102,15 @@ def _completed_model(model: ModelConfig) -> ModelConfig:
     return model
 
 
+def _check_layer_spec(model: ModelConfig) -> None:
+    """That Transformer Engine is there if it is asked for; whether it works shows when the GPU is there."""
+    if model.layer_spec == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "model.layer_spec (transformer_engine): transformer_engine is not installed; install "
+            "transformer-engine[pytorch], or set layer_spec to auto or torch"
+        )
+
+
 def _check_vocabulary(model: ModelConfig, dataset: PackedDataset) -> None:
     if model.vocab_size is not None and dataset.vocab_size > model.vocab_size:
         raise ConfigError(
@@ -143,8 +154,13 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
         replicas = data_parallel_size(layout, world_size=world_size)
         micro_batches = training.global_batch_tokens // (training.micro_batch_tokens * replicas)
         lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {micro_batches} micro-batches a step")
+    phases = sampler_phases(config)
+    sizes_of_steps = ", ".join(
+        f"{phase.global_batch_tokens}{f' from step {phase.from_step} on' if phase.from_step else ''}"
+        for phase in phases
+    )
+    all_tokens = total_tokens(phases, train_iters=training.train_iters)
     lines.append(
-        f"  training: {training.train_iters} steps of {training.global_batch_tokens} tokens "
-        f"({training.train_iters * training.global_batch_tokens / 1e6:,.1f} M in all)"
+        f"  training: {training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
     )
     return "\n".join(lines)

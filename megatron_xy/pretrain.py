@@ -14,15 +14,17 @@ import torch
 from megatron_xy import device, environment, mcore, parallel, run_folder
 from megatron_xy.config import RunConfig, check_shape, check_world, dump_config
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.loader import StepLoader
 from megatron_xy.data.phases import describe_epochs, run_sampler
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
+from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.preflight import open_data
 from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import write_text
-from megatron_xy.trainer import StepLoader, Trainer, timed
+from megatron_xy.trainer import Trainer, timed
 from megatron_xy.weights import resolve_model
 
 
@@ -45,6 +47,7 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
     heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
     log.say(_headline(config, world_size=world_size))
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
+    log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
     log.say(f"  {'import':<28} {time.monotonic() - began:6.1f} s")
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
@@ -55,7 +58,10 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
             write_text(config.run_dir / "run.yaml", dump_config(config))
             run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
         try:
-            _train(config, dataset=dataset, log=log, heartbeat=heartbeat, stop=stop)
+            timeout = config.runtime.timeout_seconds
+            timed(log, heartbeat, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
+            train(config, dataset=dataset, log=log, heartbeat=heartbeat, stop=stop)
+            parallel.stop_distributed()
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"rank {rank} ran out of device memory ({str(error).splitlines()[0]}); lower "
@@ -68,11 +74,10 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
             raise lost from error
 
 
-def _train(
+def train(
     config: RunConfig, *, dataset: PackedDataset, log: RunLog, heartbeat: run_folder.Heartbeat, stop: StopRequest
 ) -> None:
-    timeout = config.runtime.timeout_seconds
-    timed(log, heartbeat, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
+    """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
     role: Role = timed(log, heartbeat, "model and optimizer", lambda: _build(config))
     groups = role.groups
     loader = timed(
@@ -86,7 +91,6 @@ def _train(
         timed(log, heartbeat, "weights", trainer.restore)
         stop.can_save = True
         trainer.train()
-    parallel.stop_distributed()
 
 
 def _build(config: RunConfig) -> Role:

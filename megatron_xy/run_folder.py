@@ -7,6 +7,7 @@ another start of a run holds the folder.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import importlib.metadata
@@ -179,7 +180,10 @@ class Heartbeat:
 
 def read_heartbeats(run_dir: Path) -> dict[int, Beat]:
     """{rank: last beat} of every rank that has told one."""
-    beats = [Beat(**_read_json(path)) for path in sorted((run_dir / "heartbeats").glob("rank-*.json"))]
+    beats = []
+    for path in sorted((run_dir / "heartbeats").glob("rank-*.json")):
+        with contextlib.suppress(FileNotFoundError):  # cleared meanwhile, by a start that just begins
+            beats.append(Beat(**_read_json(path)))
     return {beat.rank: beat for beat in beats}
 
 

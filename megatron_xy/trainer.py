@@ -9,7 +9,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,73 +19,19 @@ from megatron_xy import course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter, find_resumable, load_state, sweep
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import RunConfig
-from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate, samples_of_rank
-from megatron_xy.data.sampler import BucketSampler, SamplerPhase
-from megatron_xy.errors import Stopped
-from megatron_xy.flops import peak_flops, step_flops
-from megatron_xy.log import RunLog
-from megatron_xy.optimizer import learning_rate
+from megatron_xy.data.loader import PreparedStep, StepLoader
+from megatron_xy.errors import DataError, Stopped
+from megatron_xy.flops import peak_flops, recomputed_flops, step_flops
+from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.parallel import barrier, max_over, sum_over
+from megatron_xy.profiling import ProfileWindow
 from megatron_xy.role import Role
 from megatron_xy.run_folder import Heartbeat
+from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
+from megatron_xy.spikes import StepHistory
 from megatron_xy.train_step import StepResult, train_step
 from megatron_xy.weights import load_initial_weights
-
-
-@dataclass(frozen=True)
-class PreparedStep:
-    """The micro-batches of one data step for this data parallel rank, and what the whole step's batch is."""
-
-    bucket: int
-    micro_batches: list[MicroBatch]
-    num_samples: int  # of all ranks
-
-
-class StepLoader:
-    """Prepares this data parallel rank's micro-batches of any data step, the next ones in the background."""
-
-    def __init__(self, config: RunConfig, *, dataset: PackedDataset, dp_size: int, dp_rank: int) -> None:
-        phase = SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)
-        self.sampler = BucketSampler(dataset.streams, seed=config.seed, phases=[phase])
-        self.sources = dataset.sources
-        self.data_fingerprints = dataset.fingerprints
-        self._dataset, self._config = dataset, config
-        self._dp_size, self._dp_rank = dp_size, dp_rank
-        self._prefetcher = Prefetcher(self._micro_batches)
-
-    def get(self, data_step: int) -> tuple[PreparedStep, float]:
-        """The step's micro-batches and the seconds waited for them."""
-        micro_batches, waited = self._prefetcher.get(data_step)
-        batch = self.sampler.batch(data_step)
-        return PreparedStep(batch.bucket, micro_batches, len(batch.samples)), waited
-
-    def close(self) -> None:
-        """Ends the background thread."""
-        self._prefetcher.close()
-
-    def _micro_batches(self, data_step: int) -> list[MicroBatch]:
-        batch, mine = samples_of_rank(
-            self._dataset,
-            self.sampler,
-            data_step,
-            data_parallel_size=self._dp_size,
-            data_parallel_rank=self._dp_rank,
-            split_documents=self._config.data.split_documents,
-        )
-        micro_batch_tokens = self._config.training.micro_batch_tokens
-        per_micro_batch = micro_batch_tokens // batch.bucket
-        return [
-            collate(
-                [self._dataset.sample(sample) for sample in mine[first : first + per_micro_batch]],
-                source_indices=[self.sources.index(sample.source) for sample in mine[first : first + per_micro_batch]],
-                num_sources=len(self.sources),
-                bucket=batch.bucket,
-                micro_batch_tokens=micro_batch_tokens,
-                split_documents=self._config.data.split_documents,
-            )
-            for first in range(0, len(mine), per_micro_batch)
-        ]
 
 
 class Trainer:
@@ -96,12 +43,18 @@ class Trainer:
         self.config, self.role, self.loader = config, role, loader
         self.log, self.heartbeat, self.stop = log, heartbeat, stop
         self.state = TrainingState()
+        self.history = StepHistory()
+        self.profile = ProfileWindow(
+            config.runtime, run_dir=config.run_dir, rank=role.groups.ranks[role.groups.role_rank]
+        )
+        self._seconds_between_steps = {"save": 0.0, "evaluate": 0.0}  # since the last record
         self.checkpoints = config.run_dir / "checkpoints"
         self.writer = CheckpointWriter(
             self.checkpoints,
             keep_latest=config.checkpoint.keep_latest,
             asynchronous=config.checkpoint.async_save,
             timeout_seconds=config.runtime.timeout_seconds,
+            on_written=log.say,
         )
         self._peak_flops = _device_peak_flops()
 
@@ -127,6 +80,8 @@ class Trainer:
                 say=self.log.say,
             )
             self.state = load_state(role, folder, manifest)
+            if "history" in manifest.state:
+                self.history = StepHistory.from_json(manifest.state["history"])
             origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
         if role.groups.role_rank == 0:
             course.begin(self.config.run_dir, iteration=None if resume == "auto" else self.state.iteration, say=print)
@@ -141,25 +96,34 @@ class Trainer:
         first = self.state.iteration + 1
         for iteration in range(first, training.train_iters + 1):
             with self.log.phase("first step") if iteration == first else contextlib.nullcontext():
-                self._step(iteration)
-            stopping = self._agreed_to_stop()
+                stopping = self._step(iteration)
             if iteration % checkpoint.save_interval == 0 or iteration == training.train_iters or stopping:
                 self._save(iteration)
                 saved = iteration
             if stopping and iteration < training.train_iters:
+                self.profile.close()
                 self.writer.finish(self.role.groups)
                 raise Stopped(
                     f"stopped on request after step {iteration}, state saved; the same command goes on from there"
                 )
+        self.profile.close()
         self._beat("finish", self.state.iteration)
         self.writer.finish(self.role.groups)
         self.log.say(f"done: {self.state.iteration} iterations, last checkpoint at iteration {saved}")
 
-    def _step(self, iteration: int) -> None:
+    def _step(self, iteration: int) -> bool:
+        """One step, recorded; returns whether any rank was asked to stop, the same answer on all."""
         self._beat("step", iteration)
+        self.profile.before_step(iteration)
         began = time.perf_counter()
         prepared, waited = self.loader.get(self.state.data_step)
-        lr = learning_rate(self.config.optimizer, iteration=iteration, train_iters=self.config.training.train_iters)
+        consumed_tokens = self.state.consumed_tokens + prepared.num_tokens
+        lr = learning_rate(
+            self.config.optimizer,
+            iteration=iteration,
+            consumed_tokens=consumed_tokens,
+            train_iters=self.config.training.train_iters,
+        )
         with self.role.active():
             result = train_step(
                 self.role,
@@ -167,6 +131,8 @@ class Trainer:
                 num_sources=len(self.loader.sources),
                 lr=lr,
                 clip_grad=self.config.optimizer.clip_grad,
+                judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
+                before_update=self.writer.before_update,
             )
         device.synchronize()
         seconds = time.perf_counter() - began
@@ -176,55 +142,92 @@ class Trainer:
             iteration=iteration,
             data_step=data_step + 1,
             consumed_samples=self.state.consumed_samples + prepared.num_samples,
-            consumed_tokens=self.state.consumed_tokens + self.config.training.global_batch_tokens,
+            consumed_tokens=consumed_tokens,
             optimizer_steps=self.state.optimizer_steps + int(result.updated),
         )
-        record = self._record(prepared, result, data_step=data_step, lr=lr, seconds=seconds, waited=waited)
+        reasons = self._reasons(prepared, result.loss, result.grad_norm)
+        self.history.add(bucket=prepared.bucket, loss=result.loss, grad_norm=result.grad_norm, updated=result.updated)
+        record, stopping = self._record(prepared, result, data_step=data_step, lr=lr, seconds=seconds, waited=waited)
+        record["spike"] = bool(reasons)
         self.log.step(record, train_iters=self.config.training.train_iters)
+        if trace := self.profile.after_step(iteration):
+            self.log.say(f"profile written to {trace}")
+        if reasons or not result.updated:
+            self._note(record, prepared, reasons=reasons or ["gradient not finite"])
+        return stopping
+
+    def _reasons(self, prepared: PreparedStep, loss: float, grad_norm: float) -> list[str]:
+        return self.history.reasons(
+            bucket=prepared.bucket, loss=loss, grad_norm=grad_norm, sigmas=self.config.training.spike_sigmas
+        )
+
+    def _judge(self, prepared: PreparedStep, loss: float, grad_norm: float) -> bool:
+        """Whether a step's update is made under the policy `skip`. Collective: one rank's doubt is enough."""
+        stands_out = torch.tensor([int(bool(self._reasons(prepared, loss, grad_norm)))], device=device.current())
+        return not max_over(stands_out, self.role.groups.all_ranks).item()
+
+    def _note(self, record: dict[str, Any], prepared: PreparedStep, *, reasons: list[str]) -> None:
+        """Records a step that stands out or was skipped with its samples; raises DataError after too many in a row."""
+        names = ("iteration", "data_step", "bucket", "loss", "grad_norm", "lr", "skipped", "spike")
+        event = {name: record[name] for name in names}
+        self.log.event({**event, "reasons": reasons, "samples": prepared.samples})
+        limit = self.config.training.max_skipped_in_a_row
+        if self.history.skipped_in_a_row >= limit:
+            raise DataError(
+                f"the updates of {limit} steps in a row were skipped ({reasons[0]} at step {record['iteration']}); "
+                f"{self.config.run_dir / EVENTS} names their samples: go on from an earlier checkpoint "
+                f"(checkpoint.resume=ITERATION) with a lower optimizer.lr or without that data, or raise "
+                f"training.max_skipped_in_a_row"
+            )
 
     def _record(
         self, prepared: PreparedStep, result: StepResult, *, data_step: int, lr: float, seconds: float, waited: float
-    ) -> dict[str, Any]:
-        """The step's object in metrics.jsonl. Collective over data parallel ranks, for the counts."""
+    ) -> tuple[dict[str, Any], bool]:
+        """The step's object in metrics.jsonl, and whether any rank was asked to stop. Collective, for the counts."""
         local = [
             sum(batch.num_padding_tokens for batch in prepared.micro_batches),
             sum(batch.sum_squared_lengths for batch in prepared.micro_batches),
         ]
+        groups, model = self.role.groups, self.role.model
         counts = torch.tensor(local, dtype=torch.float64, device=device.current())
-        padding, squares = sum_over(counts, self.role.groups.collection.dp).tolist()
-        batch_tokens = self.config.training.global_batch_tokens
-        flops = step_flops(self.role.model, num_tokens=batch_tokens - int(padding), sum_squared_lengths=int(squares))
-        peak = self._peak_flops
-        utilisation = flops / (seconds * len(self.role.groups.ranks) * peak) if peak else None
-        recomputed = self.role.model.recompute_granularity != "none"
-        return {
+        padding, squares = map(int, sum_over(counts, groups.collection.dp).tolist())
+        largest = torch.tensor([int(self.stop.requested), device.peak_memory_bytes()], device=device.current())
+        stopping, peak_memory = max_over(largest, groups.all_ranks).tolist()
+        batch_tokens = prepared.num_tokens
+        work = {"num_tokens": batch_tokens - padding, "sum_squared_lengths": squares}
+        flops = step_flops(model, **work)
+        available = seconds * len(groups.ranks) * self._peak_flops if self._peak_flops else None
+        sources = self.loader.sources
+        record = {
             "iteration": self.state.iteration,
             "data_step": data_step,
             "bucket": prepared.bucket,
             "loss": result.loss,
-            "loss_by_source": {self.loader.sources[index]: loss for index, loss in result.source_losses.items()},
+            "loss_by_source": {sources[index]: loss for index, loss in result.source_losses.items()},
             "num_loss_tokens": result.num_loss_tokens,
-            "num_loss_tokens_by_source": {
-                self.loader.sources[index]: count for index, count in result.source_tokens.items()
-            },
+            "num_loss_tokens_by_source": {sources[index]: count for index, count in result.source_tokens.items()},
             "grad_norm": result.grad_norm,
             "lr": lr,
             "consumed_samples": self.state.consumed_samples,
             "consumed_tokens": self.state.consumed_tokens,
+            "consumed_share_by_source": self.loader.consumed_shares(self.state.data_step),
             "padding_ratio": padding / batch_tokens,
             "step_seconds": seconds,
             "data_wait_seconds": waited,
+            "seconds_by_phase": {
+                "data": waited,
+                "forward_backward": result.forward_backward_seconds,
+                "optimizer": seconds - waited - result.forward_backward_seconds,
+                **self._seconds_between_steps,
+            },
             "tokens_per_second": batch_tokens / seconds,
-            "mfu": utilisation,
-            # What recomputation adds is not counted yet: no number rather than a wrong one.
-            "hfu": None if recomputed else utilisation,
+            "mfu": flops / available if available else None,
+            "hfu": (flops + recomputed_flops(model, **work)) / available if available else None,
+            "peak_memory_bytes": peak_memory,
             "skipped": not result.updated,
         }
-
-    def _agreed_to_stop(self) -> bool:
-        """Whether any rank was asked to stop: all ranks come to the same answer at the same step."""
-        asked = torch.tensor([int(self.stop.requested)], device=device.current())
-        return bool(max_over(asked, self.role.groups.all_ranks).item())
+        self._seconds_between_steps = dict.fromkeys(self._seconds_between_steps, 0.0)
+        return record, bool(stopping)
 
     def _save(self, iteration: int) -> None:
         self._beat("save", iteration)
@@ -234,10 +237,12 @@ class Trainer:
             "tokenizer": str(self.config.data.tokenizer) if self.config.data.tokenizer else None,
             "megatron_core": mcore.VERSION,
             "torch": torch.__version__,
+            "history": self.history.to_json(),
         }
         held = self.writer.save(self.role, self.state, facts=facts)
-        how = "being written" if self.config.checkpoint.async_save else "written"
-        self.log.say(f"checkpoint of step {iteration} {how} (training held for {held:.2f} s)")
+        self._seconds_between_steps["save"] += held
+        if self.config.checkpoint.async_save:
+            self.log.say(f"checkpoint of step {iteration} scheduled")
 
     def _facts(self) -> dict[str, Any]:
         return course.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)

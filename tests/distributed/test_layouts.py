@@ -21,6 +21,18 @@ LAYOUTS = [
     Layout(dp=2),
     Layout(tp=2, dp=2),
     Layout(tp=2, dp=2, sp=True),
+    Layout(pp=2, vp=2),
+    Layout(pp=3),  # 4 layers on 3 stages
+    Layout(pp=4),
+    Layout(tp=2, pp=2, sp=True, vp=2),
+    Layout(pp=2, dp=2, vp=2, distributed=True, overlap=True),
+    Layout(dp=2, distributed=True),
+    Layout(dp=2, overlap=True),
+    Layout(dp=4, distributed=True, overlap=True),
+    Layout(tp=2, dp=2, sp=True, distributed=True),
+    Layout(tp=2, dp=2, sp=True, distributed=True, overlap=True),
+    Layout(pp=2, dp=2, distributed=True),
+    Layout(pp=2, dp=2, overlap=True),
 ]
 
 

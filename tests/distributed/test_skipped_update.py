@@ -37,7 +37,7 @@ def step(role: Any, number: int, *, bad_rank: int | None = None, bad_value: floa
     from megatron_xy.optimizer import apply_gradients
     from megatron_xy.train_step import forward_backward, language_model_step, on_device
 
-    role.module.zero_grad_buffer()
+    role.chunks[0].zero_grad_buffer()
     role.optimizer.zero_grad()
     batches = [on_device(batch) for batch in models.micro_batches(number, dp_size=1, dp_rank=0)]
     with role.active():

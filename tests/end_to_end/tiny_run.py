@@ -26,7 +26,9 @@ VOCAB_SIZE = 400
 TRAIN_ITERS = 16
 SAVE_INTERVAL = 4
 ONE_RANK = ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=1")
-CLOCK_KEYS = {"step_seconds", "data_wait_seconds", "tokens_per_second", "mfu", "hfu"}  # differ from run to run
+CLOCK_KEYS = {  # differ from run to run
+    "step_seconds", "data_wait_seconds", "seconds_by_phase", "tokens_per_second", "mfu", "hfu", "peak_memory_bytes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,14 @@ def facts(**changes):
     return course.facts(config, model=model, data_fingerprints=FINGERPRINTS)
 
 
-def differences(stored, current, *, allow_changes=False):
+def differences(stored, current, *, allow_changes=False, data_step=0):
     said: list[str] = []
     course.check_continuation(
-        stored, current, allow_changes=allow_changes, origin=Path("run/iter_0000008"), say=said.append
+        {**stored, "data_step": data_step},
+        current,
+        allow_changes=allow_changes,
+        origin=Path("run/iter_0000008"),
+        say=said.append,
     )
     return said
 
@@ -58,6 +62,24 @@ def test_another_order_of_the_data_is_refused_unless_allowed(changes, name):
         differences(facts(), facts(**changes))
     (line,) = differences(facts(), facts(**changes), allow_changes=True)
     assert name in line
+
+
+def test_phases_that_have_begun_stay_and_those_to_come_are_free():
+    def with_phases(*phases):
+        return facts(
+            training={"phases": [dict(zip(("from_iter", "global_batch_tokens"), one, strict=True)) for one in phases]}
+        )
+
+    then = with_phases((4, 32768), (20, 65536))
+    for now in (with_phases((4, 32768), (30, 65536)), with_phases((4, 32768)), with_phases((4, 32768), (12, 16384))):
+        (line,) = differences(then, now, data_step=12)
+        assert line.startswith(
+            "  changed since the checkpoint: training.phases {from_iter: 4, global_batch_tokens: 32768}"
+        )
+    for now in (with_phases((5, 32768), (20, 65536)), with_phases((4, 32768), (11, 1024)), with_phases()):
+        with pytest.raises(InvalidConfig, match=r"training\.phases .*checkpoint\.allow_changes=true"):
+            differences(then, now, data_step=12)
+        assert len(differences(then, now, data_step=12, allow_changes=True)) == 1
 
 
 def test_other_settings_are_said_and_equal_ones_are_not():

@@ -5,7 +5,7 @@ import torch
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError
-from megatron_xy.flops import PEAK_BF16_FLOPS, flops_per_token, num_parameters, peak_flops, step_flops
+from megatron_xy.flops import PEAK_BF16_FLOPS, flops_per_token, num_parameters, peak_flops, recomputed_flops, step_flops
 
 LLAMA_2_70B = ModelConfig(
     num_layers=80,
@@ -62,6 +62,20 @@ def test_a_step_costs_the_sum_of_its_documents():
     assert total == pytest.approx(sum(lengths) * flops_per_token(SMALL, attention_length=mean_length))
     joined = step_flops(SMALL, num_tokens=sum(lengths), sum_squared_lengths=sum(lengths) ** 2)
     assert joined > total  # attention across document borders is work too
+
+
+@pytest.mark.parametrize("documents", [[4096], [1000, 3000, 96]])
+def test_recomputation_adds_the_forward_pass_of_what_is_recomputed(documents):
+    work = {"num_tokens": sum(documents), "sum_squared_lengths": sum(n * n for n in documents)}
+    layers, hidden, ffn, vocab = 80, 8192, 28672, 32000
+    mlp = 2 * 3 * hidden * ffn * layers * work["num_tokens"]
+    projections = 2 * (2 * hidden * 64 * 128 + 2 * hidden * 8 * 128) * layers * work["num_tokens"]
+    attention = sum(2 * 2 * n * n * 64 * 128 * layers / 2 for n in documents)  # two products over the causal half
+    head = 2 * hidden * vocab * work["num_tokens"]
+    assert step_flops(LLAMA_2_70B, **work) == pytest.approx(3 * (mlp + projections + attention + head), rel=1e-12)
+    for granularity, want in (("none", 0), ("selective", mlp), ("full", mlp + projections + attention)):
+        model = LLAMA_2_70B.model_copy(update={"recompute_granularity": granularity})
+        assert recomputed_flops(model, **work) == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize(

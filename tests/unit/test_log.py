@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_xy.log import METRICS, TENSORBOARD_FOLDER, RunLog, cut_metrics, step_line
+from megatron_xy.log import METRICS, TENSORBOARD_FOLDER, RunLog, cut_records, step_line
 
 
 def record(iteration: int, **changes: object) -> dict[str, object]:
@@ -22,6 +22,7 @@ def record(iteration: int, **changes: object) -> dict[str, object]:
         "tokens_per_second": 12345.6,
         "step_seconds": 2.0,
         "skipped": False,
+        "spike": False,
     }
     return {**values, **changes}
 
@@ -83,7 +84,7 @@ def test_a_resumed_run_holds_each_iteration_once(tmp_path_factory, written, resu
     whole = [json.dumps(record(iteration)) + "\n" for iteration in range(1, written + 1)]
     text = "".join(whole)
     path.write_text(text[: len(text) - min(cut_bytes, len(whole[-1]) if whole else 0)])
-    cut_metrics(path, iteration=resumed)
+    cut_records(path, iteration=resumed)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     num_whole = written - (written > 0 and cut_bytes > 1)  # the line's end alone may be missing
     assert kept == [record(iteration) for iteration in range(1, min(num_whole, resumed) + 1)]
@@ -92,7 +93,7 @@ def test_a_resumed_run_holds_each_iteration_once(tmp_path_factory, written, resu
 
 
 def test_a_metrics_file_that_is_not_there_stays_so(tmp_path):
-    cut_metrics(tmp_path / METRICS, iteration=3)
+    cut_records(tmp_path / METRICS, iteration=3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,3 +128,5 @@ def test_a_step_line_says_how_long_the_rest_takes(iteration, eta):
         f"   12,346 tokens/s |   2.00 s | ETA {eta}"
     )
     assert step_line(record(iteration, skipped=True), train_iters=100).endswith(" | SKIPPED: gradient not finite")
+    assert step_line(record(iteration, skipped=True, spike=True), train_iters=100).endswith(" | SKIPPED: spike")
+    assert step_line(record(iteration, spike=True), train_iters=100).endswith(" | SPIKE")

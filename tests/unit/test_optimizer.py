@@ -1,6 +1,5 @@
-"""The learning-rate schedule against its formula, the update against torch's AdamW on a plain copy."""
+"""The update against torch's AdamW on a plain copy."""
 
-import itertools
 import math
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_xy import parallel
 from megatron_xy.config import OptimizerConfig, ParallelConfig
-from megatron_xy.optimizer import apply_gradients, learning_rate, torch_optimizers
+from megatron_xy.optimizer import apply_gradients, torch_optimizers
 from megatron_xy.role import build_role
 from megatron_xy.train_step import forward_backward, language_model_step, on_device
 from tests.distributed import models
@@ -26,44 +25,9 @@ def alone():
         dist.destroy_process_group()
 
 
-def rate(iteration, *, style, warmup, train_iters, lr=4e-3, min_lr=1e-3):
-    config = OptimizerConfig(lr=lr, min_lr=min_lr, lr_decay_style=style, lr_warmup_iters=warmup)
-    return learning_rate(config, iteration=iteration, train_iters=train_iters)
-
-
-@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize(("warmup", "train_iters"), [(0, 1), (0, 10), (4, 20), (10, 10), (9, 10)])
-def test_the_rate_follows_its_formula(style, warmup, train_iters):
-    for iteration in range(1, train_iters + 1):
-        if iteration <= warmup:
-            want = 4e-3 * iteration / warmup
-        elif style == "constant":
-            want = 4e-3
-        else:
-            done = (iteration - warmup) / (train_iters - warmup)
-            share = (1 + math.cos(math.pi * done)) / 2 if style == "cosine" else 1 - done
-            want = 1e-3 + 3e-3 * share
-        assert rate(iteration, style=style, warmup=warmup, train_iters=train_iters) == pytest.approx(want, rel=1e-12)
-
-
-@pytest.mark.parametrize(("style", "last"), [("cosine", 1e-3), ("linear", 1e-3), ("constant", 4e-3)])
-def test_the_rate_ends_where_it_should_and_stays_there(style, last):
-    whole = [rate(iteration, style=style, warmup=5, train_iters=50) for iteration in range(1, 80)]
-    assert whole[0] == pytest.approx(8e-4)
-    assert max(whole) == whole[4] == 4e-3
-    assert whole[49] == pytest.approx(last, rel=1e-12)
-    assert whole[50:] == [whole[49]] * 29
-    assert all(a >= b for a, b in itertools.pairwise(whole[4:]))
-
-
-def test_a_warm_up_longer_than_the_run_only_rises():
-    whole = [rate(iteration, style="cosine", warmup=100, train_iters=10) for iteration in range(1, 11)]
-    assert whole == pytest.approx([4e-3 * iteration / 100 for iteration in range(1, 11)], rel=1e-12)
-
-
 def gradients(role, step):
     """Forward and backward of one step; gradients stand in main_grad."""
-    role.module.zero_grad_buffer()
+    role.chunks[0].zero_grad_buffer()
     role.optimizer.zero_grad()
     batches = [on_device(batch) for batch in models.micro_batches(step, dp_size=1, dp_rank=0)]
     forward_backward(role, batches, forward_step=partial(language_model_step, role, 2))
@@ -90,14 +54,15 @@ def test_the_update_is_adamw_without_weight_decay_on_norms(alone, dtype, clip_gr
             gradients(role, step)
         for part, copy in zip(named, copies, strict=True):
             copy.grad = part.parameter.main_grad.float().clone()
-        want_norm = torch.nn.utils.clip_grad_norm_(copies, clip_grad or math.inf)
+        want_norm = math.sqrt(sum(float(copy.grad.double().square().sum()) for copy in copies))
+        torch.nn.utils.clip_grad_norm_(copies, clip_grad or math.inf)
         if clip_grad:
             assert want_norm > clip_grad, "clipping must take part in the comparison"
         for group in plain.param_groups:
             group["lr"] = lr
         plain.step()
         norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad)
-        assert updated and norm == pytest.approx(float(want_norm), rel=1e-6)
+        assert updated and norm == pytest.approx(want_norm, rel=1e-9)
         for part, copy in zip(named, copies, strict=True):
             weight = getattr(part.parameter, "main_param", part.parameter)
             torch.testing.assert_close(weight.detach(), copy.detach(), rtol=1e-6, atol=1e-7)
@@ -109,7 +74,7 @@ def test_weight_decay_alone_shrinks_matrices_and_leaves_norms(alone):
     model = models.MODEL.model_copy(update={"num_layers": 1})
     role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=config, seed=1)
     before = {part.name: part.parameter.detach().clone() for part in role.named_parameters()}
-    role.module.zero_grad_buffer()
+    role.chunks[0].zero_grad_buffer()
     assert apply_gradients(role.optimizer, lr=0.1, clip_grad=1.0) == (0.0, True)
     for part in role.named_parameters():
         factor = 1.0 if part.name.endswith("layernorm.weight") else 1 - 0.1 * 0.5

@@ -1,0 +1,84 @@
+"""A data step's micro-batches for one data parallel rank: from the run's config and data, prepared ahead of training.
+
+The batch of a step follows from the sampler alone; which rank gets which sample, from the samples' attention work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_xy.config import RunConfig
+from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate, samples_of_rank
+from megatron_xy.data.phases import run_sampler
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """The micro-batches of one data step for this data parallel rank, and what the whole step's batch is."""
+
+    bucket: int
+    micro_batches: list[MicroBatch]
+    num_samples: int  # of all ranks
+    samples: dict[str, list[int]]  # of all ranks: {source: indices within (source, bucket)}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all ranks, padding included."""
+        return self.bucket * self.num_samples
+
+
+class StepLoader:
+    """Prepares this data parallel rank's micro-batches of any data step, the next ones in the background."""
+
+    def __init__(self, config: RunConfig, *, dataset: PackedDataset, dp_size: int, dp_rank: int) -> None:
+        self.sampler = run_sampler(config, dataset.streams)
+        self.sources = dataset.sources
+        self.data_fingerprints = dataset.fingerprints
+        self._dataset, self._config = dataset, config
+        self._dp_size, self._dp_rank = dp_size, dp_rank
+        self._prefetcher = Prefetcher(self._micro_batches)
+
+    def get(self, data_step: int) -> tuple[PreparedStep, float]:
+        """The step's micro-batches and the seconds waited for them."""
+        micro_batches, waited = self._prefetcher.get(data_step)
+        batch = self.sampler.batch(data_step)
+        samples: dict[str, list[int]] = {}
+        for sample in batch.samples:
+            samples.setdefault(sample.source, []).append(sample.index)
+        return PreparedStep(batch.bucket, micro_batches, len(batch.samples), samples), waited
+
+    def consumed_shares(self, data_step: int) -> dict[str, float]:
+        """{source: its part of the tokens, padding included, of all steps before `data_step`}, from step 1 on."""
+        epochs = self.sampler.epochs(data_step)
+        drawn = dict.fromkeys(self.sources, 0.0)
+        for stream in self._dataset.streams:
+            drawn[stream.source] += epochs.get((stream.source, stream.bucket), 0) * stream.num_samples * stream.bucket
+        total = sum(drawn.values())
+        return {source: tokens / total for source, tokens in drawn.items()}
+
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._prefetcher.close()
+
+    def _micro_batches(self, data_step: int) -> list[MicroBatch]:
+        batch, mine = samples_of_rank(
+            self._dataset,
+            self.sampler,
+            data_step,
+            data_parallel_size=self._dp_size,
+            data_parallel_rank=self._dp_rank,
+            split_documents=self._config.data.split_documents,
+        )
+        micro_batch_tokens = self._config.training.micro_batch_tokens
+        per_micro_batch = micro_batch_tokens // batch.bucket
+        return [
+            collate(
+                [self._dataset.sample(sample) for sample in mine[first : first + per_micro_batch]],
+                source_indices=[self.sources.index(sample.source) for sample in mine[first : first + per_micro_batch]],
+                num_sources=len(self.sources),
+                bucket=batch.bucket,
+                micro_batch_tokens=micro_batch_tokens,
+                split_documents=self._config.data.split_documents,
+            )
+            for first in range(0, len(mine), per_micro_batch)
+        ]

@@ -1,0 +1,125 @@
+"""The loop over real ranks: phases, spikes, skipped steps; resumed anywhere, against an unbroken run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_xy.config import dump_config
+from megatron_xy.data.trace import trace_steps
+from tests.distributed import loop
+from tests.distributed.spawn import run_ranks
+from tests.end_to_end.tiny_run import hash_of, make_data, metrics_of, without_clock
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+PHASES = [
+    {"from_iter": 5, "weights": {"code": 9, "prose": 1}, "global_batch_tokens": 2048},
+    {"from_iter": 9, "global_batch_tokens": 1024},
+]
+BY_TOKENS = {"lr_decay_iters": None, "lr_warmup_tokens": 4096, "lr_decay_tokens": 16384}
+
+
+def test_phases_are_followed_and_a_run_broken_within_them_equals_the_unbroken_one(data, tmp_path):
+    """lr by tokens, batch size, mixture and counters follow the phases; stops lie within and on their borders."""
+    changes = {"training": {"phases": PHASES}, "optimizer": BY_TOKENS, "data": {"weights": {"code": 1, "prose": 9}}}
+    whole, broken = (loop.config_of(data, tmp_path / name, **changes) for name in ("whole", "broken"))
+    parts = [loop.until(broken, iteration) for iteration in (5, 7)]
+    run_ranks(loop.train, whole, *parts, broken, world_size=2)
+    records = metrics_of(tmp_path / "whole")
+    assert without_clock(metrics_of(tmp_path / "broken")) == without_clock(records)
+    last = "checkpoints/iter_0000012"
+    assert hash_of(tmp_path / "broken" / last) == hash_of(tmp_path / "whole" / last)
+    consumed = 0
+    for record in records:
+        assert record["iteration"] == record["data_step"] + 1
+        consumed += 2048 if 5 <= record["data_step"] < 9 else 1024
+        assert record["consumed_tokens"] == consumed
+        want = 1e-2 * consumed / 4096 if consumed <= 4096 else None
+        assert want is None or record["lr"] == pytest.approx(want, rel=1e-12)
+    assert records[-1]["lr"] == pytest.approx(1e-3, rel=1e-12) and consumed == 16384
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    code = [record["num_loss_tokens_by_source"].get("code", 0) / record["num_loss_tokens"] for record in records]
+    assert sum(code[5:]) / 7 > 0.75 > 0.3 > sum(code[:5]) / 5
+
+
+# Prose alone, but for one step of nothing but code: a spike, made of real data.
+ONE_STRANGE_STEP = [
+    {"from_iter": 30, "weights": {"code": 1, "prose": 0}},
+    {"from_iter": 31, "weights": {"code": 0, "prose": 1}},
+]
+
+
+def test_a_spike_is_flagged_and_under_the_policy_skip_leaves_no_trace(data, tmp_path):
+    def config(name, *, policy, train_iters=36):
+        return loop.config_of(
+            data,
+            tmp_path / name,
+            data={"weights": {"code": 0, "prose": 1}},
+            training={"phases": ONE_STRANGE_STEP, "train_iters": train_iters, "spike_policy": policy},
+            optimizer={"lr_decay_iters": 40},
+            checkpoint={"save_interval": 6 if policy == "log" else 1, "keep_latest": 40},
+        )
+
+    logged, skipped, broken = (
+        config("log", policy="log"),
+        config("skip", policy="skip"),
+        config("broken", policy="skip"),
+    )
+    run_ranks(loop.train, logged, skipped, loop.until(broken, 23), broken, world_size=2)
+    for run in (logged, skipped):
+        records = metrics_of(run.run_dir)
+        assert [record["iteration"] for record in records if record["spike"]] == [31]
+        assert [record["iteration"] for record in records if record["skipped"]] == ([31] if run is skipped else [])
+        (event,) = events_of(run.run_dir)
+        assert (event["iteration"], event["data_step"], event["skipped"]) == (31, 30, run is skipped)
+        assert "sigma above" in event["reasons"][0]
+    (event,) = events_of(skipped.run_dir)
+    (tmp_path / "run.yaml").write_text(dump_config(skipped))
+    rows = list(trace_steps(data, config_path=tmp_path / "run.yaml", overrides=[], steps=range(30, 31)))
+    assert {row["source"] for row in rows} == set(event["samples"]) == {"code"}
+    assert sorted(row["sample"] for row in rows) == sorted(event["samples"]["code"])
+    assert {row["bucket"] for row in rows} == {event["bucket"]} and all(row["documents"] for row in rows)
+
+    at = [hash_of(skipped.run_dir / "checkpoints" / f"iter_{number:07d}") for number in (30, 31, 32)]
+    assert at[0] == at[1] != at[2]
+    assert metrics_of(logged.run_dir)[31]["loss"] != metrics_of(skipped.run_dir)[31]["loss"]
+    assert without_clock(metrics_of(broken.run_dir)) == without_clock(metrics_of(skipped.run_dir))
+    assert events_of(broken.run_dir) == events_of(skipped.run_dir)
+    assert hash_of(broken.run_dir / "checkpoints" / "iter_0000032") == at[2]
+
+
+def test_steps_that_are_skipped_again_and_again_end_the_run_with_65_on_all_ranks(data, tmp_path):
+    config = loop.config_of(
+        data, tmp_path / "run", optimizer={"lr": 1e30, "lr_warmup_iters": 0}, training={"max_skipped_in_a_row": 3}
+    )
+    ends = run_ranks(loop.train_into_an_error, config, world_size=2)
+    assert len(set(ends)) == 1
+    assert ends[0].startswith("65: the updates of 3 steps in a row were skipped (gradient not finite at step 4)")
+    assert [record["skipped"] for record in metrics_of(config.run_dir)] == [False, True, True, True]
+    events = events_of(config.run_dir)
+    assert [event["iteration"] for event in events] == [2, 3, 4]
+    assert all(event["grad_norm"] is None and event["reasons"] == ["gradient not finite"] for event in events)
+
+
+def events_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("resumed_at", [None, 6])
+def test_a_profile_is_written_for_its_window_on_the_ranks_named(data, tmp_path, resumed_at):
+    config = loop.config_of(data, tmp_path / "run", runtime={"profile": "5:8", "profile_ranks": [1]})
+    run_ranks(loop.train, *([] if resumed_at is None else [loop.until(config, resumed_at)]), config, world_size=2)
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    assert trace.name == "rank-00001.json"
+    names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
+    updates = sum(name.startswith("Optimizer.step#") for name in names)
+    assert updates == (3 if resumed_at is None else 1), "steps 5, 6 and 7; after a resume at 6, step 7"
+    assert "aten::mm" in names

@@ -1,0 +1,64 @@
+"""The batches of a run with phases: weights, batch size, consumed tokens and shares follow them at their steps."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_xy.config import RunConfig
+from megatron_xy.data.build import build_dataset
+from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.loader import StepLoader
+from megatron_xy.data.phases import sampler_phases, total_tokens
+from tests.unit import small_corpus
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"text": text, "source": "ab"[number % 2]} for number, text in enumerate(small_corpus.texts(400))]
+    corpus = small_corpus.write_rows(folder / "corpus.jsonl", rows)
+    tokenizer = small_corpus.train_tokenizer(folder / "tokenizer.model")
+    build_dataset([corpus], tokenizer=tokenizer, output=folder / "built", buckets=(16, 32, 64), source_field="source")
+    return folder / "built"
+
+
+PHASES = [{"from_iter": 6, "weights": {"a": 9, "b": 1}}, {"from_iter": 10, "global_batch_tokens": 512}]
+
+
+def test_the_tokens_of_a_run_follow_its_phases():
+    phases = sampler_phases(RunConfig.model_validate({"training": {"global_batch_tokens": 256, "phases": PHASES}}))
+    for train_iters in (1, 6, 10, 11, 40):
+        want = sum(256 if step < 10 else 512 for step in range(train_iters))
+        assert total_tokens(phases, train_iters=train_iters) == want
+
+
+def test_batches_shares_and_tokens_follow_the_phases(data):
+    config = RunConfig.model_validate(
+        {
+            "data": {"path": str(data), "weights": {"a": 1, "b": 1}},
+            "training": {"global_batch_tokens": 256, "micro_batch_tokens": 64, "phases": PHASES},
+        }
+    )
+    dataset = PackedDataset(config.data.paths)
+    ranks = [StepLoader(config, dataset=dataset, dp_size=2, dp_rank=rank) for rank in range(2)]
+    drawn = {"a": 0, "b": 0}
+    tokens = 0
+    at: dict[int, dict[str, int]] = {}
+    for step in range(24):
+        prepared = [loader.get(step)[0] for loader in ranks]
+        assert prepared[0].samples == prepared[1].samples and prepared[0].bucket == prepared[1].bucket
+        tokens += prepared[0].num_tokens
+        assert prepared[0].num_tokens == (512 if step >= 10 else 256)
+        assert [len(part.micro_batches) for part in prepared] == [prepared[0].num_tokens // (64 * 2)] * 2
+        for source, indices in prepared[0].samples.items():
+            drawn[source] += len(indices) * prepared[0].bucket
+        at[step + 1] = dict(drawn)
+        assert ranks[0].sampler.consumed_tokens(step + 1) == tokens
+        total = sum(drawn.values())
+        want = {source: part / total for source, part in drawn.items()}
+        assert ranks[0].consumed_shares(step + 1) == pytest.approx(want, rel=1e-12)
+    before = at[6]["a"] / (at[6]["a"] + at[6]["b"])
+    after = (at[24]["a"] - at[6]["a"]) / (sum(at[24].values()) - sum(at[6].values()))
+    assert before == pytest.approx(0.5, abs=0.1) and after == pytest.approx(0.9, abs=0.04)
+    for loader in ranks:
+        loader.close()
