@@ -337,12 +337,12 @@ def data_show(
 
     samples = shown_samples(directory, source=source, bucket=bucket, index=index, count=count)
     if as_json:
-        print(json.dumps([{"sample": heading, "text": text.plain} for heading, text in samples]))
+        print(json.dumps([{"sample": sample.heading, "text": sample.plain} for sample in samples]))
         return
     console = Console()
-    for heading, text in samples:
-        console.rule(escape(heading), align="left")
-        console.print(text, soft_wrap=True)
+    for sample in samples:
+        console.rule(escape(sample.heading), align="left")
+        console.print(sample.coloured, soft_wrap=True)
 
 
 @data_app.command("verify")

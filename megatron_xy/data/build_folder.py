@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -75,7 +76,9 @@ class FolderBuild:
         """Equal where the result would be: over contents and kinds of the inputs in order, tokenizer and options."""
         kinds = [Path(file.path).suffixes[-1:] for file in self.scanned]
         content = [[kind, file.size, file.sha256] for kind, file in zip(kinds, self.scanned, strict=True)]
-        settled = [content, self.tokenizer.sha256, self.tokenizer.eos_id, self.options]
+        settled: list[Any] = [content, self.tokenizer.sha256, self.tokenizer.eos_id, self.options]
+        if self.tokenizer.config_path is not None:
+            settled.append(file_sha256(self.tokenizer.config_path))
         return hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()
 
 
@@ -146,6 +149,11 @@ def _finish(
     """
     options, tokenizer = build.options, build.tokenizer
     tokenized, report, listing = _make_token_shards(pool, tasks, build=build, work=work)
+    if not any(shard.documents for shard in tokenized):
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # where there was more in it before
+            build.folder.rmdir()
+        raise DataError("no document with text is left; check the text field, the files and held_out")
     sources, dropped = pack_sources(
         pool,
         tokenized,
@@ -227,11 +235,14 @@ def _publish(folder: Path, *, work: Path, manifest: Manifest, tokenizer: Tokeniz
             packed = work / "packed" / name
             if packed.exists():
                 packed.rename(folder / name)
-        copy = work / tokenizer.file_name
-        shutil.copyfile(tokenizer.path, copy)
+        files = {tokenizer.file_name: tokenizer.path}
+        if tokenizer.config_path is not None:
+            files[tokenizer.config_path.name] = tokenizer.config_path
+        for name, path in files.items():
+            shutil.copyfile(path, work / name)
+            replace(work / name, folder / name)
     except OSError as error:
         raise storage_error(folder, error) from error
-    replace(copy, folder / tokenizer.file_name)
     if manifest.bad_lines is not None:
         replace(listing, folder / BAD_LINES_NAME)
     write_manifest(folder, manifest)

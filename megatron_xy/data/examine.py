@@ -55,8 +55,9 @@ def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -
     tokenizer = folder / manifest.tokenizer.file
     if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
         raise DataError(f"{tokenizer} is missing or not the tokenizer of the manifest; copy the right one there")
-    if manifest.bad_lines is not None:
-        _verify_file(folder / manifest.bad_lines.name, size=manifest.bad_lines.size, sha256=manifest.bad_lines.sha256)
+    for further in (manifest.bad_lines, manifest.tokenizer.config):
+        if further is not None:
+            _verify_file(folder / further.name, size=further.size, sha256=further.sha256)
     shards = [
         (shard, int(size))
         for source in manifest.sources.values()

@@ -10,7 +10,7 @@ from megatron_xy.data.alternatives import profile_lengths
 from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.data.documents import LineReport
 from megatron_xy.data.indexed import IndexedReader
-from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry
+from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry, file_entry
 from megatron_xy.data.packing import Overflow, Packing, PackReceipt, pack_shard, pack_tasks
 from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard
 from megatron_xy.data.tokenizer import Tokenizer
@@ -38,11 +38,10 @@ def pack_sources(
 ) -> tuple[dict[str, SourceEntry], Dropped]:
     """Pack each source by itself, in the order of the names; a source of which nothing is left has no entry.
 
-    Raises DataError where there is nothing to pack, or nothing left of it.
+    Raises DataError where nothing is left of it.
     """
     names = sorted({name for shard in tokenized for name in shard.documents})
-    if not names:
-        raise DataError("no document with text is left; check the text field, the files and held_out")
+    assert names, "there is something to pack"
     if len(names) > MOST_SOURCES:
         raise ConfigError(f"source_field names {len(names)} sources, at most {MOST_SOURCES} can be told apart")
     prefixes = {name: [shard.folder / name for shard in tokenized if name in shard.documents] for name in names}
@@ -107,6 +106,7 @@ def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
+        config=file_entry(config, folder=config.parent) if (config := tokenizer.config_path) is not None else None,
     )
 
 

@@ -1,9 +1,12 @@
 """`data build` of a small corpus in a process of its own, cut into many pieces of work; says when it begins.
 
 python -m tests.end_to_end.build_process CORPUS TOKENIZER OUTPUT [--workers N] [--shard I/N] [--deduplicate]
+
+Its last word is its peak memory in bytes.
 """
 
 import argparse
+from pathlib import Path
 
 from megatron_xy.data import build, deduplicate, packing, tokenize
 from megatron_xy.data.build_folder import Share
@@ -33,6 +36,8 @@ def main():
         deduplicate=options.deduplicate,
     )
     print("finished" if result["finished"] else "left to others")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")))
 
 
 if __name__ == "__main__":

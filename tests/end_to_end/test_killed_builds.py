@@ -73,7 +73,7 @@ def test_builds_at_once_share_the_work_and_take_over_from_a_dead_one(corpus, tmp
     killed, *others = (start(corpus, output, "--deduplicate") for _ in range(3))
     time.sleep(corpus[3] / 4)
     killed.kill()
-    assert [process.communicate()[0] for process in others] == ["finished\n"] * 2
+    assert [process.communicate()[0].split("\n")[0] for process in others] == ["finished"] * 2
     assert [process.returncode for process in others] == [0, 0]
     assert content(output) == corpus[2]
 
@@ -98,6 +98,19 @@ def test_what_a_stopped_build_has_claimed_waits_for_it(corpus, tmp_path):
 
 def test_shares_at_once_leave_it_to_the_last_or_finish_together(corpus, tmp_path):
     shares = [start(corpus, tmp_path / "out", "--deduplicate", "--shard", f"{index}/3") for index in range(3)]
-    said = [process.communicate()[0] for process in shares]
-    assert "finished\n" in said and set(said) <= {"finished\n", "left to others\n"}
+    said = [process.communicate()[0].split("\n")[0] for process in shares]
+    assert "finished" in said and set(said) <= {"finished", "left to others"}
     assert content(tmp_path / "out") == corpus[2]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(corpus, tmp_path):
+    peaks = {}
+    for copies in (1, 24):
+        rows = [{"text": " ".join(texts(50, seed=seed)), "src": "a"} for seed in range(100)] * copies
+        write_rows(tmp_path / f"{copies}/a.jsonl", rows)
+        process = start((tmp_path / f"{copies}", corpus[1]), tmp_path / f"out-{copies}")
+        peaks[copies] = int(process.communicate()[0].split()[-1])
+    more = (tmp_path / "24/a.jsonl").stat().st_size - (tmp_path / "1/a.jsonl").stat().st_size
+    assert more > 5e6, "otherwise this shows nothing"
+    assert peaks[24] - peaks[1] < more

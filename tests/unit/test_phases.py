@@ -196,6 +196,30 @@ def test_plan_steps_and_trace_follow_the_phases(data):
     assert all(document["line"] % 2 == 0 for row in traced for document in row["documents"] if row["source"] == "b")
 
 
+def test_neither_train_iters_nor_micro_batches_nor_ranks_reshuffle_the_data(data):
+    config = run_yaml(data, phases=[{"from_iter": 3, "weights": {"a": 1, "b": 1}}])
+
+    def planned(*overrides, ranks=1):
+        rows = [
+            row
+            for rank in range(ranks)
+            for row in plan_steps(
+                data / "data",
+                config_path=config,
+                overrides=overrides,
+                steps=range(8),
+                data_parallel_size=ranks,
+                data_parallel_rank=rank,
+            )
+        ]
+        return sorted((row["data_step"], row["source"], index) for row in rows for index in row["samples"])
+
+    expected = planned()
+    assert planned("training.train_iters=100000") == expected
+    assert planned("training.micro_batch_tokens=128") == expected
+    assert planned(ranks=4) == expected
+
+
 def test_the_cap_on_epochs_is_checked_with_the_files(data):
     check_paths(load_config(run_yaml(data, phases=[])))
     with pytest.raises(ConfigError, match=r"data\.max_epochs \(0\.01\): 40 steps would draw source"):
