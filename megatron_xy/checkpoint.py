@@ -22,11 +22,13 @@ from megatron_xy import checkpoint_files as files
 from megatron_xy import device
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.errors import ConfigError, DataError, PeerLost, StorageError
-from megatron_xy.model.build import NamedParameter
-from megatron_xy.optimizer import torch_optimizers
+from megatron_xy.host_copy import HostCopy
+from megatron_xy.liveness import waiting_for
+from megatron_xy.model.build import EMBEDDING, NamedParameter
+from megatron_xy.optimizer import OwnedParameter
 from megatron_xy.parallel import Groups, barrier, joined_over, sum_over
 from megatron_xy.role import Role
-from megatron_xy.shards import Box, ParameterShard
+from megatron_xy.shards import ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, sync_folder, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -65,40 +67,66 @@ def sweep(checkpoints: Path) -> list[str]:
 
 
 class CheckpointWriter:
-    """Saves a role's state at iterations. At most one save is under way; the next one waits for it."""
+    """Saves a role's state at iterations. At most one save is under way; the next one waits for it.
 
-    def __init__(self, checkpoints: Path, *, keep_latest: int, asynchronous: bool, timeout_seconds: float) -> None:
+    A save is scheduled (`save`), copied to the host (`before_update` waits for that), written (`on_written` is told,
+    on the leader), and verified when it is opened again.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        keep_latest: int,
+        asynchronous: bool,
+        timeout_seconds: float,
+        on_progress: Callable[[int], object] = lambda num_bytes: None,
+        on_written: Callable[[str], object] = lambda text: None,
+    ) -> None:
         self.checkpoints = checkpoints
         self.keep_latest = keep_latest
         self.asynchronous = asynchronous
         self.timeout_seconds = timeout_seconds
+        self._on_progress, self._on_written = on_progress, on_written
+        self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._held_seconds = 0.0  # of the save under way
 
     def save(self, role: Role, state: TrainingState, *, facts: dict[str, Any]) -> float:
         """Writes iter_N; returns the seconds for which the caller was held up. Collective over the role's ranks.
 
-        facts: what else the manifest says of the run (its model section, versions).
+        Asynchronously: forward and backward passes may follow at once; before weights or moments are changed,
+        `before_update` waits for the copy. facts: what else the manifest says of the run (its model section, versions).
         """
         began = time.monotonic()
         self.wait()
         parts = [part for part in _parts(role) if part.is_writer]
-        tensors = {part.name: _to_host(part.tensor, part.shard) for part in parts}
+        tensors = {part.name: part.shard.trim(part.tensor) for part in parts}
         shards = {part.name: part.shard for part in parts}
         rank_state = {f"rank_state.{name}": value.clone() for name, value in role.generator_states.items()}
         place = {"world_size": len(role.groups.ranks), "device": device.current().type}
         body = {**asdict(state), **place, "parallel": role.parallel.model_dump(), **facts}
         groups = role.groups
+        self._copy.mark()
 
         def write() -> None:
-            self._write(groups, state.iteration, tensors=tensors, shards=shards, rank_state=rank_state, state=body)
+            copies = self._copy.run(tensors)
+            self._write(groups, state.iteration, tensors=copies, shards=shards, rank_state=rank_state, state=body)
 
         if self.asynchronous:
             self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint", daemon=True)
             self._thread.start()
         else:
             write()
-        return time.monotonic() - began
+        self._held_seconds = time.monotonic() - began
+        return self._held_seconds
+
+    def before_update(self) -> float:
+        """Waits until a save under way has its copy of what an update changes; returns the seconds."""
+        seconds = self._copy.wait()
+        self._held_seconds += seconds
+        return seconds
 
     def wait(self) -> None:
         """Waits for this rank's part of the save under way, and raises what went wrong in it."""
@@ -131,6 +159,7 @@ class CheckpointWriter:
         state: dict[str, Any],
     ) -> None:
         """This rank's shard and note; on the leader also the manifest, the rename and the retention."""
+        began = time.monotonic()
         folder = self.checkpoints / f"{TEMPORARY_PREFIX}iter_{iteration:07d}"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -138,7 +167,8 @@ class CheckpointWriter:
             raise StorageError(f"{folder} cannot be made: {error}") from error
         size = len(groups.ranks)
         file = f"rank-{groups.role_rank:05d}-of-{size:05d}.safetensors"
-        facts = files.write_shard(folder, file=file, tensors={**tensors, **rank_state})
+        contents = {**tensors, **rank_state}
+        facts = files.write_shard(folder, file=file, tensors=contents, on_progress=self._on_progress)
         note = {
             "file": file,
             "facts": facts,
@@ -146,19 +176,30 @@ class CheckpointWriter:
                 name: {
                     "shape": list(shard.global_shape),
                     "dtype": files.DTYPE_NAMES[tensors[name].dtype],
-                    "boxes": [[box.start, box.stop] for box in shard.boxes],
+                    **files.shard_to_json(shard),
                 }
                 for name, shard in shards.items()
             },
             "rank_state": [name.removeprefix("rank_state.") for name in rank_state],
         }
         write_json(folder / f"note-{groups.role_rank:05d}.json", note)
-        if groups.role_rank == 0:
-            self._complete(folder, iteration, num_ranks=size, state=state)
+        if groups.is_leader:
+            num_bytes = self._complete(folder, iteration, num_ranks=size, state=state)
+            seconds = time.monotonic() - began
+            self._on_written(
+                f"checkpoint of step {iteration} written: {num_bytes / 1e6:,.1f} MB in {seconds:.2f} s "
+                f"(training held for {self._held_seconds:.2f} s)"
+            )
 
-    def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> None:
-        """Gathers the notes into the manifest, gives the folder its name, and lets go of the oldest checkpoints."""
-        notes = {rank: self._await_note(folder / f"note-{rank:05d}.json") for rank in range(num_ranks)}
+    def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> int:
+        """Gathers the notes into the manifest, gives the folder its name, and lets go of the oldest checkpoints.
+
+        Returns the bytes of all shards.
+        """
+        notes = {}
+        for rank in range(num_ranks):
+            with waiting_for(f"rank {rank}'s part of the checkpoint"):
+                notes[rank] = self._await_note(folder / f"note-{rank:05d}.json")
         manifest = files.Manifest(state=state, tensors={}, rank_state={}, files={})
         for rank, note in notes.items():
             manifest.files[note["file"]] = note["facts"]
@@ -166,8 +207,7 @@ class CheckpointWriter:
             for name, part in note["tensors"].items():
                 shape = tuple(part["shape"])
                 entry = manifest.tensors.setdefault(name, files.TensorEntry(shape, part["dtype"]))
-                boxes = tuple(Box(tuple(start), tuple(stop)) for start, stop in part["boxes"])
-                entry.pieces.append(files.Piece(note["file"], ParameterShard(shape, boxes)))
+                entry.pieces.append(files.Piece(note["file"], files.shard_from_json(part, shape=shape)))
         files.write_manifest(folder, manifest)
         for rank in notes:
             (folder / f"note-{rank:05d}.json").unlink()
@@ -180,6 +220,7 @@ class CheckpointWriter:
         course = [saved for saved in saved_iterations(self.checkpoints) if saved <= iteration]
         for old in course[self.keep_latest :]:
             self._remove(iteration_folder(self.checkpoints, old))
+        return sum(int(facts["bytes"]) for facts in manifest.files.values())
 
     def _await_note(self, path: Path) -> dict[str, Any]:
         """Another rank's note, as soon as it is there. Writing a shard may take long; a rank that died never will."""
@@ -267,9 +308,10 @@ def shared_problem(folder: Path, groups: Groups) -> str | None:
 def load_weights(role: Role, folder: Path) -> files.Manifest:
     """Fills the role's weights, main weights included, from a checkpoint of any layout; nothing else of it."""
     manifest = files.read_manifest(folder)
+    owned = role.owned_parameters()
     with files.TensorReader(folder, manifest) as reader:
         for named in role.named_parameters():
-            _load_weight(reader, named)
+            _load_weight(reader, named, owned.get(named.parameter))
     return manifest
 
 
@@ -280,11 +322,13 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
     fresh ones.
     """
     state = TrainingState(**{name: manifest.state[name] for name in TrainingState.__dataclass_fields__})
+    owned = role.owned_parameters()
     with files.TensorReader(folder, manifest) as reader:
         for named in role.named_parameters():
-            _load_weight(reader, named)
-            if role.optimizer is not None:
-                _load_moments(reader, role, named, steps=state.optimizer_steps)
+            mine = owned.get(named.parameter)
+            _load_weight(reader, named, mine)
+            if mine is not None:
+                _load_moments(reader, named, mine, steps=state.optimizer_steps)
         here = (len(role.groups.ranks), device.current().type)
         if (manifest.state["world_size"], manifest.state.get("device")) == here:
             role.generator_states = reader.read_rank_state(role.groups.role_rank) or role.generator_states
@@ -292,73 +336,66 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
 
 
 @torch.no_grad()
-def _load_weight(reader: files.TensorReader, named: NamedParameter) -> None:
+def _load_weight(reader: files.TensorReader, named: NamedParameter, owned: OwnedParameter | None) -> None:
     main_name = f"optimizer.{MAIN_PARAM}.{named.name}"
-    main = getattr(named.parameter, MAIN_PARAM, None)
     full_precision = named.parameter.dtype == torch.float32 and main_name in reader
     reader.read_into(main_name if full_precision else named.name, named.parameter, named.shard)
-    if main is not None:
-        if main_name in reader:
-            reader.read_into(main_name, main, named.shard)
-        else:  # in the stored precision, which may be more than the parameter's
-            reader.read_into(named.name, main, named.shard)
+    if owned is not None and owned.has_main_weights:
+        # Without stored main weights: in the stored precision, which may be more than the parameter's.
+        name = main_name if main_name in reader else named.name
+        reader.read_into(name, owned.main, owned.shard_of(named.shard))
 
 
-def _load_moments(reader: files.TensorReader, role: Role, named: NamedParameter, *, steps: int) -> None:
-    main = getattr(named.parameter, MAIN_PARAM, named.parameter)
-    for optimizer in torch_optimizers(role.optimizer):
-        if any(main is parameter for group in optimizer.param_groups for parameter in group["params"]):
-            moments = {name: torch.zeros_like(main, memory_format=torch.preserve_format) for name in MOMENTS}
-            for name, moment in moments.items():
-                if steps:
-                    reader.read_into(f"optimizer.{name}.{named.name}", moment, named.shard)
-            step = torch.tensor(float(steps), device=main.device)
-            optimizer.state[main] = {"step": step, **moments} if steps else {}
+def _load_moments(reader: files.TensorReader, named: NamedParameter, owned: OwnedParameter, *, steps: int) -> None:
+    main = owned.main
+    moments = {name: torch.zeros_like(main, memory_format=torch.preserve_format) for name in MOMENTS}
+    for name, moment in moments.items():
+        if steps:
+            reader.read_into(f"optimizer.{name}.{named.name}", moment, owned.shard_of(named.shard))
+    step = torch.tensor(float(steps), device=main.device)
+    owned.inner.state[main] = {"step": step, **moments} if steps else {}
 
 
 def _parts(role: Role) -> list[_Part]:
     """This rank's tensors that make up the state, in the same order on all replicas, with the one that writes each.
 
-    Replicas share the writing: a tensor goes to the data parallel rank with the fewest bytes so far, the same
-    computation on each; one that is not split by tensor parallelism is written by tensor parallel rank 0; a tied
-    embedding by stage 0.
+    Replicas share the writing: under the distributed optimizer each writes the part that it updates, weights included
+    (the rest may be stale until it is gathered); otherwise a tensor goes to the data parallel rank with the fewest
+    bytes so far, the same computation on each. One that is not split by tensor parallelism is written by tensor
+    parallel rank 0; a tied embedding by stage 0.
     """
     groups = role.groups
+    owned = role.owned_parameters()
+    is_distributed = role.optimizer is not None and role.parallel.use_distributed_optimizer
     load = [0] * groups.dp_size
     tied_copy = not role.model.untie_embeddings_and_output_weights and groups.pp_size > 1 and groups.is_last_stage
     parts = []
     for named in role.named_parameters():
+        mine = owned.get(named.parameter)
+        if is_distributed and mine is None:
+            continue
+        shard = mine.shard_of(named.shard) if mine is not None else named.shard
+        tensors = _state_tensors(named, mine)
+        if is_distributed:
+            writer = groups.dp_rank
+        else:
+            writer = load.index(min(load))
+            load[writer] += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         split = getattr(named.parameter, "tensor_model_parallel", False)
-        tensors = _state_tensors(role, named)
-        writer = load.index(min(load))
-        load[writer] += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        is_embedding_copy = tied_copy and named.name == "embedding.word_embeddings.weight"
+        is_embedding_copy = tied_copy and named.name == EMBEDDING
         is_writer = (
-            writer == groups.dp_rank
-            and (split or groups.tp_rank == 0)
-            and not is_embedding_copy
-            and named.shard.numel > 0
+            writer == groups.dp_rank and (split or groups.tp_rank == 0) and not is_embedding_copy and shard.numel > 0
         )
-        parts += [_Part(name, tensor, named.shard, is_writer) for name, tensor in tensors.items()]
+        parts += [_Part(name, tensor, shard, is_writer) for name, tensor in tensors.items()]
     return parts
 
 
-def _state_tensors(role: Role, named: NamedParameter) -> dict[str, torch.Tensor]:
-    """A parameter's tensors by their names in the checkpoint: itself, its main weights, its moments."""
-    tensors: dict[str, torch.Tensor] = {named.name: named.parameter.detach()}
-    main = getattr(named.parameter, MAIN_PARAM, None)
-    if main is not None:
-        tensors[f"optimizer.{MAIN_PARAM}.{named.name}"] = main.detach()
-    for optimizer in torch_optimizers(role.optimizer) if role.optimizer is not None else []:
-        moments = optimizer.state.get(named.parameter if main is None else main, {})
-        for name in MOMENTS:
-            if name in moments:
-                tensors[f"optimizer.{name}.{named.name}"] = moments[name]
-    return tensors
-
-
-def _to_host(tensor: torch.Tensor, shard: ParameterShard) -> torch.Tensor:
-    """A copy of its own in the host's memory, without the padding rows."""
-    rows = tensor[: shard.num_rows] if tensor.dim() else tensor
-    assert rows.numel() == shard.numel, "the boxes cover all rows but the padding"
-    return rows.to("cpu", copy=True).contiguous()
+def _state_tensors(named: NamedParameter, owned: OwnedParameter | None) -> dict[str, torch.Tensor]:
+    """A parameter's tensors by their names in the checkpoint: itself, its main weights, its moments; what is owned."""
+    if owned is None:
+        return {named.name: named.parameter.detach()}
+    tensors = {named.name: owned.part_of(named.parameter.detach())}
+    if owned.has_main_weights:
+        tensors[f"optimizer.{MAIN_PARAM}.{named.name}"] = owned.main.detach()
+    moments = owned.inner.state.get(owned.main, {})
+    return {**tensors, **{f"optimizer.{name}.{named.name}": moments[name] for name in MOMENTS if name in moments}}

@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_xy.errors import ConfigError, DataError, StorageError
-from megatron_xy.shards import Box, ParameterShard
-from megatron_xy.storage import file_sha256, sync_file, write_json
+from megatron_xy.shards import Box, ParameterShard, whole
+from megatron_xy.storage import file_sha256, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -29,6 +31,11 @@ DTYPE_NAMES = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
     torch.uint8: "uint8", torch.int32: "int32", torch.int64: "int64",
 }  # fmt: skip
+SAFETENSORS_CODES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+BLOCK_BYTES = 16 << 20
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -51,9 +58,8 @@ class Piece:
     shard: ParameterShard
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest; `flat` has its place for the distributed optimizer's ranges."""
-        boxes = [[list(box.start), list(box.stop)] for box in self.shard.boxes]
-        return {"file": self.file, "boxes": boxes, "flat": None}
+        """For the manifest."""
+        return {"file": self.file, **shard_to_json(self.shard)}
 
 
 @dataclass
@@ -95,15 +101,55 @@ class Manifest:
         return {**body, "manifest_sha256": _digest_of(body)}
 
 
-def write_shard(directory: Path, *, file: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Writes one safetensors file, synced to disk; returns its {bytes, sha256}. Raises StorageError."""
+def write_shard(
+    directory: Path,
+    *,
+    file: str,
+    tensors: dict[str, torch.Tensor],
+    on_progress: Callable[[int], object] = lambda num_bytes: None,
+) -> dict[str, Any]:
+    """Writes one safetensors file, synced to disk; returns its {bytes, sha256}. Raises StorageError.
+
+    Written in blocks that are hashed at the same time, so that nothing is read again. tensors: on the CPU, contiguous.
+    on_progress: called after each block with the bytes written so far.
+    """
     path = directory / file
+    digest, written = hashlib.sha256(), 0
     try:
-        save_file(tensors, path, metadata={"format": "megatron_xy"})
-        sync_file(path)
-    except (OSError, SafetensorError) as error:
+        with path.open("wb") as stream, ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
+            for block in _safetensors_blocks(tensors):
+                hashing = pool.submit(digest.update, block)
+                stream.write(block)
+                hashing.result()
+                written += len(block)
+                on_progress(written)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}; the checkpoints before it are untouched") from error
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"bytes": written, "sha256": digest.hexdigest()}
+
+
+def _safetensors_blocks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview]:
+    """A safetensors file of `tensors`: the header's length, the header as JSON, the tensors one after the other.
+
+    As the format asks: wider elements first, then by name, so that every tensor is aligned; the header padded with
+    spaces to 8 bytes.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "megatron_xy"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        code = SAFETENSORS_CODES[tensor.dtype]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield memoryview(struct.pack("<Q", len(encoded)) + encoded)
+    for _, tensor in ordered:
+        whole_tensor = tensor.reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(whole_tensor), BLOCK_BYTES):
+            yield whole_tensor[start : start + BLOCK_BYTES]
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -164,10 +210,16 @@ def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | 
 def verify_coverage(directory: Path, manifest: Manifest) -> None:
     """Every element of every tensor stands in exactly one piece. Raises DataError."""
     for name, entry in manifest.tensors.items():
-        boxes = [box for piece in entry.pieces for box in piece.shard.boxes]
-        numel = torch.Size(entry.shape).numel()
+        shards = [piece.shard for piece in entry.pieces]
+        whole_boxes = [box for shard in shards if shard.flat is None for box in shard.boxes]
+        ranges: dict[tuple[Box, ...], list[tuple[int, int]]] = {}  # of the boxes that are held in flat parts
+        for shard in shards:
+            if shard.flat:
+                ranges.setdefault(shard.boxes, []).append(shard.flat)
+        boxes = [*whole_boxes, *(box for group in ranges for box in group)]
+        complete = sum(box.numel for box in boxes) == torch.Size(entry.shape).numel()
         overlap = any(a.intersect(b) for index, a in enumerate(boxes) for b in boxes[:index])
-        if overlap or sum(box.numel for box in boxes) != numel:
+        if not complete or overlap or not all(_is_tiled(group, parts) for group, parts in ranges.items()):
             raise DataError(
                 f"{directory / MANIFEST}: the pieces of {name} do not make up its shape {list(entry.shape)}"
             )
@@ -206,7 +258,7 @@ class TensorReader:
         for piece in entry.pieces:
             for here, there in shard.overlaps(piece.shard):
                 # Copied out of the memory map: adopting it would change alignment, kernels and so the last bits.
-                local[here].copy_(self._slice(piece.file, name)[there])
+                here.of(local).copy_(there.of(self._slice(piece.file, name)))
 
     def read_full(self, name: str) -> torch.Tensor:
         """The whole global tensor in its stored dtype."""
@@ -236,9 +288,24 @@ class TensorReader:
         return self._open_files[file]
 
 
-def whole(shape: tuple[int, ...]) -> ParameterShard:
-    """The shard that is the whole tensor."""
-    return ParameterShard(shape, (Box((0,) * len(shape), shape),))
+def shard_to_json(shard: ParameterShard) -> dict[str, Any]:
+    """{boxes, flat} as manifests have them."""
+    boxes = [[list(box.start), list(box.stop)] for box in shard.boxes]
+    return {"boxes": boxes, "flat": list(shard.flat) if shard.flat else None}
+
+
+def shard_from_json(body: dict[str, Any], *, shape: tuple[int, ...]) -> ParameterShard:
+    """The shard out of its JSON. Raises ValueError where it does not lie within a tensor of `shape`."""
+    boxes = tuple(Box(tuple(start), tuple(stop)) for start, stop in body["boxes"])
+    for box in boxes:
+        if not all(0 <= a <= b <= size for a, b, size in zip(box.start, box.stop, shape, strict=True)):
+            raise ValueError(f"a box lies outside the shape {list(shape)}")
+    if body["flat"] is None:
+        return ParameterShard(shape, boxes)
+    start, stop = body["flat"]
+    if not (len(shape) and 0 <= start <= stop <= sum(box.numel for box in boxes)):
+        raise ValueError(f"its flat range {start}:{stop} lies outside its boxes")
+    return ParameterShard(shape, boxes, (start, stop))
 
 
 def tensor_hashes(directory: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -248,6 +315,16 @@ def tensor_hashes(directory: Path, manifest: Manifest) -> Iterator[tuple[str, di
             raw = reader.read_full(name).contiguous().view(torch.uint8).numpy()
             sha256 = hashlib.sha256(raw.data).hexdigest()
             yield name, {"shape": list(entry.shape), "dtype": entry.dtype, "sha256": sha256}
+
+
+def _is_tiled(boxes: tuple[Box, ...], ranges: list[tuple[int, int]]) -> bool:
+    """Whether flat ranges follow each other from the first to the last element of the boxes."""
+    edge = 0
+    for start, stop in sorted(ranges):
+        if start != edge:
+            return False
+        edge = stop
+    return edge == sum(box.numel for box in boxes)
 
 
 def _digest_of(body: dict[str, Any]) -> str:
@@ -264,11 +341,11 @@ def _parsed(body: dict[str, Any], path: Path) -> Manifest:
             raise DataError(f"{path}: {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
         pieces = []
         for piece in entry["pieces"]:
-            boxes = tuple(Box(tuple(start), tuple(stop)) for start, stop in piece["boxes"])
-            for box in boxes:
-                if not all(0 <= a <= b <= size for a, b, size in zip(box.start, box.stop, shape, strict=True)):
-                    raise DataError(f"{path}: a piece of {name} lies outside its shape {list(shape)}")
-            pieces.append(Piece(_listed(piece["file"], files, path), ParameterShard(shape, boxes)))
+            file = _listed(piece["file"], files, path)
+            try:
+                pieces.append(Piece(file, shard_from_json(piece, shape=shape)))
+            except ValueError as error:
+                raise DataError(f"{path}: a piece of {name} is impossible: {error}") from None
         tensors[name] = TensorEntry(shape, entry["dtype"], pieces)
     rank_state = {
         rank: {name: _listed(file, files, path) for name, file in names.items()}

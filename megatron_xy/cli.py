@@ -75,7 +75,7 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     began = time.monotonic()
     from megatron_xy.worker import run_worker
 
-    def work(config: Any, stop: Any) -> None:
+    def work(config: Any, stop: Any, watchdog: Any) -> None:
         from megatron_xy import device, environment
 
         device.start(
@@ -85,7 +85,7 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
         )
         from megatron_xy import pretrain as verb
 
-        verb.run(config, stop=stop, began=began)
+        verb.run(config, stop=stop, watchdog=watchdog, began=began)
 
     run_worker("pretrain", config_path=run_yaml, overrides=overrides or [], work=work)
 
@@ -122,6 +122,7 @@ def run(
         run_dir=config.run_dir,
         task=config.task,
         num_threads=config.runtime.num_threads,
+        timeout_seconds=config.runtime.timeout_seconds,
     )
     sys.exit(code)
 
@@ -186,15 +187,39 @@ def convert(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Says what this machine has, what would be used and why, and what is patched."""
     from megatron_xy import device
 
     device.start()
-    from megatron_xy.doctor import diagnose
+    from megatron_xy.doctor import diagnose, told
 
-    for line in diagnose():
-        print(line)
+    findings = diagnose()
+    print(json.dumps(findings) if as_json else told(findings))
+
+
+@app.command()
+def bench(
+    suite: Annotated[Literal["cpu", "gpu"], typer.Argument(metavar="cpu|gpu")],
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="PART", help="this part; may be repeated")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the JSON file; ./bench-SUITE-DATE.json unless given")
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="sizes that show that it runs, not how fast")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measures fixed models and buckets: tokens/s, MFU, memory, recomputation, attention, a resume, a plain loop."""
+    from megatron_xy.bench import verb
+
+    target = output or Path(f"bench-{suite}-{time.strftime('%Y-%m-%d')}.json")
+    results = verb.run(suite, only=only or [], output=target, tiny=tiny, say=_say)
+    if as_json:
+        print(json.dumps(results))
+    else:
+        for table in verb.tables(results):
+            Console(width=max(Console().width, 170)).print(table)
+    if not all(part["ok"] for part in results["parts"].values()):
+        sys.exit(EXIT_COMPARISON_FAILED)
 
 
 @data_app.command("build")
@@ -236,10 +261,18 @@ def data_build(
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="this share only; the last one to end finishes")
     ] = None,
+    executor: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--executor", help="where the workers are: processes here, or tasks of the running Ray cluster"),
+    ] = "local",
     as_json: AsJson = False,
 ) -> None:
-    """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx."""
-    from megatron_xy.data.build import Share, build_dataset
+    """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx.
+
+    The same command on several machines that share the folders does the work together.
+    """
+    from megatron_xy.data.build import build_dataset
+    from megatron_xy.data.build_folder import Share
     from megatron_xy.data.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
@@ -260,6 +293,7 @@ def data_build(
             deduplicate=deduplicate,
             held_out=held_out,
             shard=Share.parse(shard) if shard is not None else None,
+            executor=executor,
             progress=progress,
         )
     if stats["finished"]:
@@ -267,8 +301,7 @@ def data_build(
     elif as_json:
         print(json.dumps(stats))
     else:
-        others = f"{stats['missing']} token shard(s) of others are not there yet"
-        print(f"share {shard} is done; {others if stats['missing'] else 'another one is finishing the data set'}")
+        print(f"share {shard} is done; {stats['missing']} token shard(s) of others are not there yet")
 
 
 @data_app.command("stats")
@@ -304,12 +337,12 @@ def data_show(
 
     samples = shown_samples(directory, source=source, bucket=bucket, index=index, count=count)
     if as_json:
-        print(json.dumps([{"sample": heading, "text": text.plain} for heading, text in samples]))
+        print(json.dumps([{"sample": sample.heading, "text": sample.plain} for sample in samples]))
         return
     console = Console()
-    for heading, text in samples:
-        console.rule(escape(heading), align="left")
-        console.print(text, soft_wrap=True)
+    for sample in samples:
+        console.rule(escape(sample.heading), align="left")
+        console.print(sample.coloured, soft_wrap=True)
 
 
 @data_app.command("verify")

@@ -102,7 +102,9 @@ class ModelConfig(Section):
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
     params_dtype: Literal["fp32", "bf16"] = "fp32"
-    layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
+    layer_spec: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="auto: transformer_engine where it is installed and works on a GPU, else torch"
+    )
     recompute_granularity: Literal["none", "selective", "full"] = "none"
 
     @property
@@ -125,6 +127,11 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = False
 
     @property
+    def num_chunks(self) -> int:
+        """Chunks of layers a pipeline stage: 1, or the virtual pipeline's size."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one replica of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
@@ -138,6 +145,9 @@ class DataConfig(Section):
     tokenizer: FilePath | None = None
     split_documents: bool = Field(True, description="attention and positions stop at document borders")
     eval_path: FilePath | None = Field(None, description="held-out data, such as DIR/held_out of `data build`")
+    max_epochs: float | None = Field(
+        None, gt=0, description="refuse a run that would draw a (source, bucket) more often; null: any number of times"
+    )
 
     @property
     def paths(self) -> list[Path]:
@@ -148,7 +158,7 @@ class DataConfig(Section):
 
 
 class Phase(Section):
-    """From data step `from_iter` on, other weights, batch size or trained part."""
+    """From data step `from_iter` on, other weights, batch size or trained part; what is left out stays as it was."""
 
     from_iter: int = Field(ge=0)
     weights: dict[str, Weight] | None = None
@@ -437,6 +447,17 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             f"tensor_model_parallel_size ({tp}) under sequence_parallel; nearest: "
             f"{_nearest_multiples(training.micro_batch_tokens, tp)}",
         )
+    if parallel.num_chunks > 1 and parallel.pipeline_model_parallel_size == 1:
+        yield (
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"virtual_pipeline_model_parallel_size ({parallel.num_chunks}) needs pipeline_model_parallel_size above 1; "
+            f"leave it out",
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather",
+            "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
+        )
     yield from _schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None:
         yield (
@@ -444,12 +465,8 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             f"data.eval_path is missing; training.eval_interval ({training.eval_interval}) needs held-out data, such "
             f"as the held_out folder of `megatron-xy data build --held-out`",
         )
-    if data.weights is not None:
-        for source, weight in data.weights.items():
-            if weight < 0:
-                yield "data.weights", f"data.weights.{source} ({weight:g}) must not be negative; 0 leaves it out"
-        if not any(weight > 0 for weight in data.weights.values()):
-            yield "data.weights", "data.weights: at least one source needs a weight above 0"
+    yield from _weight_rules(data.weights, key="data.weights")
+    yield from _phase_rules(training.phases)
     if not data.paths:
         yield "data.path", "data.path is missing; name a folder that `megatron-xy data build` wrote"
     if config.model.load is None:
@@ -462,19 +479,52 @@ def _batch_rules(
     training: TrainingConfig, parallel: ParallelConfig, *, world_size: int | None
 ) -> Iterator[tuple[str, str]]:
     """The world divides into replicas, and a step's tokens into their micro-batches."""
-    unit, unit_name = training.micro_batch_tokens, f"micro_batch_tokens ({training.micro_batch_tokens})"
+    factors = {"micro_batch_tokens": training.micro_batch_tokens}
+    if parallel.num_chunks > 1:  # the interleaved schedule takes them in rounds of as many as there are stages
+        factors["pipeline_model_parallel_size"] = parallel.pipeline_model_parallel_size
     if world_size is not None and world_size % parallel.model_parallel_size:
         yield "parallel", _world_rule(parallel, world_size)
     elif world_size is not None:
-        replicas = world_size // parallel.model_parallel_size
-        unit *= replicas
-        unit_name = f"micro_batch_tokens x data parallel size ({training.micro_batch_tokens} x {replicas} = {unit})"
-    if training.global_batch_tokens % unit:
-        yield (
-            "training.global_batch_tokens",
-            f"training.global_batch_tokens ({training.global_batch_tokens}) must be a multiple of {unit_name}; "
-            f"nearest: {_nearest_multiples(training.global_batch_tokens, unit)}",
-        )
+        factors["data parallel size"] = world_size // parallel.model_parallel_size
+    unit = math.prod(factors.values())
+    unit_name = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))}"
+    unit_name += f" = {unit})" if len(factors) > 1 else ")"
+    sizes = [("training", training.global_batch_tokens)]
+    for number, phase in enumerate(training.phases):
+        if phase.global_batch_tokens is not None:
+            sizes.append((f"training.phases[{number}]", phase.global_batch_tokens))
+    for key, tokens in sizes:
+        if tokens % unit:
+            name = f"{key}.global_batch_tokens"
+            rule = f"{name} ({tokens}) must be a multiple of {unit_name}; nearest: {_nearest_multiples(tokens, unit)}"
+            yield name.split("[")[0], rule
+
+
+def _weight_rules(weights: dict[str, float] | None, *, key: str) -> Iterator[tuple[str, str]]:
+    """Weights of sources are 0 or more, and one is above."""
+    if weights is None:
+        return
+    where = key.split("[")[0]
+    for source, weight in weights.items():
+        if weight < 0:
+            yield where, f"{key}.{source} ({weight:g}) must not be negative; 0 leaves it out"
+    if not any(weight > 0 for weight in weights.values()):
+        yield where, f"{key}: at least one source needs a weight above 0"
+
+
+def _phase_rules(phases: Sequence[Phase]) -> Iterator[tuple[str, str]]:
+    """Phases stand in the order in which they begin, each changes something, and their weights are such."""
+    for number, phase in enumerate(phases):
+        key = f"training.phases[{number}]"
+        if number and phase.from_iter <= phases[number - 1].from_iter:
+            yield (
+                "training.phases",
+                f"{key}.from_iter ({phase.from_iter}) must be above that of the phase before it "
+                f"({phases[number - 1].from_iter}); sort the phases, and name each step once",
+            )
+        if phase.weights is None and phase.global_batch_tokens is None and phase.train_only is None:
+            yield "training.phases", f"{key} changes nothing; give it weights or global_batch_tokens"
+        yield from _weight_rules(phase.weights, key=f"{key}.weights")
 
 
 def _schedule_rules(optimizer: OptimizerConfig) -> Iterator[tuple[str, str]]:
@@ -534,7 +584,13 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
     if model.num_attention_heads is not None and model.num_attention_heads % tp == 0:
         yield from divides("num_query_groups", groups, "tensor_model_parallel_size", tp)
     yield from divides("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
-    yield from divides("num_layers", model.num_layers, "pipeline_model_parallel_size", pp)
+    num_chunks = pp * parallel.num_chunks
+    if model.num_layers is not None and model.num_layers < num_chunks:
+        yield (
+            "model.num_layers",
+            f"model.num_layers ({model.num_layers}) must be at least pipeline x virtual pipeline size "
+            f"({pp} x {parallel.num_chunks} = {num_chunks}), a layer a chunk; split it less",
+        )
     if (
         model.hidden_size
         and model.num_attention_heads
@@ -570,23 +626,16 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
     if config.task != "pretrain":
         yield "task", f"task ({config.task}): only pretrain is supported"
-    if parallel.virtual_pipeline_model_parallel_size not in (None, 1):
-        value = parallel.virtual_pipeline_model_parallel_size
-        yield (
-            "parallel.virtual_pipeline_model_parallel_size",
-            f"virtual_pipeline_model_parallel_size ({value}): only null is supported",
-        )
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
-    for switch in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(parallel, switch):
-            yield f"parallel.{switch}", f"{switch} (true): only false is supported"
-    if config.model.layer_spec == "transformer_engine":
-        yield "model.layer_spec", "layer_spec (transformer_engine): only auto and torch are supported"
-    for phase in training.phases:
+    for number, phase in enumerate(training.phases):
         if phase.train_only is not None:
-            yield "training.phases", f"training.phases: train_only ({phase.train_only}): only null is supported"
+            names = ", ".join(phase.train_only)
+            yield (
+                "training.phases",
+                f"training.phases[{number}].train_only ({names}): only null is supported; all weights train",
+            )
     if training.epochs is not None:
         yield "training.epochs", f"training.epochs ({training.epochs}): only null is supported; use train_iters"
     if checkpoint.hf_interval:

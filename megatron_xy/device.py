@@ -13,7 +13,9 @@ import contextlib
 import functools
 import os
 import resource
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +33,10 @@ COLLECTIVE_ERROR_MARKS = (
 )  # fmt: skip
 _MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
+Moment = Any  # a float of time.perf_counter() on a CPU, an event in the queue on a GPU
+
 _device: torch.device | None = None
+_patched: list[str] = []
 
 
 def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = False) -> torch.device:
@@ -79,6 +84,11 @@ def is_cpu() -> bool:
     return current() == _CPU
 
 
+def patched() -> list[str]:
+    """The names that `start` replaced in this process; none where CUDA is."""
+    return list(_patched)
+
+
 def backend() -> str:
     """torch.distributed's backend for this device."""
     return "gloo" if is_cpu() else "nccl"
@@ -89,10 +99,31 @@ def name() -> str:
     return "CPU" if is_cpu() else torch.cuda.get_device_name(current())
 
 
+def compute_capability() -> tuple[int, int]:
+    """The GPU's architecture, such as (9, 0) for Hopper; (0, 0) on a CPU."""
+    return (0, 0) if is_cpu() else torch.cuda.get_device_capability(current())
+
+
 def synchronize() -> None:
     """Waits for the device's queued work; nothing on a CPU."""
     if not is_cpu():
         torch.cuda.synchronize()
+
+
+def moment() -> Moment:
+    """Now, in the order of the device's queued work."""
+    if is_cpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds_between(before: Moment, after: Moment) -> float:
+    """Between two moments, both of which the device has reached."""
+    if isinstance(before, float) and isinstance(after, float):
+        return after - before
+    return float(before.elapsed_time(after)) / 1000.0
 
 
 def peak_memory_bytes() -> int:
@@ -113,6 +144,40 @@ def set_generator_state(state: torch.Tensor) -> None:
         torch.set_rng_state(state)
     else:
         torch.cuda.set_rng_state(state)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the device's queue of work."""
+
+    event: Any
+
+
+def mark_point() -> Point:
+    """Where the device's queue stands now."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return Point(event)
+
+
+@contextlib.contextmanager
+def beside_training(*, after: Point | None) -> Iterator[None]:
+    """Inside, work goes to a stream of its own that waits for `after`; it is done at the end. For other threads."""
+    if is_cpu():
+        yield
+        return
+    with torch.cuda.device(current()):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if after is not None:
+            stream.wait_event(after.event)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+
+def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory of the host for a copy of `tensor`, contiguous; pinned where the device is a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=not is_cpu())
 
 
 def adapt_megatron_random(module: Any) -> None:
@@ -180,12 +245,17 @@ def _install_stand_in() -> None:
         replacements[counter] = _zero_counter()
     for attribute, replacement in replacements.items():
         setattr(cuda, attribute, replacement)
+        _patched.append(f"torch.cuda.{attribute}")
     cuda.random.get_rng_state = lambda device="": torch.get_rng_state()
     cuda.random.set_rng_state = lambda new_state, device="": torch.set_rng_state(new_state)
     cuda.nvtx.range_push = lambda message: None
     cuda.nvtx.range_pop = lambda: None
+    _patched.extend(f"torch.cuda.random.{name}" for name in ("get_rng_state", "set_rng_state"))
+    _patched.extend(f"torch.cuda.nvtx.{name}" for name in ("range_push", "range_pop"))
     for factory in _FACTORIES:
         setattr(torch, factory, _on_cpu(getattr(torch, factory)))
+        _patched.append(f"torch.{factory}")
+    _patched.extend(("torch.Tensor.cuda", "torch.Tensor.type"))
     _install_tensor_methods()
 
 

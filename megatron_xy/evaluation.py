@@ -137,12 +137,14 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> E
 def _untouched(role: Role) -> Iterator[None]:
     """The role at work in evaluation mode; afterwards in training mode, its random generators as they were."""
     before = role.generator_states
-    role.module.eval()
+    for chunk in role.chunks:
+        chunk.eval()
     try:
         with role.active():
             yield
     finally:
-        role.module.train()
+        for chunk in role.chunks:
+            chunk.train()
         role.generator_states = before
 
 

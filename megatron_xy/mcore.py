@@ -28,21 +28,24 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import layers as tensor_parallel_layers  # noqa: E402
 from megatron.core.tensor_parallel import random as tensor_parallel_random  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.enums import LayerType  # noqa: E402
+from megatron.core.transformer.mlp import MLP  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 
 device.adapt_megatron_random(tensor_parallel_random)
 
@@ -58,15 +61,19 @@ if getattr(_parallel_state, "_GLOBAL_MEMORY_BUFFER", None) is None:
     _parallel_state._set_global_memory_buffer()
 
 __all__ = [
+    "MLP",
     "VERSION",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
+    "DistributedOptimizer",
     "GPTModel",
+    "LayerType",
     "MegatronModule",
     "ModelType",
     "OptimizerConfig",
     "P2PCommunicator",
     "PackedSeqParams",
+    "PipelineParallelLayerLayout",
     "ProcessGroupCollection",
     "TransformerBlockSubmodules",
     "TransformerConfig",
@@ -74,8 +81,7 @@ __all__ = [
     "finalize_model_grads",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
+    "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
-    "get_num_layers_to_build",
-    "tensor_parallel_layers",
     "tensor_parallel_random",
 ]

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_xy import device, mcore
-from megatron_xy.config import OptimizerConfig
+from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_xy.parallel import Groups, as_default_group, sum_over
+from megatron_xy.shards import ParameterShard
 
 
-def build_optimizer(config: OptimizerConfig, *, module: torch.nn.Module, groups: Groups, bf16: bool) -> Any:
-    """megatron-core's optimizer over this rank's parameters: fp32 main weights under bf16; no weight decay on norms."""
+def build_optimizer(
+    config: OptimizerConfig,
+    *,
+    chunks: list[torch.nn.Module],
+    groups: Groups,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+) -> Any:
+    """megatron-core's optimizer over this rank's chunks: fp32 main weights under bf16; no weight decay on norms."""
     settings = mcore.OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -23,12 +32,12 @@ def build_optimizer(config: OptimizerConfig, *, module: torch.nn.Module, groups:
         adam_beta2=config.adam_beta2,
         adam_eps=config.adam_eps,
         clip_grad=config.clip_grad,
-        bf16=bf16,
-        use_distributed_optimizer=False,
+        bf16=model.params_dtype == "bf16",
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     with as_default_group(groups.all_ranks):
         optimizer = mcore.get_megatron_optimizer(
-            settings, [module], use_gloo_process_groups=False, pg_collection=groups.collection
+            settings, chunks, use_gloo_process_groups=False, pg_collection=groups.collection
         )
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
@@ -41,6 +50,48 @@ def build_optimizer(config: OptimizerConfig, *, module: torch.nn.Module, groups:
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron-core's wrappers."""
     return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
+@dataclass(frozen=True)
+class OwnedParameter:
+    """What this rank's optimizer updates of a parameter: all of it, or under the distributed optimizer a flat part."""
+
+    main: torch.Tensor  # what torch's optimizer holds: the parameter, its fp32 main weights, or a flat part of these
+    inner: torch.optim.Optimizer
+    flat: tuple[int, int] | None  # the part's place in the flattened parameter
+    has_main_weights: bool  # whether `main` is a tensor of its own beside the parameter
+
+    def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The owned part of a tensor of the parameter's shape; flat where it is not all."""
+        return tensor if self.flat is None else tensor.reshape(-1)[self.flat[0] : self.flat[1]]
+
+    def shard_of(self, shard: ParameterShard) -> ParameterShard:
+        """Which part of the global tensor that is, the parameter being `shard` of it."""
+        return shard if self.flat is None else shard.part(*self.flat)
+
+
+def owned_parameters(
+    optimizer: Any, parameters: Iterable[torch.nn.Parameter]
+) -> dict[torch.nn.Parameter, OwnedParameter]:
+    """Those of `parameters` of which this rank's optimizer updates something."""
+    owned = {}
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:
+            continue
+        groups = part.optimizer.param_groups
+        if isinstance(part, mcore.DistributedOptimizer):
+            for parameter, (group, place) in part.model_param_group_index_map.items():
+                main = groups[group]["params"][place]
+                within = part._get_model_param_range_map(parameter)["param"]
+                has_main_weights = parameter.dtype != main.dtype  # else `main` is a view of the parameter
+                owned[parameter] = OwnedParameter(main, part.optimizer, (within.start, within.end), has_main_weights)
+            continue
+        held = {id(tensor) for group in groups for tensor in group["params"]}
+        for parameter in parameters:
+            main = getattr(parameter, "main_param", parameter)
+            if id(main) in held:
+                owned[parameter] = OwnedParameter(main, part.optimizer, None, main is not parameter)
+    return owned
 
 
 @torch.no_grad()
@@ -61,12 +112,18 @@ def global_grad_norm(optimizer: Any) -> float:
 
 @torch.no_grad()
 def apply_gradients(
-    optimizer: Any, *, lr: float, clip_grad: float, accepts: Callable[[float], bool] = math.isfinite
+    optimizer: Any,
+    *,
+    lr: float,
+    clip_grad: float,
+    accepts: Callable[[float], bool] = math.isfinite,
+    before_update: Callable[[], object] = lambda: None,
 ) -> tuple[float, bool]:
     """One update from the finished gradients; returns their global norm and whether the update was made.
 
     accepts: whether an update is made from gradients of this norm, which is the same number on all ranks of the role,
     as the answer must be. Where it is not, weights and moments stay untouched.
+    before_update: called right before they change.
     """
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
@@ -78,5 +135,6 @@ def apply_gradients(
     if clip_grad > 0.0:
         for part in optimizer.chained_optimizers:
             mcore.clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, grad_norm)
+    before_update()
     optimizer.step_with_ready_grads()
     return grad_norm, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from megatron_xy.config import (
     data_parallel_size,
 )
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.phases import sampler_phases, total_tokens
-from megatron_xy.data.sampler import BucketSampler
+from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, total_tokens
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import complete_model, read_hf_config
@@ -31,6 +31,7 @@ def check_paths(config: RunConfig) -> None:
     """
     findings = _Findings()
     model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
+    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
@@ -62,7 +63,9 @@ def _look_at_data(config: RunConfig, findings: _Findings) -> PackedDataset | Non
         findings.of("training.micro_batch_tokens", lambda: check_buckets(config.training, buckets=dataset.buckets))
         findings.of("model.vocab_size", lambda: _check_vocabulary(config.model, dataset))
         findings.of("data.tokenizer", lambda: _check_tokenizer(config.data.tokenizer, dataset))
-        findings.of("data.weights", lambda: _sampler(config, dataset))
+        sampler = findings.of("data.weights", lambda: run_sampler(config, dataset.streams))
+        if sampler is not None:
+            findings.of("data.max_epochs", lambda: check_epochs(config, sampler))
     return dataset
 
 
@@ -124,6 +127,15 @@ def _completed_model(model: ModelConfig) -> ModelConfig:
     return model
 
 
+def _check_layer_spec(model: ModelConfig) -> None:
+    """That Transformer Engine is there if it is asked for; whether it works shows when the GPU is there."""
+    if model.layer_spec == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "model.layer_spec (transformer_engine): transformer_engine is not installed; install "
+            "transformer-engine[pytorch], or set layer_spec to auto or torch"
+        )
+
+
 def _check_vocabulary(model: ModelConfig, dataset: PackedDataset) -> None:
     if model.vocab_size is not None and dataset.vocab_size > model.vocab_size:
         raise ConfigError(
@@ -144,11 +156,6 @@ def _check_tokenizer(path: Path | None, dataset: PackedDataset) -> None:
             f"data.tokenizer ({path}) is not the one that {dataset.paths[0]} was built with; name that one, or leave "
             f"data.tokenizer out: the data folder holds a copy"
         )
-
-
-def _sampler(config: RunConfig, dataset: PackedDataset) -> BucketSampler:
-    """The run's own sampler: it refuses weights and batch sizes that do not fit the data."""
-    return BucketSampler(dataset.streams, seed=config.seed, phases=sampler_phases(config.data, config.training))
 
 
 def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
@@ -172,7 +179,7 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
         replicas = data_parallel_size(layout, world_size=world_size)
         micro_batches = training.global_batch_tokens // (training.micro_batch_tokens * replicas)
         lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {micro_batches} micro-batches a step")
-    phases = sampler_phases(config.data, training)
+    phases = sampler_phases(config)
     sizes_of_steps = ", ".join(
         f"{phase.global_batch_tokens}{f' from step {phase.from_step} on' if phase.from_step else ''}"
         for phase in phases

@@ -16,8 +16,10 @@ import torch
 from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_xy.model.build import NamedParameter, build_model, named_parameters
-from megatron_xy.optimizer import build_optimizer
+from megatron_xy.model.fresh_weights import draw_tensor
+from megatron_xy.optimizer import OwnedParameter, build_optimizer, owned_parameters
 from megatron_xy.parallel import Groups
+from megatron_xy.shards import ParameterShard
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Role:
     groups: Groups
     model: ModelConfig
     parallel: ParallelConfig
-    module: torch.nn.Module
+    chunks: list[torch.nn.Module]  # this rank's parts of the model: one, or several under a virtual pipeline
     optimizer: Any | None
     generator_states: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -38,7 +40,31 @@ class Role:
 
     def named_parameters(self) -> Iterator[NamedParameter]:
         """Every parameter of this rank under its global name."""
-        return named_parameters(self.module, model=self.model, groups=self.groups)
+        for chunk in self.chunks:
+            yield from named_parameters(chunk, model=self.model, groups=self.groups)
+
+    def owned_parameters(self) -> dict[torch.nn.Parameter, OwnedParameter]:
+        """Every parameter of which this rank's optimizer updates something; none where there is no optimizer."""
+        if self.optimizer is None:
+            return {}
+        return owned_parameters(self.optimizer, [named.parameter for named in self.named_parameters()])
+
+    def draw_weights(self, *, seed: int) -> None:
+        """Fresh weights, the same in every layout."""
+        all_owned = self.owned_parameters()
+        for named in self.named_parameters():
+            targets: list[tuple[torch.Tensor, ParameterShard]] = [(named.parameter, named.shard)]
+            owned = all_owned.get(named.parameter)
+            if owned is not None and owned.has_main_weights:
+                targets.append((owned.main, owned.shard_of(named.shard)))
+            draw_tensor(named.name, targets, model=self.model, seed=seed)
+
+    def zero_gradients(self) -> None:
+        """Clears what the last step accumulated, and prepares the buffers for the next one."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -59,22 +85,25 @@ def build_role(
     parallel: ParallelConfig,
     optimizer: OptimizerConfig | None,
     seed: int,
+    draw: bool = True,
 ) -> Role:
-    """The role's part on this rank with fresh weights; an optimizer where `optimizer` is given.
+    """The role's part on this rank; an optimizer where `optimizer` is given. Collective over the role's ranks.
 
-    Collective over the role's ranks.
+    draw: fill in fresh weights; without it the caller does, or loads others.
     """
     before = current_generator_states()
     mcore.tensor_parallel_random.model_parallel_cuda_manual_seed(
         seed, tp_rank=groups.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
     )
-    module = build_model(model, parallel=parallel, groups=groups, seed=seed)
+    chunks = build_model(model, parallel=parallel, groups=groups)
     trained = None
     if optimizer is not None:
-        trained = build_optimizer(optimizer, module=module, groups=groups, bf16=model.params_dtype == "bf16")
-    states = current_generator_states()
+        trained = build_optimizer(optimizer, chunks=chunks, groups=groups, parallel=parallel, model=model)
+    role = Role(groups, model, parallel, chunks, trained, current_generator_states())
     set_generator_states(before)
-    return Role(groups, model, parallel, module, trained, states)
+    if draw:
+        role.draw_weights(seed=seed)
+    return role
 
 
 def current_generator_states() -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Which part of a global tensor a local one holds: boxes, and the copying between two ways of cutting one tensor.
 
 A local tensor is one or more boxes of the global one, concatenated along dimension 0 (the gated fc1 under tensor
-parallelism holds a box of the gate and one of the up projection). Rows of padding behind the boxes belong to no global
-tensor.
+parallelism holds a box of the gate and one of the up projection), or a flat range of those boxes' elements. Rows of
+padding behind the boxes belong to no global tensor.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,38 +49,118 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A block that a local tensor holds: all of `outer`, which begins at element `offset` of the flattened tensor.
+
+    `inner` is the part of it that is meant.
+    """
+
+    inner: Box
+    outer: Box
+    offset: int
+    is_flat: bool
+
+    def of(self, local: Any) -> Any:
+        """The block's view of the local tensor, or of a lazy slice of one: only the block is read."""
+        if self.is_flat:
+            return local[self.offset : self.offset + self.outer.numel].view(self.outer.shape)[
+                self.inner.slices_in(self.outer)
+            ]
+        row_numel = math.prod(self.outer.shape[1:])
+        return local[self.inner.slices_in(self.outer, row_offset=self.offset // row_numel if row_numel else 0)]
+
+
+@dataclass(frozen=True)
 class ParameterShard:
-    """The part of a global tensor that a local one holds."""
+    """The part of a global tensor that a local one holds.
+
+    flat: where only a part of the boxes is held, as a flat tensor: the half-open range of their elements, flattened one
+    box after the other. So the distributed optimizer cuts a parameter.
+    """
 
     global_shape: tuple[int, ...]
     boxes: tuple[Box, ...]
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the local tensor that belong to the global one; padding stands behind them."""
-        return sum(box.shape[0] for box in self.boxes)
+    flat: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
         """Elements of the local tensor that belong to the global one."""
-        return sum(box.numel for box in self.boxes)
+        return self.flat[1] - self.flat[0] if self.flat else sum(box.numel for box in self.boxes)
 
-    def placed_boxes(self) -> Iterator[tuple[Box, int]]:
-        """Every box and the local row at which it begins."""
-        row = 0
+    def part(self, start: int, stop: int) -> ParameterShard:
+        """Elements [start, stop) of the flattened local tensor; what lies in its padding is left out."""
+        assert self.flat is None, "a part is taken of a whole shard"
+        numel = self.numel
+        return ParameterShard(self.global_shape, self.boxes, (min(start, numel), min(stop, numel)))
+
+    def trim(self, local: torch.Tensor) -> torch.Tensor:
+        """The local tensor without the padding behind what belongs to the global one."""
+        if self.flat:
+            return local[: self.numel]
+        return local[: sum(box.shape[0] for box in self.boxes)] if local.dim() else local
+
+    def blocks(self) -> Iterator[tuple[Box, int]]:
+        """The blocks of the global tensor that the local one holds; of each, the element at which it begins there."""
+        offset = 0
         for box in self.boxes:
-            yield box, row
-            row += box.shape[0]
+            if self.flat is None:
+                yield box, offset
+            else:
+                start, stop = (min(max(edge - offset, 0), box.numel) for edge in self.flat)
+                for block, place in _blocks_of_range(box, start, stop):
+                    yield block, offset + place - self.flat[0]
+            offset += box.numel
 
-    def overlaps(self, other: ParameterShard) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """(slices here, slices there) of every block that both hold."""
-        for mine, my_row in self.placed_boxes():
-            for theirs, their_row in other.placed_boxes():
-                if common := mine.intersect(theirs):
-                    yield common.slices_in(mine, row_offset=my_row), common.slices_in(theirs, row_offset=their_row)
+    def overlaps(self, other: ParameterShard) -> Iterator[tuple[Placed, Placed]]:
+        """(place here, place there) of every block that both hold."""
+        theirs = list(other.blocks())
+        for my_box, my_offset in self.blocks():
+            for their_box, their_offset in theirs:
+                if common := my_box.intersect(their_box):
+                    yield (
+                        Placed(common, my_box, my_offset, self.flat is not None),
+                        Placed(common, their_box, their_offset, other.flat is not None),
+                    )
 
     def write(self, local: torch.Tensor, full: torch.Tensor) -> None:
         """Copies this part of the whole tensor `full` into `local`."""
-        whole = ParameterShard(self.global_shape, (Box((0,) * len(self.global_shape), self.global_shape),))
-        for here, there in self.overlaps(whole):
-            local[here].copy_(full[there])
+        for here, there in self.overlaps(whole(self.global_shape)):
+            here.of(local).copy_(there.of(full))
+
+
+def whole(shape: tuple[int, ...]) -> ParameterShard:
+    """The shard that is the whole tensor."""
+    return ParameterShard(shape, (Box((0,) * len(shape), shape),))
+
+
+def _blocks_of_range(box: Box, start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """Elements [start, stop) of a flattened box as boxes in order, and the element at which each begins.
+
+    Whole rows in the middle, and what is left of the first and the last one.
+    """
+    if start >= stop:
+        return
+    row_numel = math.prod(box.shape[1:])
+    first_whole, last_whole = -(-start // row_numel), stop // row_numel
+    if first_whole > last_whole:  # within one row
+        yield from _blocks_of_row(box, last_whole, start, stop)
+        return
+    yield from _blocks_of_row(box, first_whole - 1, start, first_whole * row_numel)
+    if first_whole < last_whole:
+        rows = Box(
+            (box.start[0] + first_whole, *box.start[1:]),
+            (box.start[0] + last_whole, *box.stop[1:]),
+        )
+        yield rows, first_whole * row_numel
+    yield from _blocks_of_row(box, last_whole, last_whole * row_numel, stop)
+
+
+def _blocks_of_row(box: Box, row: int, start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """The same within one row of a box of two or more dimensions."""
+    if start >= stop:
+        return
+    first = row * math.prod(box.shape[1:])
+    inner = Box(box.start[1:], box.stop[1:])
+    place = box.start[0] + row
+    for block, offset in _blocks_of_range(inner, start - first, stop - first):
+        yield Box((place, *block.start), (place + 1, *block.stop)), first + offset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,11 @@ from typing import Any
 from megatron_xy.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
+
+
+def temporary_name(name: str) -> str:
+    """A name for what is to become file `name`, which no other process on any machine takes."""
+    return f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{name}"
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:

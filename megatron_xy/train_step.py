@@ -60,15 +60,16 @@ def train_step(
     lr: float,
     clip_grad: float,
     judge: Judge | None = None,
+    before_update: Callable[[], object] = lambda: None,
 ) -> StepResult:
     """One update of the role's weights from this data parallel rank's micro-batches; collective over the role.
 
     judge: of the step's loss and its finite gradient norm, whether the update is made; the same answer on all ranks.
+    before_update: called right before weights and moments change.
     """
     began = time.perf_counter()
     assert role.optimizer is not None, "a role that trains has an optimizer"
-    role.module.zero_grad_buffer()  # type: ignore[operator]
-    role.optimizer.zero_grad()
+    role.zero_gradients()
     batches = [on_device(batch) for batch in micro_batches]
     forward_step = partial(language_model_step, role, num_sources)
     outputs = forward_backward(role, batches, forward_step=forward_step)
@@ -83,7 +84,9 @@ def train_step(
         known_at = time.perf_counter()  # here all ranks have met, and the device has caught up
         return math.isfinite(norm) and (judge is None or judge(_mean_loss(totals.tolist()), norm))
 
-    grad_norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad, accepts=accepts)
+    grad_norm, updated = apply_gradients(
+        role.optimizer, lr=lr, clip_grad=clip_grad, accepts=accepts, before_update=before_update
+    )
     by_source = totals.tolist()
     return StepResult(
         loss=_mean_loss(by_source),
@@ -108,17 +111,21 @@ def forward_backward(
 
     Returns what the loss function gave for each micro-batch on the last stage; an empty list on the others.
     """
-    groups = role.groups
-    config: Any = role.module.config
+    groups, num_chunks = role.groups, len(role.chunks)
+    config: Any = role.chunks[0].config
     config.finalize_model_grads_func = partial(mcore.finalize_model_grads, pg_collection=groups.collection)
-    schedule = mcore.get_forward_backward_func(pp_size=groups.pp_size, vp_size=None)
+    schedule = mcore.get_forward_backward_func(pp_size=groups.pp_size, vp_size=num_chunks if num_chunks > 1 else None)
     pipeline: dict[str, Any] = {}
     if groups.pp_size > 1:
         pipeline["p2p_communicator"] = mcore.P2PCommunicator(groups.collection.pp, config)
+    num_wanted = len(batches)
+    if num_chunks > 1:  # in rounds of as many micro-batches as there are stages
+        assert forward_only or num_wanted % groups.pp_size == 0, "the config refuses other numbers of micro-batches"
+        batches = [*batches, *[batches[-1]] * (-num_wanted % groups.pp_size)]
     outputs: list[dict[str, torch.Tensor]] = schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[role.module],
+        data_iterator=[iter(batches) for _ in role.chunks] if num_chunks > 1 else iter(batches),
+        model=role.chunks,
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.size(1),
         micro_batch_size=1,
@@ -126,7 +133,7 @@ def forward_backward(
         pg_collection=groups.collection,
         **pipeline,
     )
-    return outputs
+    return outputs[:num_wanted]
 
 
 def language_model_step(

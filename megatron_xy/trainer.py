@@ -28,11 +28,11 @@ from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.profiling import ProfileWindow
 from megatron_xy.role import Role
-from megatron_xy.run_folder import Heartbeat
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.spikes import StepHistory
 from megatron_xy.train_step import StepResult, train_step
+from megatron_xy.watchdog import Watchdog
 from megatron_xy.weights import load_initial_weights
 
 
@@ -47,13 +47,13 @@ class Trainer:
         loader: StepLoader,
         held_out: PackedDataset | None,
         log: RunLog,
-        heartbeat: Heartbeat,
+        watchdog: Watchdog,
         stop: StopRequest,
     ) -> None:
         """held_out: None where nothing is evaluated."""
         self.config, self.role, self.loader = config, role, loader
         self.held_out = None if held_out is None else _portions(config, held_out, role)
-        self.log, self.heartbeat, self.stop = log, heartbeat, stop
+        self.log, self.watchdog, self.stop = log, watchdog, stop
         self.state = TrainingState()
         self.history = StepHistory()
         self.profile = ProfileWindow(
@@ -66,6 +66,7 @@ class Trainer:
             keep_latest=config.checkpoint.keep_latest,
             asynchronous=config.checkpoint.async_save,
             timeout_seconds=config.runtime.timeout_seconds,
+            on_written=log.say,
         )
         self._peak_flops = _device_peak_flops()
 
@@ -79,7 +80,7 @@ class Trainer:
         resume = course.wanted_resume(self.config, role.groups)
         found = find_resumable(self.checkpoints, role.groups, resume=resume, say=self.log.say)
         if found is None:
-            load_initial_weights(role)
+            load_initial_weights(role, seed=self.config.seed)
             origin = f"starting from {role.model.load or 'fresh weights'}"
         else:
             folder, manifest = found
@@ -132,10 +133,11 @@ class Trainer:
 
     def _step(self, iteration: int) -> bool:
         """One step, recorded; returns whether any rank was asked to stop, the same answer on all."""
-        self._beat("step", iteration)
+        self._beat("data", iteration)
         self.profile.before_step(iteration)
         began = time.perf_counter()
         prepared, waited = self.loader.get(self.state.data_step)
+        self._beat("step", iteration)
         consumed_tokens = self.state.consumed_tokens + prepared.num_tokens
         lr = learning_rate(
             self.config.optimizer,
@@ -151,6 +153,7 @@ class Trainer:
                 lr=lr,
                 clip_grad=self.config.optimizer.clip_grad,
                 judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
+                before_update=self.writer.before_update,
             )
         device.synchronize()
         seconds = time.perf_counter() - began
@@ -288,14 +291,14 @@ class Trainer:
         }
         held = self.writer.save(self.role, self.state, facts=facts)
         self._seconds_between_steps["save"] += held
-        how = "being written" if self.config.checkpoint.async_save else "written"
-        self.log.say(f"checkpoint of step {iteration} {how} (training held for {held:.2f} s)")
+        if self.config.checkpoint.async_save:
+            self.log.say(f"checkpoint of step {iteration} scheduled")
 
     def _facts(self) -> dict[str, Any]:
         return course.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)
 
     def _beat(self, phase: str, iteration: int) -> None:
-        self.heartbeat.beat(iteration=iteration, phase=phase)
+        self.watchdog.beat(iteration=iteration, phase=phase)
 
 
 def _portions(config: RunConfig, dataset: PackedDataset, role: Role) -> HeldOut:
@@ -311,9 +314,9 @@ def _portions(config: RunConfig, dataset: PackedDataset, role: Role) -> HeldOut:
     )
 
 
-def timed(log: RunLog, heartbeat: Heartbeat, name: str, work: Callable[[], Any]) -> Any:
-    """Runs one phase of the start-up under its name, with its seconds said and the heartbeat set."""
-    heartbeat.beat(iteration=0, phase=name)
+def timed(log: RunLog, watchdog: Watchdog, name: str, work: Callable[[], Any]) -> Any:
+    """Runs one phase of the start-up under its name, with its seconds said which the watchdog is told."""
+    watchdog.beat(iteration=0, phase=name)
     with log.phase(name):
         return work()
 

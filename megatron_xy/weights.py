@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_xy import checkpoint_files as files
-from megatron_xy.checkpoint import MAIN_PARAM, load_weights, shared_problem
+from megatron_xy.checkpoint import load_weights, shared_problem
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import complete_model, read_hf_config
@@ -41,13 +41,14 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_initial_weights(role: Role) -> None:
-    """Fills a fresh role from `model.load`; each rank reads what it holds. Nothing to do where there is none.
+def load_initial_weights(role: Role, *, seed: int) -> None:
+    """Fills a role from `model.load`, each rank with what it holds; where there is none, with fresh weights.
 
     A ckpt: folder's checksums are compared first, each rank its share of the files. Collective over the role's ranks.
     Raises DataError, on all ranks alike, where they do not hold.
     """
     if role.model.load is None:
+        role.draw_weights(seed=seed)
         return
     kind, folder = split_origin(role.model.load)
     if kind == "ckpt":
@@ -55,10 +56,11 @@ def load_initial_weights(role: Role) -> None:
             raise DataError(problem)
         load_weights(role, folder)
         return
+    all_owned = role.owned_parameters()
     with HFReader(folder, model=role.model) as reader:
         for named in role.named_parameters():
             full = reader.read(named.name)
             named.shard.write(named.parameter, full)
-            main = getattr(named.parameter, MAIN_PARAM, None)
-            if main is not None:  # in fp32, whatever the parameter's dtype
-                named.shard.write(main, full)
+            owned = all_owned.get(named.parameter)
+            if owned is not None and owned.has_main_weights:  # in fp32, whatever the parameter's dtype
+                owned.shard_of(named.shard).write(owned.main, full)

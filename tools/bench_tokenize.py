@@ -4,6 +4,7 @@ Both read the same jsonl with the same SentencePiece model and must write the sa
 process tree of its own, on one copy of the corpus and on many: the difference is the steady state, the rest start-up.
 
     python tools/bench_tokenize.py --input CORPUS.jsonl --tokenizer tokenizer.model [--copies 10] [--runs 5] [--build]
+        [--datatrove PYTHON]
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from typing import Any
 
 import sentencepiece
 
+from megatron_xy.data.sentencepiece_json import parse_model, tokenizer_json
+
 MEGABYTE = 1024 * 1024
 
 
@@ -40,6 +43,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--build", action="store_true", help="time the whole `megatron-xy data build`, too")
+    parser.add_argument("--datatrove", type=Path, metavar="PYTHON", help="an interpreter that has it: time it, too")
+    parser.add_argument("--no-stand-in", action="store_true", help="leave the stand-in out")
     parser.add_argument("--only", choices=["ours", "stand_in"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -60,14 +65,21 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         target.mkdir()
         for index in range(number):
             copy_plain(options.input, target / f"{index:03d}.jsonl")
-    kinds = ["ours", "stand_in", *(["build"] if options.build else [])]
+    kinds = ["ours", *([] if options.no_stand_in else ["stand_in"]), *(["build"] if options.build else [])]
+    if options.datatrove is not None:
+        kinds.append("datatrove")
+        model = parse_model(options.tokenizer.read_bytes())
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(model)), encoding="utf-8")
     measured: dict[tuple[str, int], list[dict[str, Any]]] = {(kind, n): [] for kind in kinds for n in copies}
     for _ in range(options.runs):
         for (kind, number), results in measured.items():
             results.append(timed(kind, copies[number], folder / "output", options))
-    digests = {str(result["sha256"]) for (kind, _), runs in measured.items() if kind != "build" for result in runs}
+    written = {kind: [run for number in copies for run in measured[kind, number]] for kind in kinds}
+    digests = {run["sha256"] for runs in written.values() for run in runs if "sha256" in run}
     assert len(digests) == 2, "ours and the stand-in must write the same tokens, in every run"
     tokens = {number: measured["ours", number][0]["tokens"] for number in copies}
+    for run in written.get("datatrove", []):
+        assert run["tokens"] in tokens.values(), "datatrove must write as many tokens, in an order of its own"
     report: dict[str, Any] = {}
     for kind in kinds:
         one, many = ([run["cpu_seconds"] for run in measured[kind, number]] for number in copies)
@@ -80,12 +92,18 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             "peak_bytes_of_a_process": max(run["peak_bytes"] for run in measured[kind, options.copies]),
             "peak_bytes_of_a_process_one_copy": max(run["peak_bytes"] for run in measured[kind, 1]),
         }
-    cost = report["stand_in"]["cpu_seconds"]["median"]
+    costs = {kind: report[kind]["cpu_seconds"]["median"] for kind in kinds}
+    ratios = {
+        f"{rival}_by_{kind}": costs[rival] / costs[kind]
+        for rival in ("stand_in", "datatrove")
+        for kind in ("ours", "build")
+        if rival in costs and kind in costs
+    }
     return {
         **report,
-        "stand_in_by_ours": cost / report["ours"]["cpu_seconds"]["median"],
-        **({"stand_in_by_build": cost / report["build"]["cpu_seconds"]["median"]} if options.build else {}),
+        **ratios,
         "engine": measured["ours", 1][0]["engine"],
+        **({"datatrove_version": written["datatrove"][0]["version"]} if "datatrove" in kinds else {}),
         "copies": options.copies,
         "workers": options.workers,
         "runs": options.runs,
@@ -99,9 +117,14 @@ def timed(kind: str, inputs: Path, output: Path, options: argparse.Namespace) ->
     """One run in a process tree of its own: its CPU seconds, the peak memory of its largest process, its result."""
     workers = ["--workers", str(options.workers), "--tokenizer", str(options.tokenizer), "--input", str(inputs)]
     build = ["-m", "megatron_xy", "data", "build", "--output", str(output), *workers]
-    command = build if kind == "build" else [__file__, "--only", kind, *workers]
+    command = [sys.executable, *(build if kind == "build" else [__file__, "--only", kind, *workers])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment)
+    if kind == "datatrove":
+        script, model = Path(__file__).with_name("datatrove_tokenize.py"), inputs.parent / "tokenizer.json"
+        command = [str(part) for part in (options.datatrove, script, inputs, model, output, options.workers)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    errors = subprocess.DEVNULL if kind == "datatrove" else None  # its log; what fails shows by its code
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     assert child.stdout is not None, "its output is piped"
     printed = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
@@ -117,8 +140,9 @@ def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
     """Scan, choice of the engine and token shards, as in `data build` with --append-eod."""
     from megatron_xy.data.engine_choice import choose_engine
     from megatron_xy.data.inputs import find_inputs
-    from megatron_xy.data.tokenize import TokenizeTask, Workers, group_parts, part_bytes_for, tokenize_shard
+    from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
     from megatron_xy.data.tokenizer import load_tokenizer
+    from megatron_xy.data.workers import Workers
 
     files, loaded = find_inputs([inputs]), load_tokenizer(tokenizer)
     total = sum(file.stat().st_size for file in files)

@@ -18,8 +18,9 @@ from megatron_xy.data.engine_choice import choose_engine
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, dtype_for
 from megatron_xy.data.inputs import find_inputs, input_size, scan_file
 from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.tokenize import TokenizeTask, Workers, group_parts, part_bytes_for, tokenize_shard
+from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
 from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, MegatronXYError
 
 TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPTSentencePieceTokenizer", "HuggingFaceTokenizer")

@@ -5,7 +5,6 @@ token shards' parts -> FOLDER/hashes/000000.rows (sorted by hash) -> FOLDER/dupl
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.data.documents import LineReport, Part, read_part
 from megatron_xy.data.selection import document_key, text_hash
-from megatron_xy.data.tokenize import Advance, Workers
-from megatron_xy.storage import replace, storage_errors
+from megatron_xy.data.workers import Advance, Workers
+from megatron_xy.storage import replace, storage_errors, temporary_name
 
 # A document: its hash as two numbers, and its key.
 ROW = np.dtype([("high", ">u8"), ("low", ">u8"), ("key", "<u8")])
@@ -65,18 +65,22 @@ def find_duplicates(
 ) -> None:
     """Write into WORK/DUPLICATES_FOLDER the keys of all documents of `groups` whose text stands earlier in them.
 
-    What was hashed and found before is kept. Shares of a build may do this at the same time: each does all of it.
+    What was hashed and found before is kept. Builds that run at the same time share the work.
     """
+    claims = work / CLAIMS_FOLDER
     hashing = [
         HashTask(work / "hashes" / f"{index:06d}", parts, text_field, source_field)
         for index, parts in enumerate(groups)
     ]
     total = sum(part.stop - part.start for parts in groups for part in parts)
-    num_documents = sum(pool.run("hash", hash_documents, hashing, total=total, unit="bytes"))
+    claimed = [claims / f"hash-{task.folder.name}" for task in hashing]
+    num_documents = sum(pool.run("hash", hash_documents, hashing, total=total, unit="bytes", claims=claimed))
     ranges = max(1, -(-num_documents // ROWS_IN_MEMORY))
     rows = tuple(task.rows for task in hashing)
     searching = [RangeTask(work / DUPLICATES_FOLDER / f"{index:05d}", rows, index, ranges) for index in range(ranges)]
-    num_duplicates = sum(pool.run("deduplicate", search_range, searching, total=num_documents, unit="documents"))
+    claimed = [claims / f"deduplicate-{task.folder.name}" for task in searching]
+    found = pool.run("deduplicate", search_range, searching, total=num_documents, unit="documents", claims=claimed)
+    num_duplicates = sum(found)
     assert num_duplicates < max(1, num_documents), "the first document of a corpus is no duplicate"
 
 
@@ -134,7 +138,7 @@ def _first_at_least(rows: NDArray[Any], value: int) -> int:
 
 
 def _write(path: Path, rows: NDArray[Any]) -> None:
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")  # shares on several machines may write the same file
+    temporary = path.with_name(temporary_name(path.name))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(rows.tobytes())

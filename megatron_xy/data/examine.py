@@ -10,7 +10,7 @@ import numpy as np
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
 from megatron_xy.data.origins import read_rows
-from megatron_xy.data.tokenize import Progress
+from megatron_xy.data.workers import Progress
 from megatron_xy.errors import DataError
 from megatron_xy.storage import file_sha256
 
@@ -55,8 +55,9 @@ def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -
     tokenizer = folder / manifest.tokenizer.file
     if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
         raise DataError(f"{tokenizer} is missing or not the tokenizer of the manifest; copy the right one there")
-    if manifest.bad_lines is not None:
-        _verify_file(folder / manifest.bad_lines.name, size=manifest.bad_lines.size, sha256=manifest.bad_lines.sha256)
+    for further in (manifest.bad_lines, manifest.tokenizer.config):
+        if further is not None:
+            _verify_file(folder / further.name, size=further.size, sha256=further.sha256)
     shards = [
         (shard, int(size))
         for source in manifest.sources.values()

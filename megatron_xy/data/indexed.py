@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import replace, storage_error
+from megatron_xy.storage import replace, storage_error, temporary_name
 
 Tokens = NDArray[Any]
 
@@ -38,6 +38,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SMALL_VOCAB_SIZE = 65500  # below it Megatron stores ids in 16 bits
+CHECKED_PLACES = 16  # of an index at opening; each may cost a read of a block or two
 VERIFY_ROWS = 4 * 1024 * 1024  # rows that `verify` holds in memory at a time
 
 
@@ -70,8 +71,8 @@ class IndexedWriter:
         self.num_tokens = 0
         self._sequence_lengths = array("i")
         self._document_indices = array("q", [0])
-        self._temporary_bin = self.prefix.with_name(f".tmp-{self.prefix.name}.bin")
-        self._temporary_idx = self.prefix.with_name(f".tmp-{self.prefix.name}.idx")
+        self._temporary = self.prefix.with_name(temporary_name(self.prefix.name))
+        self._temporary_bin, self._temporary_idx = bin_path(self._temporary), idx_path(self._temporary)
         self._bin: BinaryIO | None = None
 
     @property
@@ -82,7 +83,6 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary_bin.unlink(missing_ok=True)  # a killed writer's file: never share it with a late survivor
             self._bin = self._temporary_bin.open("wb", buffering=1024 * 1024)
         except OSError as error:
             raise storage_error(self._temporary_bin, error) from error
@@ -170,6 +170,11 @@ def _offsets(lengths: NDArray[np.int32], itemsize: int) -> NDArray[np.int64]:
 class IndexedReader:
     """PREFIX.bin and PREFIX.idx mapped into memory; opens in constant time and memory, whatever their size.
 
+    Checked then, in constant time: header, both sizes, where the document indices begin and end, where the last
+    sequence ends, and whether lengths, offsets and document indices agree at CHECKED_PLACES places all over the index.
+    Checked when a document is read, in time proportional to it: its own lengths and offsets. Damage of other kinds is
+    found by `verify`, which reads everything, and against a manifest's checksums.
+
     Attributes: num_documents, num_sequences, num_tokens, dtype, sequence_lengths [S] i32, document_indices [D] i64,
     tokens [num_tokens] (all of `.bin`), each a read-only view.
     Raises ConfigError where a file is missing, DataError (file and reason) where a file is cut, grown, or foreign.
@@ -191,6 +196,7 @@ class IndexedReader:
         offset += self._offsets.nbytes
         self.document_indices: NDArray[np.int64] = np.frombuffer(index, "<i8", num_indices, offset)
         self._check_ends()
+        self._check_places()
         self._bin = _map(self._bin_path)
         self.tokens: Tokens = self._bin.view(self.dtype)
         self.num_tokens = len(self.tokens)
@@ -260,6 +266,22 @@ class IndexedReader:
                 f"{self._bin_path} has {size} bytes where {self._idx_path.name} asks for {end}: it was cut or "
                 "grown, or belongs to another index; copy or build it again"
             )
+
+    def _check_places(self) -> None:
+        """At places spread evenly: an offset follows from the one before; document indices ascend, over all places."""
+        places = np.linspace(0, self.num_sequences - 2, num=CHECKED_PLACES).astype(np.int64)
+        for place in np.unique(places).tolist() if self.num_sequences > 1 else []:
+            length, offset = int(self.sequence_lengths[place]), int(self._offsets[place])
+            expected, found = offset + length * self.dtype.itemsize, int(self._offsets[place + 1])
+            if length < 0 or offset < 0 or found != expected or (place == 0 and offset != 0):
+                raise self._damaged(f"the offset of sequence {place + 1} ({found}) does not follow from {place}")
+        places = np.linspace(0, self.num_documents - 1, num=CHECKED_PLACES).astype(np.int64)
+        reached = 0
+        for place in np.unique(places).tolist() if self.num_documents else []:
+            first, last = self.document_indices[place : place + 2].tolist()
+            if not reached <= first <= last <= self.num_sequences:
+                raise self._damaged(f"document {place} spans sequences {first}..{last} of {self.num_sequences}")
+            reached = last
 
     def _damaged(self, reason: str) -> DataError:
         return DataError(f"{self._idx_path} is damaged: {reason}; copy or build it again")

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from megatron_xy.config import RunConfig
 from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate, samples_of_rank
-from megatron_xy.data.phases import sampler_phases
-from megatron_xy.data.sampler import BucketSampler
+from megatron_xy.data.phases import run_sampler
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class StepLoader:
     """Prepares this data parallel rank's micro-batches of any data step, the next ones in the background."""
 
     def __init__(self, config: RunConfig, *, dataset: PackedDataset, dp_size: int, dp_rank: int) -> None:
-        phases = sampler_phases(config.data, config.training)
-        self.sampler = BucketSampler(dataset.streams, seed=config.seed, phases=phases)
+        self.sampler = run_sampler(config, dataset.streams)
         self.sources = dataset.sources
         self.data_fingerprints = dataset.fingerprints
         self._dataset, self._config = dataset, config

@@ -19,7 +19,9 @@ FORMAT_VERSION: Literal[1] = 1
 SOURCE_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"
 BAD_LINES_NAME = "bad_lines.txt"
 HELD_OUT_NAME = "held_out"
-RESERVED_NAMES = frozenset({MANIFEST_NAME, BAD_LINES_NAME, "tokenizer.model", "tokenizer.json", HELD_OUT_NAME})
+RESERVED_NAMES = frozenset(
+    {MANIFEST_NAME, BAD_LINES_NAME, "tokenizer.model", "tokenizer.json", "tokenizer_config.json", HELD_OUT_NAME}
+)
 
 
 class Entry(BaseModel):
@@ -102,6 +104,7 @@ class TokenizerEntry(Entry):
     vocab_size: int = Field(ge=1)
     bos_id: int | None
     eos_id: int | None
+    config: FileEntry | None = Field(default=None, description="tokenizer_config.json, which went with tokenizer.json")
 
 
 class EngineEntry(Entry):

@@ -59,14 +59,13 @@ class TracedWriter(IndexedWriter):
 
     def __init__(self, prefix: Path | str, *, dtype: DTypeLike) -> None:
         super().__init__(prefix, dtype=dtype)
-        self._temporary_trace = self.prefix.with_name(f".tmp-{self.prefix.name}.trace")
+        self._temporary_trace = trace_path(self._temporary)
         self._trace: BinaryIO | None = None
         self._num_rows = 0
 
     def __enter__(self) -> TracedWriter:
         super().__enter__()
         with storage_errors(self._temporary_trace):
-            self._temporary_trace.unlink(missing_ok=True)
             self._trace = self._temporary_trace.open("wb", buffering=1024 * 1024)
         return self
 

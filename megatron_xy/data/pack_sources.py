@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_xy.data.alternatives import profile_lengths
+from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.data.documents import LineReport
 from megatron_xy.data.indexed import IndexedReader
-from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry
+from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry, file_entry
 from megatron_xy.data.packing import Overflow, Packing, PackReceipt, pack_shard, pack_tasks
-from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard, Workers
+from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard
 from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError
 
 
@@ -36,11 +38,10 @@ def pack_sources(
 ) -> tuple[dict[str, SourceEntry], Dropped]:
     """Pack each source by itself, in the order of the names; a source of which nothing is left has no entry.
 
-    Raises DataError where there is nothing to pack, or nothing left of it.
+    Raises DataError where nothing is left of it.
     """
     names = sorted({name for shard in tokenized for name in shard.documents})
-    if not names:
-        raise DataError("no document with text is left; check the text field, the files and held_out")
+    assert names, "there is something to pack"
     if len(names) > MOST_SOURCES:
         raise ConfigError(f"source_field names {len(names)} sources, at most {MOST_SOURCES} can be told apart")
     prefixes = {name: [shard.folder / name for shard in tokenized if name in shard.documents] for name in names}
@@ -59,7 +60,9 @@ def pack_sources(
     ]
     total = sum(sum(shard.documents.values()) for shard in tokenized)
     receipts: dict[str, list[PackReceipt]] = {name: [] for name in names}
-    for task, receipt in zip(tasks, pool.run("pack", pack_shard, tasks, total=total, unit="documents"), strict=True):
+    claims = [work / CLAIMS_FOLDER / f"pack-{task.receipt.stem}" for task in tasks]
+    packed = pool.run("pack", pack_shard, tasks, total=total, unit="documents", claims=claims)
+    for task, receipt in zip(tasks, packed, strict=True):
         receipts[task.source].append(receipt)
     entries = {name: _source_entry(of_source, buckets, prefixes[name]) for name, of_source in receipts.items()}
     sources = {name: entry for name, entry in entries.items() if entry is not None}
@@ -103,6 +106,7 @@ def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
+        config=file_entry(config, folder=config.parent) if (config := tokenizer.config_path) is not None else None,
     )
 
 

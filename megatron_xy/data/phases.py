@@ -1,27 +1,57 @@
-"""The phases of a run, from its config to the sampler: weights and batch size from a data step on."""
+"""A run's config -> the phases of its sampler, the sampler itself, and how often the run goes through its data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_xy.config import DataConfig, TrainingConfig
-from megatron_xy.data.sampler import SamplerPhase
+from megatron_xy.config import RunConfig
+from megatron_xy.data.sampler import BucketSampler, SamplerPhase, Stream
+from megatron_xy.errors import ConfigError
 
 
-def sampler_phases(data: DataConfig, training: TrainingConfig) -> list[SamplerPhase]:
-    """`data.weights` and `global_batch_tokens` from step 0, then each of `training.phases`.
+def sampler_phases(config: RunConfig) -> list[SamplerPhase]:
+    """`data.weights` and `training.global_batch_tokens` from data step 0 on, then what `training.phases` change.
 
-    What a phase leaves out stays as it was before it. One that begins at step 0 takes the place of the first.
+    What a phase leaves out stays as it was before it. A phase from step 0 on takes the place of the first.
     """
-    phases = [SamplerPhase(0, data.weights, training.global_batch_tokens)]
-    for phase in training.phases:
+    phases = [SamplerPhase(0, config.data.weights, config.training.global_batch_tokens)]
+    for number, phase in enumerate(config.training.phases):
         before = phases[-1]
         weights = before.weights if phase.weights is None else phase.weights
-        batch_tokens = phase.global_batch_tokens or before.global_batch_tokens
-        if phase.from_iter == 0 and len(phases) == 1:
-            phases.clear()
-        phases.append(SamplerPhase(phase.from_iter, weights, batch_tokens))
+        tokens = before.global_batch_tokens if phase.global_batch_tokens is None else phase.global_batch_tokens
+        if phase.from_iter == before.from_step == 0:
+            phases.pop()
+        phases.append(SamplerPhase(phase.from_iter, weights, tokens, key=f"training.phases[{number}]"))
     return phases
+
+
+def run_sampler(config: RunConfig, streams: Sequence[Stream]) -> BucketSampler:
+    """The sampler of a run over `streams`. Raises ConfigError where weights or batch sizes do not fit them."""
+    return BucketSampler(streams, seed=config.seed, phases=sampler_phases(config))
+
+
+def check_epochs(config: RunConfig, sampler: BucketSampler) -> None:
+    """Raises ConfigError where the planned steps draw a (source, bucket) more often than `data.max_epochs` allows."""
+    steps, limit = config.training.train_iters, config.data.max_epochs
+    if limit is None:
+        return
+    epochs = sampler.epochs(steps)
+    source, bucket = max(epochs, key=lambda stream: epochs[stream])
+    if (most := epochs[source, bucket]) > limit:
+        raise ConfigError(
+            f"data.max_epochs ({limit:g}): {steps} steps would draw source {source}, bucket {bucket}, {most:.4g} "
+            f"times; give it less weight or more data, lower training.train_iters, or raise data.max_epochs"
+        )
+
+
+def describe_epochs(config: RunConfig, sampler: BucketSampler) -> str:
+    """How often each source will have been drawn at the end of the planned steps, in a line."""
+    epochs = sampler.epochs(config.training.train_iters)
+    most: dict[str, float] = {}
+    for (source, _), times in epochs.items():  # its buckets differ by rounding alone
+        most[source] = max(most.get(source, 0.0), times)
+    of_sources = ", ".join(f"{source} {times:.3g}" for source, times in most.items())
+    return f"epochs after {config.training.train_iters} steps: {of_sources}"
 
 
 def total_tokens(phases: Sequence[SamplerPhase], *, train_iters: int) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 
 from megatron_xy.config import load_config
 from megatron_xy.data.dataset import PackedDataset, samples_of_rank
-from megatron_xy.data.phases import sampler_phases
-from megatron_xy.data.sampler import BucketSampler
+from megatron_xy.data.phases import run_sampler
 from megatron_xy.errors import ConfigError
 
 
@@ -29,7 +28,7 @@ def plan_steps(
         )
     config = load_config(config_path, overrides=overrides)
     dataset = PackedDataset([directory])
-    sampler = BucketSampler(dataset.streams, seed=config.seed, phases=sampler_phases(config.data, config.training))
+    sampler = run_sampler(config, dataset.streams)
     for step in steps:
         batch, mine = samples_of_rank(
             dataset,

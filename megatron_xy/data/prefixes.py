@@ -11,8 +11,9 @@ import numpy as np
 from megatron_xy.data.documents import DEFAULT_SOURCE, LineReport, Part
 from megatron_xy.data.indexed import IndexedReader, dtype_for
 from megatron_xy.data.origins import TracedWriter, document_rows
-from megatron_xy.data.tokenize import Advance, TokenizeTask, TokenShard, read_receipt
+from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt
 from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.workers import Advance
 from megatron_xy.errors import DataError
 from megatron_xy.storage import write_text
 

@@ -18,13 +18,15 @@ Progress = Callable[[str, int, int, str], None]
 def showing_progress() -> Iterator[Progress]:
     """A callback (phase, done, total, unit) that says on stderr how far a phase is, at most every two seconds."""
     phases: dict[str, tuple[float, float]] = {}
+    told: dict[str, int] = {}  # how far a phase was when it was last told
 
     def progress(phase: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
         began, last = phases.setdefault(phase, (now, -SECONDS_BETWEEN_LINES))
         finished = done >= total
-        if now - last < SECONDS_BETWEEN_LINES and not finished:
+        if told.get(phase) == done or (now - last < SECONDS_BETWEEN_LINES and not finished):
             return
+        told[phase] = done
         phases[phase] = (began, now)
         elapsed = now - began
         rate = done / elapsed if elapsed > 0 else 0.0

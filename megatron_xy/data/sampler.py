@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,20 +48,21 @@ class SamplerPhase:
     """From data step `from_step` on: the sources' weights and the tokens of a step.
 
     weights: {source: part of the drawn tokens, padding included}, of any sum; None: as many as each source holds.
+    key: where the config speaks of it, for errors; None for the run's own `data.weights` and `training` section.
     """
 
     from_step: int
     weights: Mapping[str, float] | None
     global_batch_tokens: int
+    key: str | None = None
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class SampleId:
+class SampleId(NamedTuple):
     """One sample by its place: the `index`-th of what `source` holds in `bucket`."""
 
     source: str
     bucket: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's own method of this name is not needed
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class BucketSampler:
 
     Source s holds share[s, b] of its packed length in bucket b; bucket b is drawn with probability
     sum over s of weight[s] * share[s, b], and its batch mixes the sources in proportion to weight[s] * share[s, b].
-    Rounding is carried along instead of drawn at random, so that a run does not drift from its weights.
+    Rounding is carried along instead of drawn at random, so that a run does not drift from its weights: within a phase
+    and, as a debt that the next phase pays first, from phase to phase. What later phases say changes no earlier step.
     """
 
     def __init__(self, streams: Sequence[Stream], *, seed: int, phases: Sequence[SamplerPhase]) -> None:
@@ -109,8 +112,9 @@ class BucketSampler:
         indices = self._indices(numbers, owners, [(source, bucket) for source in sources])
         key = np.frombuffer(_digest(self.seed, "order", data_step), dtype="<u8")[0]
         order = np.argsort(_mix(np.arange(batch_samples, dtype=np.uint64) + key), kind="stable")
-        samples = zip(owners[order].tolist(), indices[order].tolist(), strict=True)
-        return Batch(data_step, bucket, tuple(SampleId(sources[owner], bucket, index) for owner, index in samples))
+        names = [sources[owner] for owner in owners[order].tolist()]
+        samples = tuple(map(SampleId, names, itertools.repeat(bucket), indices[order].tolist()))
+        return Batch(data_step, bucket, samples)
 
     def samples_of_rank(
         self, batch: Batch, *, data_parallel_size: int, data_parallel_rank: int, costs: Sequence[int] | None = None
@@ -173,10 +177,12 @@ class BucketSampler:
         """The sample index [n] of draw `numbers` [n] of the streams `owners` [n] (indices into `streams`)."""
         sizes = np.array([self._sizes[stream] for stream in streams], dtype=np.uint64)[owners]
         epochs, positions = np.divmod(numbers, sizes)
-        rows: dict[tuple[int, int], int] = {}
-        row_of = [rows.setdefault(pair, len(rows)) for pair in zip(owners.tolist(), epochs.tolist(), strict=True)]
-        digests = [_digest(self.seed, "epoch", *streams[owner], epoch) for owner, epoch in rows]
-        keys = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, PERMUTATION_ROUNDS)[row_of]
+        # Streams come one after another, their draws in ascending order: a key serves a run of equal epochs.
+        is_first = np.ones(len(numbers), dtype=bool)
+        is_first[1:] = (owners[1:] != owners[:-1]) | (epochs[1:] != epochs[:-1])
+        firsts = zip(owners[is_first].tolist(), epochs[is_first].tolist(), strict=True)
+        digests = [_digest(self.seed, "epoch", *streams[owner], epoch) for owner, epoch in firsts]
+        keys = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, PERMUTATION_ROUNDS)[np.cumsum(is_first) - 1]
         return permute(positions, sizes, keys)
 
 
@@ -194,17 +200,26 @@ class _Phase:
     ) -> None:
         self.from_step = phase.from_step
         self.global_batch_tokens = phase.global_batch_tokens
-        self.drawn_before = earlier[-1].drawn(phase.from_step - earlier[-1].from_step) if earlier else {}
-        self.shares = _shares(phase.weights, sizes)
+        before = earlier[-1] if earlier else None
+        self.drawn_before = before.drawn(phase.from_step - before.from_step) if before else {}
+        self._ahead_before = before.ahead(phase.from_step - before.from_step) if before else {}
+        self.shares = _shares(phase.weights, sizes, key=f"{phase.key or 'data'}.weights")
         self._key = (seed, "block", number)
         self.buckets = sorted({bucket for _, bucket in self.shares})
-        _check_batch_tokens(phase.global_batch_tokens, self.buckets)
+        _check_batch_tokens(
+            phase.global_batch_tokens, self.buckets, key=f"{phase.key or 'training'}.global_batch_tokens"
+        )
         self.sources = {b: sorted(source for source, bucket in self.shares if bucket == b) for b in self.buckets}
         self.batch_samples = {b: phase.global_batch_tokens // b for b in self.buckets}
+        owed = self._owed()
         parts = {b: [self.shares[source, b] for source in self.sources[b]] for b in self.buckets}
+        owed_in = {b: [owed[source, b] for source in self.sources[b]] for b in self.buckets}
         self._bucket_parts = [math.fsum(parts[b]) for b in self.buckets]
-        self._bucket_seats = Apportionment(self._bucket_parts)
-        self._source_seats = {b: Apportionment(parts[b]) for b in self.buckets}
+        self._bucket_owed = [math.fsum(owed_in[b]) / phase.global_batch_tokens for b in self.buckets]
+        self._bucket_seats = Apportionment(self._bucket_parts, owed=self._bucket_owed)
+        self._source_seats = {
+            b: Apportionment(parts[b], owed=[tokens / b for tokens in owed_in[b]]) for b in self.buckets
+        }
 
     def draw(self, step: int) -> tuple[int, int]:
         """The bucket of the phase's step number `step` (from 0), and how many steps of the phase drew it before."""
@@ -224,9 +239,27 @@ class _Phase:
                 drawn[source, bucket] = drawn.get((source, bucket), 0) + count
         return drawn
 
+    def ahead(self, num_steps: int) -> dict[tuple[str, int], float]:
+        """{(source, bucket): tokens drawn beyond its due by all earlier phases and this one's first `num_steps`}."""
+        drawn, ahead = self.drawn(num_steps), dict(self._ahead_before)
+        for (source, bucket), share in self.shares.items():
+            tokens = bucket * (drawn[source, bucket] - self.drawn_before.get((source, bucket), 0))
+            due = num_steps * self.global_batch_tokens * share
+            ahead[source, bucket] = ahead.get((source, bucket), 0.0) + tokens - due
+        return ahead
+
     def drawn_in_bucket(self, bucket: int, draws: int) -> list[int]:
         """Samples that the first `draws` draws of `bucket` in this phase take of each of `sources[bucket]`."""
         return self._source_seats[bucket].counts(draws * self.batch_samples[bucket])
+
+    def _owed(self) -> dict[tuple[str, int], float]:
+        """{(source, bucket): tokens that earlier phases left it short of its due}; the sum is 0.
+
+        What streams without a weight in this phase hold too much or too little, all others bear by their shares.
+        """
+        short = {stream: -self._ahead_before.get(stream, 0.0) for stream in self.shares}
+        rest = math.fsum(short.values())
+        return {stream: tokens - rest * self.shares[stream] for stream, tokens in short.items()}
 
     def _block(self, block: int) -> tuple[list[int], list[int]]:
         """Draws of each bucket before the block, and the block's own buckets in order (positions in `buckets`)."""
@@ -240,14 +273,15 @@ class _Phase:
             if (drift := self._drift(block * BLOCK_STEPS, before, order)) <= MAX_DRIFT_STEPS:
                 return before, order
             orders.append((drift, order))
-        return before, min(orders)[1]
+        return before, min(orders, key=lambda drift_and_order: drift_and_order[0])[1]
 
     def _drift(self, step: int, before: Sequence[int], order: Sequence[int]) -> float:
         """By how many steps any set of buckets gets ahead of its due, at most, after any step of `order` from `step`.
 
         What one set is ahead, the others are behind: this bounds both.
         """
-        ahead = [count - step * part for count, part in zip(before, self._bucket_parts, strict=True)]
+        due = (step * part + owed for part, owed in zip(self._bucket_parts, self._bucket_owed, strict=True))
+        ahead = [count - steps for count, steps in zip(before, due, strict=True)]
         worst = 0.0
         for bucket in order:
             ahead = [value - part for value, part in zip(ahead, self._bucket_parts, strict=True)]
@@ -264,17 +298,25 @@ class Apportionment:
     a party is off its due by less than 2 seats whatever the number of parties (its weight halves at least every second
     level upwards: 0.5 * (1 + 1 + 1/2 + 1/2 + 1/4 + ...)). Sainte-Lague's rule for all parties at once has no such
     bound: a hundred equal small parties get their first seats together, at the cost of a large one.
+
+    owed: seats that each party is to get beyond its weight, or, below 0, to do without, the sum 0; they are made up for
+    as fast as seats come in.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], *, owed: Sequence[float] | None = None) -> None:
         assert weights and all(weight > 0 for weight in weights), "parties without weight are left out before"
         self._num_parties = len(weights)
-        self._splits: list[tuple[int, int, int]] = []  # lighter child, heavier child, the lighter's fraction
+        # lighter child, heavier child, the lighter's fraction, what it gets beyond that
+        self._splits: list[tuple[int, int, int, int]] = []
+        beyond = list(owed) if owed is not None else [0.0] * len(weights)  # of parties and, behind them, of pairs
         heap = [(weight, party) for party, weight in enumerate(weights)]
         heapq.heapify(heap)
         while len(heap) > 1:
             (light, left), (heavy, right) = heapq.heappop(heap), heapq.heappop(heap)
-            self._splits.append((left, right, round(light / (light + heavy) * 2**FRACTION_BITS)))
+            fraction = light / (light + heavy)
+            beyond.append(beyond[left] + beyond[right])
+            more = beyond[left] - fraction * beyond[-1]
+            self._splits.append((left, right, *(round(number * 2**FRACTION_BITS) for number in (fraction, more))))
             heapq.heappush(heap, (light + heavy, self._num_parties + len(self._splits) - 1))
 
     def counts(self, seats: int) -> list[int]:
@@ -283,9 +325,9 @@ class Apportionment:
         counts[-1] = seats
         half = 1 << (FRACTION_BITS - 1)
         for place in range(len(self._splits) - 1, -1, -1):
-            left, right, fraction = self._splits[place]
+            left, right, fraction, more = self._splits[place]
             count = counts[self._num_parties + place]
-            counts[left] = (count * fraction + half) >> FRACTION_BITS
+            counts[left] = min(max((count * fraction + more + half) >> FRACTION_BITS, 0), count)
             counts[right] = count - counts[left]
         return counts[: self._num_parties]
 
@@ -323,13 +365,15 @@ def _digest(*parts: int | str) -> bytes:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8 * PERMUTATION_ROUNDS).digest()
 
 
-def _shares(weights: Mapping[str, float] | None, sizes: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], float]:
+def _shares(
+    weights: Mapping[str, float] | None, sizes: Mapping[tuple[str, int], int], *, key: str
+) -> dict[tuple[str, int], float]:
     """{(source, bucket): weight[source] * share[source, bucket]}, the sum 1, parts of 0 left out."""
     lengths: dict[str, int] = {}
     for (source, bucket), size in sizes.items():
         lengths[source] = lengths.get(source, 0) + bucket * size
     weights = lengths if weights is None else weights
-    _check_weights(weights, lengths)
+    _check_weights(weights, lengths, key=key)
     total = math.fsum(weights.values())
     return {
         (source, bucket): weights[source] / total * (bucket * size / lengths[source])
@@ -338,26 +382,25 @@ def _shares(weights: Mapping[str, float] | None, sizes: Mapping[tuple[str, int],
     }
 
 
-def _check_weights(weights: Mapping[str, float], lengths: Mapping[str, int]) -> None:
+def _check_weights(weights: Mapping[str, float], lengths: Mapping[str, int], *, key: str) -> None:
     known = ", ".join(sorted(lengths))
     for source, weight in weights.items():
         if source not in lengths:
             near = difflib.get_close_matches(source, lengths, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"data.weights names {source}, which the data does not have; {hint}known: {known}")
+            raise ConfigError(f"{key} names {source}, which the data does not have; {hint}known: {known}")
         if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"data.weights: {source} ({weight}) must be a finite number, 0 or more")
+            raise ConfigError(f"{key}: {source} ({weight}) must be a finite number, 0 or more")
         if weight and not lengths[source]:
             raise ConfigError(
-                f"data.weights: {source} ({weight}) has no samples in the data; give it 0, or build it again with them"
+                f"{key}: {source} ({weight}) has no samples in the data; give it 0, or build it again with them"
             )
     if missing := sorted(set(lengths) - set(weights)):
         raise ConfigError(
-            f"data.weights lacks {', '.join(missing)}; every source of the data needs a weight: "
-            f"give it 0 to leave it out"
+            f"{key} lacks {', '.join(missing)}; every source of the data needs a weight: give it 0 to leave it out"
         )
     if not any(weights.values()):
-        raise ConfigError(f"data.weights: all are 0; give at least one of {known} a weight above 0")
+        raise ConfigError(f"{key}: all are 0; give at least one of {known} a weight above 0")
 
 
 def _check_starts(phases: Sequence[SamplerPhase]) -> None:
@@ -370,12 +413,12 @@ def _check_starts(phases: Sequence[SamplerPhase]) -> None:
             )
 
 
-def _check_batch_tokens(global_batch_tokens: int, buckets: Sequence[int]) -> None:
+def _check_batch_tokens(global_batch_tokens: int, buckets: Sequence[int], *, key: str) -> None:
     unit = math.lcm(*buckets)
     if global_batch_tokens % unit:
         below = global_batch_tokens // unit * unit
         nearest = f"{below}, {below + unit}" if below else f"{unit}"
         raise ConfigError(
-            f"training.global_batch_tokens ({global_batch_tokens}) must be a multiple of every bucket "
+            f"{key} ({global_batch_tokens}) must be a multiple of every bucket "
             f"({', '.join(map(str, buckets))}: of {unit}); nearest: {nearest}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.text import Text
@@ -14,13 +15,38 @@ from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError
 
 PIECE_STYLES = ("green", "cyan")  # in turn
+BAR = " ┃ "
 MASKED_STYLE = "reverse"  # the last token of a piece: it has no next token to learn
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample's heading and the text of its pieces: what is learnt of each, and its last token, which is not."""
+
+    heading: str
+    pieces: list[tuple[str, str]]
+
+    @property
+    def plain(self) -> str:
+        """The text as it was decoded, control characters included, with bars between pieces."""
+        return BAR.join(learnt + masked for learnt, masked in self.pieces)
+
+    @property
+    def coloured(self) -> Text:
+        """For a terminal, without control characters: a colour a piece, bars between, the masked tokens reversed."""
+        text = Text()
+        for number, (learnt, masked) in enumerate(self.pieces):
+            style = PIECE_STYLES[number % len(PIECE_STYLES)]
+            text.append(BAR if number else "", style="bold red")
+            text.append(learnt, style=style)
+            text.append(masked, style=f"{style} {MASKED_STYLE}")
+        return text
 
 
 def shown_samples(
     directory: Path, *, source: str | None, bucket: int | None, index: int, count: int
-) -> Iterator[tuple[str, Text]]:
-    """(heading, coloured text) of `count` samples from number `index` on, of each chosen source and bucket.
+) -> Iterator[ShownSample]:
+    """`count` samples from number `index` on, of each chosen source and bucket.
 
     Raises ConfigError where there is no such source, bucket or sample.
     """
@@ -39,24 +65,20 @@ def shown_samples(
                 f"source {stream.source}, bucket {stream.bucket}, sample {number}: "
                 f"{len(sample.piece_lengths)} piece(s), {len(sample.tokens)} tokens, {padding} padding"
             )
-            yield heading, coloured(sample, tokenizer)
+            yield ShownSample(heading, _decoded(sample, tokenizer))
 
 
-def coloured(sample: Sample, tokenizer: Tokenizer) -> Text:
-    """The sample's text: a colour a piece, a bar between pieces, the masked last token of each piece reversed."""
-    text = Text()
+def _decoded(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """(text of all tokens but the last, what the last one adds) of each piece."""
+    pieces = []
     start = 0
-    for number, length in enumerate(sample.piece_lengths.tolist()):
+    for length in sample.piece_lengths.tolist():
         tokens = sample.tokens[start : start + length]
-        style = PIECE_STYLES[number % len(PIECE_STYLES)]
-        learnt = tokenizer.decode(tokens[:-1])
-        whole = tokenizer.decode(tokens)
-        text.append(learnt, style=style)
-        # What the last token adds; an end token adds no text of its own.
-        text.append(whole.removeprefix(learnt) or "</s>", style=f"{style} {MASKED_STYLE}")
-        text.append(" ┃ " if start + length < len(sample.tokens) else "", style="bold red")
+        learnt, whole = tokenizer.decode(tokens[:-1]), tokenizer.decode(tokens)
+        # An end token adds no text of its own.
+        pieces.append((learnt, whole.removeprefix(learnt) or "</s>"))
         start += length
-    return text
+    return pieces
 
 
 def _chosen(dataset: PackedDataset, *, source: str | None, bucket: int | None) -> list[Stream]:

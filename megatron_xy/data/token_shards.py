@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.data.documents import BadLinePolicy, LineReport
 from megatron_xy.data.inputs import is_prefix
 from megatron_xy.data.prefixes import copy_documents
-from megatron_xy.data.tokenize import Advance, TokenizeTask, TokenShard, Workers, tokenize_shard
+from megatron_xy.data.tokenize import TokenizeTask, TokenShard, tokenize_shard
+from megatron_xy.data.workers import Advance, Workers
 from megatron_xy.storage import storage_errors
 
 
 def make_token_shards(
-    pool: Workers, tasks: list[TokenizeTask], *, total: int, most_lines: int | None, listing: Path
+    pool: Workers, tasks: list[TokenizeTask], *, total: int, most_lines: int | None, listing: Path, work: Path
 ) -> tuple[list[TokenShard], LineReport]:
-    """Run all tasks; bad lines are listed in the file `listing`. Raises DataError, with those seen, at the end of the
-    file from which on the policy does not allow them.
+    """Run all tasks, but for what other builds do; bad lines are listed in the file `listing`.
+
+    Raises DataError, with those seen, at the end of the file from which on the policy does not allow them.
     """
     shards: list[TokenShard] = []
     report = LineReport()
     last_task = {part.path: index for index, task in enumerate(tasks) for part in task.parts}
+    claims = [work / CLAIMS_FOLDER / f"tokenize-{task.folder.name}" for task in tasks]
+    made = pool.run("tokenize", _make_shard, tasks, total=total, unit="bytes", claims=claims)
     judged_after = len(tasks) - 1  # the task that ends the first file with bad lines
     with storage_errors(listing), listing.open("w", encoding="utf-8") as stream:
-        for index, shard in enumerate(pool.run("tokenize", _make_shard, tasks, total=total, unit="bytes")):
+        for index, shard in enumerate(made):
             shards.append(shard)
             if shard.report.bad_lines and not report.bad_lines:
                 judged_after = min(last_task[path] for path in _bad_files(tasks[index], shard.report))

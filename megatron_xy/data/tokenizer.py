@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.engines import Engine, SentencePieceEngine, TokenBatch, TokenizersEngine
+from megatron_xy.data.engines import TOKENIZER_CONFIG, Engine, SentencePieceEngine, TokenBatch, TokenizersEngine
 from megatron_xy.errors import ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -45,7 +45,8 @@ class Tokenizer:
     """A tokenizer file, read by the library it belongs to.
 
     Attributes: path, sha256 (of the file), engine, vocab_size, bos_id, eos_id, pad_id (None where there is none), and
-    file_name: tokenizer.model or tokenizer.json, what a copy of the file is called.
+    file_name: tokenizer.model or tokenizer.json, what a copy of the file is called; config_path: of the
+    tokenizer_config.json beside a tokenizer.json, if there is one.
     """
 
     def __init__(self, path: Path, engine: Engine) -> None:
@@ -53,6 +54,8 @@ class Tokenizer:
         self.engine = engine
         self.sha256 = hashlib.sha256(engine.serialized).hexdigest()
         self.file_name = TOKENIZER_JSON if path.suffix == ".json" else TOKENIZER_FILE
+        config = path.with_name(TOKENIZER_CONFIG)
+        self.config_path = config if path.suffix == ".json" and config.is_file() else None
         self.vocab_size = engine.vocab_size
         self.bos_id, self.eos_id, self.pad_id = engine.bos_id, engine.eos_id, engine.pad_id
         self._is_control = np.zeros(engine.vocab_size, dtype=bool)

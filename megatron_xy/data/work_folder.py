@@ -1,7 +1,7 @@
-"""The folder of an unfinished build: who works in it, and for which data set.
+"""The folder of an unfinished build: for which data set it is, and that nobody clears it under those who work in it.
 
-Its lock is the kernel's, so it goes with its holder, however that ends. One build holds it alone; the shares of a build
-over several machines hold it together while they tokenise, and the one that finishes holds it alone again.
+Its lock is the kernel's, so it goes with its holders, however they end. All builds of one data set hold it together;
+who finds it free may clear away what a build of another data set left.
 """
 
 from __future__ import annotations
@@ -14,36 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.errors import ConfigError
-from megatron_xy.storage import storage_errors, write_text
+from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, write_text
 
 WORK_FOLDER = ".tmp-tokens"
 
 
-class WorkFolderBusy(ConfigError):
-    """Another process works in the folder."""
-
-
 @contextmanager
 def work_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
-    """The work folder of `folder`, for this process alone; what another build left there is cleared away.
+    """The work folder of `folder`, together with all other builds of the same data set; a leftover of another is
+    cleared away.
 
-    Raises WorkFolderBusy where another process works there.
-    """
-    with _opened(folder) as (work, lock):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WorkFolderBusy(f"output ({folder}): another build is writing it; wait for it, or stop it") from error
-        _make_ready(folder, work, fingerprint)
-        yield work
-
-
-@contextmanager
-def shared_work_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
-    """The same for one of several shares of one build, together with the others.
-
-    Raises ConfigError where what works there is a build of another data set, or one that has no shares.
+    Raises ConfigError where a build of another data set works there.
     """
     with _opened(folder) as (work, lock):
         try:  # the first one makes it ready
@@ -55,6 +38,13 @@ def shared_work_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
         if (work / "fingerprint").read_text(encoding="utf-8") != fingerprint:
             raise ConfigError(f"output ({folder}): a build of other inputs or options is at work there; name another")
         yield work
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left half-written below `folder`."""
+    with storage_errors(folder):
+        for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink()
 
 
 @contextmanager
@@ -72,7 +62,8 @@ def _make_ready(folder: Path, work: Path, fingerprint: str) -> None:
     if not mark.is_file() or mark.read_text(encoding="utf-8") != fingerprint:
         _clear(folder, work)
         write_text(mark, fingerprint)
-    (work / "packed").mkdir(exist_ok=True)
+    for name in ("packed", CLAIMS_FOLDER):
+        (work / name).mkdir(exist_ok=True)
 
 
 def _clear(folder: Path, work: Path) -> None:

@@ -23,6 +23,7 @@ from megatron_xy.hf.folder import file_inside
 from megatron_xy.hf.names import EMBEDDING, global_names, to_hf
 from megatron_xy.hf.reader import DTYPES, INDEX, SINGLE, HFReader
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from megatron_xy.shards import whole
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -77,7 +78,7 @@ def hf_to_checkpoint(source: Path, target: Path, *, dtype: str | None, say: Say)
             name: files.TensorEntry(
                 tuple(tensor.shape),
                 files.DTYPE_NAMES[tensor.dtype],
-                [files.Piece(file, files.whole(tuple(tensor.shape)))],
+                [files.Piece(file, whole(tuple(tensor.shape)))],
             )
             for name, tensor in tensors.items()
         }

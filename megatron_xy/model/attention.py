@@ -1,7 +1,7 @@
-"""Attention over packed documents: each segment of a micro-batch attends within itself, causally.
+"""Attention over packed documents: each document of a micro-batch attends within itself, causally, after RoPE.
 
-Stands in megatron-core's layer spec as `core_attention`. On a CPU, torch's scaled dot product attention runs segment by
-segment, so that no S x S mask is ever made.
+Stands in megatron-core's layer spec as `core_attention`. How the scores are computed is the backend's; that queries
+and keys are rotated here, and not by megatron-core, lets all layers of a micro-batch share one cos and sin.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from megatron_xy import mcore
-from megatron_xy.model.rotary import PackedDocuments
+from megatron_xy.model.attention_backends import Attend
+from megatron_xy.model.kernels import rotate
+from megatron_xy.model.rotary import PackedDocuments, RotaryAngles
 
 
 class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
@@ -34,6 +35,12 @@ class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
         assert pg_collection is not None, "groups are parameters here, never globals"
         self.softmax_scale = softmax_scale
         self.tp_group = pg_collection.tp  # megatron-core's sharded_state_dict reads it
+        self._angles: RotaryAngles | None = None
+        self._attend: Attend | None = None
+
+    def connect(self, *, angles: RotaryAngles, attend: Attend) -> None:
+        """Gives the layer what megatron-core's constructors do not pass on: the model's angles and the backend."""
+        self._angles, self._attend = angles, attend
 
     def forward(
         self,
@@ -51,16 +58,8 @@ class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
         query [tokens, 1, heads/tp, head_dim], key and value [tokens, 1, groups/tp, head_dim] -> [tokens, 1, hidden/tp].
         """
         assert packed_seq_params is not None, "every forward step packs its documents"
-        tokens = query.size(0)
-        # [tokens, 1, heads, head_dim] -> [1, heads, tokens, head_dim]
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        repeats = query.size(1) // key.size(1)
-        if repeats > 1:
-            key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-        lengths = list(packed_seq_params.segment_lengths)
-        parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale) for q, k, v in parts
-        ]
-        output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        return output.permute(2, 0, 1, 3).reshape(tokens, 1, -1)
+        assert self._angles is not None and self._attend is not None, "connect() follows the model's construction"
+        cos, sin = self._angles.of(packed_seq_params)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        output = self._attend(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params, self.softmax_scale)
+        return output.reshape(output.size(0), 1, -1)

@@ -1,13 +1,11 @@
-"""ModelConfig and groups -> GPTModel in megatron-core's data-parallel wrapper, with weights that no layout changes.
+"""ModelConfig and groups -> GPTModel in megatron-core's data-parallel wrapper, its parameters under global names.
 
-Fresh weights are drawn from each parameter's global name, so every layout starts from the same model. The vocabulary
-is padded to what tensor parallelism divides; padding rows are zero, take no part in the loss and leave no trace in
-checkpoints.
+The vocabulary is padded to what tensor parallelism divides; padding rows are zero, take no part in the loss and leave
+no trace in checkpoints.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -19,16 +17,22 @@ import torch.nn.functional as F
 
 from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig, ParallelConfig
-from megatron_xy.model.attention import PackedAttention
+from megatron_xy.model.layer_spec import (
+    DTYPES,
+    choose_layers,
+    connect_layers,
+    layer_submodules,
+    spec_free_name,
+    split_dimension,
+)
 from megatron_xy.model.norm import RMSNorm
-from megatron_xy.model.rotary import RotaryEmbedding
 from megatron_xy.parallel import Groups
 from megatron_xy.shards import Box, ParameterShard
+from megatron_xy.stages import layers_per_chunk
 
 VOCABULARY_MULTIPLE = 128  # rows of the padded vocabulary a tensor parallel rank, as Megatron's default
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,26 +51,45 @@ def padded_vocab_size(model: ModelConfig, *, tensor_model_parallel_size: int) ->
     return math.ceil(model.vocab_size / unit) * unit
 
 
-def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups, seed: int) -> torch.nn.Module:
-    """This rank's part of the model with fresh weights, in megatron-core's DistributedDataParallel."""
+def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups) -> list[torch.nn.Module]:
+    """This rank's chunks of the model, each in megatron-core's DistributedDataParallel; all weights are still 0.
+
+    One chunk, or `virtual_pipeline_model_parallel_size` of them.
+    """
     config = transformer_config(model, parallel=parallel, groups=groups)
-    gpt = _gpt_model(config, model=model, groups=groups)
-    mark_tensor_parallel(gpt)
     ddp_config = mcore.DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
         # It would end one rank alone; non-finite gradients are met in the optimizer step, on all ranks alike.
         check_for_nan_in_grad=False,
     )
-    wrapped: torch.nn.Module = mcore.DistributedDataParallel(config, ddp_config, gpt, pg_collection=groups.collection)
-    draw_weights(wrapped, model=model, groups=groups, seed=seed)
-    return wrapped
+    chunks: list[torch.nn.Module] = []
+    for chunk in range(parallel.num_chunks):
+        gpt = _gpt_model(config, model=model, groups=groups, chunk=chunk, num_chunks=parallel.num_chunks)
+        mark_tensor_parallel(gpt)
+        wrapped = mcore.DistributedDataParallel(
+            config,
+            ddp_config,
+            gpt,
+            # The later chunks' gradients are reduced while the first one still computes: no need for small buckets.
+            disable_bucketing=chunk > 0,
+            pg_collection=groups.collection,
+        )
+        for parameter in wrapped.parameters():  # what fills them leaves the padding as it is
+            parameter.data.zero_()
+        chunks.append(wrapped)
+    if parallel.overlap_grad_reduce:  # micro-batches before the last one only add up
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    return chunks
 
 
 def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups) -> mcore.TransformerConfig:
     """megatron-core's description of a Llama-shaped transformer under this role's layout."""
     dtype = DTYPES[model.params_dtype]
+    num_chunks = parallel.num_chunks
     recompute: dict[str, Any] = {}
     if model.recompute_granularity == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -84,6 +107,7 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # the MLP calls the activation that it is given: ours
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -92,9 +116,14 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=groups.tp_size,
         pipeline_model_parallel_size=groups.pp_size,
+        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
+        pipeline_model_parallel_layout=_StageLayout(model, groups, num_chunks) if groups.pp_size > 1 else None,
+        # Both directions to the same peer at once change places silently over gloo, which matches in order.
+        overlap_p2p_comm=num_chunks > 1,
+        batch_p2p_comm=num_chunks == 1,
         sequence_parallel=parallel.sequence_parallel and groups.tp_size > 1,
         calculate_per_token_loss=True,
-        # Weights come from `draw_weights` or a checkpoint.
+        # Weights are drawn, or come from a checkpoint.
         perform_initialization=False,
         use_cpu_initialization=device.is_cpu(),
         # The fused kernels want CUDA extensions that are not required here.
@@ -103,31 +132,59 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # An interleaved schedule frees an output while it is being sent: a stream's order makes that safe on a GPU;
+        # gloo would send what the memory holds by then.
+        deallocate_pipeline_outputs=num_chunks == 1 or not device.is_cpu(),
         **recompute,
     )
 
 
-def _gpt_model(config: mcore.TransformerConfig, *, model: ModelConfig, groups: Groups) -> mcore.GPTModel:
-    layer = mcore.get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    num_layers = mcore.get_num_layers_to_build(config, None, groups.pp_rank)
+class _StageLayout(mcore.PipelineParallelLayerLayout):  # type: ignore[misc]
+    """Which layers a chunk of this rank's stage holds. megatron-core's own would ask a global for the stage."""
+
+    def __init__(self, model: ModelConfig, groups: Groups, num_chunks: int) -> None:
+        assert model.num_layers, "the shape is complete once a run starts"
+        layers = layers_per_chunk(model.num_layers, num_chunks=groups.pp_size * num_chunks)
+        rows = [[mcore.LayerType.decoder] * number for number in layers]
+        rows[0].insert(0, mcore.LayerType.embedding)
+        rows[-1].append(mcore.LayerType.loss)
+        super().__init__(rows, groups.pp_size)
+        self.layers, self.pp_size, self.pp_rank = layers, groups.pp_size, groups.pp_rank
+
+    def get_num_layers_to_build(
+        self, layer_type: Any = None, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        """Layers of chunk `vp_stage`."""
+        return self.layers[(vp_stage or 0) * self.pp_size + self.pp_rank]
+
+    def get_layer_offset(self, layer_type: Any = None, vp_stage: int | None = None, pp_rank: int | None = None) -> int:
+        """Layers before chunk `vp_stage`."""
+        return sum(self.layers[: (vp_stage or 0) * self.pp_size + self.pp_rank])
+
+
+def _gpt_model(
+    config: mcore.TransformerConfig, *, model: ModelConfig, groups: Groups, chunk: int, num_chunks: int
+) -> mcore.GPTModel:
+    choice = choose_layers(model)
+    layer = layer_submodules(choice)
+    assert model.num_layers, "the shape is complete once a run starts"
+    layers = layers_per_chunk(model.num_layers, num_chunks=groups.pp_size * num_chunks)
+    num_layers = layers[chunk * groups.pp_size + groups.pp_rank]
     block = mcore.TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
     gpt = mcore.GPTModel(
         config,
         block,
         vocab_size=padded_vocab_size(model, tensor_model_parallel_size=groups.tp_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and chunk == 0,
+        post_process=groups.is_last_stage and chunk == num_chunks - 1,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
+        position_embedding_type="none",  # the attention rotates
         pg_collection=groups.collection,
+        vp_stage=chunk if num_chunks > 1 else None,
     )
     gpt.model_type = mcore.ModelType.encoder_or_decoder
-    gpt.rotary_pos_emb = RotaryEmbedding(model, device=device.current())
+    connect_layers(gpt, model=model, choice=choice)
     return gpt
 
 
@@ -136,19 +193,13 @@ def mark_tensor_parallel(gpt: torch.nn.Module) -> None:
 
     Its own initialisation does it, which `perform_initialization=False` skips in some versions.
     """
-    layers = mcore.tensor_parallel_layers
     for name, module in gpt.named_modules():
-        if isinstance(module, layers.ColumnParallelLinear | layers.VocabParallelEmbedding):
+        dimension, weight = split_dimension(name), getattr(module, "weight", None)
+        if dimension is not None and isinstance(weight, torch.nn.Parameter):  # a tied output layer has none of its own
+            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+            weight.partition_dim = dimension  # type: ignore[attr-defined]
             # Gate and up projection stand one after the other in every shard of fc1.
-            dimension, stride = 0, 2 if name.endswith("linear_fc1") else 1
-        elif isinstance(module, layers.RowParallelLinear):
-            dimension, stride = 1, 1
-        else:
-            continue
-        if module.weight is not None:  # a tied output layer has none of its own
-            module.weight.tensor_model_parallel = True
-            module.weight.partition_dim = dimension
-            module.weight.partition_stride = stride
+            weight.partition_stride = 2 if name.endswith("linear_fc1") else 1  # type: ignore[attr-defined]
 
 
 def named_parameters(module: torch.nn.Module, *, model: ModelConfig, groups: Groups) -> Iterator[NamedParameter]:
@@ -171,7 +222,8 @@ def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _global_name(local_name: str, gpt: torch.nn.Module) -> str:
-    """megatron-core's name with the layer's number in the whole model instead of that in the stage."""
+    """The name under the torch spec, with the layer's number in the whole model instead of that in the stage."""
+    local_name = spec_free_name(local_name)
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", local_name)
     if not match:
         return local_name
@@ -205,24 +257,3 @@ def _shard_of(name: str, parameter: torch.nn.Parameter, *, model: ModelConfig, g
     stop[dimension] = start[dimension] + local[dimension]
     full[dimension] *= tp_size
     return ParameterShard(tuple(full), (Box(tuple(start), tuple(stop)),))
-
-
-@torch.no_grad()
-def draw_weights(module: torch.nn.Module, *, model: ModelConfig, groups: Groups, seed: int) -> None:
-    """Fresh weights: normal with `init_method_std`, output projections over sqrt(2 layers) as in Megatron, norms 1.
-
-    Each global tensor is drawn whole from (seed, its name) and sliced, one at a time: the same model in every layout.
-    """
-    assert model.num_layers, "the shape is complete once a run starts"
-    for named in named_parameters(module, model=model, groups=groups):
-        if named.parameter.dim() == 1:
-            named.parameter.fill_(1.0)
-            continue
-        std = model.init_method_std
-        if named.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            std /= math.sqrt(2 * model.num_layers)
-        digest = hashlib.sha256(f"{seed}/{named.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        full = torch.randn(named.shard.global_shape, generator=generator) * std
-        named.parameter.zero_()
-        named.shard.write(named.parameter, full)

@@ -24,10 +24,12 @@ def logits_of(role: Role, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     width = max(len(row) for row in rows)
     width += -width % tp_size  # sequence parallelism splits it
     batches = [on_device(_padded(row, width)) for row in rows]
-    role.module.eval()
+    for chunk in role.chunks:
+        chunk.eval()
     with role.active():
         outputs = forward_backward(role, batches, forward_step=partial(_logits_step, role), forward_only=True)
-    role.module.train()
+    for chunk in role.chunks:
+        chunk.train()
     return [output["logits"][: len(row)] for output, row in zip(outputs, rows, strict=False)]
 
 

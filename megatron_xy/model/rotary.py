@@ -1,8 +1,7 @@
 """Rotary position embedding by explicit position ids, so that positions may restart at document borders.
 
-Stands in GPTModel's `rotary_pos_emb`: the model asks for a "sequence length" and hands it back to get the angles; here
-that value is the tensor of position ids which travels in `PackedDocuments`. Inverse frequencies stay in fp32 under
-every dtype.
+The position ids of a micro-batch travel in `PackedDocuments` to every layer's attention, which rotates queries and keys
+by the angles from here. Angles, cos and sin are fp32 under every dtype.
 """
 
 from __future__ import annotations
@@ -29,24 +28,25 @@ class PackedDocuments(mcore.PackedSeqParams):  # type: ignore[misc]
     segment_lengths: tuple[int, ...] = ()
 
 
-class RotaryEmbedding(torch.nn.Module):
-    """Angles of RoPE, with HF's scalings `linear` and `llama3`."""
+class RotaryAngles:
+    """cos and sin of a micro-batch's positions, with HF's scalings `linear` and `llama3`; one for all layers.
+
+    Those of the micro-batch asked for last are kept: its layers share them, and no more than one micro-batch's are held
+    beside what the backward passes still need.
+    """
 
     def __init__(self, model: ModelConfig, *, device: torch.device) -> None:
-        super().__init__()
         self.inverse_frequencies = inverse_frequencies(model).to(device)
+        self._positions: torch.Tensor | None = None
+        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def get_rotary_seq_len(
-        self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, packed: PackedDocuments
-    ) -> torch.Tensor:
-        """What GPTModel passes on to `forward`: the position ids [tokens]."""
+    def of(self, packed: PackedDocuments) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), each [tokens, 1, 1, head_dim / 2] fp32."""
         assert packed.position_ids is not None, "every forward step gives position ids"
-        return packed.position_ids
-
-    def forward(self, position_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Angles [tokens, 1, 1, head_dim] fp32 of position ids [tokens]; halves repeated, as megatron-core rotates."""
-        angles = torch.outer(position_ids.float(), self.inverse_frequencies)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+        if self._cos_sin is None or self._positions is not packed.position_ids:
+            angles = torch.outer(packed.position_ids.float(), self.inverse_frequencies)[:, None, None, :]
+            self._positions, self._cos_sin = packed.position_ids, (angles.cos(), angles.sin())
+        return self._cos_sin
 
 
 def inverse_frequencies(model: ModelConfig) -> torch.Tensor:

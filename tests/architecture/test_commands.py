@@ -157,10 +157,11 @@ def test_check_of_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_check_paths_looks_at_files(run_yaml: Path) -> None:
-    missing = command("check", run_yaml, "--paths", "data.tokenizer=nowhere.model", "model.load=hf:nowhere")
+    missing = command("check", run_yaml, "--paths", "model.load=hf:nowhere", "model.layer_spec=transformer_engine")
     assert missing.returncode == 78
     assert "nowhere: there is no such folder" in missing.stderr
     assert f"data.path ({run_yaml.parent / 'data'}): there is no such folder" in missing.stderr
+    assert "model.layer_spec (transformer_engine): transformer_engine is not installed" in missing.stderr
 
     (run_yaml.parent / "data").mkdir()
     empty = command("check", run_yaml, "--paths")

@@ -31,7 +31,7 @@ import megatron_xy, megatron_xy.cli, megatron_xy.config, megatron_xy.preflight, 
 assert "torch" not in sys.modules, "the package's import brings torch in"
 {SNAPSHOT}
 before = snapshot()
-from megatron_xy import checkpoint_files, device, doctor, log
+from megatron_xy import checkpoint_files, device, log
 assert changed(before) == [], changed(before)
 assert not device.is_settled()
 assert "megatron" not in sys.modules

@@ -35,6 +35,9 @@ class Layout:
     pp: int = 1
     dp: int = 1
     sp: bool = False
+    vp: int = 1
+    distributed: bool = False  # the optimizer's state split over data parallel ranks
+    overlap: bool = False  # gradients reduced, and parameters gathered, while others compute
 
     @property
     def world_size(self) -> int:
@@ -43,7 +46,13 @@ class Layout:
     @property
     def parallel(self) -> ParallelConfig:
         return ParallelConfig(
-            tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp, sequence_parallel=self.sp
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vp if self.vp > 1 else None,
+            sequence_parallel=self.sp,
+            use_distributed_optimizer=self.distributed,
+            overlap_grad_reduce=self.overlap,
+            overlap_param_gather=self.overlap and self.distributed,
         )
 
 

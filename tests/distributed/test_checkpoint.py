@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,22 @@ from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
 
-OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_warmup_iters=0, adam_eps=1e-6)
 TIED = models.MODEL.model_copy(update={"untie_embeddings_and_output_weights": False})
-SOURCES = [Layout(tp=2, pp=2, sp=True), Layout(tp=2, dp=2), Layout()]
-TARGETS = [Layout(), Layout(tp=2, pp=2), Layout(pp=2, dp=2), Layout(pp=4), Layout(tp=2, dp=2, sp=True)]
+SOURCES = [
+    Layout(),
+    Layout(tp=2, pp=2, sp=True, vp=2),
+    Layout(tp=2, dp=2),
+    Layout(tp=2, dp=2, distributed=True, overlap=True),
+]
+TARGETS = [
+    Layout(),
+    Layout(pp=4),
+    Layout(tp=2, dp=2, sp=True),
+    Layout(pp=2, dp=2, vp=2),
+    Layout(dp=4, distributed=True),
+    Layout(tp=2, dp=2, distributed=True),
+]
 
 
 def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, asynchronous: bool = False) -> dict[str, Any]:
@@ -29,7 +42,7 @@ def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, asynch
     writer = CheckpointWriter(checkpoints, keep_latest=2, asynchronous=asynchronous, timeout_seconds=30)
     state = TrainingState(iteration=3, data_step=3, consumed_samples=24, consumed_tokens=1536, optimizer_steps=3)
     writer.save(role, state, facts={"model": model.model_dump(mode="json")})
-    after = steps(role, range(3, 6))
+    after = steps(role, range(3, 6), before_update=writer.before_update)
     writer.finish(role.groups)
     return {"after": after, "shard_bytes": parameter_bytes(role)}
 
@@ -57,14 +70,16 @@ def load_and_save(layout: Layout, model: ModelConfig, folder: Path, checkpoints:
     writer.finish(role.groups)
 
 
-def steps(role: Any, numbers: range) -> list[tuple[float, float]]:
+def steps(role: Any, numbers: range, before_update: Callable[[], object] = lambda: None) -> list[tuple[float, float]]:
     from megatron_xy.train_step import train_step
 
     curve = []
     for number in numbers:
         batches = models.micro_batches(number, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
         with role.active():
-            result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+            result = train_step(
+                role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0, before_update=before_update
+            )
         curve.append((result.loss, result.grad_norm))
     return curve
 
@@ -94,7 +109,9 @@ def test_another_layout_goes_on_with_the_same_losses(saved: tuple[Layout, Path, 
         assert got == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("target", [Layout(), Layout(tp=2, pp=2), Layout(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize(
+    "target", [Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2, distributed=True)], ids=str
+)
 def test_the_hash_is_the_same_for_every_layout(
     saved: tuple[Layout, Path, list[Any]], target: Layout, tmp_path: Path
 ) -> None:
@@ -119,9 +136,9 @@ def test_pieces_cover_every_tensor_once_and_replicas_share_the_writing(
         assert sizes[-1] < 1.5 * sizes[0]
 
 
-def test_tied_embeddings_survive_every_pipeline_split(tmp_path: Path) -> None:
-    layout = Layout(pp=2)
-    results = run_ranks(train_and_save, layout, TIED, tmp_path, world_size=2)
+@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(pp=2, dp=2, distributed=True)], ids=str)
+def test_tied_embeddings_survive_every_pipeline_split(layout: Layout, tmp_path: Path) -> None:
+    results = run_ranks(train_and_save, layout, TIED, tmp_path, world_size=layout.world_size)
     folder = tmp_path / "iter_0000003"
     assert "output_layer.weight" not in files.read_manifest(folder).tensors
     for target in (Layout(), Layout(tp=2, pp=2)):
@@ -130,9 +147,9 @@ def test_tied_embeddings_survive_every_pipeline_split(tmp_path: Path) -> None:
             assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_bf16_keeps_its_main_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(tp=2, dp=2, distributed=True, overlap=True)], ids=str)
+def test_bf16_keeps_its_main_weights(layout: Layout, tmp_path: Path) -> None:
     model = models.MODEL.model_copy(update={"params_dtype": "bf16"})
-    layout = Layout(tp=2, pp=2)
     results = run_ranks(train_and_save, layout, model, tmp_path, world_size=4)
     folder = tmp_path / "iter_0000003"
     manifest = files.read_manifest(folder)
@@ -142,9 +159,10 @@ def test_bf16_keeps_its_main_weights(tmp_path: Path) -> None:
     assert run_ranks(load_and_train, layout, model, folder, world_size=4)[0] == results[0]["after"]
 
 
-def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path) -> None:
-    """Three steps follow while it is written: what is on disk must be the state before them."""
-    layout = Layout(tp=2)
-    results = run_ranks(train_and_save, layout, models.MODEL, tmp_path, True, world_size=2)
-    resumed = run_ranks(load_and_train, layout, models.MODEL, tmp_path / "iter_0000003", world_size=2)
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, dp=2, distributed=True, overlap=True)], ids=str)
+def test_a_save_in_the_background_holds_the_state_of_its_step(layout: Layout, tmp_path: Path) -> None:
+    """Three steps follow while it is copied and written: what is on disk must be the state before them."""
+    results = run_ranks(train_and_save, layout, models.MODEL, tmp_path, True, world_size=layout.world_size)
+    folder = tmp_path / "iter_0000003"
+    resumed = run_ranks(load_and_train, layout, models.MODEL, folder, world_size=layout.world_size)
     assert resumed[0] == results[0]["after"]

@@ -9,9 +9,9 @@ from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
 
-STEPS = 10
-# A higher rate moves the loss further, but then fp32 rounding itself grows beyond 1e-5 within ten steps under Adam.
-OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
+STEPS = 20
+# A higher rate moves the loss no further, and lets fp32 rounding itself grow beyond 1e-5 under Adam.
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_warmup_iters=0, adam_eps=1e-6)
 LAYOUTS = [
     Layout(tp=2),
     Layout(tp=2, sp=True),
@@ -21,6 +21,18 @@ LAYOUTS = [
     Layout(dp=2),
     Layout(tp=2, dp=2),
     Layout(tp=2, dp=2, sp=True),
+    Layout(pp=2, vp=2),
+    Layout(pp=3),  # 4 layers on 3 stages
+    Layout(pp=4),
+    Layout(tp=2, pp=2, sp=True, vp=2),
+    Layout(pp=2, dp=2, vp=2, distributed=True, overlap=True),
+    Layout(dp=2, distributed=True),
+    Layout(dp=2, overlap=True),
+    Layout(dp=4, distributed=True, overlap=True),
+    Layout(tp=2, dp=2, sp=True, distributed=True),
+    Layout(tp=2, dp=2, sp=True, distributed=True, overlap=True),
+    Layout(pp=2, dp=2, distributed=True),
+    Layout(pp=2, dp=2, overlap=True),
 ]
 
 

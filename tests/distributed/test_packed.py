@@ -99,7 +99,7 @@ def hf_weights() -> dict[str, np.ndarray]:
     assert role is not None
     weights = {}
     for named in role.named_parameters():
-        tensor = named.parameter.detach()[: named.shard.num_rows]
+        tensor = named.shard.trim(named.parameter.detach())
         weights |= {name: part.numpy() for name, part in to_hf(named.name, tensor, model=MODEL).items()}
     return weights
 
@@ -167,7 +167,7 @@ def gradients(layout: Layout, split_documents: bool) -> list[dict[str, np.ndarra
     assert any((a.tokens != b.tokens).any() and (a.labels != b.labels).any() for a, b in zip(plain, other, strict=True))
     results = []
     for batches in (plain, other, changed):
-        role.module.zero_grad_buffer()
+        role.chunks[0].zero_grad_buffer()
         role.optimizer.zero_grad()
         with role.active():
             forward_backward(

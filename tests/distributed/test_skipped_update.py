@@ -15,7 +15,7 @@ from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
 
-OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_warmup_iters=0, adam_eps=1e-6)
 LAYOUT = Layout(tp=2, pp=2, sp=True)
 
 
@@ -37,7 +37,7 @@ def step(role: Any, number: int, *, bad_rank: int | None = None, bad_value: floa
     from megatron_xy.optimizer import apply_gradients
     from megatron_xy.train_step import forward_backward, language_model_step, on_device
 
-    role.module.zero_grad_buffer()
+    role.chunks[0].zero_grad_buffer()
     role.optimizer.zero_grad()
     batches = [on_device(batch) for batch in models.micro_batches(number, dp_size=1, dp_rank=0)]
     with role.active():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_xy.data import build, tokenize
+from megatron_xy.data import build, tokenize, workers
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader
@@ -103,8 +103,13 @@ def test_a_tokenizer_json_keeps_its_name_in_the_data_folder(corpus, tmp_path):
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "fox": 1, "dog": 2}, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.save(str(tmp_path / "words.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "dog"}')
     run(corpus, tmp_path / "words.json", tmp_path / "out")
     verify_dataset(tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").eos_id == 2, "tokenizer_config.json goes along"
+    (tmp_path / "out" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json has 2 bytes"):
+        verify_dataset(tmp_path / "out")
     assert read_manifest(tmp_path / "out").tokenizer.file == "tokenizer.json"
     assert load_tokenizer(tmp_path / "out").encode("fox dog").tolist() == [1, 2]
 
@@ -121,7 +126,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("phase", ["tokenize", "pack"])
 def test_a_stopped_build_goes_on_without_redoing_shards(corpus, tokenizer, tmp_path, monkeypatch, phase):
-    monkeypatch.setattr(tokenize, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(workers, "PROGRESS_SECONDS", 0)
     run(corpus, tokenizer, tmp_path / "unbroken")
     output, done_so_far = tmp_path / "out", []
 
@@ -200,6 +205,7 @@ def test_arguments_and_places_are_checked_before_anything_is_written(corpus, tok
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match="no document with text"):
         run(tmp_path / "empty.txt", tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_many_sources_are_refused(tokenizer, tmp_path):

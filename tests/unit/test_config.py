@@ -89,7 +89,7 @@ runtime: {timeout_seconds: 120, num_threads: 1, deterministic: false}
 OF_OUR_OWN = {
     "init_method_std", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters", "lr_decay_tokens",
     "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy", "spike_sigmas",
-    "max_skipped_in_a_row", "profile", "profile_ranks",
+    "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks",
 }  # fmt: skip
 
 ROLES = """\
@@ -394,14 +394,38 @@ def test_numbers_that_yaml_reads_as_text_or_the_other_kind(run_yaml: Path) -> No
         (["model.num_query_groups=3"],
          "model.num_attention_heads (4) must be a multiple of num_query_groups (3); nearest: 3, 6"),
         (["model.hidden_size=12"], "model.hidden_size / num_attention_heads (3) must be even for RoPE"),
-        (["model.num_layers=5", "parallel.pipeline_model_parallel_size=2"],
-         "model.num_layers (5) must be a multiple of pipeline_model_parallel_size (2); nearest: 4, 6"),
+        (["model.num_layers=3", "parallel.pipeline_model_parallel_size=2",
+          "parallel.virtual_pipeline_model_parallel_size=2"],
+         "model.num_layers (3) must be at least pipeline x virtual pipeline size (2 x 2 = 4), a layer a chunk; "
+         "split it less"),
+        (["parallel.virtual_pipeline_model_parallel_size=2"],
+         "virtual_pipeline_model_parallel_size (2) needs "
+         "pipeline_model_parallel_size above 1; leave it out"),
+        (["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=2",
+          "model.num_layers=8", "training.global_batch_tokens=10240"],
+         "training.global_batch_tokens (10240) must be a multiple of micro_batch_tokens x pipeline_model_parallel_size "
+         "(2048 x 4 = 8192); nearest: 8192, 16384"),
+        (["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+         "overlap_param_gather (true) needs use_distributed_optimizer and "
+         "overlap_grad_reduce; set both to true"),
         (["model.ffn_hidden_size=129", "parallel.tensor_model_parallel_size=2"],
          "model.ffn_hidden_size (129) must be a multiple of tensor_model_parallel_size (2); nearest: 128, 130"),
         (["model.num_query_groups=1", "parallel.tensor_model_parallel_size=2"],
          "model.num_query_groups (1) must be a multiple of tensor_model_parallel_size (2); nearest: 2"),
         (["training.global_batch_tokens=10000"],
          "training.global_batch_tokens (10000) must be a multiple of micro_batch_tokens (2048); nearest: 8192, 10240"),
+        (["training.phases=[{from_iter: 9, global_batch_tokens: 10000}]"],
+         "training.phases[0].global_batch_tokens (10000) must be a multiple of micro_batch_tokens (2048); "
+         "nearest: 8192, 10240"),
+        (["training.phases=[{from_iter: 9, weights: {a: 1}}, {from_iter: 9, weights: {a: 2}}]"],
+         "training.phases[1].from_iter (9) must be above that of the phase before it (9); sort the phases, and name "
+         "each step once"),
+        (["training.phases=[{from_iter: 9, weights: {a: 1, b: -1}}]"],
+         "training.phases[0].weights.b (-1) must not be negative; 0 leaves it out"),
+        (["training.phases=[{from_iter: 9, weights: {a: 0}}]"],
+         "training.phases[0].weights: at least one source needs a weight above 0"),
+        (["training.phases=[{from_iter: 9}]"],
+         "training.phases[0] changes nothing; give it weights or global_batch_tokens"),
         (["training.micro_batch_tokens=1", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
          "training.micro_batch_tokens (1) must be a multiple of tensor_model_parallel_size (2) under "
          "sequence_parallel; nearest: 2"),
@@ -447,14 +471,8 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
     ("override", "text"),
     [
         ("parallel.context_parallel_size=2", "context_parallel_size (2): only 1 is supported"),
-        ("parallel.virtual_pipeline_model_parallel_size=2",
-         "virtual_pipeline_model_parallel_size (2): only null is supported"),
-        ("parallel.use_distributed_optimizer=true", "use_distributed_optimizer (true): only false is supported"),
-        ("parallel.overlap_grad_reduce=true", "overlap_grad_reduce (true): only false is supported"),
-        ("parallel.overlap_param_gather=true", "overlap_param_gather (true): only false is supported"),
-        ("model.layer_spec=transformer_engine", "layer_spec (transformer_engine): only auto and torch are supported"),
-        ("training.phases=[{from_iter: 5, train_only: [embedding]}]",
-         "training.phases: train_only (['embedding']): only null is supported"),
+        ("training.phases=[{from_iter: 5, train_only: [embedding, output_layer]}]",
+         "training.phases[0].train_only (embedding, output_layer): only null is supported; all weights train"),
         ("training.epochs=2", "training.epochs (2): only null is supported; use train_iters"),
         ("checkpoint.hf_interval=5", "hf_interval (5): only 0 is supported"),
         ("task=sft", "task (sft): only pretrain is supported"),

@@ -130,14 +130,28 @@ def test_damage_is_refused_at_open(tmp_path, damage, reason):
         (34 + 24 + 48 + 8 * 2, -1, 8),
     ],
 )
-def test_damage_inside_is_refused_on_access_and_by_verify(tmp_path, offset, value, size):
+def test_damage_inside_is_refused_at_open_or_on_access_and_by_verify(tmp_path, monkeypatch, offset, value, size):
     write(tmp_path / "a", DOCUMENTS)
     overwrite(tmp_path / "a.idx", offset, value.to_bytes(size, "little", signed=True))
+    with pytest.raises(DataError, match=r"a.idx is damaged"):
+        IndexedReader(tmp_path / "a")
+    monkeypatch.setattr(IndexedReader, "_check_places", lambda reader: None)  # as in an index too large to see it all
     reader = IndexedReader(tmp_path / "a")
     with pytest.raises(DataError, match=r"a.idx is damaged"):
         reader.document_tokens(1)
     with pytest.raises(DataError, match=r"a.idx is damaged"):
         reader.verify()
+
+
+def test_damage_of_a_large_part_of_a_large_index_is_seen_at_open(tmp_path):
+    write(tmp_path / "a", [[[1, 2]]] * 1000)
+    whole = (tmp_path / "a.idx").read_bytes()
+    for first in range(34, len(whole) - 1000, 1000):
+        overwrite(tmp_path / "a.idx", first, np.random.default_rng(first).bytes(1000))
+        with pytest.raises(DataError, match=r"a.idx is damaged|asks for"):
+            IndexedReader(tmp_path / "a")
+        (tmp_path / "a.idx").write_bytes(whole)
+    IndexedReader(tmp_path / "a")
 
 
 def test_verify_names_the_first_id_outside_the_vocabulary(tmp_path):

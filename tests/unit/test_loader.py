@@ -9,7 +9,6 @@ from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.loader import StepLoader
 from megatron_xy.data.phases import sampler_phases, total_tokens
-from megatron_xy.data.sampler import SamplerPhase
 from tests.unit import small_corpus
 
 
@@ -26,24 +25,11 @@ def data(tmp_path_factory) -> Path:
 PHASES = [{"from_iter": 6, "weights": {"a": 9, "b": 1}}, {"from_iter": 10, "global_batch_tokens": 512}]
 
 
-def test_what_a_phase_leaves_out_stays_as_it_was():
-    config = RunConfig.model_validate(
-        {"data": {"weights": {"a": 1, "b": 1}}, "training": {"global_batch_tokens": 256, "phases": PHASES}}
-    )
-    phases = sampler_phases(config.data, config.training)
-    assert phases == [
-        SamplerPhase(0, {"a": 1, "b": 1}, 256),
-        SamplerPhase(6, {"a": 9, "b": 1}, 256),
-        SamplerPhase(10, {"a": 9, "b": 1}, 512),
-    ]
+def test_the_tokens_of_a_run_follow_its_phases():
+    phases = sampler_phases(RunConfig.model_validate({"training": {"global_batch_tokens": 256, "phases": PHASES}}))
     for train_iters in (1, 6, 10, 11, 40):
         want = sum(256 if step < 10 else 512 for step in range(train_iters))
         assert total_tokens(phases, train_iters=train_iters) == want
-
-
-def test_a_phase_from_step_0_takes_the_place_of_the_first():
-    config = RunConfig.model_validate({"training": {"phases": [{"from_iter": 0, "global_batch_tokens": 99}]}})
-    assert sampler_phases(config.data, config.training) == [SamplerPhase(0, None, 99)]
 
 
 def test_batches_shares_and_tokens_follow_the_phases(data):

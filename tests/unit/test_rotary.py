@@ -6,7 +6,8 @@ import torch
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.data.dataset import Sample, collate
-from megatron_xy.model.rotary import RotaryEmbedding, inverse_frequencies
+from megatron_xy.model.kernels import rotate
+from megatron_xy.model.rotary import PackedDocuments, RotaryAngles, inverse_frequencies
 from megatron_xy.train_step import on_device
 
 LLAMA3 = {
@@ -58,20 +59,24 @@ def hf_rotary(base, head_dim, scaling):
     return LlamaRotaryEmbedding(config)
 
 
+def angles_of(model, positions):
+    """cos and sin [tokens, head_dim / 2]."""
+    cos, sin = RotaryAngles(model, device=torch.device("cpu")).of(PackedDocuments(position_ids=positions))
+    return cos[:, 0, 0], sin[:, 0, 0]
+
+
 @pytest.mark.parametrize(("base", "head_dim", "scaling"), CASES)
 def test_frequencies_and_angles_are_those_of_transformers(base, head_dim, scaling):
     model = model_of(base, head_dim, scaling)
     theirs = hf_rotary(base, head_dim, scaling)
-    ours = RotaryEmbedding(model, device=torch.device("cpu"))
+    ours = RotaryAngles(model, device=torch.device("cpu"))
     assert ours.inverse_frequencies.dtype == torch.float32
     torch.testing.assert_close(ours.inverse_frequencies, theirs.inv_freq, rtol=1e-7, atol=0)
     assert theirs.attention_scaling == 1.0
     positions = torch.tensor([0, 1, 2, 0, 1, 511, 8191, 8192, 131071, 0, 1])
-    angles = ours(positions)
-    assert angles.shape == (len(positions), 1, 1, head_dim)
-    cos, sin = theirs(torch.zeros(1), positions[None])
-    torch.testing.assert_close(angles[:, 0, 0].cos(), cos[0], rtol=0, atol=1e-7)
-    torch.testing.assert_close(angles[:, 0, 0].sin(), sin[0], rtol=0, atol=1e-7)
+    for mine, whole in zip(angles_of(model, positions), theirs(torch.zeros(1), positions[None]), strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == (len(positions), head_dim // 2)
+        torch.testing.assert_close(torch.cat([mine, mine], dim=-1), whole[0], rtol=0, atol=1e-7)
 
 
 def test_the_scalings_differ_from_none_and_from_each_other():
@@ -83,19 +88,16 @@ def test_the_scalings_differ_from_none_and_from_each_other():
 
 
 def test_rotated_queries_are_those_of_transformers():
-    """The rotation too: megatron-core's, unfused, in the halves-repeated convention."""
-    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2])
     query = torch.randn(len(positions), 1, 4, 64, generator=torch.Generator().manual_seed(0))
-    ours = _apply_rotary_pos_emb_bshd(
-        query, RotaryEmbedding(model_of(10000.0, 64, None), device=torch.device("cpu"))(positions)
+    cos, sin = RotaryAngles(model_of(10000.0, 64, None), device=torch.device("cpu")).of(
+        PackedDocuments(position_ids=positions)
     )
-    cos, sin = hf_rotary(10000.0, 64, None)(torch.zeros(1), positions[None])
     rows = query.permute(1, 2, 0, 3)
-    theirs, _ = apply_rotary_pos_emb(rows, rows, cos, sin)
-    torch.testing.assert_close(ours.permute(1, 2, 0, 3), theirs, rtol=0, atol=1e-6)
+    theirs, _ = apply_rotary_pos_emb(rows, rows, *hf_rotary(10000.0, 64, None)(torch.zeros(1), positions[None]))
+    torch.testing.assert_close(rotate(query, cos, sin).permute(1, 2, 0, 3), theirs, rtol=0, atol=1e-6)
 
 
 def test_angles_restart_with_every_document():
@@ -106,8 +108,18 @@ def test_angles_restart_with_every_document():
     batch = on_device(
         collate(samples, source_indices=[0, 0], num_sources=1, bucket=32, micro_batch_tokens=64, split_documents=True)
     )
-    rotary = RotaryEmbedding(model_of(10000.0, 16, None), device=torch.device("cpu"))
-    angles = rotary(rotary.get_rotary_seq_len(None, None, None, None, batch.packed))
-    alone = rotary(torch.arange(32))
+    model = model_of(10000.0, 16, None)
+    packed, alone = angles_of(model, batch.packed.position_ids), angles_of(model, torch.arange(32))
     for start, stop in ((0, 10), (10, 30), (30, 32), (32, 64)):
-        assert torch.equal(angles[start:stop], alone[: stop - start])
+        for ours, single in zip(packed, alone, strict=True):
+            assert torch.equal(ours[start:stop], single[: stop - start])
+
+
+def test_layers_of_a_micro_batch_share_their_angles():
+    rotary = RotaryAngles(model_of(10000.0, 16, None), device=torch.device("cpu"))
+    one, other = (PackedDocuments(position_ids=torch.arange(4) + start) for start in (0, 7))
+    cos, sin = rotary.of(one)
+    assert rotary.of(one)[0] is cos and rotary.of(one)[1] is sin
+    moved = rotary.of(other)[0]
+    assert not torch.equal(moved, cos) and rotary.of(other)[0] is moved
+    assert torch.equal(rotary.of(one)[0], cos)

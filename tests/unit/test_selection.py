@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_xy.data import build, deduplicate, tokenize
+from megatron_xy.data import build, deduplicate, tokenize, workers
 from megatron_xy.data.build import Share, build_dataset
 from megatron_xy.data.deduplicate import HashTask, RangeTask, hash_documents, search_range
 from megatron_xy.data.documents import Part
@@ -144,7 +144,7 @@ class Stop(Exception):
 )
 def test_a_stopped_build_goes_on(corpus, tokenizer, tmp_path, monkeypatch, phase, which):
     _, folder = corpus
-    monkeypatch.setattr(tokenize, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(workers, "PROGRESS_SECONDS", 0)
     options = {"held_out": 0.3, "deduplicate": True}
     run(folder, tokenizer, tmp_path / "unbroken", **options)
     begun = []

@@ -41,7 +41,13 @@ def cuts(draw, shape):
             for a, b in itertools.pairwise(rows)
             for c, d in itertools.pairwise(columns)
         ]
-    return [ParameterShard(shape, parts) for parts in boxes]
+    shards = [ParameterShard(shape, parts) for parts in boxes]
+    return [part for shard in shards for part in flat_parts(draw, shard)] if draw(st.booleans()) else shards
+
+
+def flat_parts(draw, shard):
+    """The shard as the distributed optimizer cuts it: flat ranges of its elements, one after the other."""
+    return [shard.part(a, b) for a, b in itertools.pairwise(cut_points(draw, shard.numel)) if a < b]
 
 
 @st.composite
@@ -53,6 +59,9 @@ def two_cuts(draw):
 def local_of(shard, full, *, padding=0):
     """The local tensor by concatenation, independent of `slices_in`; NaN in the padding rows behind."""
     parts = [full[tuple(map(slice, box.start, box.stop))] for box in shard.boxes]
+    if shard.flat:
+        flat = torch.cat([part.reshape(-1) for part in parts])[slice(*shard.flat)]
+        return torch.cat([flat, torch.full((padding,), torch.nan)])
     return torch.cat([*parts, torch.full((padding, *parts[0].shape[1:]), torch.nan)])
 
 
@@ -64,17 +73,17 @@ def test_every_element_is_copied_once_between_any_two_cuts(cutting, from_padding
     assert sum(shard.numel for shard in sources) == full.numel()
     for target in targets:
         wanted = local_of(target, full, padding=to_padding)
-        assert target.num_rows + to_padding == len(wanted)
+        assert len(target.trim(wanted)) + to_padding == len(wanted)
         local, times = torch.full_like(wanted, torch.nan), torch.zeros_like(wanted)
         for source in sources:
             held = local_of(source, full, padding=from_padding)
             for here, there in target.overlaps(source):
-                assert local[here].shape == held[there].shape
-                local[here] = held[there]
-                times[here] += 1
-        assert torch.equal(times[: target.num_rows], torch.ones_like(times[: target.num_rows]))
-        assert not times[target.num_rows :].any(), "padding belongs to no global tensor"
-        assert torch.equal(local[: target.num_rows], wanted[: target.num_rows])
+                assert here.of(local).shape == there.of(held).shape
+                here.of(local).copy_(there.of(held))
+                here.of(times).add_(1)
+        assert (target.trim(times) == 1).all()
+        assert times.sum() == target.numel, "padding belongs to no global tensor"
+        assert torch.equal(target.trim(local), target.trim(wanted))
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
@@ -85,8 +94,8 @@ def test_write_takes_this_part_and_leaves_the_padding(cutting, padding):
     for shard in shards:
         local = torch.zeros_like(local_of(shard, full, padding=padding))
         shard.write(local, full)
-        assert torch.equal(local[: shard.num_rows], local_of(shard, full))
-        assert not local[shard.num_rows :].any()
+        assert torch.equal(shard.trim(local), local_of(shard, full))
+        assert torch.count_nonzero(local) == shard.numel
 
 
 boxes = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=2).map(
@@ -114,8 +123,20 @@ def test_a_rank_of_padding_only_holds_and_copies_nothing():
     shape = (300, 4)
     empty = ParameterShard(shape, (Box((300, 0), (300, 4)),))
     whole = ParameterShard(shape, (Box((0, 0), shape),))
-    assert empty.num_rows == 0 and empty.numel == 0
+    assert empty.numel == 0 and len(empty.trim(torch.ones(256, 4))) == 0
     assert list(empty.overlaps(whole)) == list(whole.overlaps(empty)) == []
     local = torch.zeros(256, 4)
     empty.write(local, torch.ones(shape))
     assert not local.any()
+
+
+def test_a_flat_part_of_a_gate_and_an_up_projection_is_whole_rows_and_the_rest_of_two():
+    shard = ParameterShard((8, 3), (Box((0, 0), (2, 3)), Box((4, 0), (6, 3))))
+    assert list(shard.part(1, 11).blocks()) == [
+        (Box((0, 1), (1, 3)), 0),
+        (Box((1, 0), (2, 3)), 2),
+        (Box((4, 0), (5, 3)), 5),
+        (Box((5, 0), (6, 2)), 8),
+    ]
+    assert shard.part(10, 40).flat == (10, 12), "what lies in the padding is left out"
+    assert list(shard.part(13, 40).blocks()) == []

@@ -1,11 +1,13 @@
 """One data set built in shares: byte for byte what one build makes, whoever comes last finishes."""
 
 import fcntl
+import importlib.util
 import json
 
 import pytest
 
-from megatron_xy.data.build import Share, build_dataset
+from megatron_xy.data.build import build_dataset
+from megatron_xy.data.build_folder import Share
 from megatron_xy.data.work_folder import WORK_FOLDER
 from megatron_xy.errors import ConfigError
 from tests.unit.small_corpus import content, texts, train_tokenizer
@@ -41,23 +43,6 @@ def test_shares_in_any_order_make_the_same_bytes(corpus, tmp_path, monkeypatch, 
     assert again["finished"] and again["reused"]
 
 
-def test_a_share_does_not_wait_for_the_one_that_finishes(corpus, tmp_path, monkeypatch):
-    build(corpus, tmp_path / "data", monkeypatch, shard=Share(0, 2))
-    build_second = Share(1, 2)
-    work = tmp_path / "data" / WORK_FOLDER
-
-    def lock_then_list(*arguments, **options):
-        # As if another share had just begun to finish: it holds the folder when this one wants it alone.
-        lock = (work / "lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        monkeypatch.setattr("tests.unit.test_shares._held", lock, raising=False)
-        return 0
-
-    monkeypatch.setattr("megatron_xy.data.build._tokenize_share", lock_then_list)
-    result = build(corpus, tmp_path / "data", monkeypatch, shard=build_second)
-    assert result == {"finished": False, "missing": 0}
-
-
 def test_shares_of_another_data_set_are_refused_while_one_is_at_work(corpus, tmp_path, monkeypatch):
     build(corpus, tmp_path / "data", monkeypatch, shard=Share(0, 2))
     with (tmp_path / "data" / WORK_FOLDER / "lock").open("w") as lock:
@@ -75,3 +60,9 @@ def test_a_share_is_named_counting_from_0_or_from_1(text, share):
 def test_a_share_that_is_none_is_refused(text):
     with pytest.raises(ConfigError, match="must be I/N"):
         Share.parse(text)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_it_is_said_what_to_install(corpus, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"Ray is not installed; pip install 'megatron-xy\[ray\]'"):
+        build(corpus, tmp_path / "data", monkeypatch, executor="ray")

@@ -22,12 +22,24 @@ def folder(tmp_path_factory):
 
 
 def test_a_sample_shows_its_documents_and_where_they_end(folder):
-    ((heading, text),) = shown_samples(folder, source=None, bucket=None, index=0, count=5)
-    assert heading.startswith("source default, bucket 256, sample 0: 3 piece(s)")
+    (sample,) = shown_samples(folder, source=None, bucket=None, index=0, count=5)
+    text = sample.coloured
+    assert sample.heading.startswith("source default, bucket 256, sample 0: 3 piece(s)")
+    assert sample.plain == text.plain
     pieces = text.plain.split(" ┃ ")
     assert sorted(piece.removesuffix("</s>") for piece in pieces) == sorted(TEXTS)
     masked = [text.plain[span.start : span.end] for span in text.spans if "reverse" in str(span.style)]
     assert masked == ["</s>"] * 3
+
+
+def test_control_characters_stay_in_the_plain_text_and_keep_out_of_the_terminal(folder, tmp_path):
+    strange = "a bell \x07, a backspace \x08 and\x1b[31m red\x0b\r\n"
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": strange}) + "\n")
+    tokenizer = folder / "tokenizer.model"
+    build_dataset([tmp_path / "corpus.jsonl"], tokenizer=tokenizer, output=tmp_path / "data", buckets=[256])
+    (sample,) = shown_samples(tmp_path / "data", source=None, bucket=None, index=0, count=1)
+    assert sample.plain == strange
+    assert not {"\x07", "\x08", "\x0b", "\r"} & set(sample.coloured.plain)
 
 
 def test_what_is_not_there_is_refused_with_what_is(folder):

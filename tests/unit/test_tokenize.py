@@ -16,8 +16,9 @@ from megatron_xy.data.engine_choice import choose_engine
 from megatron_xy.data.fast_engine import FastTokenizer, awkward_texts, chosen_texts
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.sentencepiece_json import NORMAL, parse_model
-from megatron_xy.data.tokenize import TokenizeTask, TokenShard, Workers, read_receipt, tokenize_shard
+from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt, tokenize_shard
 from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError, PeerLost
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 from tests.unit.test_tokenizer import trained

@@ -1,0 +1,266 @@
+"""Every way to attend over packed documents, best first, and the choice among those that work on this device.
+
+All take queries [tokens, heads, head_dim], keys and values [tokens, groups, head_dim] and the borders of the documents
+in `PackedDocuments`, and return [tokens, heads, head_dim]: causal within each document. None makes an S x S mask, none
+repeats keys and values for grouped queries where its kernel knows groups. On a GPU a backend is chosen only after it
+has agreed, forward and backward, with scaled dot product attention on a small case.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from megatron_xy import device
+from megatron_xy.model.rotary import PackedDocuments
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedDocuments, float | None], torch.Tensor]
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+TOLERANCE = 0.05  # of the self-test, relative to the largest value, in bf16
+
+
+class Backend(NamedTuple):
+    """One way to attend; `obstacle(dtype, head_dim)` says what keeps it from being used, None if nothing is known."""
+
+    name: str
+    attend: Attend
+    obstacle: Callable[[torch.dtype, int], str | None]
+
+
+class Finding(NamedTuple):
+    """What was found out about a backend on this device."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+class Choice(NamedTuple):
+    """The backend in use, and what was found about it and those before it."""
+
+    name: str
+    attend: Attend
+    findings: tuple[Finding, ...]
+
+
+@functools.cache
+def choose_backend(dtype: torch.dtype, head_dim: int, *, deterministic: bool) -> Choice:
+    """The first backend that works here for heads of this width and dtype. Asked once a process and case."""
+    findings: list[Finding] = []
+    for backend in BACKENDS:
+        finding = examine(backend, dtype, head_dim, deterministic=deterministic)
+        findings.append(finding)
+        if finding.usable:
+            return Choice(backend.name, backend.attend, tuple(findings))
+    raise AssertionError("scaled dot product attention has no obstacle")
+
+
+def examine(backend: Backend, dtype: torch.dtype, head_dim: int, *, deterministic: bool) -> Finding:
+    """Whether the backend works on this device, and how that is known."""
+    obstacle = backend.obstacle(dtype, head_dim)
+    if obstacle is None and deterministic and backend.name == "transformer_engine":
+        obstacle = "not deterministic unless told by an environment variable at start"
+    if obstacle is not None:
+        return Finding(backend.name, False, obstacle)
+    if backend.name == "sdpa":
+        return Finding(backend.name, True, "torch's scaled dot product attention, document by document")
+    try:
+        difference = _difference_from_sdpa(backend.attend, dtype, head_dim)
+    except Exception as error:  # whatever a foreign kernel says when it does not run here: it is reported, not used
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Finding(backend.name, False, f"fails its self-test: {lines[0]}")
+    if not difference < TOLERANCE:
+        return Finding(backend.name, False, f"differs from scaled dot product attention by {difference:.3g}")
+    return Finding(backend.name, True, f"agrees with scaled dot product attention to {difference:.1g}")
+
+
+def attend_by_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
+) -> torch.Tensor:
+    """torch's own attention on each document in turn; on any device, in any dtype."""
+    # [tokens, heads, head_dim] -> [1, heads, tokens, head_dim]
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    grouped = query.size(1) != key.size(1)
+    if grouped and not device.is_cpu() and query.dtype not in HALF_PRECISION:
+        # On a GPU no fused kernel knows groups in fp32; without one the scores of S x S would be kept.
+        key, value = (tensor.repeat_interleave(query.size(1) // key.size(1), dim=1) for tensor in (key, value))
+        grouped = False
+    lengths = list(packed.segment_lengths)
+    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped) for q, k, v in parts
+    ]
+    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+    return output[0].transpose(0, 1)
+
+
+def attend_by_torch_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
+) -> torch.Tensor:
+    """The flash kernel inside torch: by its public name from torch 2.11 on, by the operator behind it before."""
+    borders, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    options = _torch_varlen_options()
+    if options is not None:
+        # Earlier versions hand groups to the kernel, which knows them, without being told.
+        extra = {"enable_gqa": True} if query.size(1) != key.size(1) and "enable_gqa" in options else {}
+        public = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        output: torch.Tensor = public(
+            query, key, value, borders, borders, longest, longest, window_size=(-1, 0), scale=scale, **extra
+        )
+        return output
+    output = torch.ops.aten._flash_attention_forward(
+        query, key, value, borders, borders, longest, longest, 0.0, True, False, scale=scale
+    )[0]
+    return output
+
+
+def attend_by_flash_attn_2(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
+) -> torch.Tensor:
+    """flash-attn 2's kernel for packed sequences."""
+    attend = importlib.import_module("flash_attn").flash_attn_varlen_func
+    return _flash_attn(attend, query, key, value, packed, scale)
+
+
+def attend_by_flash_attn_3(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
+) -> torch.Tensor:
+    """flash-attn 3's kernel for Hopper."""
+    attend = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+    return _flash_attn(attend, query, key, value, packed, scale)
+
+
+def attend_by_transformer_engine(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
+) -> torch.Tensor:
+    """Transformer Engine's attention, which is cuDNN's on Hopper."""
+    module = _transformer_engine_attention(query.size(1), key.size(1), query.size(2), scale)
+    output: torch.Tensor = module(
+        query,
+        key.contiguous(),
+        value.contiguous(),
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        cu_seqlens_q=packed.cu_seqlens_q,
+        cu_seqlens_kv=packed.cu_seqlens_kv,
+        max_seqlen_q=packed.max_seqlen_q,
+        max_seqlen_kv=packed.max_seqlen_kv,
+    )
+    return output.view(query.shape)
+
+
+def _flash_attn(
+    attend: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PackedDocuments,
+    scale: float | None,
+) -> torch.Tensor:
+    result = attend(
+        query,
+        key,
+        value,
+        cu_seqlens_q=packed.cu_seqlens_q,
+        cu_seqlens_k=packed.cu_seqlens_kv,
+        max_seqlen_q=packed.max_seqlen_q,
+        max_seqlen_k=packed.max_seqlen_kv,
+        softmax_scale=scale,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    output: torch.Tensor = result[0] if isinstance(result, tuple) else result  # early versions of 3 add the lse
+    return output
+
+
+@functools.cache
+def _torch_varlen_options() -> frozenset[str] | None:
+    """The keywords of torch's varlen_attn; None where it is not there or not yet as it is from 2.11 on."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    names = frozenset(inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters)
+    return names if {"window_size", "scale"} <= names else None
+
+
+@functools.cache
+def _transformer_engine_attention(heads: int, groups: int, head_dim: int, scale: float | None) -> Any:
+    engine: Any = importlib.import_module("transformer_engine.pytorch")
+    return engine.DotProductAttention(
+        heads,
+        head_dim,
+        num_gqa_groups=groups,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        softmax_scale=scale,
+    )
+
+
+def _difference_from_sdpa(attend: Attend, dtype: torch.dtype, head_dim: int) -> float:
+    """Largest difference, relative to the largest value, of output and gradients on three documents."""
+    target = device.current()
+    lengths = (70, 1, 57)
+    borders = torch.tensor([0, 70, 71, 128], dtype=torch.int32).to(target)
+    packed = PackedDocuments(
+        qkv_format="sbhd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        segment_lengths=lengths,
+    )
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(128, heads, head_dim, generator=generator) for heads in (4, 2, 2, 4)]
+    results = []
+    for way in (attend, attend_by_sdpa):
+        *inputs, grad = (tensor.to(target, dtype) for tensor in drawn)
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        with torch.enable_grad():
+            output = way(inputs[0], inputs[1], inputs[2], packed, None)
+            gradients = torch.autograd.grad(output, inputs, grad)
+        results.append([output.detach(), *gradients])
+    differences = [
+        ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+        for ours, theirs in zip(*results, strict=True)
+    ]
+    return max(differences) if all(value == value for value in differences) else float("nan")
+
+
+def _obstacle_of_flash(module: str | None) -> Callable[[torch.dtype, int], str | None]:
+    """Obstacles that all flash kernels share: the device, the dtype, the width of a head, the package itself."""
+
+    def obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
+        if module is not None and importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+        if device.is_cpu():
+            return "needs a GPU"
+        if dtype not in HALF_PRECISION:
+            return f"needs bf16; the model is {str(dtype).removeprefix('torch.')}"
+        if head_dim % 8 or head_dim > 256:
+            return f"heads of {head_dim} are not a multiple of 8 up to 256"
+        return None
+
+    return obstacle
+
+
+def _obstacle_of_flash_attn_3(dtype: torch.dtype, head_dim: int) -> str | None:
+    obstacle = _obstacle_of_flash("flash_attn_interface")(dtype, head_dim)
+    if obstacle is None and (major := device.compute_capability()[0]) != 9:
+        return f"needs Hopper (compute capability 9); this GPU has {major}"
+    return obstacle
+
+
+BACKENDS = (
+    Backend("flash_attn_3", attend_by_flash_attn_3, _obstacle_of_flash_attn_3),
+    Backend("transformer_engine", attend_by_transformer_engine, _obstacle_of_flash("transformer_engine")),
+    Backend("flash_attn_2", attend_by_flash_attn_2, _obstacle_of_flash("flash_attn")),
+    Backend("torch_varlen", attend_by_torch_varlen, _obstacle_of_flash(None)),
+    Backend("sdpa", attend_by_sdpa, lambda dtype, head_dim: None),
+)

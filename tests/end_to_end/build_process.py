@@ -1,0 +1,44 @@
+"""`data build` of a small corpus in a process of its own, cut into many pieces of work; says when it begins.
+
+python -m tests.end_to_end.build_process CORPUS TOKENIZER OUTPUT [--workers N] [--shard I/N] [--deduplicate]
+
+Its last word is its peak memory in bytes.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_xy.data import build, deduplicate, packing, tokenize
+from megatron_xy.data.build_folder import Share
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("corpus")
+    parser.add_argument("tokenizer")
+    parser.add_argument("output")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--shard", type=Share.parse)
+    parser.add_argument("--deduplicate", action="store_true")
+    options = parser.parse_args()
+    tokenize.PART_BYTES, build.WINDOW_DOCUMENTS, packing.SHARD_TOKENS = 20_000, 100, 2000
+    deduplicate.ROWS_IN_MEMORY = 200
+    print("begins", flush=True)
+    result = build.build_dataset(
+        [options.corpus],
+        tokenizer=options.tokenizer,
+        output=options.output,
+        buckets=(64, 256),
+        source_field="src",
+        bad_lines="skip",
+        workers=options.workers,
+        shard=options.shard,
+        deduplicate=options.deduplicate,
+    )
+    print("finished" if result["finished"] else "left to others")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""RMSNorm, SwiGLU and RoPE: torch's own results and derivatives, and no more kept for the backward pass than needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_xy import device
+from megatron_xy.model import kernels
+
+device.start(num_threads=1)
+
+TOKENS, WIDTH = 7, 16
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR, dtype=dtype).requires_grad_()
+
+
+def plain_swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def plain_rotation(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return heads * torch.cat([cos, cos], dim=-1) + turned * torch.cat([sin, sin], dim=-1)
+
+
+def angles(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    turns = torch.randn(TOKENS, 1, 1, WIDTH // 2, generator=GENERATOR, dtype=dtype)
+    return turns.cos(), turns.sin()
+
+
+CASES: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "rms_norm": (
+        lambda values, weight: kernels.rms_norm(values, weight, eps=1e-3),
+        lambda values, weight: F.rms_norm(values, weight.shape, weight, 1e-3),
+        (drawn(TOKENS, 1, WIDTH), drawn(WIDTH)),
+    ),
+    "swiglu": (kernels.swiglu, plain_swiglu, (drawn(TOKENS, 1, WIDTH),)),
+    "rotate": (kernels.rotate, plain_rotation, (drawn(TOKENS, 1, 3, WIDTH), *angles())),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_plain_torch(name: str) -> None:
+    ours, plain, inputs = CASES[name]
+    assert torch.autograd.gradcheck(ours, inputs)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        results = []
+        for function in (ours, plain):
+            narrow = [tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in inputs]
+            output = function(*narrow)
+            output.backward(torch.linspace(-1, 1, output.numel(), dtype=dtype).view(output.shape))
+            results.append([output.detach(), *(tensor.grad for tensor in narrow if tensor.requires_grad)])
+        for mine, theirs in zip(*results, strict=True):
+            assert mine.dtype == dtype
+            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_kept"),
+    [
+        ("rms_norm", (TOKENS * WIDTH + WIDTH + TOKENS) * 8),  # input, weight, one number a token
+        ("swiglu", TOKENS * WIDTH * 8),  # its input
+        ("rotate", 2 * TOKENS * WIDTH // 2 * 8),  # cos and sin, which other layers keep too
+    ],
+)
+def test_the_backward_pass_keeps_no_more_than_it_needs(name: str, bytes_kept: int) -> None:
+    ours, plain, inputs = CASES[name]
+    kept = {}
+    for function in (ours, plain):
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = function(*inputs)
+        kept[function] = sum(storages.values())
+        assert output.requires_grad
+    assert kept[ours] == bytes_kept < kept[plain]
+
+
+def test_on_a_cpu_nothing_is_compiled() -> None:
+    assert not kernels.compiler().works and "CPU" in kernels.compiler().reason
