@@ -35,8 +35,8 @@ def check_paths(config: RunConfig) -> None:
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
-    _look_at_data(completed, findings)
-    findings.of("data.eval_path", lambda: _held_out(completed))
+    dataset = _look_at_data(completed, findings)
+    findings.of("data.eval_path", lambda: _held_out(completed, dataset))
     findings.end()
 
 
@@ -49,10 +49,13 @@ def open_data(config: RunConfig) -> PackedDataset:
     return dataset
 
 
-def open_held_out(config: RunConfig) -> PackedDataset | None:
-    """The run's held-out data, checked; None where nothing is evaluated. Raises as `check_paths` does."""
+def open_held_out(config: RunConfig, dataset: PackedDataset) -> PackedDataset | None:
+    """The run's held-out data, checked, beside what it trains on; None where nothing is evaluated.
+
+    Raises as `check_paths` does.
+    """
     findings = _Findings()
-    held_out: PackedDataset | None = findings.of("data.eval_path", lambda: _held_out(config))
+    held_out: PackedDataset | None = findings.of("data.eval_path", lambda: _held_out(config, dataset))
     findings.end()
     return held_out
 
@@ -69,7 +72,7 @@ def _look_at_data(config: RunConfig, findings: _Findings) -> PackedDataset | Non
     return dataset
 
 
-def _held_out(config: RunConfig) -> PackedDataset | None:
+def _held_out(config: RunConfig, dataset: PackedDataset | None) -> PackedDataset | None:
     if config.data.eval_path is None or not config.training.eval_interval:
         return None
     if not config.data.eval_path.is_dir():
@@ -80,6 +83,11 @@ def _held_out(config: RunConfig) -> PackedDataset | None:
     held_out = PackedDataset([config.data.eval_path])
     if not any(stream.num_samples for stream in held_out.streams):
         raise DataError(f"data.eval_path ({config.data.eval_path}) holds no samples; build it from more documents")
+    if dataset is not None and held_out.tokenizer_sha256 != dataset.tokenizer_sha256:
+        raise DataError(
+            f"data.eval_path ({config.data.eval_path}) was tokenised with another tokenizer than data.path: its losses "
+            f"would mean nothing; build it with {dataset.tokenizer_path}"
+        )
     check_buckets(config.training, buckets=held_out.buckets)
     _check_vocabulary(config.model, held_out)
     return held_out

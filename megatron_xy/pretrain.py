@@ -38,7 +38,8 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     config = config.model_copy(update={"model": resolve_model(config.model)})
     check_shape(config)
     check_world(config, world_size=world_size)
-    dataset, held_out = open_data(config), open_held_out(config)
+    dataset = open_data(config)
+    held_out = open_held_out(config, dataset)
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})

@@ -24,6 +24,7 @@ from megatron_xy.data.loader import PreparedStep, StepLoader
 from megatron_xy.errors import DataError, Stopped
 from megatron_xy.evaluation import HeldOut, evaluate
 from megatron_xy.flops import peak_flops, recomputed_flops, step_flops
+from megatron_xy.liveness import went_forward
 from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.profiling import ProfileWindow
@@ -66,6 +67,7 @@ class Trainer:
             keep_latest=config.checkpoint.keep_latest,
             asynchronous=config.checkpoint.async_save,
             timeout_seconds=config.runtime.timeout_seconds,
+            on_progress=lambda num_bytes: went_forward(),
             on_written=log.say,
         )
         self._peak_flops = _device_peak_flops()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_xy import mcore
+from megatron_xy.liveness import went_forward
 from megatron_xy.model.attention_backends import Attend
 from megatron_xy.model.kernels import rotate
 from megatron_xy.model.rotary import PackedDocuments, RotaryAngles
@@ -59,7 +60,10 @@ class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
         """
         assert packed_seq_params is not None, "every forward step packs its documents"
         assert self._angles is not None and self._attend is not None, "connect() follows the model's construction"
+        went_forward()  # for the watchdog: a step may be long, a layer is not
         cos, sin = self._angles.of(packed_seq_params)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         output = self._attend(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params, self.softmax_scale)
+        if output.requires_grad:
+            output.register_hook(lambda grad: went_forward())
         return output.reshape(output.size(0), 1, -1)

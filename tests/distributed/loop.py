@@ -52,7 +52,8 @@ def train(*configs: RunConfig) -> None:
         run_folder.prepare(config.run_dir)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log = RunLog(config.run_dir, rank=rank, is_leader=rank == pretrain.leader_rank(config, world_size=world_size))
-        dataset, held_out = open_data(config), open_held_out(config)
+        dataset = open_data(config)
+        held_out = open_held_out(config, dataset)
         watchdog = Watchdog(
             config.run_dir, rank=rank, world_size=world_size, timeout_seconds=120, phase="import", stop=stop
         )
