@@ -23,6 +23,7 @@ from megatron_xy import device
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.errors import ConfigError, DataError, PeerLost, StorageError
 from megatron_xy.host_copy import HostCopy
+from megatron_xy.liveness import waiting_for
 from megatron_xy.model.build import EMBEDDING, NamedParameter
 from megatron_xy.optimizer import OwnedParameter
 from megatron_xy.parallel import Groups, barrier, joined_over, sum_over
@@ -195,7 +196,10 @@ class CheckpointWriter:
 
         Returns the bytes of all shards.
         """
-        notes = {rank: self._await_note(folder / f"note-{rank:05d}.json") for rank in range(num_ranks)}
+        notes = {}
+        for rank in range(num_ranks):
+            with waiting_for(f"rank {rank}'s part of the checkpoint"):
+                notes[rank] = self._await_note(folder / f"note-{rank:05d}.json")
         manifest = files.Manifest(state=state, tensors={}, rank_state={}, files={})
         for rank, note in notes.items():
             manifest.files[note["file"]] = note["facts"]

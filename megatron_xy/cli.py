@@ -75,7 +75,7 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     began = time.monotonic()
     from megatron_xy.worker import run_worker
 
-    def work(config: Any, stop: Any) -> None:
+    def work(config: Any, stop: Any, watchdog: Any) -> None:
         from megatron_xy import device, environment
 
         device.start(
@@ -85,7 +85,7 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
         )
         from megatron_xy import pretrain as verb
 
-        verb.run(config, stop=stop, began=began)
+        verb.run(config, stop=stop, watchdog=watchdog, began=began)
 
     run_worker("pretrain", config_path=run_yaml, overrides=overrides or [], work=work)
 
@@ -122,6 +122,7 @@ def run(
         run_dir=config.run_dir,
         task=config.task,
         num_threads=config.runtime.num_threads,
+        timeout_seconds=config.runtime.timeout_seconds,
     )
     sys.exit(code)
 
@@ -195,6 +196,30 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = diagnose()
     print(json.dumps(findings) if as_json else told(findings))
+
+
+@app.command()
+def bench(
+    suite: Annotated[Literal["cpu", "gpu"], typer.Argument(metavar="cpu|gpu")],
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="PART", help="this part; may be repeated")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the JSON file; ./bench-SUITE-DATE.json unless given")
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="sizes that show that it runs, not how fast")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measures fixed models and buckets: tokens/s, MFU, memory, recomputation, attention, a resume, a plain loop."""
+    from megatron_xy.bench import verb
+
+    target = output or Path(f"bench-{suite}-{time.strftime('%Y-%m-%d')}.json")
+    results = verb.run(suite, only=only or [], output=target, tiny=tiny, say=_say)
+    if as_json:
+        print(json.dumps(results))
+    else:
+        for table in verb.tables(results):
+            Console(width=max(Console().width, 170)).print(table)
+    if not all(part["ok"] for part in results["parts"].values()):
+        sys.exit(EXIT_COMPARISON_FAILED)
 
 
 @data_app.command("build")

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ COLLECTIVE_ERROR_MARKS = (
     "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe",
 )  # fmt: skip
 _MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+
+Moment = Any  # a float of time.perf_counter() on a CPU, an event in the queue on a GPU
 
 _device: torch.device | None = None
 _patched: list[str] = []
@@ -105,6 +108,22 @@ def synchronize() -> None:
     """Waits for the device's queued work; nothing on a CPU."""
     if not is_cpu():
         torch.cuda.synchronize()
+
+
+def moment() -> Moment:
+    """Now, in the order of the device's queued work."""
+    if is_cpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds_between(before: Moment, after: Moment) -> float:
+    """Between two moments, both of which the device has reached."""
+    if isinstance(before, float) and isinstance(after, float):
+        return after - before
+    return float(before.elapsed_time(after)) / 1000.0
 
 
 def peak_memory_bytes() -> int:

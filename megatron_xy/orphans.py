@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,24 +54,48 @@ def tie_to(parent_pid: int) -> None:
 
 def is_running(pid: int) -> bool:
     """Whether `pid` is a process that has not ended; a zombie has."""
+    state = process_state(pid)
+    return state is not None and state not in "ZX"
+
+
+def process_state(pid: int) -> str | None:
+    """The kernel's letter for what a process is at: R, S, D, T, Z, X (proc(5)); None where there is none."""
     status = _status(pid)
-    return status is not None and status.state not in "ZX"
+    return status.state if status is not None else None
+
+
+def siblings() -> dict[int, int]:
+    """{global rank: process id} of the running ranks that this rank's launcher started on this machine, but itself."""
+    wanted = [f"{name}={os.environ.get(name, '')}".encode() for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")]
+    found = {}
+    for pid, variables in _environments():
+        status = _status(pid) if all(entry in variables for entry in wanted) else None
+        if status is None or status.state in "ZX" or status.parent != os.getppid() or pid == os.getpid():
+            continue
+        ranks = [entry.removeprefix(b"RANK=") for entry in variables if entry.startswith(b"RANK=")]
+        found.update({int(rank): pid for rank in ranks})
+    return found
+
+
+def _environments() -> Iterator[tuple[int, list[bytes]]]:
+    """(process id, environment as it began) of every process of ours."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            yield int(entry.name), (entry / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # ended meanwhile, or another user's
 
 
 def marked_processes(mark: str, *, parent: int | None = None) -> list[int]:
     """Running processes of the start that `mark` names; only the children of `parent`, if given."""
     wanted = f"{MARK_VARIABLE}={mark}".encode()
     pids = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # ended meanwhile, or another user's
-        status = _status(int(entry.name)) if wanted in variables else None
+    for pid, variables in _environments():
+        status = _status(pid) if wanted in variables else None
         if status is not None and status.state not in "ZX" and parent in (None, status.parent):
-            pids.append(int(entry.name))
+            pids.append(pid)
     return sorted(pids)
 
 

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from megatron_xy import device, environment, mcore, parallel, run_folder
+from megatron_xy import device, environment, mcore, parallel, run_folder, waits
 from megatron_xy.config import RunConfig, check_shape, check_world, dump_config
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.loader import StepLoader
@@ -25,10 +25,11 @@ from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import write_text
 from megatron_xy.trainer import Trainer, timed
+from megatron_xy.watchdog import Watchdog, backend_timeout
 from megatron_xy.weights import resolve_model
 
 
-def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
+def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
     """Trains as `config` says, in this rank of torchrun's world. `began`: time.monotonic() at the process's start.
 
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
@@ -41,10 +42,7 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})
-    run_folder.prepare(config.run_dir)
-    run_folder.refuse_if_busy(config.run_dir)  # before this rank's own files there are touched
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
-    heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
     log.say(_headline(config, world_size=world_size))
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
@@ -58,9 +56,10 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
             write_text(config.run_dir / "run.yaml", dump_config(config))
             run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
         try:
-            timeout = config.runtime.timeout_seconds
-            timed(log, heartbeat, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
-            train(config, dataset=dataset, log=log, heartbeat=heartbeat, stop=stop)
+            timeout = backend_timeout(config.runtime.timeout_seconds)
+            waits.install()
+            timed(log, watchdog, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
+            train(config, dataset=dataset, log=log, watchdog=watchdog, stop=stop)
             parallel.stop_distributed()
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -74,21 +73,19 @@ def run(config: RunConfig, *, stop: StopRequest, began: float) -> None:
             raise lost from error
 
 
-def train(
-    config: RunConfig, *, dataset: PackedDataset, log: RunLog, heartbeat: run_folder.Heartbeat, stop: StopRequest
-) -> None:
+def train(config: RunConfig, *, dataset: PackedDataset, log: RunLog, watchdog: Watchdog, stop: StopRequest) -> None:
     """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
-    role: Role = timed(log, heartbeat, "model and optimizer", lambda: _build(config))
+    role: Role = timed(log, watchdog, "model and optimizer", lambda: _build(config))
     groups = role.groups
     loader = timed(
         log,
-        heartbeat,
+        watchdog,
         "data",
         lambda: StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank),
     )
-    trainer = Trainer(config, role=role, loader=loader, log=log, heartbeat=heartbeat, stop=stop)
+    trainer = Trainer(config, role=role, loader=loader, log=log, watchdog=watchdog, stop=stop)
     with contextlib.closing(loader):
-        timed(log, heartbeat, "weights", trainer.restore)
+        timed(log, watchdog, "weights", trainer.restore)
         stop.can_save = True
         trainer.train()
 
@@ -98,11 +95,16 @@ def _build(config: RunConfig) -> Role:
         "model",
         ranks=range(environment.world_size()),
         parallel=config.parallel,
-        timeout_seconds=config.runtime.timeout_seconds,
+        timeout_seconds=backend_timeout(config.runtime.timeout_seconds),
     )
     assert groups is not None, "a training job's role has all ranks"
     return build_role(
-        groups, model=config.model, parallel=config.parallel, optimizer=config.optimizer, seed=config.seed
+        groups,
+        model=config.model,
+        parallel=config.parallel,
+        optimizer=config.optimizer,
+        seed=config.seed,
+        draw=False,
     )
 
 

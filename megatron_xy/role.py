@@ -16,8 +16,10 @@ import torch
 from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_xy.model.build import NamedParameter, build_model, named_parameters
+from megatron_xy.model.fresh_weights import draw_tensor
 from megatron_xy.optimizer import OwnedParameter, build_optimizer, owned_parameters
 from megatron_xy.parallel import Groups
+from megatron_xy.shards import ParameterShard
 
 
 @dataclass
@@ -47,6 +49,16 @@ class Role:
             return {}
         return owned_parameters(self.optimizer, [named.parameter for named in self.named_parameters()])
 
+    def draw_weights(self, *, seed: int) -> None:
+        """Fresh weights, the same in every layout."""
+        all_owned = self.owned_parameters()
+        for named in self.named_parameters():
+            targets: list[tuple[torch.Tensor, ParameterShard]] = [(named.parameter, named.shard)]
+            owned = all_owned.get(named.parameter)
+            if owned is not None and owned.has_main_weights:
+                targets.append((owned.main, owned.shard_of(named.shard)))
+            draw_tensor(named.name, targets, model=self.model, seed=seed)
+
     def zero_gradients(self) -> None:
         """Clears what the last step accumulated, and prepares the buffers for the next one."""
         for chunk in self.chunks:
@@ -73,22 +85,25 @@ def build_role(
     parallel: ParallelConfig,
     optimizer: OptimizerConfig | None,
     seed: int,
+    draw: bool = True,
 ) -> Role:
-    """The role's part on this rank with fresh weights; an optimizer where `optimizer` is given.
+    """The role's part on this rank; an optimizer where `optimizer` is given. Collective over the role's ranks.
 
-    Collective over the role's ranks.
+    draw: fill in fresh weights; without it the caller does, or loads others.
     """
     before = current_generator_states()
     mcore.tensor_parallel_random.model_parallel_cuda_manual_seed(
         seed, tp_rank=groups.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
     )
-    chunks = build_model(model, parallel=parallel, groups=groups, seed=seed)
+    chunks = build_model(model, parallel=parallel, groups=groups)
     trained = None
     if optimizer is not None:
         trained = build_optimizer(optimizer, chunks=chunks, groups=groups, parallel=parallel, model=model)
-    states = current_generator_states()
+    role = Role(groups, model, parallel, chunks, trained, current_generator_states())
     set_generator_states(before)
-    return Role(groups, model, parallel, chunks, trained, states)
+    if draw:
+        role.draw_weights(seed=seed)
+    return role
 
 
 def current_generator_states() -> dict[str, torch.Tensor]:

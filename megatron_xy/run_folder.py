@@ -7,7 +7,6 @@ another start of a run holds the folder.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import importlib.metadata
@@ -51,7 +50,7 @@ SUPERVISOR_LOCK = ".supervisor.lock"  # taken by `megatron-xy run`
 COURSE = "course.json"
 ATTEMPT_VARIABLE = "MEGATRON_XY_ATTEMPT"  # set by the supervisor: 0, then 1 for the first restart
 PATIENCE_SECONDS = 1.0  # a holder that is just leaving, or has not yet written its name, is no reason to refuse
-BEAT_SECONDS = 0.5  # a heartbeat that says nothing new is written at most this often
+EXIT_LOCK_SECONDS = 10.0  # a record takes milliseconds; a process stopped within it must not hold the others up
 
 EXIT_NAMES = {
     EXIT_DONE: "done",
@@ -105,10 +104,14 @@ class Beat:
     rank: int
     pid: int
     host: str
+    start: str  # which start of the run it belongs to
     attempt: int
     iteration: int
     phase: str
+    entered: int  # phases that it has entered; all ranks of a job enter the same ones, in the same order
     time: float
+    progress_time: float  # when something last went forward (Unix seconds)
+    waits_for: str | None = None  # what of other ranks' doing its main thread waits for
 
 
 def prepare(run_dir: Path) -> None:
@@ -158,40 +161,60 @@ def refuse_if_busy(run_dir: Path) -> None:
         raise _busy(run_dir, path)
 
 
-class Heartbeat:
-    """Tells where this rank is; holds what was told last, so that a call which says nothing new costs a microsecond."""
+def new_beat(
+    *,
+    rank: int,
+    iteration: int,
+    phase: str,
+    entered: int = 0,
+    progress_time: float | None = None,
+    waits_for: str | None = None,
+) -> Beat:
+    """Where this process is now; something has just gone forward, unless `progress_time` says when it last did."""
+    now = time.time()
+    return Beat(
+        rank=rank,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        start=this_start(),
+        attempt=current_attempt(),
+        iteration=iteration,
+        phase=phase,
+        entered=entered,
+        time=now,
+        progress_time=now if progress_time is None else progress_time,
+        waits_for=waits_for,
+    )
 
-    def __init__(self, run_dir: Path, *, rank: int) -> None:
-        self._path = run_dir / "heartbeats" / f"rank-{rank:05d}.json"
-        self._rank = rank
-        self._host = socket.gethostname()
-        self._last: tuple[int, str] | None = None
-        self._last_seconds = 0.0
 
-    def beat(self, *, iteration: int, phase: str) -> None:
-        """Writes on another iteration or phase than before, else at most every BEAT_SECONDS; raises StorageError."""
-        seconds = time.monotonic()
-        if (iteration, phase) == self._last and seconds - self._last_seconds < BEAT_SECONDS:
-            return
-        self._last, self._last_seconds = (iteration, phase), seconds
-        beat = Beat(self._rank, os.getpid(), self._host, current_attempt(), iteration, phase, time.time())
-        write_json(self._path, asdict(beat), durable=False)
+def write_beat(run_dir: Path, beat: Beat) -> None:
+    """Tells it to whoever reads the heartbeats; raises StorageError."""
+    write_json(run_dir / "heartbeats" / f"rank-{beat.rank:05d}.json", asdict(beat), durable=False)
 
 
-def read_heartbeats(run_dir: Path) -> dict[int, Beat]:
-    """{rank: last beat} of every rank that has told one."""
-    beats = []
+def read_heartbeats(run_dir: Path, *, start: str | None = None, attempt: int = 0) -> dict[int, Beat]:
+    """{rank: last beat} of every rank that has told one; in one attempt of one start, if that is given."""
+    found = {}
     for path in sorted((run_dir / "heartbeats").glob("rank-*.json")):
-        with contextlib.suppress(FileNotFoundError):  # cleared meanwhile, by a start that just begins
-            beats.append(Beat(**_read_json(path)))
-    return {beat.rank: beat for beat in beats}
+        try:
+            values = _read_json(path)
+        except FileNotFoundError:
+            continue  # cleared meanwhile, by a start that just begins
+        if values.keys() == Beat.__dataclass_fields__.keys():  # else another version's
+            beat = Beat(**values)
+            if start is None or (beat.start, beat.attempt) == (start, attempt):
+                found[beat.rank] = beat
+    return found
 
 
 def clear_heartbeats(run_dir: Path, *, from_rank: int = 0) -> None:
     """Forgets the heartbeats of an earlier start, perhaps with more ranks: all, or those from a rank on."""
-    for path in (run_dir / "heartbeats").glob("rank-*.json"):
-        if int(path.stem.removeprefix("rank-")) >= from_rank:
+    for path in (run_dir / "heartbeats").iterdir():
+        kind, _, number = path.stem.partition("-")  # rank-00000.json, rank-00000.stacks, answer-00000.json
+        if kind in ("rank", "answer") and number.isdigit() and int(number) >= from_rank:
             path.unlink(missing_ok=True)
+    if from_rank == 0:
+        (run_dir / "heartbeats" / "hang.json").unlink(missing_ok=True)
 
 
 def record_exit(
@@ -216,7 +239,7 @@ def record_exit(
     )
     if _foreign_lock(run_dir) is not None:
         return None
-    with _exit_lock(run_dir):
+    with exit_lock(run_dir):
         standing = read_exit(run_dir)
         is_ours = standing is not None and (standing.start, standing.attempt) == (record.start, record.attempt)
         if standing and is_ours and _weight(standing.code) >= _weight(code):
@@ -238,7 +261,7 @@ def clear_exit(run_dir: Path, *, of_others_only: bool = False) -> None:
 
     `of_others_only` leaves what a rank of this very start wrote: for a rank 0 that nobody cleared it for.
     """
-    with _exit_lock(run_dir):
+    with exit_lock(run_dir):
         standing = read_exit(run_dir) if of_others_only else None
         if standing is None or standing.start != this_start():
             (run_dir / "exit.json").unlink(missing_ok=True)
@@ -315,10 +338,10 @@ def _flock(descriptor: int, kind: int) -> bool:
     return True
 
 
-def _within_patience(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def _within_patience(holds: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> bool:
+    deadline = time.monotonic() + seconds
     while not (held := holds()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.01)
     return held
 
 
@@ -335,12 +358,14 @@ def _busy(run_dir: Path, path: Path) -> RunDirBusy:
 
 
 @contextmanager
-def _exit_lock(run_dir: Path) -> Iterator[None]:
+def exit_lock(run_dir: Path) -> Iterator[None]:
+    """Held by whoever looks how the run ends and then writes it, on any machine; raises StorageError after a while."""
     path = run_dir / ".exit.lock"
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not _within_patience(lambda: _flock(descriptor, fcntl.LOCK_EX), seconds=EXIT_LOCK_SECONDS):
+            raise StorageError(f"{path} is held by a process that does not let go of it; end that one")
         yield
     finally:
         os.close(descriptor)

@@ -32,6 +32,7 @@ class StopRequest:
 
     def __init__(self, *, on_leave: Callable[[str], None]) -> None:
         self.can_save = False  # set by the trainer once there is a loop whose steps end
+        self.is_deaf = False  # set by the watchdog while it reports and ends the run
         self._on_leave = on_leave
         self._first_seen: float | None = None
         threading.Thread(target=self._wait, name="signals", daemon=True).start()
@@ -45,6 +46,8 @@ class StopRequest:
         while True:
             name = signal.Signals(signal.sigwait(STOP_SIGNALS)).name
             now = time.monotonic()
+            if self.is_deaf:
+                continue
             if not self.can_save:
                 self._leave(f"stopped by {name} before the first step; there was nothing to save")
             elif self._first_seen is None:

@@ -1,8 +1,8 @@
 """`megatron-xy run`: starts torchrun over a RUN.yaml, passes signals on, restarts, and gives the exit code.
 
 What ended a run comes from RUN/exit.json, which the ranks write, and from torchrun's own account where they could not.
-Nothing that was started outlives the supervisor, however it ends. No rank's hang is looked for here: the process
-groups' timeout ends it, and `_wait` only sees to it that the ranks that are left do not linger.
+Nothing that was started outlives the supervisor, however it ends. A hang is found and reported by the ranks' own
+watchdogs; the supervisor does it only where none of them runs any more.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TextIO
 
+from megatron_xy import hang_report
 from megatron_xy.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USAGE, PeerLost
 from megatron_xy.orphans import MARK_VARIABLE, SUPERVISOR_VARIABLE, kill_marked, marked_processes, tie_to
 from megatron_xy.run_folder import (
@@ -41,9 +42,12 @@ from megatron_xy.run_folder import (
     record_exit,
     refuse_if_busy,
 )
+from megatron_xy.signals import STOP_SIGNALS
 from megatron_xy.storage import storage_errors
 
 WORTH_A_RESTART = (EXIT_IO, EXIT_PEER_LOST)  # what another try may not meet again
+SILENCE_SECONDS = 15.0  # beyond `timeout_seconds`: no rank's watchdog has told anything, none is left to report
+BEGIN_SECONDS = 1200.0  # for the first rank to tell anything
 BACK_OFF_SECONDS = 1.0
 LINGER_SECONDS = 15.0  # for the other ranks, once one has recorded a failure; torchrun alone would give them 30
 POLL_SECONDS = 0.2
@@ -59,13 +63,15 @@ def supervise(
     overrides: Sequence[str] = (),
     restarts: int = 0,
     num_threads: int = 1,
+    timeout_seconds: float = 120.0,
     module: str = "megatron_xy",
 ) -> int:
     """Runs `python -m MODULE TASK config_path overrides...` on every rank and returns the documented exit code.
 
     Ends like this: SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and stop, a second one kills them. After 74 and 76
-    it starts again, `restarts` times at most. To be called in the main thread: signals and the children's tie to us
-    need it. Raises ConfigError where `run_dir` cannot be used, RunDirBusy where another run is at work in it.
+    it starts again, `restarts` times at most. Where no rank has told anything for longer than `timeout_seconds`, as all
+    are stopped, it reports that and ends them with 76. To be called in the main thread: signals and the children's tie
+    to us need it. Raises ConfigError where `run_dir` cannot be used, RunDirBusy where another run is at work in it.
     """
     assert threading.current_thread() is threading.main_thread(), "a child ends with the thread that started it"
     prepare(run_dir)
@@ -77,8 +83,18 @@ def supervise(
     command += ["-m", module, task, config_path, *overrides]
     with lock(run_dir, name=SUPERVISOR_LOCK), _received_signals() as received:
         refuse_if_busy(run_dir)  # a run without a supervisor does not hold our lock
+        if received:  # while this process began
+            name = signal.Signals(received[0]).name
+            message = f"stopped by {name} before any rank was started; there was nothing to save"
+            clear_exit(run_dir)
+            record_exit(run_dir, code=EXIT_STOPPED, message=message, rank=None)
+            _say(f"ended with {EXIT_STOPPED} ({EXIT_NAMES[EXIT_STOPPED]}): {message}")
+            return EXIT_STOPPED
         for attempt in range(restarts + 1):
-            record = _attempt(command, environment, attempt=attempt, run_dir=run_dir, received=received)
+            silence = _Silence(run_dir, ranks=nproc_per_node, attempt=attempt, timeout_seconds=timeout_seconds)
+            record = _attempt(
+                command, environment, attempt=attempt, run_dir=run_dir, received=received, silence=silence
+            )
             if record.code not in WORTH_A_RESTART or attempt == restarts or received:
                 break
             _say(
@@ -94,7 +110,13 @@ def supervise(
 
 
 def _attempt(
-    command: list[str], environment: dict[str, str], *, attempt: int, run_dir: Path, received: list[int]
+    command: list[str],
+    environment: dict[str, str],
+    *,
+    attempt: int,
+    run_dir: Path,
+    received: list[int],
+    silence: _Silence,
 ) -> ExitRecord:
     """One start of torchrun, to the end of its last process; returns what exit.json says then."""
     clear_exit(run_dir)
@@ -116,7 +138,7 @@ def _attempt(
     reader = threading.Thread(target=account.read, daemon=True)
     reader.start()
     try:
-        returncode = _wait(process, mark=mark, run_dir=run_dir, received=received)
+        returncode = _wait(process, mark=mark, run_dir=run_dir, received=received, silence=silence)
     finally:
         left = kill_marked(mark)
         reader.join(timeout=5)  # the pipe's last writer is gone by now
@@ -128,6 +150,8 @@ def _attempt(
         raise PeerLost(message)
     record = read_exit(run_dir)
     verdict = _verdict(record, run_dir=run_dir, returncode=returncode, failures=account.failures, received=received)
+    if record is not None and hang_report.read_request(run_dir, since=0.0, attempt=attempt) is not None:
+        verdict = None  # who reported the hang killed the silent ranks and knows why
     if verdict is None:
         assert record is not None, "only what the ranks wrote may stand as it is"
         return record
@@ -138,7 +162,7 @@ def _attempt(
     return record
 
 
-def _wait(process: subprocess.Popen[bytes], *, mark: str, run_dir: Path, received: list[int]) -> int:
+def _wait(process: subprocess.Popen[bytes], *, mark: str, run_dir: Path, received: list[int], silence: _Silence) -> int:
     """Waits for torchrun's end and returns its code; passes signals on, and ends ranks that outlive a failure."""
     asked = False
     linger_until: float | None = None
@@ -158,6 +182,9 @@ def _wait(process: subprocess.Popen[bytes], *, mark: str, run_dir: Path, receive
             if record is not None and record.code not in (EXIT_DONE, EXIT_STOPPED):
                 linger_until = time.monotonic() + LINGER_SECONDS
         elif time.monotonic() > linger_until:
+            kill_marked(mark)
+        if linger_until is None and silence.lasts_too_long():
+            silence.report(marked_processes(mark, parent=process.pid))
             kill_marked(mark)
 
 
@@ -218,6 +245,43 @@ def _obituary(killed: _Failure, run_dir: Path) -> str:
     where = f" at iteration {beat.iteration} ({beat.phase})" if beat else ""
     hint = "; the kernel does that when memory runs out (dmesg tells)" if name == "SIGKILL" else ""
     return f"rank {killed.rank} (pid {killed.pid}) was killed by {name}{where}{hint}"
+
+
+class _Silence:
+    """Whether any rank still tells where it is; their watchdogs do so every second, whatever the training does."""
+
+    def __init__(self, run_dir: Path, *, ranks: int, attempt: int, timeout_seconds: float) -> None:
+        self._run_dir, self._ranks, self._attempt = run_dir, ranks, attempt
+        self._timeout = timeout_seconds
+        self._newest: float | None = None
+        self._since = self._looked = time.monotonic()
+
+    def lasts_too_long(self) -> bool:
+        """To be asked again and again; time in which nobody asked, as this process was stopped, does not count."""
+        now = time.monotonic()
+        if now - self._looked < 1.0:
+            return False
+        if now - self._looked > SILENCE_SECONDS:
+            self._since += now - self._looked
+        self._looked = now
+        newest = max((beat.time for beat in read_heartbeats(self._run_dir).values()), default=None)
+        if newest != self._newest:
+            self._newest, self._since = newest, now
+        limit = self._timeout + SILENCE_SECONDS if newest is not None else max(BEGIN_SECONDS, self._timeout)
+        return now - self._since > limit
+
+    def report(self, pids: Sequence[int]) -> None:
+        """Asks the ranks for their stacks by signal, tells what they are at, and records 76."""
+        silent_seconds = time.monotonic() - self._since
+        request = hang_report.new_request(rank=None, stalled_seconds=silent_seconds, attempt=self._attempt)
+        if not hang_report.claim(self._run_dir, request):
+            return  # a rank is at it after all
+        hang_report.ask_by_signal(pids)
+        answers = hang_report.gather(self._run_dir, request, ranks=self._ranks, local={})
+        finding = hang_report.tell(self._run_dir, request, ranks=self._ranks, answers=answers, local={})
+        _say(finding.text)
+        code = EXIT_PEER_LOST
+        record_exit(self._run_dir, code=code, message=finding.message, rank=finding.rank, attempt=self._attempt)
 
 
 @dataclass(frozen=True)
@@ -304,7 +368,8 @@ def _received_signals() -> Iterator[list[int]]:
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back since the process began
     try:
         yield received
     finally:

@@ -26,11 +26,11 @@ from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.profiling import ProfileWindow
 from megatron_xy.role import Role
-from megatron_xy.run_folder import Heartbeat
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.spikes import StepHistory
 from megatron_xy.train_step import StepResult, train_step
+from megatron_xy.watchdog import Watchdog
 from megatron_xy.weights import load_initial_weights
 
 
@@ -38,10 +38,10 @@ class Trainer:
     """Trains one role over its data. Every rank of the role runs the same loop."""
 
     def __init__(
-        self, config: RunConfig, *, role: Role, loader: StepLoader, log: RunLog, heartbeat: Heartbeat, stop: StopRequest
+        self, config: RunConfig, *, role: Role, loader: StepLoader, log: RunLog, watchdog: Watchdog, stop: StopRequest
     ) -> None:
         self.config, self.role, self.loader = config, role, loader
-        self.log, self.heartbeat, self.stop = log, heartbeat, stop
+        self.log, self.watchdog, self.stop = log, watchdog, stop
         self.state = TrainingState()
         self.history = StepHistory()
         self.profile = ProfileWindow(
@@ -68,7 +68,7 @@ class Trainer:
         resume = course.wanted_resume(self.config, role.groups)
         found = find_resumable(self.checkpoints, role.groups, resume=resume, say=self.log.say)
         if found is None:
-            load_initial_weights(role)
+            load_initial_weights(role, seed=self.config.seed)
             origin = f"starting from {role.model.load or 'fresh weights'}"
         else:
             folder, manifest = found
@@ -113,10 +113,11 @@ class Trainer:
 
     def _step(self, iteration: int) -> bool:
         """One step, recorded; returns whether any rank was asked to stop, the same answer on all."""
-        self._beat("step", iteration)
+        self._beat("data", iteration)
         self.profile.before_step(iteration)
         began = time.perf_counter()
         prepared, waited = self.loader.get(self.state.data_step)
+        self._beat("step", iteration)
         consumed_tokens = self.state.consumed_tokens + prepared.num_tokens
         lr = learning_rate(
             self.config.optimizer,
@@ -248,12 +249,12 @@ class Trainer:
         return course.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)
 
     def _beat(self, phase: str, iteration: int) -> None:
-        self.heartbeat.beat(iteration=iteration, phase=phase)
+        self.watchdog.beat(iteration=iteration, phase=phase)
 
 
-def timed(log: RunLog, heartbeat: Heartbeat, name: str, work: Callable[[], Any]) -> Any:
-    """Runs one phase of the start-up under its name, with its seconds said and the heartbeat set."""
-    heartbeat.beat(iteration=0, phase=name)
+def timed(log: RunLog, watchdog: Watchdog, name: str, work: Callable[[], Any]) -> Any:
+    """Runs one phase of the start-up under its name, with its seconds said which the watchdog is told."""
+    watchdog.beat(iteration=0, phase=name)
     with log.phase(name):
         return work()
 

@@ -41,13 +41,14 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_initial_weights(role: Role) -> None:
-    """Fills a fresh role from `model.load`; each rank reads what it holds. Nothing to do where there is none.
+def load_initial_weights(role: Role, *, seed: int) -> None:
+    """Fills a role from `model.load`, each rank with what it holds; where there is none, with fresh weights.
 
     A ckpt: folder's checksums are compared first, each rank its share of the files. Collective over the role's ranks.
     Raises DataError, on all ranks alike, where they do not hold.
     """
     if role.model.load is None:
+        role.draw_weights(seed=seed)
         return
     kind, folder = split_origin(role.model.load)
     if kind == "ckpt":

@@ -18,9 +18,11 @@ from megatron_xy.errors import (
     EXIT_STOPPED,
     ConfigError,
     MegatronXYError,
+    PeerLost,
 )
+from megatron_xy.watchdog import END, Watchdog
 
-Work = Callable[[RunConfig, signals.StopRequest], None]
+Work = Callable[[RunConfig, signals.StopRequest, Watchdog], None]
 
 
 def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work) -> None:
@@ -38,6 +40,7 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
 
     stop = signals.StopRequest(on_leave=on_leave)
     code, message, trace = EXIT_DONE, "done", ""
+    watchdog: Watchdog | None = None
     try:
         config = load_config(config_path, overrides=overrides)
         if config.task != task:
@@ -49,8 +52,20 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
                 f"{task} runs in the ranks of a torchrun world; start it with `megatron-xy run {config_path}`, or with "
                 f"torchrun --standalone --nproc-per-node N -m megatron_xy {task} {config_path}"
             )
-        work(config, stop)
+        run_folder.prepare(config.run_dir)
+        run_folder.refuse_if_busy(config.run_dir)  # before this rank's own files there are touched
+        watchdog = Watchdog(
+            config.run_dir,
+            rank=rank,
+            world_size=environment.world_size(),
+            timeout_seconds=config.runtime.timeout_seconds,
+            phase="import",
+            stop=stop,
+        )
+        work(config, stop, watchdog)
     except MegatronXYError as error:
+        if isinstance(error, PeerLost) and watchdog is not None:
+            watchdog.await_report()
         code, message = error.exit_code, str(error)
     except OSError as error:
         code, message = EXIT_IO, f"{type(error).__name__}: {error}"
@@ -59,6 +74,8 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
     standing = _record(run_dir, code=code, message=message, rank=rank)
     if code != EXIT_DONE and not _is_told(standing, message=message, rank=rank, is_bug=bool(trace)):
         print(_in_words(code, message, trace=trace, rank=rank), file=sys.stderr)
+    if watchdog is not None:
+        watchdog.close(phase=END)
     sys.stdout.flush()
     sys.stderr.flush()
     # Without the interpreter's own shutdown: it would wait for threads whose peers are gone.

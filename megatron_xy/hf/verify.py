@@ -99,8 +99,8 @@ def _role_of(hf_folder: Path) -> Role:
     model = resolve_model(ModelConfig(load=f"hf:{hf_folder}"))
     groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
     assert groups is not None, "this process is the role's one rank"
-    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=None, seed=0)
-    load_initial_weights(role)
+    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=None, seed=0, draw=False)
+    load_initial_weights(role, seed=0)
     return role
 
 

@@ -1,13 +1,11 @@
-"""ModelConfig and groups -> GPTModel in megatron-core's data-parallel wrapper, with weights that no layout changes.
+"""ModelConfig and groups -> GPTModel in megatron-core's data-parallel wrapper, its parameters under global names.
 
-Fresh weights are drawn from each parameter's global name, so every layout starts from the same model. The vocabulary
-is padded to what tensor parallelism divides; padding rows are zero, take no part in the loss and leave no trace in
-checkpoints.
+The vocabulary is padded to what tensor parallelism divides; padding rows are zero, take no part in the loss and leave
+no trace in checkpoints.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -53,8 +51,8 @@ def padded_vocab_size(model: ModelConfig, *, tensor_model_parallel_size: int) ->
     return math.ceil(model.vocab_size / unit) * unit
 
 
-def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups, seed: int) -> list[torch.nn.Module]:
-    """This rank's part of the model with fresh weights: its chunks, each in megatron-core's DistributedDataParallel.
+def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups) -> list[torch.nn.Module]:
+    """This rank's chunks of the model, each in megatron-core's DistributedDataParallel; all weights are still 0.
 
     One chunk, or `virtual_pipeline_model_parallel_size` of them.
     """
@@ -79,7 +77,8 @@ def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups,
             disable_bucketing=chunk > 0,
             pg_collection=groups.collection,
         )
-        draw_weights(wrapped, model=model, groups=groups, seed=seed)
+        for parameter in wrapped.parameters():  # what fills them leaves the padding as it is
+            parameter.data.zero_()
         chunks.append(wrapped)
     if parallel.overlap_grad_reduce:  # micro-batches before the last one only add up
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -124,7 +123,7 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
         batch_p2p_comm=num_chunks == 1,
         sequence_parallel=parallel.sequence_parallel and groups.tp_size > 1,
         calculate_per_token_loss=True,
-        # Weights come from `draw_weights` or a checkpoint.
+        # Weights are drawn, or come from a checkpoint.
         perform_initialization=False,
         use_cpu_initialization=device.is_cpu(),
         # The fused kernels want CUDA extensions that are not required here.
@@ -258,24 +257,3 @@ def _shard_of(name: str, parameter: torch.nn.Parameter, *, model: ModelConfig, g
     stop[dimension] = start[dimension] + local[dimension]
     full[dimension] *= tp_size
     return ParameterShard(tuple(full), (Box(tuple(start), tuple(stop)),))
-
-
-@torch.no_grad()
-def draw_weights(module: torch.nn.Module, *, model: ModelConfig, groups: Groups, seed: int) -> None:
-    """Fresh weights: normal with `init_method_std`, output projections over sqrt(2 layers) as in Megatron, norms 1.
-
-    Each global tensor is drawn whole from (seed, its name) and sliced, one at a time: the same model in every layout.
-    """
-    assert model.num_layers, "the shape is complete once a run starts"
-    for named in named_parameters(module, model=model, groups=groups):
-        if named.parameter.dim() == 1:
-            named.parameter.fill_(1.0)
-            continue
-        std = model.init_method_std
-        if named.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            std /= math.sqrt(2 * model.num_layers)
-        digest = hashlib.sha256(f"{seed}/{named.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        full = torch.randn(named.shard.global_shape, generator=generator) * std
-        named.parameter.zero_()
-        named.shard.write(named.parameter, full)

@@ -12,6 +12,7 @@ from megatron_xy.config import RunConfig
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.log import RunLog
 from megatron_xy.preflight import open_data
+from megatron_xy.watchdog import END, Watchdog
 from tests.end_to_end.tiny_run import BUCKETS, VOCAB_SIZE
 
 
@@ -51,8 +52,13 @@ def train(*configs: RunConfig) -> None:
         run_folder.prepare(config.run_dir)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log = RunLog(config.run_dir, rank=rank, is_leader=rank == pretrain.leader_rank(config, world_size=world_size))
-        heartbeat = run_folder.Heartbeat(config.run_dir, rank=rank)
-        pretrain.train(config, dataset=open_data(config), log=log, heartbeat=heartbeat, stop=stop)
+        watchdog = Watchdog(
+            config.run_dir, rank=rank, world_size=world_size, timeout_seconds=120, phase="import", stop=stop
+        )
+        try:
+            pretrain.train(config, dataset=open_data(config), log=log, watchdog=watchdog, stop=stop)
+        finally:
+            watchdog.close(phase=END)
         log.close()
 
 

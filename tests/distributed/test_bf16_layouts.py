@@ -11,7 +11,7 @@ from tests.distributed.spawn import run_ranks
 
 STEPS = 8
 ROUNDING = 2**-8  # bf16 has 8 bits of precision
-OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_warmup_iters=0, adam_eps=1e-6)
 LAYOUTS = [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=2, pp=2, sp=True)]
 
 

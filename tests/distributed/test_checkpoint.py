@@ -14,7 +14,7 @@ from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
 
-OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_warmup_iters=0, adam_eps=1e-6)
 TIED = models.MODEL.model_copy(update={"untie_embeddings_and_output_weights": False})
 SOURCES = [
     Layout(),

@@ -97,7 +97,7 @@ def load_role(layout: Layout, load: str, *, optimizer: OptimizerConfig | None = 
     resolved = resolve_model(ModelConfig(load=load, **model))
     role = models.make_role(layout, model=resolved, optimizer=optimizer, seed=3)
     assert role is not None
-    load_initial_weights(role)
+    load_initial_weights(role, seed=3)
     return role
 
 

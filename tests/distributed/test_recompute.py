@@ -13,7 +13,7 @@ from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
 
 STEPS = 4
-OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_warmup_iters=0, adam_eps=1e-6)
 LAYOUTS = [Layout(), Layout(tp=2, pp=2), Layout(tp=2, pp=2, sp=True)]
 
 

@@ -16,7 +16,7 @@ from tests.distributed.spawn import run_ranks
 
 STEPS = 5
 WORLD_SIZE = 4
-OPTIMIZER = OptimizerConfig(lr=3e-3, lr_warmup_iters=0, adam_eps=1e-6)
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_warmup_iters=0, adam_eps=1e-6)
 ACTOR = models.MODEL
 # Another shape, so that whatever two roles shared by accident would not fit; fewer layers, one query group a rank.
 CRITIC = models.MODEL.model_copy(

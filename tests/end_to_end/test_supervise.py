@@ -16,7 +16,7 @@ import pytest
 from megatron_xy import supervise as supervise_module
 from megatron_xy.errors import ConfigError
 from megatron_xy.orphans import MARK_VARIABLE, is_running
-from megatron_xy.run_folder import Heartbeat, RunDirBusy, prepare, read_exit, read_heartbeats
+from megatron_xy.run_folder import RunDirBusy, new_beat, prepare, read_exit, read_heartbeats, write_beat
 from megatron_xy.supervise import supervise
 
 
@@ -87,7 +87,7 @@ def test_a_rank_killed_before_the_first_step_is_lost_though_its_peers_say_stoppe
 def test_a_run_without_a_supervisor_keeps_its_folder(tmp_path):
     """The supervisor neither starts there nor clears what that run's ranks have written."""
     prepare(tmp_path)
-    Heartbeat(tmp_path, rank=0).beat(iteration=3, phase="step")
+    write_beat(tmp_path, new_beat(rank=0, iteration=3, phase="step"))
     code = (
         "import pathlib, sys; from megatron_xy.run_folder import lock\n"
         "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -146,6 +146,20 @@ def test_a_signal_before_the_ranks_have_begun_is_a_clean_stop(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 75
     assert read_exit(tmp_path).name == "stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_the_command_itself_begins_is_a_clean_stop(tmp_path, number):
+    """`megatron-xy` holds the signals back from its first line on; the supervisor finds them waiting."""
+    code = (
+        "import os, sys; import test_supervise as t; from megatron_xy import signals; signals.block_stop_signals()\n"
+        "os.kill(os.getpid(), int(sys.argv[2])); sys.exit(t.run(t.Path(sys.argv[1]), 'clean'))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(int(number))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 75, ended
+    assert read_exit(tmp_path).message.startswith(f"stopped by {number.name} before any rank was started")
+    assert read_heartbeats(tmp_path) == {} and not (tmp_path / "shown-1.json").exists()
 
 
 def test_one_supervisor_a_folder_and_nothing_outlives_it(tmp_path):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from megatron_xy.orphans import die_with_parent
-from megatron_xy.run_folder import Heartbeat, current_attempt, read_heartbeats, record_exit
+from megatron_xy.run_folder import current_attempt, new_beat, read_heartbeats, record_exit, write_beat
 
 RUN_DIR = Path(sys.argv[2]).parent
 RANK = int(os.environ["RANK"])
@@ -34,7 +34,7 @@ def leave_on_sigterm(code: int, message: str) -> None:
 
 
 def beat() -> None:
-    Heartbeat(RUN_DIR, rank=RANK).beat(iteration=12, phase="train")
+    write_beat(RUN_DIR, new_beat(rank=RANK, iteration=12, phase="train"))
 
 
 def clean() -> None:

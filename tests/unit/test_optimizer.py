@@ -41,7 +41,8 @@ def test_the_update_is_adamw_without_weight_decay_on_norms(alone, dtype, clip_gr
     model = models.MODEL.model_copy(update={"num_layers": 2, "params_dtype": dtype})
     role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=config, seed=1)
     named = list(role.named_parameters())
-    copies = [part.parameter.detach().float().clone().requires_grad_() for part in named]
+    weights = [getattr(part.parameter, "main_param", part.parameter) for part in named]
+    copies = [weight.detach().clone().requires_grad_() for weight in weights]
     norms = [copy for part, copy in zip(named, copies, strict=True) if part.name.endswith("layernorm.weight")]
     assert len(norms) == 2 * 2 + 1
     others = [copy for copy in copies if not any(copy is norm for norm in norms)]

@@ -18,14 +18,16 @@ from megatron_xy.run_folder import (
     EXIT_NAMES,
     SUPERVISOR_LOCK,
     Beat,
-    Heartbeat,
     clear_exit,
     clear_heartbeats,
     lock,
+    new_beat,
     prepare,
     read_exit,
     read_heartbeats,
     record_exit,
+    this_start,
+    write_beat,
     write_env,
 )
 from megatron_xy.storage import write_json
@@ -140,32 +142,18 @@ def test_a_heartbeat_tells_iteration_phase_and_process(tmp_path, monkeypatch):
     prepare(tmp_path)
     before = time.time()
     for rank in (3, 0):
-        Heartbeat(tmp_path, rank=rank).beat(iteration=7, phase="backward")
+        write_beat(tmp_path, new_beat(rank=rank, iteration=7, phase="backward", entered=3, waits_for="rank 1"))
     beats = read_heartbeats(tmp_path)
     assert list(beats) == [0, 3]
-    expected = Beat(3, os.getpid(), beats[0].host, 2, 7, "backward", beats[3].time)
-    assert beats[3] == expected and before <= beats[3].time <= time.time()
+    told, moment = beats[3], beats[3].time
+    expected = Beat(3, os.getpid(), told.host, this_start(), 2, 7, "backward", 3, moment, moment, "rank 1")
+    assert told == expected and before <= moment <= time.time()
+    assert list(read_heartbeats(tmp_path, start=this_start(), attempt=2)) == [0, 3]
+    assert read_heartbeats(tmp_path, start=this_start(), attempt=1) == {}
+    (tmp_path / "heartbeats" / "rank-00001.json").write_text('{"rank": 1}')
+    assert list(read_heartbeats(tmp_path)) == [0, 3], "what another version told is passed over"
     clear_heartbeats(tmp_path)
     assert read_heartbeats(tmp_path) == {}
-
-
-def test_a_heartbeat_is_written_when_it_says_something_new(tmp_path):
-    prepare(tmp_path)
-    heartbeat = Heartbeat(tmp_path, rank=0)
-    path = tmp_path / "heartbeats" / "rank-00000.json"
-
-    def written(iteration: int, phase: str) -> bool:
-        path.unlink(missing_ok=True)
-        heartbeat.beat(iteration=iteration, phase=phase)
-        return path.exists()
-
-    assert written(1, "forward")
-    assert not written(1, "forward")
-    assert written(1, "backward")
-    assert written(2, "backward")
-    assert not written(2, "backward")
-    time.sleep(0.51)
-    assert written(2, "backward")
 
 
 def test_a_reader_never_meets_half_a_heartbeat(tmp_path):
@@ -173,9 +161,8 @@ def test_a_reader_never_meets_half_a_heartbeat(tmp_path):
     done = threading.Event()
 
     def write() -> None:
-        heartbeat = Heartbeat(tmp_path, rank=0)
         for iteration in range(300):
-            heartbeat.beat(iteration=iteration, phase="x" * (iteration * 37 % 5000))
+            write_beat(tmp_path, new_beat(rank=0, iteration=iteration, phase="x" * (iteration * 37 % 5000)))
         done.set()
 
     writer = threading.Thread(target=write)

@@ -1,0 +1,109 @@
+"""`python -m megatron_xy` with a fault planted in one rank: at which phase of which step it stands still, and how.
+
+FAULT=RANK:PHASE:ITERATION:KIND in the environment; run as a module in the place of megatron_xy.
+"""
+
+import ctypes
+import os
+import sys
+import time
+from pathlib import Path
+
+from megatron_xy.cli import main
+from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.watchdog import Watchdog
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(0.05)
+
+
+def spin_for_ever() -> None:
+    while True:
+        pass
+
+
+def wait_in_c() -> None:
+    """As in a driver's call: the interpreter is free, the main thread never comes back to it."""
+    ctypes.CDLL(None).sleep(600)
+
+
+def wait_in_c_with_the_interpreter() -> None:
+    """No other thread of this process runs any more, its watchdog included."""
+    ctypes.PyDLL(None).sleep(600)
+
+
+def block_the_data() -> None:
+    """From now on every sample that is read stands still, in the thread that reads ahead."""
+    PackedDataset.sample = lambda *_: sleep_for_ever()
+
+
+def block_the_save() -> None:
+    """The shard is written to a pipe that nobody reads."""
+    from megatron_xy import checkpoint_files
+
+    write_shard = checkpoint_files.write_shard
+
+    def blocked(directory: Path, **arguments: object) -> object:
+        os.mkfifo(directory / "pipe")
+        (directory / "pipe").open("wb")
+        return write_shard(directory, **arguments)
+
+    checkpoint_files.write_shard = blocked
+
+
+def slow_save() -> None:
+    """The shard takes FAULT_SECONDS to write, a little at a time."""
+    from megatron_xy import checkpoint_files
+
+    write_shard = checkpoint_files.write_shard
+
+    def slow(directory: Path, **arguments: object) -> object:
+        until = time.monotonic() + float(os.environ["FAULT_SECONDS"])
+        while time.monotonic() < until:
+            (directory / "slow").write_bytes(bytes(2**20))
+            time.sleep(0.1)
+        (directory / "slow").unlink()
+        return write_shard(directory, **arguments)
+
+    checkpoint_files.write_shard = slow
+
+
+def slow_down() -> None:
+    """Every layer's forward takes longer from now on, by FAULT_SECONDS."""
+    import torch
+
+    def slow(module: torch.nn.Module, _: object) -> None:
+        if type(module).__name__ == "TransformerLayer":
+            time.sleep(float(os.environ["FAULT_SECONDS"]))
+
+    torch.nn.modules.module.register_module_forward_pre_hook(slow)
+
+
+KINDS = {
+    function.__name__: function
+    for function in (
+        sleep_for_ever, spin_for_ever, wait_in_c, wait_in_c_with_the_interpreter, block_the_data, block_the_save,
+        slow_save, slow_down,
+    )
+}  # fmt: skip
+
+
+def plant(*, phase: str, iteration: int, kind: str) -> None:
+    beat = Watchdog.beat
+
+    def faulty_beat(self: Watchdog, **place: object) -> None:
+        beat(self, **place)
+        if place == {"phase": phase, "iteration": iteration}:
+            KINDS[kind]()
+
+    Watchdog.beat = faulty_beat
+
+
+if __name__ == "__main__":
+    rank, phase, iteration, kind = os.environ["FAULT"].split(":")
+    if os.environ.get("RANK") == rank:
+        plant(phase=phase, iteration=int(iteration), kind=kind)
+    sys.argv[0] = "megatron-xy"
+    main()
