@@ -144,7 +144,7 @@ class DataConfig(Section):
     weights: dict[str, Weight] | None = Field(None, description="{source: weight}; null: as many tokens as each holds")
     tokenizer: FilePath | None = None
     split_documents: bool = Field(True, description="attention and positions stop at document borders")
-    eval_path: FilePath | None = None
+    eval_path: FilePath | None = Field(None, description="held-out data, such as DIR/held_out of `data build`")
     max_epochs: float | None = Field(
         None, gt=0, description="refuse a run that would draw a (source, bucket) more often; null: any number of times"
     )
@@ -174,7 +174,7 @@ class TrainingConfig(Section):
     micro_batch_tokens: int = Field(2048, ge=1, description="a common multiple of all buckets")
     phases: list[Phase] = []
     epochs: int | None = Field(None, ge=1)
-    eval_interval: int = Field(0, ge=0, description="iterations; 0: no evaluation")
+    eval_interval: int = Field(0, ge=0, description="iterations; after the last one, too; 0: no evaluation")
     spike_policy: Literal["log", "skip"] = Field("log", description="of a step that stands out from the last 128")
     spike_sigmas: float = Field(6.0, gt=0, description="how far above them a step's loss or norm stands out")
     max_skipped_in_a_row: int = Field(50, ge=1, description="updates not made, before the run ends with 65")
@@ -459,6 +459,12 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
         )
     yield from _schedule_rules(config.optimizer)
+    if training.eval_interval and data.eval_path is None:
+        yield (
+            "data.eval_path",
+            f"data.eval_path is missing; training.eval_interval ({training.eval_interval}) needs held-out data, such "
+            f"as the held_out folder of `megatron-xy data build --held-out`",
+        )
     yield from _weight_rules(data.weights, key="data.weights")
     yield from _phase_rules(training.phases)
     if not data.paths:
@@ -632,10 +638,6 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
             )
     if training.epochs is not None:
         yield "training.epochs", f"training.epochs ({training.epochs}): only null is supported; use train_iters"
-    if training.eval_interval:
-        yield "training.eval_interval", f"eval_interval ({training.eval_interval}): only 0 is supported"
-    if config.data.eval_path is not None:
-        yield "data.eval_path", f"eval_path ({config.data.eval_path}): only null is supported"
     if checkpoint.hf_interval:
         yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): only 0 is supported"
     if config.roles is not None:

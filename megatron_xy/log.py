@@ -70,6 +70,27 @@ class RunLog:
         scalars |= {f"loss_by_source/{source}": loss for source, loss in record["loss_by_source"].items()}
         self._draw(scalars, record["iteration"])
 
+    def evaluation(self, record: dict[str, Any], *, seconds: float) -> None:
+        """One evaluation: a line, an object in eval.jsonl, scalars in TensorBoard."""
+        by_source = ", ".join(f"{source} {loss:.4f}" for source, loss in record["loss_by_source"].items())
+        self.say(
+            f"evaluation after step {record['iteration']}: loss {record['loss']:.4f}, perplexity "
+            f"{record['perplexity']:,.2f} ({by_source}) | {record['num_loss_tokens']:,} tokens | {seconds:.2f} s"
+        )
+        self._write(EVALUATIONS, record)
+        scalars = {f"eval/{name}": record[name] for name in ("loss", "perplexity")}
+        for field in ("loss_by_bucket", "loss_by_source", "loss_by_position"):
+            scalars |= {f"eval/{field}/{name}": loss for name, loss in record[field].items()}
+        self._draw(scalars, record["iteration"])
+
+    def has_evaluation(self, iteration: int) -> bool:
+        """Whether eval.jsonl holds one of this iteration; only the leader can say yes."""
+        path = self.run_dir / EVALUATIONS
+        if self._board is None or not path.exists():
+            return False
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return any(json.loads(line)["iteration"] == iteration for line in lines)
+
     def event(self, record: dict[str, Any]) -> None:
         """A step that was skipped or stands out: a line that says why, an object in events.jsonl."""
         self.say(f"  step {record['iteration']}, data step {record['data_step']}: {'; '.join(record['reasons'])}")

@@ -36,6 +36,7 @@ def check_paths(config: RunConfig) -> None:
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
     _look_at_data(completed, findings)
+    findings.of("data.eval_path", lambda: _held_out(completed))
     findings.end()
 
 
@@ -48,6 +49,14 @@ def open_data(config: RunConfig) -> PackedDataset:
     return dataset
 
 
+def open_held_out(config: RunConfig) -> PackedDataset | None:
+    """The run's held-out data, checked; None where nothing is evaluated. Raises as `check_paths` does."""
+    findings = _Findings()
+    held_out: PackedDataset | None = findings.of("data.eval_path", lambda: _held_out(config))
+    findings.end()
+    return held_out
+
+
 def _look_at_data(config: RunConfig, findings: _Findings) -> PackedDataset | None:
     dataset: PackedDataset | None = findings.of("data.path", lambda: PackedDataset(config.data.paths))
     if dataset is not None:
@@ -58,6 +67,22 @@ def _look_at_data(config: RunConfig, findings: _Findings) -> PackedDataset | Non
         if sampler is not None:
             findings.of("data.max_epochs", lambda: check_epochs(config, sampler))
     return dataset
+
+
+def _held_out(config: RunConfig) -> PackedDataset | None:
+    if config.data.eval_path is None or not config.training.eval_interval:
+        return None
+    if not config.data.eval_path.is_dir():
+        raise ConfigError(
+            f"data.eval_path ({config.data.eval_path}): there is no such folder; name the held_out folder that "
+            f"`data build --held-out` wrote, or any other that `data build` wrote"
+        )
+    held_out = PackedDataset([config.data.eval_path])
+    if not any(stream.num_samples for stream in held_out.streams):
+        raise DataError(f"data.eval_path ({config.data.eval_path}) holds no samples; build it from more documents")
+    check_buckets(config.training, buckets=held_out.buckets)
+    _check_vocabulary(config.model, held_out)
+    return held_out
 
 
 class _Findings:

@@ -20,7 +20,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
-from megatron_xy.preflight import open_data
+from megatron_xy.preflight import open_data, open_held_out
 from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import write_text
@@ -38,7 +38,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     config = config.model_copy(update={"model": resolve_model(config.model)})
     check_shape(config)
     check_world(config, world_size=world_size)
-    dataset = open_data(config)
+    dataset, held_out = open_data(config), open_held_out(config)
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})
@@ -59,7 +59,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
             timeout = backend_timeout(config.runtime.timeout_seconds)
             waits.install()
             timed(log, watchdog, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
-            train(config, dataset=dataset, log=log, watchdog=watchdog, stop=stop)
+            train(config, dataset=dataset, held_out=held_out, log=log, watchdog=watchdog, stop=stop)
             parallel.stop_distributed()
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -73,7 +73,15 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
             raise lost from error
 
 
-def train(config: RunConfig, *, dataset: PackedDataset, log: RunLog, watchdog: Watchdog, stop: StopRequest) -> None:
+def train(
+    config: RunConfig,
+    *,
+    dataset: PackedDataset,
+    held_out: PackedDataset | None,
+    log: RunLog,
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> None:
     """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
     role: Role = timed(log, watchdog, "model and optimizer", lambda: _build(config))
     groups = role.groups
@@ -83,7 +91,7 @@ def train(config: RunConfig, *, dataset: PackedDataset, log: RunLog, watchdog: W
         "data",
         lambda: StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank),
     )
-    trainer = Trainer(config, role=role, loader=loader, log=log, watchdog=watchdog, stop=stop)
+    trainer = Trainer(config, role=role, loader=loader, held_out=held_out, log=log, watchdog=watchdog, stop=stop)
     with contextlib.closing(loader):
         timed(log, watchdog, "weights", trainer.restore)
         stop.can_save = True

@@ -19,8 +19,10 @@ from megatron_xy import course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter, find_resumable, load_state, sweep
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import RunConfig
+from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.loader import PreparedStep, StepLoader
 from megatron_xy.errors import DataError, Stopped
+from megatron_xy.evaluation import HeldOut, evaluate
 from megatron_xy.flops import peak_flops, recomputed_flops, step_flops
 from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.parallel import barrier, max_over, sum_over
@@ -38,9 +40,19 @@ class Trainer:
     """Trains one role over its data. Every rank of the role runs the same loop."""
 
     def __init__(
-        self, config: RunConfig, *, role: Role, loader: StepLoader, log: RunLog, watchdog: Watchdog, stop: StopRequest
+        self,
+        config: RunConfig,
+        *,
+        role: Role,
+        loader: StepLoader,
+        held_out: PackedDataset | None,
+        log: RunLog,
+        watchdog: Watchdog,
+        stop: StopRequest,
     ) -> None:
+        """held_out: None where nothing is evaluated."""
         self.config, self.role, self.loader = config, role, loader
+        self.held_out = None if held_out is None else _portions(config, held_out, role)
         self.log, self.watchdog, self.stop = log, watchdog, stop
         self.state = TrainingState()
         self.history = StepHistory()
@@ -90,26 +102,34 @@ class Trainer:
 
     def train(self) -> None:
         """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
-        training, checkpoint = self.config.training, self.config.checkpoint
+        train_iters, save_interval = self.config.training.train_iters, self.config.checkpoint.save_interval
         self.log.open_metrics(iteration=self.state.iteration)
         saved = self.state.iteration
-        first = self.state.iteration + 1
-        for iteration in range(first, training.train_iters + 1):
-            with self.log.phase("first step") if iteration == first else contextlib.nullcontext():
+        if saved and self._is_evaluation_missing(saved) and not self._evaluate(saved):
+            self._leave_stopped(saved)
+        for iteration in range(saved + 1, train_iters + 1):
+            with self.log.phase("first step") if iteration == saved + 1 else contextlib.nullcontext():
                 stopping = self._step(iteration)
-            if iteration % checkpoint.save_interval == 0 or iteration == training.train_iters or stopping:
+            if iteration % save_interval == 0 or iteration == train_iters or stopping:
                 self._save(iteration)
                 saved = iteration
-            if stopping and iteration < training.train_iters:
-                self.profile.close()
-                self.writer.finish(self.role.groups)
-                raise Stopped(
-                    f"stopped on request after step {iteration}, state saved; the same command goes on from there"
-                )
+            is_done = iteration == train_iters
+            if self._is_evaluation_due(iteration):
+                is_evaluated = not stopping and self._evaluate(iteration)
+                stopping, is_done = not is_evaluated, is_done and is_evaluated
+            if stopping and not is_done:
+                if saved != iteration:  # asked to stop during the evaluation, which the resumed run makes up for
+                    self._save(iteration)
+                self._leave_stopped(iteration)
         self.profile.close()
         self._beat("finish", self.state.iteration)
         self.writer.finish(self.role.groups)
         self.log.say(f"done: {self.state.iteration} iterations, last checkpoint at iteration {saved}")
+
+    def _leave_stopped(self, iteration: int) -> None:
+        self.profile.close()
+        self.writer.finish(self.role.groups)
+        raise Stopped(f"stopped on request after step {iteration}, state saved; the same command goes on from there")
 
     def _step(self, iteration: int) -> bool:
         """One step, recorded; returns whether any rank was asked to stop, the same answer on all."""
@@ -230,6 +250,35 @@ class Trainer:
         self._seconds_between_steps = dict.fromkeys(self._seconds_between_steps, 0.0)
         return record, bool(stopping)
 
+    def _is_evaluation_due(self, iteration: int) -> bool:
+        if self.held_out is None:
+            return False
+        return iteration % self.config.training.eval_interval == 0 or iteration == self.config.training.train_iters
+
+    def _is_evaluation_missing(self, iteration: int) -> bool:
+        """Whether the run that is resumed ended before it was evaluated here. Collective: the leader has the file."""
+        if not self._is_evaluation_due(iteration):
+            return False
+        there = torch.tensor([int(self.log.has_evaluation(iteration))], device=device.current())
+        return not max_over(there, self.role.groups.all_ranks).item()
+
+    def _evaluate(self, iteration: int) -> bool:
+        """Evaluates and records it; False where a request to stop came first, the same answer on all ranks."""
+        assert self.held_out is not None, "only then is an evaluation due"
+        began = time.perf_counter()
+
+        def goes_on() -> bool:
+            self._beat("evaluate", iteration)
+            asked = torch.tensor([int(self.stop.requested)], device=device.current())
+            return not max_over(asked, self.role.groups.all_ranks).item()
+
+        result = evaluate(self.role, self.held_out, goes_on=goes_on)
+        seconds = time.perf_counter() - began
+        self._seconds_between_steps["evaluate"] += seconds
+        if result is not None and self.role.groups.is_leader:
+            self.log.evaluation(result.record(iteration=iteration), seconds=seconds)
+        return result is not None
+
     def _save(self, iteration: int) -> None:
         self._beat("save", iteration)
         facts = {
@@ -250,6 +299,19 @@ class Trainer:
 
     def _beat(self, phase: str, iteration: int) -> None:
         self.watchdog.beat(iteration=iteration, phase=phase)
+
+
+def _portions(config: RunConfig, dataset: PackedDataset, role: Role) -> HeldOut:
+    """The held-out data in passes of as many micro-batches as a training step has."""
+    training, groups = config.training, role.groups
+    return HeldOut(
+        dataset,
+        micro_batch_tokens=training.micro_batch_tokens,
+        split_documents=config.data.split_documents,
+        micro_batches_per_pass=training.global_batch_tokens // (training.micro_batch_tokens * groups.dp_size),
+        dp_size=groups.dp_size,
+        dp_rank=groups.dp_rank,
+    )
 
 
 def timed(log: RunLog, watchdog: Watchdog, name: str, work: Callable[[], Any]) -> Any:

@@ -11,7 +11,7 @@ from megatron_xy import pretrain, run_folder, signals
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.log import RunLog
-from megatron_xy.preflight import open_data
+from megatron_xy.preflight import open_data, open_held_out
 from megatron_xy.watchdog import END, Watchdog
 from tests.end_to_end.tiny_run import BUCKETS, VOCAB_SIZE
 
@@ -52,11 +52,12 @@ def train(*configs: RunConfig) -> None:
         run_folder.prepare(config.run_dir)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log = RunLog(config.run_dir, rank=rank, is_leader=rank == pretrain.leader_rank(config, world_size=world_size))
+        dataset, held_out = open_data(config), open_held_out(config)
         watchdog = Watchdog(
             config.run_dir, rank=rank, world_size=world_size, timeout_seconds=120, phase="import", stop=stop
         )
         try:
-            pretrain.train(config, dataset=open_data(config), log=log, watchdog=watchdog, stop=stop)
+            pretrain.train(config, dataset=dataset, held_out=held_out, log=log, watchdog=watchdog, stop=stop)
         finally:
             watchdog.close(phase=END)
         log.close()

@@ -123,3 +123,45 @@ def test_a_profile_is_written_for_its_window_on_the_ranks_named(data, tmp_path, 
     updates = sum(name.startswith("Optimizer.step#") for name in names)
     assert updates == (3 if resumed_at is None else 1), "steps 5, 6 and 7; after a resume at 6, step 7"
     assert "aten::mm" in names
+
+
+def test_evaluation_leaves_no_trace_and_a_resumed_run_evaluates_the_same(data, tmp_path):
+    def config(name, interval, **parallel):
+        evaluated = {"training": {"eval_interval": interval}, "data": {"eval_path": str(data)}} if interval else {}
+        return loop.config_of(data, tmp_path / name, parallel=parallel, **evaluated)
+
+    plain, whole, broken = config("plain", 0), config("whole", 5), config("broken", 5)
+    run_ranks(loop.train, plain, whole, loop.until(broken, 7), broken, world_size=2)
+    assert without_clock(metrics_of(plain.run_dir)) == without_clock(metrics_of(whole.run_dir))
+    last = "checkpoints/iter_0000012"
+    assert hash_of(plain.run_dir / last) == hash_of(whole.run_dir / last) == hash_of(broken.run_dir / last)
+    records = evaluations_of(whole.run_dir)
+    assert [record["iteration"] for record in records] == [5, 10, 12]
+    assert [record for record in evaluations_of(broken.run_dir) if record["iteration"] != 7] == records
+    for record in records:
+        assert set(record["loss_by_source"]) == {"code", "prose"}
+        assert set(record["loss_by_position"]) == {"0-2k"}
+        assert record["loss_by_position"]["0-2k"] == pytest.approx(record["loss"], rel=1e-12)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_every_layout_evaluates_to_the_same_numbers(data, tmp_path):
+    layouts = {"alone": (1, {}), "dp": (2, {}), "tp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+               "pp": (2, {"pipeline_model_parallel_size": 2})}  # fmt: skip
+    found = {}
+    for name, (ranks, parallel) in layouts.items():
+        config = loop.config_of(
+            data, tmp_path / name, parallel=parallel, data={"eval_path": str(data)},
+            training={"eval_interval": 1, "train_iters": 1}, optimizer={"lr": 0, "min_lr": 0},
+        )  # fmt: skip
+        run_ranks(loop.train, config, world_size=ranks)
+        (found[name],) = evaluations_of(config.run_dir)
+    for record in found.values():
+        assert record["num_loss_tokens"] == found["alone"]["num_loss_tokens"]
+        assert record["loss"] == pytest.approx(found["alone"]["loss"], rel=1e-5)
+        for field in ("loss_by_bucket", "loss_by_source", "loss_by_position"):
+            assert record[field] == pytest.approx(found["alone"][field], rel=1e-5)
+
+
+def evaluations_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
