@@ -25,6 +25,7 @@ def main() -> None:
         ],
         tasks=int(workers),
         workers=int(workers),
+        start_method="spawn",  # a fork server would keep its workers' CPU seconds to itself
         logging_dir=f"{output}/logs",
     ).run()
     size = sum(path.stat().st_size for path in Path(output, "tokens").glob("*.bin"))

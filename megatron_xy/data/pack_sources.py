@@ -11,7 +11,8 @@ from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.data.documents import LineReport
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry, file_entry
-from megatron_xy.data.packing import Overflow, Packing, PackReceipt, pack_shard, pack_tasks
+from megatron_xy.data.pack_shards import PackReceipt, pack_shard, pack_tasks
+from megatron_xy.data.packing import Overflow, Packing
 from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.workers import Workers

@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import difflib
 import hashlib
-import heapq
 import itertools
 import json
 import math
@@ -25,13 +24,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xy.data.apportionment import Apportionment
+from megatron_xy.data.permutation import PERMUTATION_ROUNDS, mixed, permute
 from megatron_xy.errors import ConfigError, DataError
 
 BLOCK_STEPS = 8  # buckets are shuffled within blocks of this many steps; whole blocks follow the weights
-FRACTION_BITS = 60  # of the fixed-point fractions: integers keep counts exact at any step
 MAX_DRIFT_STEPS = 2.0  # a shuffle that takes any set of buckets further from its due is drawn again
 MAX_SHUFFLES = 16
-PERMUTATION_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class BucketSampler:
         owners = np.repeat(np.arange(len(sources)), [b - a for a, b in zip(first, last, strict=True)])
         indices = self._indices(numbers, owners, [(source, bucket) for source in sources])
         key = np.frombuffer(_digest(self.seed, "order", data_step), dtype="<u8")[0]
-        order = np.argsort(_mix(np.arange(batch_samples, dtype=np.uint64) + key), kind="stable")
+        order = np.argsort(mixed(np.arange(batch_samples, dtype=np.uint64) + key), kind="stable")
         names = [sources[owner] for owner in owners[order].tolist()]
         samples = tuple(map(SampleId, names, itertools.repeat(bucket), indices[order].tolist()))
         return Batch(data_step, bucket, samples)
@@ -288,76 +287,6 @@ class _Phase:
             ahead[bucket] += 1
             worst = max(worst, sum(value for value in ahead if value > 0))
         return worst
-
-
-class Apportionment:
-    """Deals any number of seats to parties by weight: every further seat goes to exactly one party.
-
-    Parties are joined in pairs, lightest first, as in Huffman's tree; at each pair the seats are split by rounding to
-    the nearest integer, which for two parties is Sainte-Lague's rule. Hence counts never fall as seats are added, and
-    a party is off its due by less than 2 seats whatever the number of parties (its weight halves at least every second
-    level upwards: 0.5 * (1 + 1 + 1/2 + 1/2 + 1/4 + ...)). Sainte-Lague's rule for all parties at once has no such
-    bound: a hundred equal small parties get their first seats together, at the cost of a large one.
-
-    owed: seats that each party is to get beyond its weight, or, below 0, to do without, the sum 0; they are made up for
-    as fast as seats come in.
-    """
-
-    def __init__(self, weights: Sequence[float], *, owed: Sequence[float] | None = None) -> None:
-        assert weights and all(weight > 0 for weight in weights), "parties without weight are left out before"
-        self._num_parties = len(weights)
-        # lighter child, heavier child, the lighter's fraction, what it gets beyond that
-        self._splits: list[tuple[int, int, int, int]] = []
-        beyond = list(owed) if owed is not None else [0.0] * len(weights)  # of parties and, behind them, of pairs
-        heap = [(weight, party) for party, weight in enumerate(weights)]
-        heapq.heapify(heap)
-        while len(heap) > 1:
-            (light, left), (heavy, right) = heapq.heappop(heap), heapq.heappop(heap)
-            fraction = light / (light + heavy)
-            beyond.append(beyond[left] + beyond[right])
-            more = beyond[left] - fraction * beyond[-1]
-            self._splits.append((left, right, *(round(number * 2**FRACTION_BITS) for number in (fraction, more))))
-            heapq.heappush(heap, (light + heavy, self._num_parties + len(self._splits) - 1))
-
-    def counts(self, seats: int) -> list[int]:
-        """Seats of each party out of `seats`."""
-        counts = [0] * (self._num_parties + len(self._splits))
-        counts[-1] = seats
-        half = 1 << (FRACTION_BITS - 1)
-        for place in range(len(self._splits) - 1, -1, -1):
-            left, right, fraction, more = self._splits[place]
-            count = counts[self._num_parties + place]
-            counts[left] = min(max((count * fraction + more + half) >> FRACTION_BITS, 0), count)
-            counts[right] = count - counts[left]
-        return counts[: self._num_parties]
-
-
-def permute(positions: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Where keyed shuffles of range(size) put positions, in O(1) each: sizes [n], keys [n, PERMUTATION_ROUNDS].
-
-    A Feistel network on pairs (left, right) with left * columns + right covering 0..size-1 and a few numbers more; what
-    lands beyond `size` goes through again until it is inside (cycle walking), which keeps it a bijection.
-    """
-    columns = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.uint64)
-    rows = (sizes + columns - np.uint64(1)) // columns
-    results = positions.copy()
-    open_ones = np.arange(len(positions))
-    while len(open_ones):
-        left, right = np.divmod(results[open_ones], columns[open_ones])
-        key, row, column = keys[open_ones], rows[open_ones], columns[open_ones]
-        for number in range(0, PERMUTATION_ROUNDS, 2):
-            left = (left + (_mix(right ^ key[:, number]) >> np.uint64(8))) % row
-            right = (right + (_mix(left ^ key[:, number + 1]) >> np.uint64(8))) % column
-        results[open_ones] = left * column + right
-        open_ones = open_ones[results[open_ones] >= sizes[open_ones]]
-    return results
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: every input bit changes half of the output bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def _digest(*parts: int | str) -> bytes:

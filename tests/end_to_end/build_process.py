@@ -8,7 +8,7 @@ Its last word is its peak memory in bytes.
 import argparse
 from pathlib import Path
 
-from megatron_xy.data import build, deduplicate, packing, tokenize
+from megatron_xy.data import build, deduplicate, pack_shards, tokenize
 from megatron_xy.data.build_folder import Share
 
 
@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--shard", type=Share.parse)
     parser.add_argument("--deduplicate", action="store_true")
     options = parser.parse_args()
-    tokenize.PART_BYTES, build.WINDOW_DOCUMENTS, packing.SHARD_TOKENS = 20_000, 100, 2000
+    tokenize.PART_BYTES, build.WINDOW_DOCUMENTS, pack_shards.SHARD_TOKENS = 20_000, 100, 2000
     deduplicate.ROWS_IN_MEMORY = 200
     print("begins", flush=True)
     result = build.build_dataset(

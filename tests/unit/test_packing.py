@@ -15,7 +15,8 @@ import megatron_xy
 from megatron_xy.data.best_fit import best_fit, start_engine
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.origins import TracedWriter, document_rows
-from megatron_xy.data.packing import WINDOW_DOCUMENTS, check_buckets, check_policy, pack, pack_shard, pack_tasks
+from megatron_xy.data.pack_shards import pack_shard, pack_tasks
+from megatron_xy.data.packing import WINDOW_DOCUMENTS, check_buckets, check_policy, pack
 from megatron_xy.errors import ConfigError
 
 ENGINES = ("auto", "python")

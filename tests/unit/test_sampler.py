@@ -8,14 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.data.sampler import (
-    PERMUTATION_ROUNDS,
-    Apportionment,
-    BucketSampler,
-    SamplerPhase,
-    Stream,
-    permute,
-)
+from megatron_xy.data.apportionment import Apportionment
+from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
+from megatron_xy.data.sampler import BucketSampler, SamplerPhase, Stream
 from megatron_xy.errors import ConfigError, DataError
 
 STREAMS = [

@@ -1,0 +1,36 @@
+"""Keyed shuffles of any size in O(1) a position, without a table: the order of the samples of a stream."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+PERMUTATION_ROUNDS = 8
+
+
+def permute(positions: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Where keyed shuffles of range(size) put positions, in O(1) each: sizes [n], keys [n, PERMUTATION_ROUNDS].
+
+    A Feistel network on pairs (left, right) with left * columns + right covering 0..size-1 and a few numbers more; what
+    lands beyond `size` goes through again until it is inside (cycle walking), which keeps it a bijection.
+    """
+    columns = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.uint64)
+    rows = (sizes + columns - np.uint64(1)) // columns
+    results = positions.copy()
+    open_ones = np.arange(len(positions))
+    while len(open_ones):
+        left, right = np.divmod(results[open_ones], columns[open_ones])
+        key, row, column = keys[open_ones], rows[open_ones], columns[open_ones]
+        for number in range(0, PERMUTATION_ROUNDS, 2):
+            left = (left + (mixed(right ^ key[:, number]) >> np.uint64(8))) % row
+            right = (right + (mixed(left ^ key[:, number + 1]) >> np.uint64(8))) % column
+        results[open_ones] = left * column + right
+        open_ones = open_ones[results[open_ones] >= sizes[open_ones]]
+    return results
+
+
+def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64: every input bit changes half of the output bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
