@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from megatron_xy import device, mcore
 from megatron_xy.config import ParallelConfig
 from megatron_xy.errors import PeerLost
+from megatron_xy.liveness import waiting_for
 
 Dimension = Literal["pp", "dp", "cp", "tp"]
 _DIMENSIONS: tuple[Dimension, ...] = ("pp", "dp", "cp", "tp")  # slowest first: tensor parallel ranks are neighbours
@@ -87,7 +88,8 @@ class Groups:
 
 def start_distributed(*, timeout_seconds: float) -> None:
     """Joins torchrun's world; every group's collectives fail after `timeout_seconds` rather than wait for ever."""
-    dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_seconds))
+    with waiting_for("the other ranks"):
+        dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_seconds))
 
 
 def start_alone() -> None:
