@@ -18,7 +18,7 @@ import torch
 from megatron_xy import course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter, find_resumable, load_state, sweep
 from megatron_xy.checkpoint_files import TrainingState
-from megatron_xy.config import RunConfig
+from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.loader import PreparedStep, StepLoader
 from megatron_xy.errors import DataError, Stopped
@@ -34,7 +34,7 @@ from megatron_xy.signals import StopRequest
 from megatron_xy.spikes import StepHistory
 from megatron_xy.train_step import StepResult, train_step
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import load_initial_weights
+from megatron_xy.weights import changes_to_source, load_initial_weights
 
 
 class Trainer:
@@ -71,6 +71,7 @@ class Trainer:
             on_written=log.say,
         )
         self._peak_flops = _device_peak_flops()
+        self._continued_from: dict[str, Any] | None = None  # the weights loaded at the beginning, and what is new
 
     def restore(self) -> None:
         """Goes on from the checkpoint that the config asks for; else from `model.load`, else from fresh weights."""
@@ -83,6 +84,7 @@ class Trainer:
         found = find_resumable(self.checkpoints, role.groups, resume=resume, say=self.log.say)
         if found is None:
             load_initial_weights(role, seed=self.config.seed)
+            self._say_what_is_new(role.model)
             origin = f"starting from {role.model.load or 'fresh weights'}"
         else:
             folder, manifest = found
@@ -96,11 +98,21 @@ class Trainer:
             self.state = load_state(role, folder, manifest)
             if "history" in manifest.state:
                 self.history = StepHistory.from_json(manifest.state["history"])
+            self._continued_from = manifest.state.get("continued_from")
             origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
         if role.groups.role_rank == 0:
             course.begin(self.config.run_dir, iteration=None if resume == "auto" else self.state.iteration, say=print)
         barrier(role.groups)  # from here on a request to stop finds all ranks with something to save
         self.log.say(origin)
+
+    def _say_what_is_new(self, model: ModelConfig) -> None:
+        """What a continued run changes in the model that it loads: said, and kept in its checkpoints."""
+        if model.load is None:
+            return
+        changes = changes_to_source(model)
+        self._continued_from = {"load": model.load, "changes": changes}
+        for name, (then, now) in changes.items():
+            self.log.say(f"  model.{name} is {now} from here on; it was {then} in {model.load}")
 
     def train(self) -> None:
         """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
@@ -290,6 +302,7 @@ class Trainer:
             "megatron_core": mcore.VERSION,
             "torch": torch.__version__,
             "history": self.history.to_json(),
+            "continued_from": self._continued_from,
         }
         held = self.writer.save(self.role, self.state, facts=facts)
         self._seconds_between_steps["save"] += held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.hf.reader import HFReader
 from megatron_xy.role import Role
 
+NEW_IN_A_CONTINUED_RUN = ("rotary_base", "rope_scaling", "max_position_embeddings", "norm_epsilon")
 NOT_OF_THE_WEIGHTS = {"load", "layer_spec", "recompute_granularity", "params_dtype", "init_method_std"}
 
 
@@ -30,14 +32,29 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     """
     if model.load is None:
         return model
-    kind, folder = split_origin(model.load)
+    stored, origin = _stored_model(model.load)
+    return complete_model(model, stored, origin=origin)
+
+
+def changes_to_source(model: ModelConfig) -> dict[str, list[Any]]:
+    """{key: [in the weights that a run loads, in the run]} of what a continued run may set anew, and does."""
+    if model.load is None:
+        return {}
+    stored, _ = _stored_model(model.load)
+    both = {name: [getattr(stored, name), getattr(model, name)] for name in NEW_IN_A_CONTINUED_RUN}
+    return {name: pair for name, pair in both.items() if name in stored.model_fields_set and pair[0] != pair[1]}
+
+
+def _stored_model(load: str) -> tuple[ModelConfig, str]:
+    """The section of the weights that `load` names, and the file that it stands in."""
+    kind, folder = split_origin(load)
     if kind == "hf":
-        return complete_model(model, read_hf_config(folder), origin=f"{folder}/config.json")
+        return read_hf_config(folder), f"{folder}/config.json"
     section = files.read_manifest(folder).state["model"]
     stored = ModelConfig.model_validate({name: section[name] for name in section.keys() - NOT_OF_THE_WEIGHTS})
     if stored.num_query_groups is None:
         stored = stored.model_copy(update={"num_query_groups": stored.num_attention_heads})
-    return complete_model(model, stored, origin=f"{folder}/{files.MANIFEST}")
+    return stored, f"{folder}/{files.MANIFEST}"
 
 
 @torch.no_grad()

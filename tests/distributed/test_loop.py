@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from megatron_xy.checkpoint_files import read_manifest
 from megatron_xy.config import dump_config
 from megatron_xy.data.trace import trace_steps
 from tests.distributed import loop
 from tests.distributed.spawn import run_ranks
-from tests.end_to_end.tiny_run import hash_of, make_data, metrics_of, without_clock
+from tests.end_to_end.tiny_run import BUCKETS, hash_of, make_data, metrics_of, without_clock
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +148,15 @@ def test_evaluation_leaves_no_trace_and_a_resumed_run_evaluates_the_same(data, t
 
 def test_every_layout_evaluates_to_the_same_numbers(data, tmp_path):
     layouts = {"alone": (1, {}), "dp": (2, {}), "tp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-               "pp": (2, {"pipeline_model_parallel_size": 2})}  # fmt: skip
+               "pp": (2, {"pipeline_model_parallel_size": 2}),
+               "vp": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+               "overlap": (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
+                               "overlap_param_gather": True})}  # fmt: skip
     found = {}
     for name, (ranks, parallel) in layouts.items():
         config = loop.config_of(
-            data, tmp_path / name, parallel=parallel, data={"eval_path": str(data)},
-            training={"eval_interval": 1, "train_iters": 1}, optimizer={"lr": 0, "min_lr": 0},
+            data, tmp_path / name, parallel=parallel, model={"num_layers": 4}, data={"eval_path": str(data)},
+            training={"eval_interval": 1, "train_iters": 1}, optimizer={"lr": 1e-2, "min_lr": 1e-2},
         )  # fmt: skip
         run_ranks(loop.train, config, world_size=ranks)
         (found[name],) = evaluations_of(config.run_dir)
@@ -165,3 +169,19 @@ def test_every_layout_evaluates_to_the_same_numbers(data, tmp_path):
 
 def evaluations_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
+
+
+def test_a_continued_run_says_and_keeps_what_it_changes(data, tmp_path):
+    first = loop.config_of(data, tmp_path / "first", training={"train_iters": 4})
+    run_ranks(loop.train, first, world_size=1)
+    load = f"ckpt:{first.run_dir}/checkpoints/iter_0000004"
+    new = {"load": load, "rotary_base": 500000, "max_position_embeddings": 512}
+    second = loop.config_of(data, tmp_path / "second", model=new, training={"train_iters": 8})
+    run_ranks(loop.train, loop.until(second, 4), second, world_size=1)
+    told = (second.run_dir / "logs" / "rank-00000.log").read_text()
+    assert f"model.rotary_base is 500000.0 from here on; it was 10000.0 in {load}" in told
+    assert f"model.max_position_embeddings is 512 from here on; it was {BUCKETS[-1]} in {load}" in told
+    for iteration in (4, 8):
+        state = read_manifest(second.run_dir / "checkpoints" / f"iter_{iteration:07d}").state
+        changes = {"rotary_base": [10000.0, 500000.0], "max_position_embeddings": [BUCKETS[-1], 512]}
+        assert state["continued_from"] == {"load": load, "changes": changes}
