@@ -69,6 +69,14 @@ def recomputed_flops(model: ModelConfig, *, num_tokens: int, sum_squared_lengths
     return layers + _attention_flops_per_token(model) / 3 * sum_squared_lengths
 
 
+def stage_share(model: ModelConfig, *, num_layers: int, has_head: bool) -> float:
+    """The part of a token's dense FLOPs in `num_layers` of the model's layers, with the output layer or without."""
+    shape = _shape(model)
+    head = shape.hidden_size * shape.vocab_size
+    mine = num_layers * _layer_weights(shape) + (head if has_head else 0)
+    return mine / (shape.num_layers * _layer_weights(shape) + head)
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of the device that the driver calls `device_name`; None where the table has no such device.
 

@@ -96,6 +96,14 @@ class RunLog:
         self.say(f"  step {record['iteration']}, data step {record['data_step']}: {'; '.join(record['reasons'])}")
         self._write(EVENTS, record)
 
+    def straggler(self, rank: int, factor: float, busy_seconds: float, *, iteration: int) -> None:
+        """A rank that computes for much longer than the others: a line, and an object in events.jsonl."""
+        self.say(
+            f"  rank {rank} is slow: by step {iteration} it is busy for {busy_seconds:.3f} s a step, {factor:.1f} times the "
+            f"other ranks' median for the work that its stage has"
+        )
+        self._write(EVENTS, {"iteration": iteration, "straggler": rank, "factor": factor, "busy_seconds": busy_seconds})
+
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if self._board is not None:  # on the leader, once records are asked for
             if name not in self._records:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_xy import course, device, mcore
+from megatron_xy import course, device, mcore, waits
 from megatron_xy.checkpoint import CheckpointWriter, find_resumable, load_state, sweep
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import ModelConfig, RunConfig
@@ -32,6 +32,7 @@ from megatron_xy.role import Role
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.spikes import StepHistory
+from megatron_xy.stragglers import StragglerWatch
 from megatron_xy.train_step import StepResult, train_step
 from megatron_xy.watchdog import Watchdog
 from megatron_xy.weights import changes_to_source, load_initial_weights
@@ -71,6 +72,7 @@ class Trainer:
             on_written=log.say,
         )
         self._peak_flops = _device_peak_flops()
+        self.stragglers = StragglerWatch(role)
         self._continued_from: dict[str, Any] | None = None  # the weights loaded at the beginning, and what is new
 
     def restore(self) -> None:
@@ -159,6 +161,7 @@ class Trainer:
             consumed_tokens=consumed_tokens,
             train_iters=self.config.training.train_iters,
         )
+        waits.begin_timing()
         with self.role.active():
             result = train_step(
                 self.role,
@@ -171,6 +174,7 @@ class Trainer:
             )
         device.synchronize()
         seconds = time.perf_counter() - began
+        busy = seconds - waited - waits.end_timing()
         data_step = self.state.data_step
         self.state = replace(
             self.state,
@@ -185,6 +189,8 @@ class Trainer:
         record, stopping = self._record(prepared, result, data_step=data_step, lr=lr, seconds=seconds, waited=waited)
         record["spike"] = bool(reasons)
         self.log.step(record, train_iters=self.config.training.train_iters)
+        for straggler in self.stragglers.add(busy):
+            self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
         if trace := self.profile.after_step(iteration):
             self.log.say(f"profile written to {trace}")
         if reasons or not result.updated:

@@ -1,5 +1,6 @@
 """Runs that stand still, each in another way: one report that names the rank, every process gone, 76 in exit.json."""
 
+import json
 import os
 import re
 import signal
@@ -139,3 +140,15 @@ def test_ranks_that_are_all_stopped_are_found_by_the_supervisor(config, tmp_path
             os.kill(beat.pid, signal.SIGSTOP)
         ended = wait_for_end(process, seconds=END_SECONDS)
     assert ended.code == 76 and ended.err.count("does not answer; its process is stopped") >= 2, ended
+
+
+def test_a_slow_rank_is_named_within_20_steps_and_the_run_goes_on(config, tmp_path, monkeypatch):
+    """The others wait for it in every layer, so all steps take as long; only its busy time gives it away."""
+    monkeypatch.setenv("FAULT_SECONDS", "0.05")
+    ended = faulty(config, tmp_path / "run", monkeypatch, "1:step:3:slow_down", "training.train_iters=24")
+    assert ended.code == 0, ended
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    named = [event for event in events if "straggler" in event]
+    assert [event["straggler"] for event in named] == [1], ended
+    assert 3 < named[0]["iteration"] <= 23 and named[0]["factor"] > 2
+    assert ended.out.count("rank 1 is slow: ") == 1 and "rank 0 is slow" not in ended.out
