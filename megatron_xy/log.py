@@ -99,8 +99,8 @@ class RunLog:
     def straggler(self, rank: int, factor: float, busy_seconds: float, *, iteration: int) -> None:
         """A rank that computes for much longer than the others: a line, and an object in events.jsonl."""
         self.say(
-            f"  rank {rank} is slow: by step {iteration} it is busy for {busy_seconds:.3f} s a step, {factor:.1f} times the "
-            f"other ranks' median for the work that its stage has"
+            f"  rank {rank} is slow: by step {iteration} it is busy for {busy_seconds:.3f} s a step, "
+            f"{factor:.1f} times the other ranks' median for the work that its stage has"
         )
         self._write(EVENTS, {"iteration": iteration, "straggler": rank, "factor": factor, "busy_seconds": busy_seconds})
 

@@ -64,6 +64,8 @@ def test_every_command_of_the_documents_runs_as_written(checkout: Path) -> None:
             ran += 1
             if "nproc-per-node 2 parallel" in line and "runs/first" in line:
                 assert "resuming from runs/first/checkpoints/iter_0000006" in output
+            if "virtual_pipeline" in line:
+                assert "resuming from runs/first/checkpoints/iter_0000009" in output
     assert ran >= 10
 
 
