@@ -123,8 +123,9 @@ class Trainer:
         saved = self.state.iteration
         if saved and self._is_evaluation_missing(saved) and not self._evaluate(saved):
             self._leave_stopped(saved)
-        for iteration in range(saved + 1, train_iters + 1):
-            with self.log.phase("first step") if iteration == saved + 1 else contextlib.nullcontext():
+        first = saved + 1
+        for iteration in range(first, train_iters + 1):
+            with self.log.phase("first step") if iteration == first else contextlib.nullcontext():
                 stopping = self._step(iteration)
             if iteration % save_interval == 0 or iteration == train_iters or stopping:
                 self._save(iteration)
