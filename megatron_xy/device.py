@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import resource
 import time
@@ -124,6 +125,18 @@ def seconds_between(before: Moment, after: Moment) -> float:
     if isinstance(before, float) and isinstance(after, float):
         return after - before
     return float(before.elapsed_time(after)) / 1000.0
+
+
+def matrix_product_rate() -> float:
+    """FLOP/s of a matrix product on this process's CPU threads, measured now: what stands for a CPU's peak."""
+    size = 768
+    matrix = torch.ones(size, size, device=_CPU)
+    best = math.inf
+    for _ in range(8):
+        began = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 def peak_memory_bytes() -> int:

@@ -6,7 +6,6 @@ The data's way ends here: sampler and dataset give the micro-batches of a data s
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,7 +70,7 @@ class Trainer:
             on_progress=lambda num_bytes: went_forward(),
             on_written=log.say,
         )
-        self._peak_flops = _device_peak_flops()
+        self._peak_flops = device.matrix_product_rate() if device.is_cpu() else peak_flops(device.name())
         self.stragglers = StragglerWatch(role)
         self._continued_from: dict[str, Any] | None = None  # the weights loaded at the beginning, and what is new
 
@@ -341,17 +340,3 @@ def timed(log: RunLog, watchdog: Watchdog, name: str, work: Callable[[], Any]) -
     watchdog.beat(iteration=0, phase=name)
     with log.phase(name):
         return work()
-
-
-def _device_peak_flops() -> float | None:
-    """Peak FLOP/s of one rank's device: from the makers' tables, on a CPU from a short matrix product."""
-    if not device.is_cpu():
-        return peak_flops(device.name())
-    size = 384
-    matrix = torch.ones(size, size)
-    best = math.inf
-    for _ in range(8):
-        began = time.perf_counter()
-        torch.mm(matrix, matrix)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best

@@ -195,16 +195,7 @@ def _peak_flops() -> float | None:
     """From the makers' tables; on a CPU the rate of a matrix product, measured now."""
     from megatron_xy.flops import peak_flops
 
-    if not device.is_cpu():
-        return peak_flops(device.name())
-    size = 768
-    matrix = torch.ones(size, size)
-    best = math.inf
-    for _ in range(8):
-        began = time.perf_counter()
-        torch.mm(matrix, matrix)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return device.matrix_product_rate() if device.is_cpu() else peak_flops(device.name())
 
 
 if __name__ == "__main__":
