@@ -16,6 +16,16 @@ import yaml
 from megatron_xy.errors import ConfigError
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader without its base-60 numbers: 10:12 is text, not 612."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        """The tag of a node that names none."""
+        if kind is yaml.ScalarNode and implicit[0] and re.fullmatch(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?", value):
+            return "tag:yaml.org,2002:str"
+        return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
+
+
 class Lines:
     """Where every key of a YAML file stands, by its dotted path."""
 
@@ -70,14 +80,14 @@ def apply_overrides(values: dict[str, Any], lines: Lines, overrides: Sequence[st
 def _parse_yaml(text: str, where: Callable[[int], str]) -> tuple[Any, yaml.Node | None]:
     """`text` as plain values and as YAML's own tree; `where` turns a line into the place that a ConfigError names."""
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for event in yaml.parse(text, Loader=_Loader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
                 line = event.start_mark.line + 1 if event.start_mark else 1
                 raise ConfigError(f"{where(line)}: YAML anchors, aliases and tags are not accepted; write it out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         if node is not None:
             _refuse_repeated_keys(node, where)
-        return yaml.safe_load(text), node
+        return yaml.load(text, Loader=_Loader), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ConfigError(f"{where(mark.line + 1 if mark else 1)}: not valid YAML: {error.problem}") from None

@@ -680,3 +680,10 @@ def test_no_text_ends_in_anything_but_a_config_error(tmp_path_factory, text: str
     run_dir_of(path, overrides=overrides)
     with pytest.raises(ConfigError):
         load_config(path, overrides=overrides)
+
+
+def test_a_window_of_steps_is_text_in_a_file_and_in_an_override(run_yaml: Path) -> None:
+    """YAML 1.1 reads 10:12 as the base-60 number 612."""
+    run_yaml.write_text(run_yaml.read_text() + "runtime:\n  profile: 10:12\n")
+    assert load_config(run_yaml).runtime.profiled_iterations == range(10, 12)
+    assert load_config(run_yaml, overrides=["runtime.profile=30:45"]).runtime.profile == "30:45"
