@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import warnings
+from typing import Any
+
+import torch
 
 from megatron_xy import device
 
@@ -55,6 +58,14 @@ _optimizer.USING_PYTORCH_OPTIMIZER = True
 
 VERSION = importlib.metadata.version("megatron-core")
 
+
+def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
+    """The gradients that count in the norm on this rank, replicas left out; the method's name differs by version."""
+    name = "get_grads_for_grad_norm"  # newer than 0.16
+    gradients = getattr(optimizer, name if hasattr(optimizer, name) else "get_main_grads_for_grad_norm")
+    return list(gradients())
+
+
 # The one bit of global state that sequence parallel needs: a scratch buffer, keyed by name and dtype, which all roles
 # share.
 if getattr(_parallel_state, "_GLOBAL_MEMORY_BUFFER", None) is None:
@@ -83,5 +94,6 @@ __all__ = [
     "get_gpt_layer_local_spec",
     "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
+    "gradients_for_norm",
     "tensor_parallel_random",
 ]

@@ -104,7 +104,7 @@ def global_grad_norm(optimizer: Any) -> float:
     total = torch.zeros(1, dtype=torch.float64, device=device.current())
     for part in optimizer.chained_optimizers:
         squares = torch.zeros_like(total)
-        for gradient in part.get_main_grads_for_grad_norm():
+        for gradient in mcore.gradients_for_norm(part):
             squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         total += sum_over(squares, part.get_grad_stats_parallel_group())
     return float(total.sqrt().item())
