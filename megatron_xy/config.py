@@ -53,6 +53,12 @@ def _plain_number(value: Any) -> Any:
     return value
 
 
+def _plain_flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
 def _path_text(value: Any) -> Any:
     if not isinstance(value, str | Path):
         raise ValueError("must be a path; put it in quotes if it is one")
@@ -80,7 +86,8 @@ class Section(BaseModel):
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None, "a field's validator knows its field"
-        return value if cls.model_fields[info.field_name].annotation is bool else _plain_number(value)
+        is_flag = cls.model_fields[info.field_name].annotation is bool
+        return _plain_flag(value) if is_flag else _plain_number(value)
 
 
 class ModelConfig(Section):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_xy import device
+from megatron_xy import device, waits
 from megatron_xy.config import ModelConfig
 from megatron_xy.flops import peak_flops
 from megatron_xy.model.attention_backends import BACKENDS, examine
@@ -60,6 +60,7 @@ def diagnose() -> dict[str, Any]:
         "compile": compiler()._asdict(),
         "optimizer": "torch's AdamW, fused",
         "patched": device.patched(),
+        "wrapped": waits.wrapped(),
     }
 
 
@@ -84,6 +85,8 @@ def told(findings: dict[str, Any]) -> str:
         lines += [f"  {name}" for name in findings["patched"]]
     else:
         lines.append("patched: nothing")
+    lines.append("wrapped in a training process, to count and time waits (waits.py): torch.distributed's")
+    lines.append("  " + ", ".join(findings["wrapped"]))
     return "\n".join(lines)
 
 

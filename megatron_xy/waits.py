@@ -39,6 +39,12 @@ def install() -> None:
             setattr(dist.ProcessGroup, name, _noted(getattr(dist.ProcessGroup, name)))
 
 
+def wrapped() -> list[str]:
+    """The names in torch.distributed that `install` wraps."""
+    starters = [f"ProcessGroup.{name}" for name in _STARTERS if hasattr(dist.ProcessGroup, name)]
+    return ["Work.wait", *starters]
+
+
 def begin_timing() -> None:
     """From now on the waits are timed."""
     global _spans

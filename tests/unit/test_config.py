@@ -351,6 +351,8 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("model.load=5", "model.load (5): must be text; put it in quotes"),
         ("model.params_dtype=fp16", "model.params_dtype (fp16): must be 'fp32' or 'bf16'"),
         ("parallel.sequence_parallel=often", "parallel.sequence_parallel (often): must be true or false"),
+        ("parallel.sequence_parallel=1", "parallel.sequence_parallel (1): must be true or false"),
+        ("parallel.sequence_parallel='yes'", "parallel.sequence_parallel (yes): must be true or false"),
         ("runtime.profile=5", "runtime.profile (5): must be text; put it in quotes"),
         ("runtime.profile='5:5'",
          "runtime.profile (5:5): must be A:B, iterations from A (1 is the first) to B - 1, such as 10:13"),
