@@ -1,4 +1,4 @@
-"""A model with a value head gives the same values, gradients and updates under every layout, and starts from any trunk."""
+"""A model with a value head: the same values, gradients and updates under every layout, and a start from any trunk."""
 
 from __future__ import annotations
 
