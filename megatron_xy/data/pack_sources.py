@@ -18,7 +18,6 @@ from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError
 
-
 FEW_DOCUMENTS = 200_000  # packed by plain Python before numba would be ready
 
 
