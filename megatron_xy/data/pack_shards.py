@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.best_fit import start_engine
+from megatron_xy.data.best_fit import EngineName, start_engine
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.data.manifest import Entry, ShardEntry, bucket_folder, file_entry
 from megatron_xy.data.origins import Rows, TracedWriter, read_rows, trace_path
@@ -42,6 +42,7 @@ class PackTask:
     windows: tuple[tuple[Range, ...], ...]
     packing: Packing
     overflow: Overflow
+    engine: EngineName
 
     @property
     def receipt(self) -> Path:
@@ -70,6 +71,7 @@ def pack_tasks(
     window_documents: int,
     packing: Packing = "best_fit",
     overflow: Overflow = "split",
+    engine: EngineName = "auto",
 ) -> list[PackTask]:
     """How the documents of one source, in the token shards `prefixes`, fall into windows, and windows into shards."""
     shards: list[list[tuple[Range, ...]]] = []
@@ -94,7 +96,7 @@ def pack_tasks(
     windows += [tuple(window)] if window else []
     shards += [windows] if windows else []
     return [
-        PackTask(folder, source, index, buckets, tuple(windows), packing=packing, overflow=overflow)
+        PackTask(folder, source, index, buckets, tuple(windows), packing=packing, overflow=overflow, engine=engine)
         for index, windows in enumerate(shards)
     ]
 
@@ -123,7 +125,7 @@ def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
         tokens=sum(writer.num_tokens for writer in writers.values()),
         tokens_lost=tokens_lost,
         shards=shards,
-        engine=str(start_engine()) if task.packing == "best_fit" else "numpy",
+        engine=str(start_engine(task.engine)) if task.packing == "best_fit" else "numpy",
     )
     write_text(task.receipt, receipt.model_dump_json())
     return receipt
@@ -149,7 +151,13 @@ def _pack_window(
             except OSError as error:
                 raise storage_error(task.folder, error) from error
         window_lengths = np.concatenate(lengths).astype(np.int64)
-        plan = pack(window_lengths, buckets=task.buckets, packing=task.packing, overflow=task.overflow)
+        plan = pack(
+            window_lengths,
+            buckets=task.buckets,
+            packing=task.packing,
+            overflow=task.overflow,
+            engine=task.engine,
+        )
         for size in (task.buckets[index] for index in np.unique(plan.sample_bucket)):
             if size not in writers:
                 prefix = task.folder / task.source / bucket_folder(size) / f"shard_{task.index:05d}"
