@@ -55,3 +55,82 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # The saved softmax is used once: it becomes the gradient in place.
         gradient = probabilities.scatter_add_(-1, column.unsqueeze(-1), -owned.to(probabilities.dtype).unsqueeze(-1))
         return gradient.mul_(grad.unsqueeze(-1)).to(ctx.dtype), None, None, None
+
+
+def token_logprobs_and_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int, temperature: float, tp_group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p(label) and the entropy of the distribution softmax(logits / temperature), in one pass, in fp32.
+
+    logits [tokens, padded vocabulary / tp], labels [tokens]; returns two of [tokens], both with gradients. Worked on in
+    chunks of tokens, forward and backward: beside the logits' own memory there is that of one chunk.
+    """
+    logprobs, entropy = _VocabParallelLogprobs.apply(  # type: ignore[no-untyped-call]
+        logits, labels, vocab_size, temperature, tp_group
+    )
+    return logprobs, entropy
+
+
+CHUNK_TOKENS = 1024
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    """With z = logits / T and p = softmax(z): log p_label = z_label - logsumexp(z), H = logsumexp(z) - sum(p z)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        temperature: float,
+        tp_group: dist.ProcessGroup,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = logits.size(-1)
+        first = tp_group.rank() * columns
+        valid = max(0, min(columns, vocab_size - first))
+        owned = (labels >= first) & (labels < first + valid)
+        column = (labels - first).clamp(0, columns - 1)
+        results = []
+        for part in range(0, logits.size(0), CHUNK_TOKENS):
+            rows = slice(part, part + CHUNK_TOKENS)
+            scores = logits[rows, :valid].float() / temperature
+            largest = scores.amax(dim=-1) if valid else scores.new_full((scores.size(0),), -torch.inf)
+            largest = max_over(largest, tp_group)
+            scores = scores - largest.unsqueeze(-1)
+            exponentials = scores.exp()
+            chosen = column[rows].clamp(max=max(valid - 1, 0)).unsqueeze(-1)
+            label_score = (
+                torch.where(owned[rows], scores.gather(-1, chosen).squeeze(-1), 0.0)
+                if valid
+                else torch.zeros_like(largest)
+            )
+            sums = torch.stack([label_score, exponentials.sum(dim=-1), (exponentials * scores).sum(dim=-1)])
+            label_score, total, weighted = sum_over(sums, tp_group)
+            log_total = total.log()
+            results.append(torch.stack([label_score - log_total, log_total - weighted / total, largest + log_total]))
+        logprobs, entropy, log_normaliser = torch.cat(results, dim=1)
+        ctx.save_for_backward(logits, log_normaliser, entropy, owned, column)
+        ctx.valid, ctx.temperature = valid, temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        """d log p_label / dz = onehot - p;  dH / dz = -p (log p + H)."""
+        logits, log_normaliser, entropy, owned, column = ctx.saved_tensors
+        valid, temperature = ctx.valid, ctx.temperature
+        gradient = torch.zeros_like(logits)
+        for part in range(0, logits.size(0), CHUNK_TOKENS):
+            rows = slice(part, part + CHUNK_TOKENS)
+            if not valid:
+                break
+            log_p = logits[rows, :valid].float() / temperature - log_normaliser[rows].unsqueeze(-1)
+            p = log_p.exp()
+            by_label, by_entropy = grad_logprobs[rows].unsqueeze(-1), grad_entropy[rows].unsqueeze(-1)
+            dz = -p * (by_label + by_entropy * (log_p + entropy[rows].unsqueeze(-1)))
+            chosen = column[rows].clamp(max=valid - 1).unsqueeze(-1)
+            dz.scatter_add_(-1, chosen, torch.where(owned[rows], grad_logprobs[rows], 0.0).unsqueeze(-1))
+            gradient[rows, :valid] = (dz / temperature).to(logits.dtype)
+        return gradient, None, None, None, None

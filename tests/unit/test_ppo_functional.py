@@ -57,15 +57,19 @@ def test_rewards_sum_to_score_minus_the_penalty(golden: dict[str, torch.Tensor])
 def test_golden_advantages_and_returns(golden: dict[str, torch.Tensor]) -> None:
     advantages, returns = advantages_of(golden)
     assert rows(advantages) == pytest.approx(
-        [0.659914, 0.743067, 0.832702, 0.929160, 1.032800, 1.144000]
-        + [-0.609996, -0.593680, -0.574400, -0.552000]
-        + [1.618400, 1.752000],
+        [
+            *[0.659914, 0.743067, 0.832702, 0.929160, 1.032800, 1.144000],
+            *[-0.609996, -0.593680, -0.574400, -0.552000],
+            *[1.618400, 1.752000],
+        ],
         abs=TOLERANCE,
     )
     assert rows(returns) == pytest.approx(
-        [0.759914, 0.793067, 0.832702, 0.879160, 0.932800, 0.994000]
-        + [-0.409996, -0.443680, -0.474400, -0.502000]
-        + [1.918400, 2.002000],
+        [
+            *[0.759914, 0.793067, 0.832702, 0.879160, 0.932800, 0.994000],
+            *[-0.409996, -0.443680, -0.474400, -0.502000],
+            *[1.918400, 2.002000],
+        ],
         abs=TOLERANCE,
     )
 
@@ -76,9 +80,11 @@ def test_golden_whitening(golden: dict[str, torch.Tensor]) -> None:
     assert float(valid.mean()) == pytest.approx(0.531831, abs=TOLERANCE)
     assert float(valid.var()) == pytest.approx(0.779415, abs=TOLERANCE)
     assert rows(F.whiten(advantages, golden["mask"])) == pytest.approx(
-        [0.145080, 0.239268, 0.340798, 0.450056, 0.567449, 0.693405]
-        + [-1.293349, -1.274868, -1.253029, -1.227657]
-        + [1.230759, 1.382088],
+        [
+            *[0.145080, 0.239268, 0.340798, 0.450056, 0.567449, 0.693405],
+            *[-1.293349, -1.274868, -1.253029, -1.227657],
+            *[1.230759, 1.382088],
+        ],
         abs=TOLERANCE,
     )
 
