@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -25,6 +25,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    field_serializer,
     field_validator,
 )
 
@@ -78,6 +79,12 @@ Weight = Annotated[float, BeforeValidator(_plain_number)]
 
 
 Head = Literal["language_model", "value"]
+RoleName = Literal["actor", "critic", "reference", "reward"]
+ROLE_NAMES: tuple[RoleName, ...] = get_args(RoleName)
+TRAINED_ROLES: tuple[RoleName, ...] = ("actor", "critic")
+HEAD_OF_ROLE: dict[RoleName, Head] = {
+    "actor": "language_model", "critic": "value", "reference": "language_model", "reward": "value",
+}  # fmt: skip
 
 
 class Section(BaseModel):
@@ -91,6 +98,9 @@ class Section(BaseModel):
         assert info.field_name is not None, "a field's validator knows its field"
         is_flag = cls.model_fields[info.field_name].annotation is bool
         return _plain_flag(value) if is_flag else _plain_number(value)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class ModelConfig(Section):
@@ -260,33 +270,56 @@ class RuntimeConfig(Section):
 
 
 class RoleConfig(Section):
-    """One PPO role: its ranks and what differs from the run's own sections."""
+    """One PPO role: its ranks, and what differs from the run's own sections of the same names."""
 
-    ranks: int | str | None = None
-    share: float | None = Field(None, gt=0, le=1)
-    model: dict[str, Any] = {}
-    parallel: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    micro_batch_tokens: int | None = Field(None, ge=1)
+    ranks: int | str | None = Field(None, description='0, "0-1" or "0,2-3"; in their order')
+    share: float | None = Field(None, gt=0, le=1, description="of the world, in place of ranks; placed in order")
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    micro_batch_tokens: int | None = Field(None, ge=1, description="null: training.micro_batch_tokens")
+
+    @field_serializer("model", "parallel", "optimizer")
+    def _what_differs(self, section: Section) -> dict[str, Any]:
+        return section.model_dump(mode="json", exclude_unset=True)
 
 
 class PPOConfig(Section):
-    """The algorithm's own numbers."""
+    """The algorithm's own numbers. Lengths in tokens, coefficients of losses in nats."""
 
-    prompts: FilePath | None = None
-    rollout_batch_size: int = Field(64, ge=1)
-    mini_batch_size: int = Field(32, ge=1)
+    prompts: FilePath | None = Field(None, description="jsonl rows with a prompt")
+    rollout_batch_size: int = Field(64, ge=1, description="answers a step, one a prompt")
+    mini_batch_size: int = Field(32, ge=1, description="answers an update")
     ppo_epochs: int = Field(1, ge=1)
     max_response_length: int = Field(512, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    kl_coef: float = Field(0.05, ge=0)
+    temperature: float = Field(1.0, gt=0, description="log-probabilities are those of the tempered distribution")
+    top_p: float = Field(1.0, gt=0, le=1, description="below 1 the sampled distribution is not quite the scored one")
+    top_k: int = Field(0, ge=0, description="0: all; else as for top_p")
+    kl_coef: float = Field(0.05, ge=0, description="of the penalty in the rewards (k1)")
+    kl_target: float | None = Field(None, gt=0, description="nats an answer: kl_coef adapts to it; null: fixed")
+    kl_horizon: int = Field(10_000, ge=1, description="answers; how slowly an adaptive kl_coef moves")
+    kl_loss_coef: float = Field(0.0, ge=0, description="of a divergence loss (k2) in place of the penalty")
+    entropy_coef: float = Field(0.0, ge=0)
     gamma: float = Field(1.0, ge=0, le=1)
     gae_lambda: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = Field(True, description="over the global batch")
     clip_ratio: float = Field(0.2, gt=0)
-    value_clip: float = Field(0.2, gt=0)
-    responses: FilePath | None = None
+    clip_ratio_high: float | None = Field(None, gt=0, description="null: clip_ratio")
+    dual_clip: float | None = Field(None, gt=1, description="bounds the loss of negative advantages; null: unbounded")
+    value_clip: float | None = Field(0.2, gt=0, description="null: no clip")
+    loss_aggregation: Literal["token_mean", "sequence_sum_mean", "sequence_token_mean"] = "token_mean"
+    critic_warmup_iters: int = Field(0, ge=0, description="steps in which the critic alone is updated")
+    reward_normalization: Literal["none", "running", "stored"] = Field(
+        "none", description="running: by all scores so far; stored: by what the reward model's checkpoint keeps"
+    )
+    reward_clip: float | None = Field(None, gt=0, description="of the normalised score; null: no clip")
+    missing_end: Literal["penalty", "mask", "bootstrap"] = Field(
+        "penalty", description="of answers that were cut: taken off the score; not learned from; valued by the critic"
+    )
+    missing_end_penalty: float = Field(0.0, ge=0)
+    reward_function: str | None = Field(None, description="FILE:FUNCTION in place of the role reward")
+    snapshot_interval: int = Field(0, ge=0, description="steps; the actor's checkpoints of these are kept; 0: none")
+    responses: FilePath | None = Field(None, description="given answers, in the order in which prompts are drawn")
     dump_rollouts: bool = False
 
 
@@ -303,7 +336,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    roles: dict[Literal["actor", "critic", "reference", "reward"], RoleConfig] | None = None
+    roles: dict[RoleName, RoleConfig] | None = None
     ppo: PPOConfig | None = None
 
     @field_validator("model", "parallel", "data", "training", "optimizer", "checkpoint", "runtime", mode="before")
@@ -389,6 +422,7 @@ def load_config(path: Path, *, overrides: Sequence[str] = (), world_size: int | 
     """
     values, lines = read_yaml(path)
     problems = [Problem(where, text) for where, text in apply_overrides(values, lines, overrides)]
+    _let_ranks_replace_shares(values, overrides)
     config, refused = _validate(values)
     problems += [Problem(lines.where(name, path), text) for name, text in refused.items()]
     for name, text in _rules(config, world_size=world_size):
@@ -397,6 +431,15 @@ def load_config(path: Path, *, overrides: Sequence[str] = (), world_size: int | 
     if problems:
         raise InvalidConfig(problems)
     return config.model_copy(update={"model": config.model.model_copy(update={"head": _head_of(config)})})
+
+
+def _let_ranks_replace_shares(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """An override that names a role's ranks means them in place of the share that the file gives."""
+    for override in overrides:
+        match = re.match(r"roles\.(\w+)\.ranks=", override)
+        role = match and isinstance(values.get("roles"), dict) and values["roles"].get(match[1])
+        if isinstance(role, dict):
+            role.pop("share", None)
 
 
 def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
@@ -452,6 +495,9 @@ def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:
 def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
     """(key, sentence) of every rule between keys that does not hold, and of what is not built yet."""
     yield from _not_built(config)
+    if config.task == "ppo":
+        yield from _ppo_rules(config, world_size=world_size)
+        return
     if "head" in config.model.model_fields_set and config.model.head != _head_of(config):
         yield "model.head", f"model.head ({config.model.head}): task {config.task} has {_head_of(config)}; leave it out"
     yield from _shape_rules(config.model, config.parallel)
@@ -465,17 +511,7 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             f"tensor_model_parallel_size ({tp}) under sequence_parallel; nearest: "
             f"{_nearest_multiples(training.micro_batch_tokens, tp)}",
         )
-    if parallel.num_chunks > 1 and parallel.pipeline_model_parallel_size == 1:
-        yield (
-            "parallel.virtual_pipeline_model_parallel_size",
-            f"virtual_pipeline_model_parallel_size ({parallel.num_chunks}) needs pipeline_model_parallel_size above 1; "
-            f"leave it out",
-        )
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
-        yield (
-            "parallel.overlap_param_gather",
-            "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
-        )
+    yield from _layout_rules(parallel)
     yield from _schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None:
         yield (
@@ -491,6 +527,21 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
         for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
             if getattr(config.model, key) is None:
                 yield f"model.{key}", f"model.{key} is missing; give it, or model.load: hf:DIR that has it"
+
+
+def _layout_rules(parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+    """Switches that need others."""
+    if parallel.num_chunks > 1 and parallel.pipeline_model_parallel_size == 1:
+        yield (
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"virtual_pipeline_model_parallel_size ({parallel.num_chunks}) needs pipeline_model_parallel_size above 1; "
+            f"leave it out",
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather",
+            "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
+        )
 
 
 def _batch_rules(
@@ -647,8 +698,8 @@ def _head_of(config: RunConfig) -> Head:
 def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What the config format has a place for and the code does not do yet: refused, never ignored."""
     parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
-    if config.task != "pretrain":
-        yield "task", f"task ({config.task}): only pretrain is supported"
+    if config.task not in ("pretrain", "ppo"):
+        yield "task", f"task ({config.task}): only pretrain and ppo are supported"
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
@@ -663,10 +714,194 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "training.epochs", f"training.epochs ({training.epochs}): only null is supported; use train_iters"
     if checkpoint.hf_interval:
         yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): only 0 is supported"
-    if config.roles is not None:
-        yield "roles", "roles: only task ppo has roles, and it is not supported yet"
-    if config.ppo is not None:
-        yield "ppo", "ppo: only task ppo has this section, and it is not supported yet"
+    if config.task != "ppo":
+        if config.roles is not None:
+            yield "roles", f"roles: only task ppo has roles, and task is {config.task}; leave them out"
+        if config.ppo is not None:
+            yield "ppo", f"ppo: only task ppo has this section, and task is {config.task}; leave it out"
+
+
+@dataclass(frozen=True)
+class PlacedRole:
+    """One PPO role, settled: its sections with what they leave out filled in, and its ranks in their order."""
+
+    name: RoleName
+    ranks: tuple[int, ...]
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig | None  # None where the weights stay as they are
+    micro_batch_tokens: int
+
+
+def role_names(config: RunConfig) -> tuple[RoleName, ...]:
+    """The roles that a PPO run has; a function may stand in for the reward model."""
+    has_function = config.ppo is not None and config.ppo.reward_function is not None
+    return ROLE_NAMES[:-1] if has_function else ROLE_NAMES
+
+
+def placed_roles(config: RunConfig, *, world_size: int) -> dict[RoleName, PlacedRole]:
+    """The roles of a checked config over a world of `world_size` ranks."""
+    assert config.roles is not None, "the config's rules ask for roles"
+    ranks = _ranks_of_roles(config.roles, role_names(config), world_size=world_size)
+    return {
+        name: PlacedRole(
+            name,
+            tuple(ranks[name]),
+            *role_sections(config, name),
+            optimizer=_merged(config.optimizer, config.roles[name].optimizer) if name in TRAINED_ROLES else None,
+            micro_batch_tokens=config.roles[name].micro_batch_tokens or config.training.micro_batch_tokens,
+        )
+        for name in role_names(config)
+    }
+
+
+def role_sections(config: RunConfig, name: RoleName) -> tuple[ModelConfig, ParallelConfig]:
+    """A role's model and layout: its own keys, the run's sections for the rest."""
+    role = (config.roles or {}).get(name, RoleConfig())
+    model = _merged(config.model, role.model).model_copy(update={"head": HEAD_OF_ROLE[name]})
+    return model, _merged(config.parallel, role.parallel)
+
+
+def _merged(section: SectionType, changes: SectionType) -> SectionType:
+    return section.model_copy(update={name: getattr(changes, name) for name in changes.model_fields_set})
+
+
+def _ranks_of_roles(
+    roles: dict[RoleName, RoleConfig], names: Sequence[RoleName], *, world_size: int
+) -> dict[RoleName, list[int]]:
+    """Global ranks of each role; shares follow one another. Raises ValueError whose text begins with the key."""
+    ranks: dict[RoleName, list[int]] = {}
+    taken = 0.0
+    for name in names:
+        role = roles[name]
+        if role.ranks is not None:
+            ranks[name] = parsed_ranks(role.ranks, key=f"roles.{name}.ranks")
+            continue
+        assert role.share is not None, "a role has ranks or a share"
+        first, taken = taken * world_size, taken + role.share
+        last = taken * world_size
+        if abs(first - round(first)) > 1e-6 * world_size or abs(last - round(last)) > 1e-6 * world_size:
+            raise ValueError(
+                f"roles.{name}.share ({role.share:g}) of {world_size} ranks is no whole number of ranks from "
+                f"{first:g} to {last:g}; give shares that are, or ranks"
+            )
+        ranks[name] = list(range(round(first), round(last)))
+    return ranks
+
+
+def parsed_ranks(value: int | str, *, key: str) -> list[int]:
+    """[0, 2, 3] of 0, "0-1" or "0,2-3". Raises ValueError whose text begins with the key."""
+    ranks: list[int] = []
+    for part in str(value).replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f'{key} ({_shown(value)}) must be a rank or ranges of ranks, such as 0, "0-1" or "0,2-3"')
+        ranks += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"{key} ({_shown(value)}) names a rank twice")
+    return ranks
+
+
+def _ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
+    """What a PPO run needs, role by role."""
+    ppo, roles = config.ppo or PPOConfig(), config.roles or {}
+    if ppo.prompts is None:
+        yield "ppo.prompts", "ppo.prompts is missing; name a jsonl file of rows with a prompt"
+    if config.data.tokenizer is None:
+        yield "data.tokenizer", "data.tokenizer is missing; prompts are text, and answers end with its end token"
+    if ppo.rollout_batch_size % ppo.mini_batch_size:
+        yield (
+            "ppo.mini_batch_size",
+            f"ppo.mini_batch_size ({ppo.mini_batch_size}) must divide rollout_batch_size ({ppo.rollout_batch_size}); "
+            f"nearest: {_nearest_divisors(ppo.mini_batch_size, ppo.rollout_batch_size)}",
+        )
+    if ppo.kl_loss_coef and ppo.kl_coef:
+        yield (
+            "ppo.kl_loss_coef",
+            f"ppo.kl_loss_coef ({ppo.kl_loss_coef}) and ppo.kl_coef ({ppo.kl_coef}) would count the divergence twice; "
+            f"set one of them to 0",
+        )
+    if ppo.kl_target is not None and not ppo.kl_coef:
+        yield "ppo.kl_target", f"ppo.kl_target ({ppo.kl_target:g}) adapts kl_coef, which is 0; give it a start above 0"
+    if ppo.reward_function is not None and not re.fullmatch(r"[^\0:]+\.py:[A-Za-z_]\w*", ppo.reward_function):
+        yield "ppo.reward_function", f"ppo.reward_function ({ppo.reward_function}) must be FILE.py:FUNCTION"
+    if ppo.reward_function is not None and ppo.reward_normalization == "stored":
+        yield (
+            "ppo.reward_normalization",
+            "ppo.reward_normalization (stored): a function has no stored statistics; take running or none",
+        )
+    if config.training.eval_interval:
+        yield "training.eval_interval", "training.eval_interval: task ppo evaluates nothing by itself; leave it out"
+    names = role_names(config)
+    for name in ROLE_NAMES:
+        if name not in names and name in roles:
+            yield f"roles.{name}", "roles.reward: ppo.reward_function stands in for it; leave one of them out"
+        elif name in names and name not in roles:
+            yield f"roles.{name}", f"roles.{name} is missing; task ppo has the roles {', '.join(names)}"
+    for name in (name for name in names if name in roles):
+        yield from _role_rules(config, name)
+    if all(name in roles and (roles[name].ranks is None) != (roles[name].share is None) for name in names):
+        yield from _placement_rules(config, world_size=world_size)
+
+
+def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
+    assert config.roles is not None, "it has this role"
+    role = config.roles[name]
+    if (role.ranks is None) == (role.share is None):
+        yield f"roles.{name}", f"roles.{name} needs either ranks or a share of the world"
+    model, parallel = role_sections(config, name)
+    if role.model.load is None and config.model.load is None and model.num_layers is None:
+        yield f"roles.{name}.model.load", f"roles.{name}.model.load is missing; name the weights that it starts from"
+    rules = [*_shape_rules(model, parallel), *_layout_rules(parallel)]
+    if name in TRAINED_ROLES:
+        rules += _schedule_rules(_merged(config.optimizer, role.optimizer))
+    for key, text in rules:
+        yield f"roles.{name}.{key}", f"roles.{name}: {text}"
+    if parallel.context_parallel_size != 1:
+        yield (
+            f"roles.{name}.parallel.context_parallel_size",
+            f"roles.{name}: context_parallel_size ({parallel.context_parallel_size}): only 1 is supported",
+        )
+    if parallel.num_chunks > 1:
+        yield (
+            f"roles.{name}.parallel.virtual_pipeline_model_parallel_size",
+            f"roles.{name}: virtual_pipeline_model_parallel_size ({parallel.num_chunks}): only null is supported",
+        )
+
+
+def _placement_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
+    """Ranks are there, used, and as many as the layouts need. Without a world size: as far as ranks are named."""
+    assert config.roles is not None, "it has roles"
+    names = role_names(config)
+    shares = [config.roles[name].share for name in names]
+    if sum(filter(None, shares)) > 1 + 1e-9:
+        yield "roles", f"roles: shares sum to {sum(filter(None, shares)):g}, at most 1; name ranks that roles share"
+        return
+    if world_size is None and any(share is not None for share in shares):
+        return
+    try:
+        ranks = _ranks_of_roles(config.roles, names, world_size=world_size or 0)
+    except ValueError as error:
+        yield str(error).split(" ", 1)[0], str(error)
+        return
+    for name in names:
+        unit = role_sections(config, name)[1].model_parallel_size
+        if len(ranks[name]) % unit:
+            yield (
+                f"roles.{name}",
+                f"roles.{name} has {len(ranks[name])} ranks, which must be a multiple of its tensor x pipeline "
+                f"parallel size ({unit}); nearest: {_nearest_multiples(len(ranks[name]), unit)}",
+            )
+        if world_size is not None and (beyond := [rank for rank in ranks[name] if rank >= world_size]):
+            yield (
+                f"roles.{name}.ranks",
+                f"roles.{name}.ranks ({config.roles[name].ranks}) names rank {beyond[0]}, and the world has "
+                f"{world_size}, from 0 to {world_size - 1}",
+            )
+    used = {rank for of_role in ranks.values() for rank in of_role}
+    idle = sorted(set(range(world_size if world_size is not None else max(used) + 1)) - used)
+    if idle:
+        yield "roles", f"roles: no role has rank {', '.join(map(str, idle[:8]))}; every rank of the world needs one"
 
 
 def _world_rule(parallel: ParallelConfig, world_size: int) -> str:
@@ -681,6 +916,12 @@ def _world_rule(parallel: ParallelConfig, world_size: int) -> str:
 def _nearest_multiples(value: int, unit: int) -> str:
     below = value // unit * unit
     return f"{below}, {below + unit}" if below else f"{below + unit}"
+
+
+def _nearest_divisors(value: int, whole: int) -> str:
+    divisors = [number for number in range(1, whole + 1) if whole % number == 0]
+    below, above = [n for n in divisors if n < value][-1:], [n for n in divisors if n > value][:1]
+    return ", ".join(map(str, below + above))
 
 
 def _validate(values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
@@ -782,4 +1023,4 @@ def _section_of(sections: list[str]) -> type[Section] | None:
         return RunConfig
     if sections[:2] == ["training", "phases"]:
         return Phase
-    return RoleConfig if sections[0] == "roles" else SECTIONS.get(sections[-1])
+    return RoleConfig if sections[0] == "roles" and len(sections) == 2 else SECTIONS.get(sections[-1])

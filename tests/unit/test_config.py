@@ -478,19 +478,18 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
          "training.phases[0].train_only (embedding, output_layer): only null is supported; all weights train"),
         ("training.epochs=2", "training.epochs (2): only null is supported; use train_iters"),
         ("checkpoint.hf_interval=5", "hf_interval (5): only 0 is supported"),
-        ("task=sft", "task (sft): only pretrain is supported"),
+        ("task=sft", "task (sft): only pretrain and ppo are supported"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused_by_name(run_yaml: Path, override: str, text: str) -> None:
     assert problem_of(run_yaml, override) == text
 
 
-def test_ppo_is_read_and_refused_by_name(run_yaml: Path) -> None:
-    run_yaml.write_text(SMALLEST + "task: ppo\n" + ROLES)
+def test_roles_belong_to_task_ppo(run_yaml: Path) -> None:
+    run_yaml.write_text(SMALLEST + ROLES)
     assert problems_of(run_yaml) == [
-        "task (ppo): only pretrain is supported",
-        "roles: only task ppo has roles, and it is not supported yet",
-        "ppo: only task ppo has this section, and it is not supported yet",
+        "roles: only task ppo has roles, and task is pretrain; leave them out",
+        "ppo: only task ppo has this section, and task is pretrain; leave it out",
     ]
 
 

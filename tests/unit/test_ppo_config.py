@@ -1,0 +1,125 @@
+"""The sections of a PPO run: roles fill in what they leave out, stand on their ranks, and problems are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_xy.config import InvalidConfig, check_world, dump_config, load_config, placed_roles
+
+SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "vocab_size": 96}
+
+
+def config_of(tmp_path: Path, changes: dict[str, Any] | None = None, *, overrides: tuple[str, ...] = ()) -> Any:
+    values: dict[str, Any] = {
+        "task": "ppo",
+        "model": SHAPE,
+        "data": {"tokenizer": "tokenizer.model"},
+        "optimizer": {"lr": 1e-3, "min_lr": 1e-4},
+        "roles": {
+            "actor": {"ranks": "0-1", "parallel": {"tensor_model_parallel_size": 2}},
+            "critic": {"ranks": "2,3", "optimizer": {"lr": 2e-3}, "model": {"num_layers": 2}},
+            "reference": {"ranks": 0},
+            "reward": {"ranks": "1-2", "micro_batch_tokens": 512},
+        },
+        "ppo": {"prompts": "prompts.jsonl"},
+    }
+    for name, section in (changes or {}).items():
+        values[name] = section if section is None else {**values.get(name, {}), **section}
+        values[name] = values[name] and {key: value for key, value in values[name].items() if value is not None}
+    path = tmp_path / "ppo.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+    return load_config(path, overrides=overrides)
+
+
+def test_roles_take_what_they_leave_out_from_the_sections_of_the_run(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    check_world(config, world_size=4)
+    roles = placed_roles(config, world_size=4)
+    assert {name: role.ranks for name, role in roles.items()} == {
+        "actor": (0, 1),
+        "critic": (2, 3),
+        "reference": (0,),
+        "reward": (1, 2),
+    }
+    actor, critic = roles["actor"], roles["critic"]
+    assert (actor.parallel.tensor_model_parallel_size, critic.parallel.tensor_model_parallel_size) == (2, 1)
+    assert actor.optimizer and critic.optimizer
+    assert (actor.optimizer.lr, critic.optimizer.lr, critic.optimizer.min_lr) == (1e-3, 2e-3, 1e-4)
+    assert roles["reference"].optimizer is None
+    assert [role.model.head for role in roles.values()] == ["language_model", "value", "language_model", "value"]
+    assert (actor.model.num_layers, critic.model.num_layers, critic.model.hidden_size) == (4, 2, 64)
+    assert (actor.micro_batch_tokens, roles["reward"].micro_batch_tokens) == (2048, 512)
+
+
+def test_shares_follow_one_another(tmp_path: Path) -> None:
+    shares = {"actor": 0.5, "critic": 0.25, "reference": 0.125, "reward": 0.125}
+    config = config_of(tmp_path, {"roles": {name: {"share": share} for name, share in shares.items()}})
+    roles = placed_roles(config, world_size=16)
+    assert [role.ranks for role in roles.values()] == [tuple(range(8)), (8, 9, 10, 11), (12, 13), (14, 15)]
+    with pytest.raises(InvalidConfig, match=r"roles.reference.share \(0.125\) of 12 ranks is no whole number of ranks"):
+        check_world(config, world_size=12)
+
+
+def test_a_ranks_override_replaces_a_share(tmp_path: Path) -> None:
+    roles = {name: {"share": 0.25} for name in ("actor", "critic", "reference", "reward")}
+    config = config_of(tmp_path, {"roles": roles}, overrides=("roles.reward.ranks=0",))
+    assert placed_roles(config, world_size=4)["reward"].ranks == (0,)
+
+
+def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    again = tmp_path / "run.yaml"
+    again.write_text(dump_config(config))
+    assert placed_roles(load_config(again), world_size=4) == placed_roles(config, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"ppo": {"prompts": None}}, "ppo.prompts is missing; name a jsonl file of rows with a prompt"),
+        ({"data": {"tokenizer": None}}, "data.tokenizer is missing"),
+        (
+            {"roles": {"critic": None}},
+            "roles.critic is missing; task ppo has the roles actor, critic, reference, reward",
+        ),
+        ({"roles": {"critic": {"ranks": "3-2"}}}, "roles.critic.ranks (3-2) must be a rank or ranges of ranks"),
+        ({"roles": {"critic": {"ranks": "2,2-3"}}}, "roles.critic.ranks (2,2-3) names a rank twice"),
+        ({"roles": {"critic": {}}}, "roles.critic needs either ranks or a share of the world"),
+        (
+            {"roles": {"actor": {"ranks": 0, "parallel": {"tensor_model_parallel_size": 2}}}},
+            "roles.actor has 1 ranks, which must be a multiple of its tensor x pipeline parallel size (2); nearest: 2",
+        ),
+        ({"roles": {"critic": {"ranks": "4-5"}}}, "roles: no role has rank 3; every rank of the world needs one"),
+        (
+            {"roles": {"critic": {"ranks": "2-3", "parallel": {"tensor_model_parallel_size": 3}}}},
+            "roles.critic: model.num_attention_heads (4) must be a multiple of tensor_model_parallel_size (3)",
+        ),
+        (
+            {"roles": {"critic": {"ranks": "2-3", "parallel": {"context_parallel_size": 2}}}},
+            "roles.critic: context_parallel_size (2): only 1 is supported",
+        ),
+        ({"roles": {"critic": {"ranks": "2-3", "model": {"layers": 2}}}}, "roles.critic.model.layers: unknown key"),
+        (
+            {"ppo": {"rollout_batch_size": 60, "mini_batch_size": 32}},
+            "ppo.mini_batch_size (32) must divide rollout_batch_size (60); nearest: 30, 60",
+        ),
+        ({"ppo": {"kl_loss_coef": 0.1}}, "would count the divergence twice"),
+        ({"ppo": {"temperature": 0}}, "ppo.temperature (0): must be greater than 0"),
+        ({"ppo": {"reward_function": "score"}}, "ppo.reward_function (score) must be FILE.py:FUNCTION"),
+        ({"ppo": {"reward_function": "a.py:score"}}, "roles.reward: ppo.reward_function stands in for it"),
+        ({"model": {"num_layers": None}}, "roles.actor.model.load is missing; name the weights that it starts from"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        config_of(tmp_path, changes)
+    assert text in str(caught.value)
+
+
+def test_a_rank_beyond_the_world(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"names rank 2, and the world has 2, from 0 to 1"):
+        check_world(config_of(tmp_path), world_size=2)
