@@ -1,0 +1,136 @@
+"""Prompts of a PPO run: a jsonl file -> token rows, and which of them each step draws.
+
+The order is a function of (seed, position): nothing is carried along, and a resumed run draws what it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
+from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class DrawnPrompt:
+    """One prompt of a step: its row in the file, and how often the file had been gone through before."""
+
+    row: int
+    epoch: int
+
+
+class PromptFile:
+    """The rows of a jsonl file that hold a `prompt`: text, taken as it stands after the begin token.
+
+    Raises ConfigError where the file is not there, DataError for rows that are no prompts, all of them named.
+    """
+
+    def __init__(self, path: Path, *, seed: int) -> None:
+        self.path, self._seed = path, seed
+        self.rows = read_rows(path, wanted="prompt", kinds=(str,))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def draw(self, first: int, count: int) -> list[DrawnPrompt]:
+        """The prompts at places first to first + count - 1 of the run; each row once an epoch, shuffled anew."""
+        size = len(self.rows)
+        drawn = []
+        for position in range(first, first + count):
+            epoch, place = divmod(position, size)
+            keys = np.frombuffer(
+                hashlib.sha256(f"prompts/{self._seed}/{epoch}".encode()).digest() * 2, dtype=np.uint64
+            )[:PERMUTATION_ROUNDS]
+            row = permute(
+                np.array([place], dtype=np.uint64), np.array([size], dtype=np.uint64), keys.reshape(1, -1).copy()
+            )
+            drawn.append(DrawnPrompt(int(row[0]), epoch))
+        return drawn
+
+    def tokens(self, row: int, tokenizer: Tokenizer) -> list[int]:
+        """A row's prompt as token ids, the begin token first where the tokenizer has one."""
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return [*begin, *tokenizer.encode(str(self.rows[row]["prompt"])).tolist()]
+
+    def check_lengths(self, tokenizer: Tokenizer, *, most: int, reason: str) -> None:
+        """Raises DataError that names the first rows of more than `most` tokens, or of none."""
+        for row in range(len(self.rows)):
+            length = len(self.tokens(row, tokenizer))
+            if not 0 < length <= most:
+                raise DataError(
+                    f"{self.path}:{self.rows[row]['line']}: the prompt has {length} tokens, must have 1 to {most} "
+                    f"({reason}); shorten it, or leave the row out"
+                )
+
+
+class GivenResponses:
+    """Answers from a file in place of generated ones, in the order in which prompts are drawn.
+
+    Rows hold `response_tokens`, the end token included. Raises as PromptFile does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = read_rows(path, wanted="response_tokens", kinds=(list,))
+
+    def of(self, first: int, count: int, *, most: int, vocab_size: int) -> list[list[int]]:
+        """The answers at places first to first + count - 1. Raises DataError where one is missing or cannot be one."""
+        if first + count > len(self.rows):
+            raise DataError(
+                f"{self.path} holds {len(self.rows)} answers, and place {first + count} is drawn; give as many as the "
+                f"run draws (training.train_iters x ppo.rollout_batch_size)"
+            )
+        answers = [self.rows[place]["response_tokens"] for place in range(first, first + count)]
+        for place, answer in enumerate(answers, start=first):
+            where = f"{self.path}:{self.rows[place]['line']}"
+            if not 0 < len(answer) <= most:
+                raise DataError(
+                    f"{where}: response_tokens has {len(answer)} tokens, must have 1 to {most} "
+                    f"(ppo.max_response_length); an answer that says nothing is the end token alone"
+                )
+            if not all(isinstance(token, int) and 0 <= token < vocab_size for token in answer):
+                raise DataError(f"{where}: response_tokens must be token ids from 0 to {vocab_size - 1}")
+        return answers
+
+
+def read_rows(path: Path, *, wanted: str, kinds: tuple[type, ...]) -> list[dict[str, Any]]:
+    """The rows of a jsonl file, each with its `line`. Raises ConfigError, and DataError that names all bad rows."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there; name a jsonl file of rows with {wanted}")
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for line, raw in enumerate(path.read_bytes().splitlines(), start=1):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw)
+        except ValueError as error:
+            problems.append(f"{path}:{line}: invalid JSON: {error}")
+            continue
+        value = row.get(wanted) if isinstance(row, dict) else None
+        if not isinstance(value, kinds) or not value:
+            problems.append(f"{path}:{line}: {wanted} is missing, empty or of a wrong type")
+            continue
+        rows.append({**row, "line": line})
+    if problems:
+        more = f"\n... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise DataError("\n".join(problems[:20]) + more)
+    if not rows:
+        raise DataError(f"{path} holds no rows; give rows with {wanted}")
+    return rows
+
+
+def padded(rows: Sequence[Sequence[int]], *, width: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Rows of token ids side by side, 0 behind each: int64 [rows, width]."""
+    table = np.zeros((len(rows), width), dtype=np.int64)
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = row
+    return table
