@@ -11,7 +11,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,15 @@ class CheckpointWriter:
         timeout_seconds: float,
         on_progress: Callable[[int], object] = lambda num_bytes: None,
         on_written: Callable[[str], object] = lambda text: None,
+        part: str = "",
+        publishes: Sequence[str] = (),
+        keep_every: int = 0,
     ) -> None:
+        """part: the role's folder in iter_N, where several roles share it; of these, one gives the whole its name, once
+        the parts that it `publishes` are there. keep_every: iterations that are never let go of; 0: none.
+        """
         self.checkpoints = checkpoints
+        self.part, self.publishes, self.keep_every = part, tuple(publishes), keep_every
         self.keep_latest = keep_latest
         self.asynchronous = asynchronous
         self.timeout_seconds = timeout_seconds
@@ -161,7 +168,7 @@ class CheckpointWriter:
     ) -> None:
         """This rank's shard and note; on the leader also the manifest, the rename and the retention."""
         began = time.monotonic()
-        folder = self.checkpoints / f"{TEMPORARY_PREFIX}iter_{iteration:07d}"
+        folder = self.checkpoints / f"{TEMPORARY_PREFIX}iter_{iteration:07d}" / self.part
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -187,8 +194,9 @@ class CheckpointWriter:
         if groups.is_leader:
             num_bytes = self._complete(folder, iteration, num_ranks=size, state=state)
             seconds = time.monotonic() - began
+            whose = f" of {self.part}" if self.part else ""
             self._on_written(
-                f"checkpoint of step {iteration} written: {num_bytes / 1e6:,.1f} MB in {seconds:.2f} s "
+                f"checkpoint{whose} of step {iteration} written: {num_bytes / 1e6:,.1f} MB in {seconds:.2f} s "
                 f"(training held for {self._held_seconds:.2f} s)"
             )
 
@@ -209,9 +217,18 @@ class CheckpointWriter:
                 shape = tuple(part["shape"])
                 entry = manifest.tensors.setdefault(name, files.TensorEntry(shape, part["dtype"]))
                 entry.pieces.append(files.Piece(note["file"], files.shard_from_json(part, shape=shape)))
-        files.write_manifest(folder, manifest)
         for rank in notes:
             (folder / f"note-{rank:05d}.json").unlink()
+        files.write_manifest(folder, manifest)  # last: from now on another role may give the whole its name
+        if not self.part or self.publishes:
+            self._publish(folder.parent if self.part else folder, iteration)
+        return sum(int(facts["bytes"]) for facts in manifest.files.values())
+
+    def _publish(self, folder: Path, iteration: int) -> None:
+        """Gives what is whole its name, and lets go of the oldest checkpoints."""
+        for part in self.publishes:
+            with waiting_for(f"the checkpoint of {part}"):
+                self._await_file(folder / part / files.MANIFEST)
         final = iteration_folder(self.checkpoints, iteration)
         if final.exists():  # an older run's, damaged or of an abandoned course
             self._remove(final)
@@ -220,18 +237,22 @@ class CheckpointWriter:
         # Later ones, damaged or of an abandoned course, do not count among those kept.
         course = [saved for saved in saved_iterations(self.checkpoints) if saved <= iteration]
         for old in course[self.keep_latest :]:
-            self._remove(iteration_folder(self.checkpoints, old))
-        return sum(int(facts["bytes"]) for facts in manifest.files.values())
+            if not self.keep_every or old % self.keep_every:
+                self._remove(iteration_folder(self.checkpoints, old))
 
     def _await_note(self, path: Path) -> dict[str, Any]:
-        """Another rank's note, as soon as it is there. Writing a shard may take long; a rank that died never will."""
+        """Another rank's note, as soon as it is there."""
+        self._await_file(path)
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return note
+
+    def _await_file(self, path: Path) -> None:
+        """Returns once it is there. Writing a shard may take long; a rank that died never will."""
         deadline = time.monotonic() + max(self.timeout_seconds, 60.0) * 10
         while not path.exists():
             if time.monotonic() > deadline:
                 raise PeerLost(f"{path} did not appear: that rank's part of the checkpoint was never written")
             time.sleep(0.01)
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return note
 
     def _remove(self, folder: Path) -> None:
         """Takes the name away first, so that a kill in between leaves nothing that looks like a checkpoint."""
@@ -241,9 +262,16 @@ class CheckpointWriter:
 
 
 def find_resumable(
-    checkpoints: Path, groups: Groups, *, resume: str | int, say: Callable[[str], None]
+    checkpoints: Path,
+    groups: Groups,
+    *,
+    resume: str | int,
+    say: Callable[[str], None],
+    parts: Sequence[str] = ("",),
 ) -> tuple[Path, files.Manifest] | None:
     """The checkpoint to go on from, verified by all ranks together; None where a run starts afresh. Collective.
+
+    parts: the roles' folders in it; the manifest is the first one's.
 
     `auto` takes the newest valid one and says which were passed over; a number names one, which must be there
     (ConfigError) and whole (DataError). Where checkpoints exist and none is whole: DataError, never from scratch.
@@ -254,9 +282,9 @@ def find_resumable(
     damaged = []
     for iteration in _agreed_candidates(checkpoints, groups, wanted=wanted):
         folder = iteration_folder(checkpoints, iteration)
-        problem = shared_problem(folder, groups)
+        problem = next((found for part in parts if (found := shared_problem(folder / part, groups))), None)
         if problem is None:
-            return folder, files.read_manifest(folder)
+            return folder, files.read_manifest(folder / parts[0])
         if wanted is not None:
             raise DataError(
                 f"{problem}; checkpoint.resume names iteration {wanted}: use `auto` for the newest valid one"

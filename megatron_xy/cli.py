@@ -5,6 +5,7 @@ The one place that imports a verb's code only when it is called: what does not t
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -72,6 +73,17 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     """(Continued) pre-training in one rank of a torchrun world; `megatron-xy run` starts such a world."""
+    _train("pretrain", "megatron_xy.pretrain", run_yaml, overrides)
+
+
+@app.command()
+def ppo(run_yaml: RunYaml, overrides: Overrides = None) -> None:
+    """PPO over four roles in one rank of a torchrun world; `megatron-xy run` starts such a world."""
+    _train("ppo", "megatron_xy.ppo.run", run_yaml, overrides)
+
+
+def _train(task: str, module: str, run_yaml: Path, overrides: list[str] | None) -> None:
+    """A task's work in this process, which ends with it; its module is imported once the device is settled."""
     began = time.monotonic()
     from megatron_xy.worker import run_worker
 
@@ -83,11 +95,9 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
             num_threads=config.runtime.num_threads,
             deterministic=config.runtime.deterministic,
         )
-        from megatron_xy import pretrain as verb
+        importlib.import_module(module).run(config, stop=stop, watchdog=watchdog, began=began)
 
-        verb.run(config, stop=stop, watchdog=watchdog, began=began)
-
-    run_worker("pretrain", config_path=run_yaml, overrides=overrides or [], work=work)
+    run_worker(task, config_path=run_yaml, overrides=overrides or [], work=work)
 
 
 @app.command()

@@ -474,9 +474,14 @@ def check_world(config: RunConfig, *, world_size: int) -> None:
 
 def check_shape(config: RunConfig) -> None:
     """The rules of the model's shape once it is complete: `model.load` has filled it in. Raises InvalidConfig."""
-    problems = [Problem(name, text) for name, text in _shape_rules(config.model, config.parallel)]
+    problems = [Problem(name, text) for name, text in shape_problems(config.model, config.parallel)]
     if problems:
         raise InvalidConfig(problems)
+
+
+def shape_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
+    """(key, sentence) of what does not fit in a complete model's shape."""
+    return list(_shape_rules(model, parallel))
 
 
 def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:

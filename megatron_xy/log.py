@@ -70,6 +70,15 @@ class RunLog:
         scalars |= {f"loss_by_source/{source}": loss for source, loss in record["loss_by_source"].items()}
         self._draw(scalars, record["iteration"])
 
+    def ppo_step(self, record: dict[str, Any], *, train_iters: int) -> None:
+        """One finished PPO step: a line on the terminal, an object in metrics.jsonl, scalars in TensorBoard."""
+        self.say(ppo_line(record, train_iters=train_iters))
+        self._write(METRICS, record)
+        scalars = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        for field in ("seconds_by_phase", "idle_share_by_role"):
+            scalars |= {f"{field}/{name}": value for name, value in record[field].items()}
+        self._draw(scalars, record["iteration"])
+
     def evaluation(self, record: dict[str, Any], *, seconds: float) -> None:
         """One evaluation: a line, an object in eval.jsonl, scalars in TensorBoard."""
         by_source = ", ".join(f"{source} {loss:.4f}" for source, loss in record["loss_by_source"].items())
@@ -136,6 +145,20 @@ def step_line(record: dict[str, Any], *, train_iters: int) -> str:
     if record["spike"]:
         return f"{line} | {'SKIPPED: spike' if record['skipped'] else 'SPIKE'}"
     return f"{line} | SKIPPED: gradient not finite" if record["skipped"] else line
+
+
+def ppo_line(record: dict[str, Any], *, train_iters: int) -> str:
+    """A PPO step as one line: score, KL, entropy, losses, answers, what each role idles, time to go."""
+    width = len(str(train_iters))
+    remaining = (train_iters - record["iteration"]) * record["step_seconds"]
+    idle = ", ".join(f"{name} {share:.0%}" for name, share in record["idle_share_by_role"].items())
+    actor = "warm-up of the critic" if record["actor_loss"] is None else f"actor loss {record['actor_loss']:+.4f}"
+    return (
+        f"step {record['iteration']:>{width}}/{train_iters} | score {record['score_mean']:+.4f} | "
+        f"kl {record['kl']:.4f} | entropy {record['entropy']:.3f} | {actor} | "
+        f"critic loss {record['critic_loss']:.4f} | {record['response_length_mean']:.1f} tokens, "
+        f"{record['end_rate']:.0%} ended | {record['step_seconds']:.2f} s | idle: {idle} | ETA {_duration(remaining)}"
+    )
 
 
 def cut_records(path: Path, *, iteration: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ from megatron_xy.config import (
     check_buckets,
     check_shape,
     data_parallel_size,
+    placed_roles,
+    role_names,
+    role_sections,
 )
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, total_tokens
+from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import complete_model, read_hf_config
+from megatron_xy.ppo.placement import drawn
+from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.storage import file_sha256
 
 
@@ -29,6 +36,9 @@ def check_paths(config: RunConfig) -> None:
 
     Raises InvalidConfig with all that is missing, bad or does not fit; DataError where all that is wrong is bad data.
     """
+    if config.task == "ppo":
+        _check_ppo_paths(config)
+        return
     findings = _Findings()
     model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
@@ -37,6 +47,23 @@ def check_paths(config: RunConfig) -> None:
         findings.of("model", lambda: check_shape(completed))
     dataset = _look_at_data(completed, findings)
     findings.of("data.eval_path", lambda: _held_out(completed, dataset))
+    findings.end()
+
+
+def _check_ppo_paths(config: RunConfig) -> None:
+    ppo, findings = config.ppo, _Findings()
+    assert ppo is not None and ppo.prompts is not None, "the config's rules ask for it"
+    prompts_path, responses_path, reward_function = ppo.prompts, ppo.responses, ppo.reward_function
+    for name in role_names(config):
+        findings.of(f"roles.{name}.model.load", partial(_completed_model, role_sections(config, name)[0]))
+    findings.of("data.tokenizer", lambda: load_tokenizer(config.data.tokenizer or ""))
+    findings.of("ppo.prompts", lambda: PromptFile(prompts_path, seed=config.seed))
+    if responses_path is not None:
+        findings.of("ppo.responses", lambda: GivenResponses(responses_path))
+    if reward_function is not None and not Path(reward_function.rpartition(":")[0]).is_file():
+        problem = f"ppo.reward_function ({reward_function}): there is no such file"
+        findings.problems.append(Problem("ppo.reward_function", problem))
+        findings.only_data = False
     findings.end()
 
 
@@ -168,6 +195,8 @@ def _check_tokenizer(path: Path | None, dataset: PackedDataset) -> None:
 
 def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
     """What the config comes to, in a few lines."""
+    if config.task == "ppo":
+        return "\n".join(_describe_ppo(config, path=path, world_size=world_size))
     model, training, layout = config.model, config.training, config.parallel
     lines = [f"{path}: valid, task {config.task}, run folder {config.run_dir}"]
     if model.load is None:
@@ -197,3 +226,19 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
         f"  training: {training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
     )
     return "\n".join(lines)
+
+
+def _describe_ppo(config: RunConfig, *, path: Path, world_size: int | None) -> list[str]:
+    ppo = config.ppo
+    assert ppo is not None, "the config's rules ask for it"
+    lines = [f"{path}: valid, task ppo, run folder {config.run_dir}"]
+    if world_size is None:
+        lines.append("  give --world-size to see where the roles stand")
+    else:
+        lines += drawn(placed_roles(config, world_size=world_size), world_size=world_size)
+    updates = ppo.ppo_epochs * ppo.rollout_batch_size // ppo.mini_batch_size
+    lines.append(
+        f"  {config.training.train_iters} steps of {ppo.rollout_batch_size} answers of up to "
+        f"{ppo.max_response_length} tokens, {updates} updates of {ppo.mini_batch_size} answers a step"
+    )
+    return lines

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import time
 
-import torch
-
-from megatron_xy import device, environment, mcore, parallel, run_folder, waits
-from megatron_xy.config import RunConfig, check_shape, check_world, dump_config
+from megatron_xy import device, environment, mcore, parallel
+from megatron_xy.config import RunConfig, check_shape, check_world
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.loader import StepLoader
 from megatron_xy.data.phases import describe_epochs, run_sampler
-from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.preflight import open_data, open_held_out
 from megatron_xy.role import Role, build_role
+from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
-from megatron_xy.storage import write_text
 from megatron_xy.trainer import Trainer, timed
 from megatron_xy.watchdog import Watchdog, backend_timeout
 from megatron_xy.weights import resolve_model
@@ -47,31 +43,8 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     log.say(_headline(config, world_size=world_size))
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
-    log.say(f"  {'import':<28} {time.monotonic() - began:6.1f} s")
-    with contextlib.ExitStack() as stack:
-        stack.callback(log.close)
-        if rank == 0:
-            stack.enter_context(run_folder.lock(config.run_dir))
-            run_folder.clear_exit(config.run_dir, of_others_only=True)
-            run_folder.clear_heartbeats(config.run_dir, from_rank=world_size)
-            write_text(config.run_dir / "run.yaml", dump_config(config))
-            run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
-        try:
-            timeout = backend_timeout(config.runtime.timeout_seconds)
-            waits.install()
-            timed(log, watchdog, "rendezvous", lambda: parallel.start_distributed(timeout_seconds=timeout))
-            train(config, dataset=dataset, held_out=held_out, log=log, watchdog=watchdog, stop=stop)
-            parallel.stop_distributed()
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"rank {rank} ran out of device memory ({str(error).splitlines()[0]}); lower "
-                f"training.micro_batch_tokens, set model.recompute_granularity to full, or split the model further"
-            ) from error
-        except RuntimeError as error:
-            lost = parallel.as_peer_lost(error)
-            if lost is None:
-                raise
-            raise lost from error
+    with session(config, log=log, watchdog=watchdog, began=began):
+        train(config, dataset=dataset, held_out=held_out, log=log, watchdog=watchdog, stop=stop)
 
 
 def train(

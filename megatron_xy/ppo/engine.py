@@ -30,11 +30,10 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Of one step, with the largest gradient norms."""
+    """Of one step."""
 
     actor: float
     critic: float
-    clip_grad: float
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,8 @@ class PPO:
         self, experience: Experience, mini_batches: Sequence[Sequence[int]], rates: LearningRates, *, is_warmup: bool
     ) -> dict[str, float]:
         """Updates actor and critic, the critic alone while it warms up, and the KL coefficient; the step's metrics."""
-        critic = self.critic.update(
-            experience, mini_batches, ppo=self.config, lr=rates.critic, clip_grad=rates.clip_grad
-        )
-        actor = self.actor.update(
-            experience, [] if is_warmup else mini_batches, ppo=self.config, lr=rates.actor, clip_grad=rates.clip_grad
-        )
+        critic = self.critic.update(experience, mini_batches, ppo=self.config, lr=rates.critic)
+        actor = self.actor.update(experience, [] if is_warmup else mini_batches, ppo=self.config, lr=rates.actor)
         told = {name: float(value) for shipped in exchange(actor, critic) for name, value in shipped.items()}
         metrics = {**told, **measure(experience), "kl_coef": self.state.kl_coef}
         if self.config.kl_target is not None:

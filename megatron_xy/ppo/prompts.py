@@ -81,24 +81,27 @@ class GivenResponses:
         self.path = path
         self.rows = read_rows(path, wanted="response_tokens", kinds=(list,))
 
-    def of(self, first: int, count: int, *, most: int, vocab_size: int) -> list[list[int]]:
-        """The answers at places first to first + count - 1. Raises DataError where one is missing or cannot be one."""
+    def check(self, *, num_drawn: int, most: int, vocab_size: int) -> None:
+        """Raises DataError where an answer cannot be one, or where there are fewer than are drawn."""
+        for row in self.rows:
+            answer, where = row["response_tokens"], f"{self.path}:{row['line']}"
+            if len(answer) > most:
+                raise DataError(
+                    f"{where}: response_tokens has {len(answer)} tokens, must have 1 to {most} "
+                    f"(ppo.max_response_length); shorten it, or raise the limit"
+                )
+            if not all(type(token) is int and 0 <= token < vocab_size for token in answer):
+                raise DataError(f"{where}: response_tokens must be token ids from 0 to {vocab_size - 1}")
+        self.of(0, num_drawn)
+
+    def of(self, first: int, count: int) -> list[list[int]]:
+        """The answers at places first to first + count - 1. Raises DataError where there are none so far behind."""
         if first + count > len(self.rows):
             raise DataError(
                 f"{self.path} holds {len(self.rows)} answers, and place {first + count} is drawn; give as many as the "
                 f"run draws (training.train_iters x ppo.rollout_batch_size)"
             )
-        answers = [self.rows[place]["response_tokens"] for place in range(first, first + count)]
-        for place, answer in enumerate(answers, start=first):
-            where = f"{self.path}:{self.rows[place]['line']}"
-            if not 0 < len(answer) <= most:
-                raise DataError(
-                    f"{where}: response_tokens has {len(answer)} tokens, must have 1 to {most} "
-                    f"(ppo.max_response_length); an answer that says nothing is the end token alone"
-                )
-            if not all(isinstance(token, int) and 0 <= token < vocab_size for token in answer):
-                raise DataError(f"{where}: response_tokens must be token ids from 0 to {vocab_size - 1}")
-        return answers
+        return [self.rows[place]["response_tokens"] for place in range(first, first + count)]
 
 
 def read_rows(path: Path, *, wanted: str, kinds: tuple[type, ...]) -> list[dict[str, Any]]:
@@ -117,7 +120,8 @@ def read_rows(path: Path, *, wanted: str, kinds: tuple[type, ...]) -> list[dict[
             continue
         value = row.get(wanted) if isinstance(row, dict) else None
         if not isinstance(value, kinds) or not value:
-            problems.append(f"{path}:{line}: {wanted} is missing, empty or of a wrong type")
+            hint = "; an answer that says nothing is the end token alone" if wanted == "response_tokens" else ""
+            problems.append(f"{path}:{line}: {wanted} is missing, empty or of a wrong type{hint}")
             continue
         rows.append({**row, "line": line})
     if problems:

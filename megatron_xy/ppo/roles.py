@@ -139,7 +139,6 @@ class Actor(Policy):
         *,
         ppo: PPOConfig,
         lr: float,
-        clip_grad: float,
     ) -> Shipment:
         """One update a mini-batch (indices of answers); ships ACTOR_METRICS: means over the updates."""
 
@@ -166,7 +165,7 @@ class Actor(Policy):
                 ratio.max() if len(ratio) else ratio.new_zeros(()),
             )
 
-        metrics = _updates(self, experience, mini_batches, experience.actor_mask, ppo, lr, clip_grad, losses)
+        metrics = _updates(self, experience, mini_batches, experience.actor_mask, ppo, lr, losses)
         if metrics is None:
             return _shipped(ACTOR_METRICS, None)
         loss, clip_fraction, kl_loss, _ = metrics.sums
@@ -209,7 +208,6 @@ class Critic(RoleWorker):
         *,
         ppo: PPOConfig,
         lr: float,
-        clip_grad: float,
     ) -> Shipment:
         """One update a mini-batch (indices of answers); ships CRITIC_METRICS: means over the updates."""
 
@@ -223,7 +221,7 @@ class Critic(RoleWorker):
             sums = [(weights * part).sum().detach().double() for part in (loss, clipped.float())]
             return Losses((weights * loss).sum(), torch.stack(sums), values.new_zeros(()))
 
-        metrics = _updates(self, experience, mini_batches, experience.rollout.mask, ppo, lr, clip_grad, losses)
+        metrics = _updates(self, experience, mini_batches, experience.rollout.mask, ppo, lr, losses)
         if metrics is None:
             return _shipped(CRITIC_METRICS, None)
         loss, clip_fraction, _, _ = metrics.sums
@@ -277,12 +275,13 @@ def _updates(
     mask: torch.Tensor,
     ppo: PPOConfig,
     lr: float,
-    clip_grad: float,
     losses_of: LossesOf,
 ) -> _Metrics | None:
     """Updates the role on its ranks; None but on its leader. mask: of the tokens that are learned from."""
     if worker.role is None or not mini_batches:
         return None
+    assert worker.placed.optimizer is not None, "a trained role has one"
+    clip_grad = worker.placed.optimizer.clip_grad
     told: list[tuple[torch.Tensor, float, bool]] = []
     first_max = 0.0
     with worker.working("update") as role:

@@ -81,7 +81,7 @@ def one_step(roles: dict[RoleName, PlacedRole], ppo: PPOConfig, plant: Callable[
     )
     experience = engine.collect(rollout(), check=lambda experience: None)
     half = ANSWERS // 2
-    rates = LearningRates(1e-3, 1e-3, clip_grad=0.0)
+    rates = LearningRates(1e-3, 1e-3)
     batches = [list(range(ANSWERS))] if ppo.mini_batch_size == ANSWERS else [
         list(range(half)), list(range(half, ANSWERS))
     ]  # fmt: skip

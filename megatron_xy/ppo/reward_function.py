@@ -1,0 +1,66 @@
+"""A Python function in place of the reward model: FILE.py:FUNCTION over a batch of prompts, responses and rows."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_xy import device
+from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.ppo.experience import Rollout
+from megatron_xy.ppo.prompts import PromptFile
+from megatron_xy.ppo.transport import Shipment
+
+RewardFunction = Callable[[Sequence[Any], Sequence[str], Sequence[dict[str, Any]]], Sequence[float]]
+
+
+def load_reward_function(name: str) -> RewardFunction:
+    """The function that FILE.py:FUNCTION names. Raises ConfigError where it is not there, or the file cannot be run."""
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there")
+    spec = importlib.util.spec_from_file_location("megatron_xy_reward_function", path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file does
+        raise ConfigError(f"ppo.reward_function ({name}): {path} fails: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"ppo.reward_function ({name}): {path} has no function {function}")
+    scores: RewardFunction = found
+    return scores
+
+
+class FunctionScorer:
+    """Scores by a function, which rank 0 calls."""
+
+    def __init__(self, name: str, *, prompts: PromptFile, tokenizer: Tokenizer) -> None:
+        self._name, self._prompts, self._tokenizer = name, prompts, tokenizer
+        self._function = load_reward_function(name)
+
+    def score(self, rollout: Rollout) -> Shipment:
+        """`scores` [answers]. Raises DataError where the function fails or gives another number of scores."""
+        scores = torch.zeros(len(rollout.responses), device=device.current())
+        if dist.get_rank() == 0:
+            rows = [self._prompts.rows[drawn.row] for drawn in rollout.drawn]
+            texts = [self._tokenizer.decode(response) for response in rollout.responses]
+            try:
+                given = [float(score) for score in self._function([row["prompt"] for row in rows], texts, rows)]
+            except Exception as error:  # whatever a user's function does
+                raise DataError(
+                    f"ppo.reward_function ({self._name}) failed on a batch of {len(texts)} answers: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            if len(given) != len(texts):
+                raise DataError(f"ppo.reward_function ({self._name}) gave {len(given)} scores for {len(texts)} answers")
+            scores = torch.tensor(given, device=device.current())
+        return Shipment({"scores": scores})

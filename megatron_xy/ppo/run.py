@@ -1,0 +1,266 @@
+"""The verb `ppo`: roles on their ranks of one torchrun world, built, restored and trained.
+
+What can be known to fail is found before any process group starts: files, prompts, vocabularies, shapes, placement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_xy import device, environment, mcore, parallel
+from megatron_xy.checkpoint_files import MANIFEST, read_manifest
+from megatron_xy.config import (
+    InvalidConfig,
+    ParallelConfig,
+    PlacedRole,
+    Problem,
+    RoleName,
+    RunConfig,
+    check_world,
+    placed_roles,
+    shape_problems,
+)
+from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.flops import num_parameters
+from megatron_xy.log import RunLog
+from megatron_xy.ppo.engine import PPO, PPOState, Scorer
+from megatron_xy.ppo.placement import drawn
+from megatron_xy.ppo.prompts import GivenResponses, PromptFile
+from megatron_xy.ppo.reward_function import FunctionScorer, load_reward_function
+from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel, RoleWorker
+from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource
+from megatron_xy.ppo.trainer import Cast, PPOTrainer
+from megatron_xy.role import build_role
+from megatron_xy.session import session
+from megatron_xy.signals import StopRequest
+from megatron_xy.storage import file_sha256
+from megatron_xy.watchdog import Watchdog, backend_timeout
+from megatron_xy.weights import resolve_model, split_origin
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a PPO run is given, looked at and found fit."""
+
+    roles: dict[RoleName, PlacedRole]
+    prompts: PromptFile
+    responses: GivenResponses | None
+    tokenizer: Tokenizer
+    stored_scores: tuple[float, float]  # mean and deviation, as the reward model's checkpoint keeps them
+
+
+def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
+    """Trains as `config` says, in this rank of torchrun's world. `began`: time.monotonic() at the process's start.
+
+    Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
+    """
+    rank, world_size = environment.rank(), environment.world_size()
+    check_world(config, world_size=world_size)
+    material = look_at(config, world_size=world_size)
+    log = RunLog(config.run_dir, rank=rank, is_leader=rank == 0)
+    for line in told(material, world_size=world_size):
+        log.say(line)
+    with session(config, log=log, watchdog=watchdog, began=began):
+        trainer = build(config, material, log=log, watchdog=watchdog, stop=stop)
+        watchdog.beat(iteration=0, phase="weights")
+        with log.phase("weights"):
+            trainer.restore()
+        stop.can_save = True
+        trainer.train()
+
+
+def look_at(config: RunConfig, *, world_size: int) -> Material:
+    """Opens and checks what the config names. Raises ConfigError or DataError."""
+    ppo = config.ppo
+    assert ppo is not None and ppo.prompts is not None and config.data.tokenizer is not None, "the rules ask for them"
+    roles = {
+        name: replace(role, model=resolve_model(role.model))
+        for name, role in placed_roles(config, world_size=world_size).items()
+    }
+    problems = [
+        Problem(f"roles.{name}.{key}", f"roles.{name}: {text}")
+        for name, role in roles.items()
+        for key, text in shape_problems(role.model, role.parallel)
+    ]
+    if problems:
+        raise InvalidConfig(problems)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    _check_vocabularies(roles, tokenizer)
+    prompts = PromptFile(ppo.prompts, seed=config.seed)
+    name, room = min(
+        ((name, min(role.model.max_position_embeddings, role.micro_batch_tokens)) for name, role in roles.items()),
+        key=lambda pair: pair[1],
+    )
+    if room <= ppo.max_response_length:
+        raise ConfigError(
+            f"ppo.max_response_length ({ppo.max_response_length}) leaves no room for a prompt: the {name} has "
+            f"{room} tokens (the smaller one of max_position_embeddings and micro_batch_tokens); lower it"
+        )
+    reason = f"the {name} has {room} tokens for prompt and answer, ppo.max_response_length is {ppo.max_response_length}"
+    prompts.check_lengths(tokenizer, most=room - ppo.max_response_length, reason=reason)
+    responses = None
+    if ppo.responses is not None:
+        responses = GivenResponses(ppo.responses)
+        num_drawn = config.training.train_iters * ppo.rollout_batch_size
+        vocab_size = roles["actor"].model.vocab_size
+        assert vocab_size, "the shape is complete"
+        responses.check(num_drawn=num_drawn, most=ppo.max_response_length, vocab_size=vocab_size)
+    elif tokenizer.eos_id is None:
+        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end")
+    if ppo.reward_function is not None:
+        load_reward_function(ppo.reward_function)
+    stored = (0.0, 1.0)
+    if ppo.reward_normalization == "stored":
+        stored = _stored_scores(roles["reward"])
+    return Material(roles, prompts, responses, tokenizer, stored)
+
+
+def _check_vocabularies(roles: dict[RoleName, PlacedRole], tokenizer: Tokenizer) -> None:
+    """All roles read the same token ids."""
+    wanted = roles["actor"].model.vocab_size
+    for name, role in roles.items():
+        if role.model.vocab_size != wanted:
+            raise ConfigError(
+                f"roles.{name} has a vocabulary of {role.model.vocab_size}, the actor one of {wanted}; the roles read "
+                f"the same token ids: take models of one tokenizer"
+            )
+    if wanted is None or tokenizer.vocab_size > wanted:
+        raise ConfigError(
+            f"data.tokenizer ({tokenizer.path}) has {tokenizer.vocab_size} tokens, the models {wanted}; name the "
+            f"tokenizer that they were trained with"
+        )
+
+
+def _stored_scores(role: PlacedRole) -> tuple[float, float]:
+    """What the reward model's checkpoint says of its scores on the SFT model's answers."""
+    kind, folder = split_origin(role.model.load or "ckpt:")
+    scores = read_manifest(folder).state.get("scores") if kind == "ckpt" and role.model.load else None
+    if not isinstance(scores, dict) or not float(scores.get("std", 0)) > 0:
+        raise DataError(
+            f"ppo.reward_normalization (stored): {role.model.load} keeps no mean and deviation of its scores; take "
+            f"running or none"
+        )
+    return float(scores["mean"]), float(scores["std"])
+
+
+def told(material: Material, *, world_size: int) -> list[str]:
+    """What runs where, in lines."""
+    lines = [f"megatron_xy ppo on {world_size} ranks of {device.name()}, megatron-core {mcore.VERSION}"]
+    lines += drawn(material.roles, world_size=world_size)
+    sizes = ", ".join(f"{name} {num_parameters(role.model) / 1e6:,.1f} M" for name, role in material.roles.items())
+    lines.append(f"  parameters: {sizes}")
+    lines.append(f"  {len(material.prompts):,} prompts in {material.prompts.path}")
+    return lines
+
+
+def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watchdog, stop: StopRequest) -> PPOTrainer:
+    """Groups and models of all roles, in one order on all ranks, and the trainer over them."""
+    ppo, roles = config.ppo, material.roles
+    assert ppo is not None, "the config's rules ask for it"
+    timeout = backend_timeout(config.runtime.timeout_seconds)
+    world_size = environment.world_size()
+    world = parallel.build_groups("world", ranks=range(world_size), parallel=ParallelConfig(), timeout_seconds=timeout)
+    assert world is not None, "every rank is in the world"
+    workers: dict[str, RoleWorker] = {}
+
+    def beat(phase: str) -> None:
+        watchdog.beat(iteration=trainer.state.iteration + 1, phase=phase)
+
+    shift, scale = material.stored_scores
+    for name, placed in roles.items():
+        watchdog.beat(iteration=0, phase=f"{name}: model and optimizer")
+        with log.phase(f"{name}: groups and model"):
+            groups = parallel.build_groups(name, ranks=placed.ranks, parallel=placed.parallel, timeout_seconds=timeout)
+            role = (
+                None
+                if groups is None
+                else build_role(
+                    groups,
+                    model=placed.model,
+                    parallel=placed.parallel,
+                    optimizer=placed.optimizer,
+                    seed=config.seed,
+                    draw=False,
+                )
+            )
+        if name == "actor":
+            workers[name] = Actor(placed, role, temperature=ppo.temperature, beat=beat)
+        elif name == "critic":
+            workers[name] = Critic(placed, role, shift=shift, scale=scale, beat=beat)
+        elif name == "reference":
+            workers[name] = Policy(placed, role, temperature=ppo.temperature, beat=beat)
+        else:
+            workers[name] = RewardModel(placed, role, beat=beat)
+    actor, critic, reference = workers["actor"], workers["critic"], workers["reference"]
+    assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made above"
+    scorer: Scorer
+    if ppo.reward_function is not None:
+        scorer = FunctionScorer(ppo.reward_function, prompts=material.prompts, tokenizer=material.tokenizer)
+    else:
+        reward = workers["reward"]
+        assert isinstance(reward, RewardModel), "made above"
+        scorer = reward
+    engine = PPO(
+        config=ppo,
+        actor=actor,
+        critic=critic,
+        reference=reference,
+        scorer=scorer,
+        state=PPOState(kl_coef=ppo.kl_coef),
+        stored=material.stored_scores,
+    )
+    trainer = PPOTrainer(
+        config,
+        cast=Cast(world, workers),
+        engine=engine,
+        source=_source(config, material, actor),
+        prompts=material.prompts,
+        tokenizer=material.tokenizer,
+        facts={"files": _fingerprints(config, material), "tokenizer": str(material.tokenizer.path)},
+        log=log,
+        watchdog=watchdog,
+        stop=stop,
+    )
+    return trainer
+
+
+def _source(config: RunConfig, material: Material, actor: Actor) -> AnswerSource:
+    ppo, vocab_size = config.ppo, actor.placed.model.vocab_size
+    assert ppo is not None and vocab_size, "the config's rules ask for them"
+    stop_tokens = [] if material.tokenizer.eos_id is None else [material.tokenizer.eos_id]
+    if material.responses is not None:
+        return AnswersFromFile(material.responses, stop_tokens=stop_tokens)
+    raise ConfigError("ppo.responses is missing: answers are not generated yet")
+
+
+def _fingerprints(config: RunConfig, material: Material) -> dict[str, str]:
+    """Of the files that decide what is drawn and what it is measured against."""
+    ppo = config.ppo
+    assert ppo is not None and ppo.prompts is not None, "the config's rules ask for them"
+    prints = {"ppo.prompts": file_sha256(ppo.prompts), "data.tokenizer": material.tokenizer.sha256}
+    if ppo.responses is not None:
+        prints["ppo.responses"] = file_sha256(ppo.responses)
+    frozen: tuple[RoleName, ...] = ("reference", "reward")
+    for name in frozen:
+        role = material.roles.get(name)
+        if role is not None and role.model.load is not None:
+            prints[f"roles.{name}.model.load"] = _weights_fingerprint(role.model.load)
+    return prints
+
+
+def _weights_fingerprint(load: str) -> str:
+    """Of a checkpoint its manifest, which has all checksums; of an HF folder its small files and all sizes."""
+    kind, folder = split_origin(load)
+    if kind == "ckpt":
+        return file_sha256(folder / MANIFEST)
+    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.suffix == ".safetensors")
+    small = [file_sha256(path) for path in sorted(folder.glob("*.json")) if _is_of_the_weights(path)]
+    return hashlib.sha256(json.dumps([sizes, small]).encode()).hexdigest()
+
+
+def _is_of_the_weights(path: Path) -> bool:
+    return path.name in ("config.json", "model.safetensors.index.json")

@@ -1,0 +1,345 @@
+"""The loop of a PPO run: prompts, answers, experience, updates, record, checkpoint; resumed exactly.
+
+Every rank of the world runs it; ranks outside a role take part in the exchanges alone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_xy import course, device, mcore
+from megatron_xy.checkpoint import CheckpointWriter, find_resumable, iteration_folder, load_state, sweep
+from megatron_xy.checkpoint_files import TrainingState, read_manifest, write_shard
+from megatron_xy.config import RunConfig
+from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.errors import DataError, Stopped
+from megatron_xy.liveness import went_forward
+from megatron_xy.log import RunLog
+from megatron_xy.parallel import Groups, barrier, max_over, sum_over
+from megatron_xy.ppo.controllers import RunningMoments
+from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
+from megatron_xy.ppo.experience import Experience, Rollout
+from megatron_xy.ppo.prompts import PromptFile
+from megatron_xy.ppo.roles import RoleWorker
+from megatron_xy.ppo.rollouts import AnswerSource, as_rollout, dumped
+from megatron_xy.schedule import learning_rate
+from megatron_xy.signals import StopRequest
+from megatron_xy.storage import storage_errors
+from megatron_xy.watchdog import Watchdog
+from megatron_xy.weights import load_initial_weights
+
+RATIO_ALARM = {"fp32": 1e-5, "bf16": 5e-2}  # |log ratio| at the first mini-batch beyond which something is wrong
+TRAINED = ("actor", "critic")
+
+
+@dataclass
+class Cast:
+    """The roles of this run as this rank sees them. `world` has all ranks."""
+
+    world: Groups
+    workers: dict[str, RoleWorker]
+
+    @property
+    def trained(self) -> list[RoleWorker]:
+        """Actor and critic."""
+        return [self.workers[name] for name in TRAINED]
+
+
+class PPOTrainer:
+    """Runs PPO to `train_iters`. source: of the answers."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        cast: Cast,
+        engine: PPO,
+        source: AnswerSource,
+        prompts: PromptFile,
+        tokenizer: Tokenizer,
+        facts: dict[str, Any],
+        log: RunLog,
+        watchdog: Watchdog,
+        stop: StopRequest,
+    ) -> None:
+        """facts: of the files that the run was given, for its checkpoints."""
+        assert config.ppo is not None and config.roles is not None, "the config's rules ask for both"
+        self.config, self.ppo, self.cast, self.engine = config, config.ppo, cast, engine
+        self.source, self.prompts, self.tokenizer, self.facts = source, prompts, tokenizer, facts
+        self.log, self.watchdog, self.stop = log, watchdog, stop
+        self.states = {name: TrainingState() for name in TRAINED}
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.writers = {name: self._writer(name) for name in TRAINED}
+
+    @property
+    def state(self) -> TrainingState:
+        """Where the run stands; the roles differ in their updates alone."""
+        return self.states["actor"]
+
+    def restore(self) -> None:
+        """Goes on from the checkpoint that the config asks for, else from what each role's `model.load` names."""
+        world = self.cast.world
+        if world.role_rank == 0:
+            for name in sweep(self.checkpoints):
+                self.log.say(f"swept {name}, which a killed save left half-written")
+        barrier(world)
+        resume = course.wanted_resume(self.config, world)
+        found = find_resumable(self.checkpoints, world, resume=resume, say=self.log.say, parts=TRAINED)
+        for worker in self.cast.workers.values():
+            if worker.role is not None and (found is None or worker.name not in TRAINED):
+                load_initial_weights(worker.role, seed=self._seed_of(worker.name))
+        origin = "starting from the weights that the roles name"
+        if found is not None:
+            folder, manifest = found
+            self._check_continuation(manifest.state, origin=str(folder))
+            kept = manifest.state["ppo"]
+            self.engine.state = PPOState(kept["kl_coef"], RunningMoments(**kept["moments"]))
+            for worker in self.cast.trained:
+                part = read_manifest(folder / worker.name)
+                names = TrainingState.__dataclass_fields__
+                self.states[worker.name] = TrainingState(**{name: part.state[name] for name in names})
+                if worker.role is not None:
+                    load_state(worker.role, folder / worker.name, part)
+            origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
+        if world.role_rank == 0:
+            course.begin(self.config.run_dir, iteration=None if resume == "auto" else self.state.iteration, say=print)
+        barrier(world)
+        self.log.say(origin)
+
+    def _seed_of(self, name: str) -> int:
+        """Fresh weights of actor and reference are the same; the others have their own."""
+        return self.config.seed + {"actor": 0, "reference": 0, "critic": 1, "reward": 2}[name]
+
+    def train(self) -> None:
+        """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
+        train_iters, checkpoint = self.config.training.train_iters, self.config.checkpoint
+        self.log.open_metrics(iteration=self.state.iteration)
+        for iteration in range(self.state.iteration + 1, train_iters + 1):
+            stopping = self._step(iteration)
+            is_snapshot = self.ppo.snapshot_interval and iteration % self.ppo.snapshot_interval == 0
+            if iteration % checkpoint.save_interval == 0 or is_snapshot or iteration == train_iters or stopping:
+                self._save(iteration)
+            if stopping and iteration < train_iters:
+                self._finish()
+                raise Stopped(
+                    f"stopped on request after step {iteration}, state saved; the same command goes on from there"
+                )
+        self._finish()
+        self.log.say(f"done: {self.state.iteration} iterations")
+
+    def _step(self, iteration: int) -> bool:
+        """One PPO step, recorded; returns whether any rank was asked to stop."""
+        began = time.perf_counter()
+        spent = _Phases(self.watchdog, iteration)
+        first = self.state.consumed_samples
+        size = self.ppo.rollout_batch_size
+        spent.enter("generate")
+        drawn = self.prompts.draw(first, size)
+        prompts = [self.prompts.tokens(draw.row, self.tokenizer) for draw in drawn]
+        answers = self.source.answers(drawn, prompts, first=first)
+        rollout = as_rollout(drawn, dict.fromkeys(self.cast.workers, prompts), answers)
+        spent.enter("score")
+        experience = self.engine.collect(rollout, check=self._check)
+        if self.ppo.dump_rollouts and self.cast.world.role_rank == 0:
+            self._dump(experience, iteration)
+        spent.enter("update")
+        rates = self._rates(iteration, consumed_tokens=self.state.consumed_tokens + rollout.num_tokens)
+        is_warmup = iteration <= self.ppo.critic_warmup_iters
+        metrics = self.engine.learn(experience, self._mini_batches(iteration), rates, is_warmup=is_warmup)
+        spent.enter("record")
+        seconds = time.perf_counter() - began
+        for name in TRAINED:
+            before = self.states[name]
+            self.states[name] = replace(
+                before,
+                iteration=iteration,
+                data_step=before.data_step + 1,
+                consumed_samples=before.consumed_samples + size,
+                consumed_tokens=before.consumed_tokens + rollout.num_tokens,
+                optimizer_steps=before.optimizer_steps + int(metrics[f"{name}_updates"]),
+            )
+        stopping, idle = self._gather(seconds)
+        record = self._record(rollout, metrics, rates, is_warmup=is_warmup)
+        record |= {
+            "step_seconds": seconds,
+            "seconds_by_phase": spent.seconds,
+            "idle_share_by_role": idle,
+            "tokens_per_second": rollout.num_tokens / seconds,
+        }
+        self.log.ppo_step(record, train_iters=self.config.training.train_iters)
+        self._watch_ratio(metrics, is_warmup=is_warmup)
+        return stopping
+
+    def _mini_batches(self, iteration: int) -> list[list[int]]:
+        """Indices of answers, shuffled anew for every epoch of every step; the same on all ranks."""
+        size = self.ppo.rollout_batch_size
+        batches: list[list[int]] = []
+        for epoch in range(self.ppo.ppo_epochs):
+            order = np.random.Generator(np.random.Philox(key=[self.config.seed, iteration * 1000 + epoch]))
+            shuffled = order.permutation(size).tolist()
+            batches += [
+                sorted(shuffled[place : place + self.ppo.mini_batch_size])
+                for place in range(0, size, self.ppo.mini_batch_size)
+            ]
+        return batches
+
+    def _rates(self, iteration: int, *, consumed_tokens: int) -> LearningRates:
+        rates = {}
+        for worker in self.cast.trained:
+            assert worker.placed.optimizer is not None, "a trained role has one"
+            rates[worker.name] = learning_rate(
+                worker.placed.optimizer,
+                iteration=iteration,
+                consumed_tokens=consumed_tokens,
+                train_iters=self.config.training.train_iters,
+            )
+        return LearningRates(rates["actor"], rates["critic"])
+
+    def _check(self, experience: Experience) -> None:
+        """Raises DataError, on all ranks alike, for scores and log-probabilities that are no numbers."""
+        for name in ("scores", "logprobs", "ref_logprobs", "values"):
+            tensor = getattr(experience, name)
+            if not bool(torch.isfinite(tensor).all()):
+                rows = (
+                    torch.nonzero(~torch.isfinite(tensor.reshape(tensor.size(0), -1)).all(dim=1)).reshape(-1).tolist()
+                )
+                lines = [self.prompts.rows[experience.rollout.drawn[row].row]["line"] for row in rows[:5]]
+                raise DataError(
+                    f"step {self.state.iteration + 1}: {name} of {len(rows)} answer(s) are not finite, the prompts "
+                    f"stand in {self.prompts.path} on lines {', '.join(map(str, lines))}; look at the role that gives "
+                    f"them, or lower optimizer.lr and go on from an earlier checkpoint"
+                )
+
+    def _watch_ratio(self, metrics: dict[str, float], *, is_warmup: bool) -> None:
+        limit = RATIO_ALARM[self.cast.workers["actor"].placed.model.params_dtype]
+        found = metrics["ratio_first_max"]
+        if not is_warmup and found > np.exp(limit):
+            self.log.say(
+                f"  ALARM: the policy's ratio at the first mini-batch is {found:.6g} and should be 1: the weights that "
+                f"gave the old log-probabilities are not those that are updated"
+            )
+
+    def _gather(self, seconds: float) -> tuple[bool, dict[str, float]]:
+        """Whether any rank was asked to stop, and the share of its ranks' time that each role idles. Collective."""
+        world = self.cast.world
+        names = list(self.cast.workers)
+        busy = [worker.take_busy_seconds() for worker in self.cast.workers.values()]
+        told = torch.tensor([*busy, seconds], dtype=torch.float64, device=device.current())
+        total = sum_over(told, world.all_ranks).tolist()
+        asked = torch.tensor([int(self.stop.requested)], device=device.current())
+        stopping = bool(max_over(asked, world.all_ranks).item())
+        mean_step = total[-1] / len(world.ranks)
+        idle = {
+            name: max(0.0, 1 - total[index] / (len(self.cast.workers[name].placed.ranks) * mean_step))
+            for index, name in enumerate(names)
+        }
+        return stopping, idle
+
+    def _record(
+        self, rollout: Rollout, metrics: dict[str, float], rates: LearningRates, *, is_warmup: bool
+    ) -> dict[str, Any]:
+        actor_only = ("actor_loss", "actor_grad_norm", "clip_fraction", "kl_loss", "ratio_first_max")
+        told: dict[str, Any] = {name: value for name, value in metrics.items() if not name.endswith("_updates")}
+        if is_warmup:
+            told |= dict.fromkeys(actor_only)
+        return {
+            "iteration": self.state.iteration,
+            "data_step": self.state.data_step - 1,
+            **told,
+            "lr": rates.actor,
+            "critic_lr": rates.critic,
+            "consumed_samples": self.state.consumed_samples,
+            "consumed_tokens": self.state.consumed_tokens,
+            "epoch": rollout.drawn[-1].epoch,
+            "peak_memory_bytes": device.peak_memory_bytes(),
+        }
+
+    def _dump(self, experience: Experience, iteration: int) -> None:
+        names = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns")
+        tensors = dumped(experience.rollout, {name: getattr(experience, name) for name in names})
+        folder = self.config.run_dir / "rollouts"
+        with storage_errors(folder):
+            folder.mkdir(exist_ok=True)
+        name = f"iter_{iteration:07d}.safetensors"
+        write_shard(folder, file=f".tmp-{name}", tensors=tensors, on_progress=lambda size: went_forward())
+        with storage_errors(folder):
+            (folder / f".tmp-{name}").replace(folder / name)
+
+    def _writer(self, name: str) -> CheckpointWriter:
+        worker = self.cast.workers[name]
+        checkpoint = self.config.checkpoint
+        return CheckpointWriter(
+            self.checkpoints,
+            keep_latest=checkpoint.keep_latest,
+            asynchronous=False,
+            timeout_seconds=self.config.runtime.timeout_seconds,
+            on_progress=lambda num_bytes: went_forward(),
+            on_written=self.log.say,
+            part=worker.name,
+            publishes=[other for other in TRAINED if other != name] if name == "critic" else (),
+            keep_every=self.ppo.snapshot_interval,
+        )
+
+    def _save(self, iteration: int) -> None:
+        """Actor first, then the critic, whose leader gives the whole its name. Collective over the world."""
+        self.watchdog.beat(iteration=iteration, phase="save")
+        for worker in self.cast.trained:
+            if worker.role is not None:
+                facts = {
+                    "task": "ppo",
+                    "model": worker.role.model.model_dump(mode="json"),
+                    "ppo": {"kl_coef": self.engine.state.kl_coef, "moments": asdict(self.engine.state.moments)},
+                    "settings": self._settings(),
+                    "megatron_core": mcore.VERSION,
+                    "torch": torch.__version__,
+                    **self.facts,
+                }
+                self.writers[worker.name].save(worker.role, self.states[worker.name], facts=facts)
+        barrier(self.cast.world)
+        if not iteration_folder(self.checkpoints, iteration).is_dir():
+            raise DataError(f"the checkpoint of step {iteration} is not there after it was written")
+
+    def _finish(self) -> None:
+        self.watchdog.beat(iteration=self.state.iteration, phase="finish")
+        barrier(self.cast.world)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common: what is drawn and what it is measured against."""
+        return {
+            "seed": self.config.seed,
+            "ppo.rollout_batch_size": self.ppo.rollout_batch_size,
+            **{f"files.{name}": value for name, value in self.facts.get("files", {}).items()},
+        }
+
+    def _check_continuation(self, stored: dict[str, Any], *, origin: str) -> None:
+        then, now = stored.get("settings", {}), self._settings()
+        changed = [name for name, value in now.items() if name in then and then[name] != value]
+        if changed and not self.config.checkpoint.allow_changes:
+            raise DataError(
+                f"{', '.join(changed)} changed since {origin} was written: prompts would be drawn twice or never, or "
+                f"the reference would move; put it back, or accept that with checkpoint.allow_changes=true"
+            )
+        for name in changed:
+            self.log.say(f"  changed since the checkpoint: {name}")
+
+
+class _Phases:
+    """Seconds by phase of one step; the watchdog is told each."""
+
+    def __init__(self, watchdog: Watchdog, iteration: int) -> None:
+        self._watchdog, self._iteration = watchdog, iteration
+        self._name, self._began = "", time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def enter(self, name: str) -> None:
+        """The next phase; the time so far belongs to the one before."""
+        now = time.perf_counter()
+        if self._name:
+            self.seconds[self._name] = now - self._began
+        self._name, self._began = name, now
+        self._watchdog.beat(iteration=self._iteration, phase=name)

@@ -1,0 +1,223 @@
+"""PPO as a user runs it: separate groups, a rule or a model as reward, killed and resumed, stopped, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from megatron_xy.run_folder import read_exit
+from tests.end_to_end.tiny_run import (
+    CLOCK_KEYS,
+    hash_of,
+    live_rank_at,
+    metrics_of,
+    run_command,
+    run_to_end,
+    started,
+    wait_for_end,
+    wait_until,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from train_tokenizer import train
+
+VOCAB_SIZE, STEPS, ANSWERS = 400, 6, 8
+CLOCKS = {*CLOCK_KEYS, "idle_share_by_role"}
+RULE = """
+def share_of_e(prompts, responses, rows):
+    assert all(row["prompt"] == prompt for row, prompt in zip(rows, prompts))
+    return [response.count("e") / max(len(response), 1) for response in responses]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer, prompts, given answers and a rule."""
+    folder = tmp_path_factory.mktemp("ppo")
+    source = random.Random(0)
+    words = ["".join(source.choices("abcdefghijklmnop", k=source.randint(2, 7))) for _ in range(300)]
+    texts = [" ".join(source.choices(words, k=source.randint(3, 12))) for _ in range(600)]
+    (folder / "tokenizer.model").write_bytes(train(texts, vocab_size=VOCAB_SIZE))
+    with (folder / "prompts.jsonl").open("w") as stream:
+        for text in texts[:20]:
+            stream.write(json.dumps({"prompt": text[:30]}) + "\n")
+    with (folder / "responses.jsonl").open("w") as stream:
+        for number in range(STEPS * ANSWERS):
+            tokens = [source.randrange(10, VOCAB_SIZE) for _ in range(number % 7)]
+            stream.write(json.dumps({"response_tokens": [*tokens, 2] if number % 3 else [*tokens, 11]}) + "\n")
+    (folder / "rule.py").write_text(RULE)
+    return folder
+
+
+def write_ppo(folder: Path, path: Path, **sections: dict[str, Any]) -> Path:
+    """Actor on ranks 0 and 1, critic on 2 and 3, reference beside the critic, reward beside the actor."""
+    config: dict[str, Any] = {
+        "task": "ppo",
+        "run_dir": str(path.parent / "never-made"),
+        "model": {
+            "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4,
+            "num_query_groups": 2, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 128,
+        },
+        "data": {"tokenizer": str(folder / "tokenizer.model")},
+        "training": {"train_iters": STEPS, "micro_batch_tokens": 128},
+        "optimizer": {
+            "lr": 1.0e-3, "min_lr": 1.0e-4, "lr_warmup_iters": 2, "lr_decay_iters": STEPS, "adam_eps": 1.0e-6,
+        },
+        "checkpoint": {"save_interval": 2, "keep_latest": 2},
+        "runtime": {"timeout_seconds": 30},
+        "roles": {
+            "actor": {"ranks": "0-1", "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+            "critic": {"ranks": "2-3", "parallel": {"pipeline_model_parallel_size": 2}, "optimizer": {"lr": 2.0e-3}},
+            "reference": {"ranks": 3},
+            "reward": {"ranks": "0-1"},
+        },
+        "ppo": {
+            "prompts": str(folder / "prompts.jsonl"), "responses": str(folder / "responses.jsonl"),
+            "rollout_batch_size": ANSWERS, "mini_batch_size": 4, "ppo_epochs": 2, "max_response_length": 12,
+            "kl_target": 0.5, "reward_normalization": "running", "missing_end": "penalty",
+            "missing_end_penalty": 0.5, "dump_rollouts": True,
+        },
+    }  # fmt: skip
+    for name, section in sections.items():
+        config[name] = {**config.get(name, {}), **section}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    config = write_ppo(folder, folder / "ppo.yaml")
+    ended = run_to_end(run_command(config, f"run_dir={run_dir}", ranks=4))
+    assert ended.code == 0, ended
+    return run_dir
+
+
+def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
+
+
+def test_metrics_rollouts_and_checkpoints(unbroken: Path) -> None:
+    records = metrics_of(unbroken)
+    assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
+    wanted = {
+        "score_mean", "reward_mean", "kl", "entropy", "actor_loss", "critic_loss", "actor_grad_norm",
+        "critic_grad_norm", "ratio_first_max", "clip_fraction", "value_clip_fraction", "explained_variance",
+        "response_length_mean", "end_rate", "seconds_by_phase", "idle_share_by_role", "lr", "consumed_samples",
+    }  # fmt: skip
+    assert wanted <= set(records[0])
+    assert abs(records[0]["kl"]) < 1e-5  # the reference starts as the actor does
+    assert abs(records[-1]["kl"]) > 1e-4
+    assert all(abs(record["ratio_first_max"] - 1) < 1e-5 for record in records)
+    assert all(record["actor_grad_norm"] > 0 for record in records)
+    assert len({record["kl_coef"] for record in records}) > 1
+    assert set(records[0]["idle_share_by_role"]) == {"actor", "critic", "reference", "reward"}
+    dump = load_file(unbroken / "rollouts" / "iter_0000001.safetensors")
+    assert set(dump) == {
+        "tokens", "response_mask", "logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns",
+    }  # fmt: skip
+    assert dump["scores"].shape == (ANSWERS,)
+    assert dump["logprobs"].shape == dump["rewards"].shape == dump["response_mask"].shape
+    assert dump["response_mask"].sum(dim=1).tolist() == [1 + number % 7 for number in range(ANSWERS)]
+    names = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
+    assert names == ["iter_0000004", "iter_0000006"]
+    assert hash_of(unbroken / "checkpoints" / names[-1] / "actor")
+    assert "value_head.weight" in hash_of(unbroken / "checkpoints" / names[-1] / "critic")
+
+
+def test_killed_and_resumed_equals_unbroken(unbroken: Path, folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = run_command(folder / "ppo.yaml", f"run_dir={run_dir}", ranks=4, restarts=1)
+    with started(command) as process:
+        wait_until(lambda: live_rank_at(run_dir, rank=3, iteration=4), process=process)
+        os.kill(live_rank_at(run_dir, rank=3, iteration=4) or 0, signal.SIGKILL)
+        ended = wait_for_end(process)
+    assert ended.code == 0, ended
+    assert without_clock(metrics_of(run_dir)) == without_clock(metrics_of(unbroken))
+    for role in ("actor", "critic"):
+        last = Path("checkpoints", f"iter_{STEPS:07d}", role)
+        assert hash_of(run_dir / last) == hash_of(unbroken / last)
+
+
+@pytest.mark.slow
+def test_another_placement_goes_on_with_the_same_numbers(unbroken: Path, folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first = run_to_end(run_command(folder / "ppo.yaml", f"run_dir={run_dir}", "training.train_iters=3", ranks=4))
+    assert first.code == 0, first
+    alone = {"roles": {name: {"ranks": 0} for name in ("actor", "critic", "reference", "reward")}}
+    alone["roles"]["critic"]["optimizer"] = {"lr": 2.0e-3}  # type: ignore[assignment]
+    config = write_ppo(folder, tmp_path / "alone.yaml", **alone)
+    second = run_to_end(run_command(config, f"run_dir={run_dir}", ranks=1))
+    assert second.code == 0, second
+    for found, wanted in zip(metrics_of(run_dir), metrics_of(unbroken), strict=True):
+        for name in ("critic_loss", "critic_grad_norm", "actor_grad_norm", "kl", "entropy"):
+            assert found[name] == pytest.approx(wanted[name], rel=2e-3, abs=2e-5), (found["iteration"], name)
+
+
+def test_a_rule_in_place_of_the_reward_model_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = write_ppo(folder, tmp_path / "rule.yaml", ppo={"reward_function": f"{folder / 'rule.py'}:share_of_e"})
+    values = yaml.safe_load(config.read_text())
+    del values["roles"]["reward"]
+    config.write_text(yaml.safe_dump(values))
+    with started(run_command(config, f"run_dir={run_dir}", ranks=4)) as process:
+        wait_until(lambda: live_rank_at(run_dir, rank=0, iteration=2), process=process)
+        process.send_signal(signal.SIGTERM)
+        ended = wait_for_end(process)
+    assert ended.code == 75, ended
+    ended = run_to_end(run_command(config, f"run_dir={run_dir}", ranks=4))
+    assert ended.code == 0, ended
+    records = metrics_of(run_dir)
+    assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
+    assert 0 < records[0]["score_mean"] < 1
+
+
+def refused(config: Path, *overrides: str) -> tuple[int, str]:
+    ended = run_to_end(run_command(config, *overrides, ranks=4))
+    return ended.code, ended.out + ended.err
+
+
+def test_bad_input_is_named_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    cases = {
+        "empty": ({"response_tokens": []}, 65, "response_tokens is missing, empty or of a wrong type"),
+        "foreign": ({"response_tokens": [VOCAB_SIZE]}, 65, f"must be token ids from 0 to {VOCAB_SIZE - 1}"),
+        "long": ({"response_tokens": [3] * 13}, 65, "has 13 tokens, must have 1 to 12 (ppo.max_response_length)"),
+    }
+    for name, (row, code, text) in cases.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join([json.dumps({"response_tokens": [5, 2]})] * 3 + [json.dumps(row)]) + "\n")
+        found, said = refused(folder / "ppo.yaml", run_dir, f"ppo.responses={path}", "training.train_iters=1")
+        assert (found, text in said, f"{path}:4" in said) == (code, True, True), said
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "word " * 400}) + "\n")
+    code, said = refused(folder / "ppo.yaml", run_dir, f"ppo.prompts={prompts}")
+    assert code == 65 and f"{prompts}:1: the prompt has" in said, said
+    code, said = refused(folder / "ppo.yaml", run_dir, "roles.reward.model.vocab_size=500")
+    assert code == 78 and "roles.reward has a vocabulary of 500, the actor one of 400" in said, said
+    code, said = refused(folder / "ppo.yaml", run_dir, "ppo.prompts=none.jsonl")
+    assert code == 78 and "none.jsonl is not there" in said, said
+
+
+def test_a_score_that_is_no_number_ends_the_run_by_name(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "nan.py").write_text("def score(prompts, responses, rows):\n    return [float('nan')] * len(rows)\n")
+    config = write_ppo(folder, tmp_path / "nan.yaml", ppo={"reward_function": f"{tmp_path / 'nan.py'}:score"})
+    values = yaml.safe_load(config.read_text())
+    del values["roles"]["reward"]
+    config.write_text(yaml.safe_dump(values))
+    run_dir = tmp_path / "run"
+    code, said = refused(config, f"run_dir={run_dir}")
+    record = read_exit(run_dir)
+    assert code == 65 and record is not None, said
+    assert "step 1: scores of 8 answer(s) are not finite" in record.message
+    assert "prompts.jsonl on lines" in record.message
