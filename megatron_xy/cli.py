@@ -72,6 +72,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     """(Continued) pre-training in one rank of a torchrun world; `megatron-xy run` starts such a world."""
+    _train("pretrain", run_yaml, overrides or [])
+
+
+@app.command()
+def sft(run_yaml: RunYaml, overrides: Overrides = None) -> None:
+    """Supervised fine-tuning on conversations, in one rank of a torchrun world, as pretrain."""
+    _train("sft", run_yaml, overrides or [])
+
+
+def _train(task: str, run_yaml: Path, overrides: list[str]) -> None:
     began = time.monotonic()
     from megatron_xy.worker import run_worker
 
@@ -87,7 +97,7 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
 
         verb.run(config, stop=stop, watchdog=watchdog, began=began)
 
-    run_worker("pretrain", config_path=run_yaml, overrides=overrides or [], work=work)
+    run_worker(task, config_path=run_yaml, overrides=overrides, work=work)
 
 
 @app.command()
@@ -100,13 +110,14 @@ def run(
     """Starts and supervises torchrun on this machine: exit codes, restarts from the newest checkpoint, no orphans."""
     from megatron_xy import run_folder
     from megatron_xy.config import load_config, run_dir_of
-    from megatron_xy.preflight import check_paths
+    from megatron_xy.preflight import BUILT_DATA, check_paths
     from megatron_xy.supervise import supervise
 
     options = overrides or []
     try:
         config = load_config(run_yaml, overrides=options, world_size=nproc_per_node)
-        check_paths(config)
+        run_folder.prepare(config.run_dir)
+        check_paths(config, build_into=config.run_dir / BUILT_DATA)
     except MegatronXYError as error:
         run_dir = run_dir_of(run_yaml, overrides=options)
         if run_dir is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from megatron_xy.config import FILES_OF_ROWS
 from megatron_xy.data.compressed import DAMAGE, open_compressed
 from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
 from megatron_xy.data.manifest import is_source_name
@@ -24,7 +25,7 @@ from megatron_xy.errors import ConfigError, DataError
 # fail: an error at the end of the file that has one; skip: they are left out, however many.
 BadLinePolicy = Literal["limit", "fail", "skip"]
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSON_LINES = FILES_OF_ROWS
 COMPRESSED = (".gz", ".zst")
 DEFAULT_SOURCE = "default"
 BAD_LINES_LIMIT = 0.001
