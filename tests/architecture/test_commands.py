@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("pretrain", "run", "check", "report", "convert", "doctor", "data", "checkpoint")
+VERBS = ("pretrain", "sft", "run", "check", "report", "convert", "doctor", "data", "checkpoint")
 
 # `python -m megatron_xy`, and at its very end one line on stderr: which heavy packages it has imported.
 PROGRAM = """

@@ -89,7 +89,8 @@ runtime: {timeout_seconds: 120, num_threads: 1, deterministic: false}
 OF_OUR_OWN = {
     "init_method_std", "head", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters",
     "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy",
-    "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks",
+    "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks", "chat_template",
+    "chat_overflow", "last_turn_only",
 }  # fmt: skip
 
 ROLES = """\
@@ -476,9 +477,9 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
         ("parallel.context_parallel_size=2", "context_parallel_size (2): only 1 is supported"),
         ("training.phases=[{from_iter: 5, train_only: [embedding, output_layer]}]",
          "training.phases[0].train_only (embedding, output_layer): only null is supported; all weights train"),
-        ("training.epochs=2", "training.epochs (2): only null is supported; use train_iters"),
+        ("training.epochs=2", "training.epochs (2): task pretrain counts in train_iters; use them"),
         ("checkpoint.hf_interval=5", "hf_interval (5): only 0 is supported"),
-        ("task=sft", "task (sft): only pretrain and ppo are supported"),
+        ("task=reward", "task (reward): only pretrain, sft and ppo are supported"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused_by_name(run_yaml: Path, override: str, text: str) -> None:
