@@ -18,6 +18,8 @@ from megatron_xy.train_step import DeviceBatch, LossFunction, forward, forward_b
 def logits_of(role: Role, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits [row length, vocabulary] fp32 of every row of token ids; an empty list but on the last pipeline stage.
 
+    Of a model with a value head: values [row length, 1].
+
     Each row is a document of its own. Collective over the role's ranks.
     """
     tp_size = role.groups.tp_size
@@ -39,7 +41,9 @@ def _logits_step(
     output = forward(module, next(batches))
 
     def collect(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        whole = joined_over(logits[0].float(), role.groups.collection.tp)[:, : role.model.vocab_size]
+        whole = logits[0].float()
+        if role.model.head == "language_model":
+            whole = joined_over(whole, role.groups.collection.tp)[:, : role.model.vocab_size]
         return logits.sum(), torch.tensor(1, dtype=torch.int), {"logits": whole}
 
     return output, collect
