@@ -292,6 +292,7 @@ class RoleConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     micro_batch_tokens: int | None = Field(None, ge=1, description="null: training.micro_batch_tokens")
+    chat_template: str | None = Field(None, description="renders prompts that are messages; null: data.chat_template")
 
     @field_serializer("model", "parallel", "optimizer")
     def _what_differs(self, section: Section) -> dict[str, Any]:
@@ -780,6 +781,7 @@ class PlacedRole:
     parallel: ParallelConfig
     optimizer: OptimizerConfig | None  # None where the weights stay as they are
     micro_batch_tokens: int
+    chat_template: str | None = None
 
 
 def role_names(config: RunConfig) -> tuple[RoleName, ...]:
@@ -799,6 +801,7 @@ def placed_roles(config: RunConfig, *, world_size: int) -> dict[RoleName, Placed
             *role_sections(config, name),
             optimizer=_merged(config.optimizer, config.roles[name].optimizer) if name in TRAINED_ROLES else None,
             micro_batch_tokens=config.roles[name].micro_batch_tokens or config.training.micro_batch_tokens,
+            chat_template=config.roles[name].chat_template or config.data.chat_template,
         )
         for name in role_names(config)
     }
