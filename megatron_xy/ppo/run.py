@@ -103,9 +103,10 @@ def look_at(config: RunConfig, *, world_size: int) -> Material:
             f"{room} tokens (the smaller one of max_position_embeddings and micro_batch_tokens); lower it"
         )
     reason = f"the {name} has {room} tokens for prompt and answer, ppo.max_response_length is {ppo.max_response_length}"
-    renderers = {name: Renderer(tokenizer, role.chat_template) for name, role in roles.items()}
-    for renderer in renderers.values():
+    by_template = {template: Renderer(tokenizer, template) for template in {r.chat_template for r in roles.values()}}
+    for renderer in by_template.values():
         prompts.check_lengths(renderer, most=room - ppo.max_response_length, reason=reason)
+    renderers: dict[str, Renderer] = {name: by_template[role.chat_template] for name, role in roles.items()}
     responses = None
     if ppo.responses is not None:
         responses = GivenResponses(ppo.responses)
