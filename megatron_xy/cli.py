@@ -83,6 +83,12 @@ def sft(run_yaml: RunYaml, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def reward(run_yaml: RunYaml, overrides: Overrides = None) -> None:
+    """A reward model from preference pairs, in one rank of a torchrun world, as pretrain."""
+    _train("reward", "megatron_xy.reward.run", run_yaml, overrides)
+
+
+@app.command()
 def ppo(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     """PPO over four roles in one rank of a torchrun world; `megatron-xy run` starts such a world."""
     _train("ppo", "megatron_xy.ppo.run", run_yaml, overrides)
@@ -179,6 +185,19 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's 
     from megatron_xy.report import make_report
 
     print(make_report(run_dir))
+
+
+@app.command()
+def select(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a reward run's folder")], as_json: AsJson = False
+) -> None:
+    """Names the epoch of a reward run that meets the criteria of its config best; ends with 1 where none does."""
+    from megatron_xy.reward.select import select as selected
+
+    selection = selected(run_dir)
+    print(json.dumps(selection.to_json()) if as_json else "\n".join(selection.lines()))
+    if selection.chosen is None:
+        sys.exit(EXIT_COMPARISON_FAILED)
 
 
 @app.command()

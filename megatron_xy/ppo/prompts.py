@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,18 @@ class Renderer:
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return [*begin, *self.tokenizer.encode(prompt).tolist()]
 
-    @property
+    def answer(self, prompt: str | list[Message], text: str) -> list[int]:
+        """Token ids of an answer that is given as text, its end token included. Raises BadConversation."""
+        if self._chat is not None and not isinstance(prompt, str):
+            whole = self._chat.conversation([*prompt, {"role": "assistant", "content": text}], last_turn_only=True)
+            ids = whole.ids[whole.learned].tolist()
+        else:
+            ids = self.tokenizer.encode(text).tolist()
+        return ids if ids and ids[-1] in self.stop_ids else [*ids, self.stop_ids[-1]]
+
+    @cached_property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer."""
+        """Ids that end an answer; the last one is what the chat template ends it with."""
         if self._chat is not None:
             return self._chat.stop_ids
         return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]

@@ -120,8 +120,8 @@ class PPOTrainer:
         self.log.open_metrics(iteration=self.state.iteration)
         for iteration in range(self.state.iteration + 1, train_iters + 1):
             stopping = self._step(iteration)
-            is_snapshot = self.ppo.snapshot_interval and iteration % self.ppo.snapshot_interval == 0
-            if iteration % checkpoint.save_interval == 0 or is_snapshot or iteration == train_iters or stopping:
+            is_due = iteration % checkpoint.save_interval == 0 or self._is_snapshot(iteration)
+            if is_due or iteration == train_iters or stopping:
                 self._save(iteration)
             if stopping and iteration < train_iters:
                 self._finish()
@@ -130,6 +130,10 @@ class PPOTrainer:
                 )
         self._finish()
         self.log.say(f"done: {self.state.iteration} iterations")
+
+    def _is_snapshot(self, iteration: int) -> bool:
+        """Whether the checkpoint of an iteration is never let go of."""
+        return self.ppo.snapshot_interval > 0 and iteration % self.ppo.snapshot_interval == 0
 
     def _step(self, iteration: int) -> bool:
         """One PPO step, recorded; returns whether any rank was asked to stop."""
@@ -284,7 +288,7 @@ class PPOTrainer:
             on_written=self.log.say,
             part=worker.name,
             publishes=[other for other in TRAINED if other != name] if name == "critic" else (),
-            keep_every=self.ppo.snapshot_interval,
+            is_kept=self._is_snapshot,
         )
 
     def _save(self, iteration: int) -> None:
