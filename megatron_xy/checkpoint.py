@@ -25,6 +25,7 @@ from megatron_xy.errors import ConfigError, DataError, PeerLost, StorageError
 from megatron_xy.host_copy import HostCopy
 from megatron_xy.liveness import waiting_for
 from megatron_xy.model.build import EMBEDDING, NamedParameter
+from megatron_xy.model.heads import VALUE_HEAD
 from megatron_xy.optimizer import OwnedParameter
 from megatron_xy.parallel import Groups, barrier, joined_over, sum_over
 from megatron_xy.role import Role
@@ -306,12 +307,16 @@ def shared_problem(folder: Path, groups: Groups) -> str | None:
 
 
 def load_weights(role: Role, folder: Path) -> files.Manifest:
-    """Fills the role's weights, main weights included, from a checkpoint of any layout; nothing else of it."""
+    """Fills the role's weights, main weights included, from a checkpoint of any layout; nothing else of it.
+
+    A value head stays as it is where the checkpoint, a language model's, holds none.
+    """
     manifest = files.read_manifest(folder)
     owned = role.owned_parameters()
     with files.TensorReader(folder, manifest) as reader:
         for named in role.named_parameters():
-            _load_weight(reader, named, owned.get(named.parameter))
+            if named.name in reader or named.name != VALUE_HEAD:
+                _load_weight(reader, named, owned.get(named.parameter))
     return manifest
 
 
@@ -368,7 +373,7 @@ def _parts(role: Role) -> list[_Part]:
     owned = role.owned_parameters()
     is_distributed = role.optimizer is not None and role.parallel.use_distributed_optimizer
     load = [0] * groups.dp_size
-    tied_copy = not role.model.untie_embeddings_and_output_weights and groups.pp_size > 1 and groups.is_last_stage
+    tied_copy = role.model.has_tied_output_layer and groups.pp_size > 1 and groups.is_last_stage
     parts = []
     for named in role.named_parameters():
         mine = owned.get(named.parameter)

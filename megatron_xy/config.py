@@ -78,6 +78,9 @@ FilePath = Annotated[Path, BeforeValidator(_path_text)]
 Weight = Annotated[float, BeforeValidator(_plain_number)]
 
 
+Head = Literal["language_model", "value"]
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen."""
 
@@ -108,12 +111,18 @@ class ModelConfig(Section):
     rope_scaling: dict[str, Any] | None = Field(None, description="HF's dict; kinds: linear, llama3")
     norm_epsilon: float = Field(1e-5, gt=0)
     untie_embeddings_and_output_weights: bool = True
+    head: Head = Field("language_model", description="the task's: value (one number a token) for reward")
     init_method_std: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     layer_spec: Literal["auto", "torch", "transformer_engine"] = Field(
         "auto", description="auto: transformer_engine where it is installed and works on a GPU, else torch"
     )
     recompute_granularity: Literal["none", "selective", "full"] = "none"
+
+    @property
+    def has_tied_output_layer(self) -> bool:
+        """Whether the embedding is the output layer, too."""
+        return self.head == "language_model" and not self.untie_embeddings_and_output_weights
 
     @property
     def head_dim(self) -> int:
@@ -406,7 +415,7 @@ def load_config(path: Path, *, overrides: Sequence[str] = (), world_size: int | 
             problems.append(Problem(lines.where(name, path), text))
     if problems:
         raise InvalidConfig(problems)
-    return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"head": _head_of(config)})})
 
 
 def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
@@ -462,6 +471,8 @@ def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:
 def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
     """(key, sentence) of every rule between keys that does not hold, and of what is not built yet."""
     yield from _not_built(config)
+    if "head" in config.model.model_fields_set and config.model.head != _head_of(config):
+        yield "model.head", f"model.head ({config.model.head}): task {config.task} has {_head_of(config)}; leave it out"
     yield from _shape_rules(config.model, config.parallel)
     yield from _batch_rules(config.training, config.parallel, world_size=world_size)
     training, data, parallel = config.training, config.data, config.parallel
@@ -672,6 +683,11 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
                     "model.rope_scaling",
                     f"model.rope_scaling.{key} ({_shown(value)}) must be a number above 0, such as 8.0",
                 )
+
+
+def _head_of(config: RunConfig) -> Head:
+    """The task's: what `model.load` names may have another one, which is then left out or made anew."""
+    return "value" if config.task == "reward" else "language_model"
 
 
 def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -32,9 +32,9 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 def num_parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, embeddings and norms included, without the vocabulary's padding."""
     shape = _shape(model)
-    embeddings = 2 if model.untie_embeddings_and_output_weights else 1
+    head = 0 if model.has_tied_output_layer else shape.hidden_size * shape.outputs
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
-    return shape.num_layers * _layer_weights(shape) + embeddings * shape.vocab_size * shape.hidden_size + norms
+    return shape.num_layers * _layer_weights(shape) + shape.vocab_size * shape.hidden_size + head + norms
 
 
 def flops_per_token(model: ModelConfig, *, attention_length: float) -> float:
@@ -72,7 +72,7 @@ def recomputed_flops(model: ModelConfig, *, num_tokens: int, sum_squared_lengths
 def stage_share(model: ModelConfig, *, num_layers: int, has_head: bool) -> float:
     """The part of a token's dense FLOPs in `num_layers` of the model's layers, with the output layer or without."""
     shape = _shape(model)
-    head = shape.hidden_size * shape.vocab_size
+    head = shape.hidden_size * shape.outputs
     mine = num_layers * _layer_weights(shape) + (head if has_head else 0)
     return mine / (shape.num_layers * _layer_weights(shape) + head)
 
@@ -99,6 +99,7 @@ class _Shape(NamedTuple):
     num_query_groups: int
     head_dim: int
     vocab_size: int
+    outputs: int  # numbers that the head gives a token
 
 
 def _shape(model: ModelConfig) -> _Shape:
@@ -116,6 +117,7 @@ def _shape(model: ModelConfig) -> _Shape:
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         head_dim=model.head_dim,
         vocab_size=model.vocab_size,
+        outputs=1 if model.head == "value" else model.vocab_size,
     )
 
 
@@ -128,7 +130,7 @@ def _layer_weights(shape: _Shape) -> int:
 def _dense_flops_per_token(model: ModelConfig) -> int:
     """Six FLOPs a weight: two forward, four backward. The input embedding is a look-up and counts nothing."""
     shape = _shape(model)
-    return 6 * (shape.num_layers * _layer_weights(shape) + shape.hidden_size * shape.vocab_size)
+    return 6 * (shape.num_layers * _layer_weights(shape) + shape.hidden_size * shape.outputs)
 
 
 def _attention_flops_per_token(model: ModelConfig) -> int:

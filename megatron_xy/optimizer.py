@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -78,15 +79,17 @@ def owned_parameters(
     for part in optimizer.chained_optimizers:
         if part.optimizer is None:
             continue
-        groups = part.optimizer.param_groups
         if isinstance(part, mcore.DistributedOptimizer):
-            for parameter, (group, place) in part.model_param_group_index_map.items():
-                main = groups[group]["params"][place]
+            # Not by its model_param_group_index_map, which is wrong where a group holds parameters of two dtypes.
+            parameter_groups = [*part.model_float16_groups, *part.model_fp32_groups]
+            main_groups = [*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups]
+            pairs = zip(itertools.chain(*parameter_groups), itertools.chain(*main_groups), strict=True)
+            for parameter, main in pairs:
                 within = part._get_model_param_range_map(parameter)["param"]
                 has_main_weights = parameter.dtype != main.dtype  # else `main` is a view of the parameter
                 owned[parameter] = OwnedParameter(main, part.optimizer, (within.start, within.end), has_main_weights)
             continue
-        held = {id(tensor) for group in groups for tensor in group["params"]}
+        held = {id(tensor) for group in part.optimizer.param_groups for tensor in group["params"]}
         for parameter in parameters:
             main = getattr(parameter, "main_param", parameter)
             if id(main) in held:

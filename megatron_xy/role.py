@@ -7,7 +7,7 @@ while the role works.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,10 +49,12 @@ class Role:
             return {}
         return owned_parameters(self.optimizer, [named.parameter for named in self.named_parameters()])
 
-    def draw_weights(self, *, seed: int) -> None:
-        """Fresh weights, the same in every layout."""
+    def draw_weights(self, *, seed: int, names: Container[str] | None = None) -> None:
+        """Fresh weights, the same in every layout; names: of these parameters alone."""
         all_owned = self.owned_parameters()
         for named in self.named_parameters():
+            if names is not None and named.name not in names:
+                continue
             targets: list[tuple[torch.Tensor, ParameterShard]] = [(named.parameter, named.shard)]
             owned = all_owned.get(named.parameter)
             if owned is not None and owned.has_main_weights:

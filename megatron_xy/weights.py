@@ -13,6 +13,7 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.hf.reader import HFReader
+from megatron_xy.model.heads import VALUE_HEAD
 from megatron_xy.role import Role
 
 NEW_IN_A_CONTINUED_RUN = ("rotary_base", "rope_scaling", "max_position_embeddings", "norm_epsilon")
@@ -68,6 +69,7 @@ def load_initial_weights(role: Role, *, seed: int) -> None:
         role.draw_weights(seed=seed)
         return
     kind, folder = split_origin(role.model.load)
+    role.draw_weights(seed=seed, names={VALUE_HEAD})  # fresh where the loaded model, a language model, has none
     if kind == "ckpt":
         if problem := shared_problem(folder, role.groups):
             raise DataError(problem)

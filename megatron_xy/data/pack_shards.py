@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.best_fit import start_engine
+from megatron_xy.data.best_fit import EngineName, start_engine
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.data.manifest import Entry, ShardEntry, bucket_folder, file_entry
 from megatron_xy.data.origins import Rows, TracedWriter, mask_path, read_mask, read_rows, trace_path
@@ -42,6 +42,7 @@ class PackTask:
     windows: tuple[tuple[Range, ...], ...]
     packing: Packing
     overflow: Overflow
+    engine: EngineName
     masked: bool = False  # every token shard says which of its tokens are learned
 
     @property
@@ -72,6 +73,7 @@ def pack_tasks(
     window_documents: int,
     packing: Packing = "best_fit",
     overflow: Overflow = "split",
+    engine: EngineName = "auto",
     masked: bool = False,
 ) -> list[PackTask]:
     """How the documents of one source, in the token shards `prefixes`, fall into windows, and windows into shards."""
@@ -97,7 +99,17 @@ def pack_tasks(
     windows += [tuple(window)] if window else []
     shards += [windows] if windows else []
     return [
-        PackTask(folder, source, index, buckets, tuple(windows), packing=packing, overflow=overflow, masked=masked)
+        PackTask(
+            folder,
+            source,
+            index,
+            buckets,
+            tuple(windows),
+            packing=packing,
+            overflow=overflow,
+            engine=engine,
+            masked=masked,
+        )
         for index, windows in enumerate(shards)
     ]
 
@@ -127,7 +139,7 @@ def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
         tokens_lost=tokens_lost,
         tokens_learned=sum(writer.num_learned for writer in writers.values()) if task.masked else None,
         shards=shards,
-        engine=str(start_engine()) if task.packing == "best_fit" else "numpy",
+        engine=str(start_engine(task.engine)) if task.packing == "best_fit" else "numpy",
     )
     write_text(task.receipt, receipt.model_dump_json())
     return receipt
@@ -157,7 +169,13 @@ def _pack_window(
             except OSError as error:
                 raise storage_error(task.folder, error) from error
         window_lengths = np.concatenate(lengths).astype(np.int64)
-        plan = pack(window_lengths, buckets=task.buckets, packing=task.packing, overflow=task.overflow)
+        plan = pack(
+            window_lengths,
+            buckets=task.buckets,
+            packing=task.packing,
+            overflow=task.overflow,
+            engine=task.engine,
+        )
         for size in (task.buckets[index] for index in np.unique(plan.sample_bucket)):
             if size not in writers:
                 prefix = task.folder / task.source / bucket_folder(size) / f"shard_{task.index:05d}"

@@ -19,6 +19,8 @@ from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError
 
+FEW_DOCUMENTS = 200_000  # packed by plain Python before numba would be ready
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -48,6 +50,7 @@ def pack_sources(
     if len(names) > MOST_SOURCES:
         raise ConfigError(f"source_field names {len(names)} sources, at most {MOST_SOURCES} can be told apart")
     prefixes = {name: [shard.folder / name for shard in tokenized if name in shard.documents] for name in names}
+    total = sum(sum(shard.documents.values()) for shard in tokenized)
     masked = {name: _is_masked(name, prefixes[name]) for name in names}
     tasks = [
         task
@@ -61,9 +64,9 @@ def pack_sources(
             packing=packing,
             overflow=chat_overflow if masked[name] else overflow,
             masked=masked[name],
+            engine="python" if total < FEW_DOCUMENTS else "auto",
         )
     ]
-    total = sum(sum(shard.documents.values()) for shard in tokenized)
     receipts: dict[str, list[PackReceipt]] = {name: [] for name in names}
     claims = [work / CLAIMS_FOLDER / f"pack-{task.receipt.stem}" for task in tasks]
     packed = pool.run("pack", pack_shard, tasks, total=total, unit="documents", claims=claims)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig, ParallelConfig
+from megatron_xy.model.heads import VALUE_HEAD, ValueHead
 from megatron_xy.model.layer_spec import (
     DTYPES,
     choose_layers,
@@ -178,11 +179,13 @@ def _gpt_model(
         max_sequence_length=model.max_position_embeddings,
         pre_process=groups.is_first_stage and chunk == 0,
         post_process=groups.is_last_stage and chunk == num_chunks - 1,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=model.has_tied_output_layer,
         position_embedding_type="none",  # the attention rotates
         pg_collection=groups.collection,
         vp_stage=chunk if num_chunks > 1 else None,
     )
+    if gpt.post_process and model.head == "value":
+        gpt.output_layer = ValueHead(config, tp_group=groups.collection.tp)
     gpt.model_type = mcore.ModelType.encoder_or_decoder
     connect_layers(gpt, model=model, choice=choice)
     return gpt
@@ -194,6 +197,8 @@ def mark_tensor_parallel(gpt: torch.nn.Module) -> None:
     Its own initialisation does it, which `perform_initialization=False` skips in some versions.
     """
     for name, module in gpt.named_modules():
+        if isinstance(module, ValueHead):
+            continue
         dimension, weight = split_dimension(name), getattr(module, "weight", None)
         if dimension is not None and isinstance(weight, torch.nn.Parameter):  # a tied output layer has none of its own
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -210,8 +215,8 @@ def named_parameters(module: torch.nn.Module, *, model: ModelConfig, groups: Gro
     gpt = _unwrap(module)
     for local_name, parameter in gpt.named_parameters():
         name = _global_name(local_name, gpt)
-        if name == OUTPUT_LAYER and not model.untie_embeddings_and_output_weights:
-            name = EMBEDDING
+        if name == OUTPUT_LAYER:
+            name = VALUE_HEAD if model.head == "value" else EMBEDDING if model.has_tied_output_layer else name
         yield NamedParameter(name, parameter, _shard_of(name, parameter, model=model, groups=groups))
 
 

@@ -87,10 +87,10 @@ runtime: {timeout_seconds: 120, num_threads: 1, deterministic: false}
 
 # Keys beside those, each with its line in docs/decisions.md.
 OF_OUR_OWN = {
-    "init_method_std", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters", "lr_decay_tokens",
-    "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy", "spike_sigmas",
-    "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks", "chat_template", "chat_overflow",
-    "last_turn_only",
+    "init_method_std", "head", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters",
+    "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy",
+    "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks",
+    "chat_template", "chat_overflow", "last_turn_only",
 }  # fmt: skip
 
 ROLES = """\
@@ -354,6 +354,7 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("parallel.sequence_parallel=often", "parallel.sequence_parallel (often): must be true or false"),
         ("parallel.sequence_parallel=1", "parallel.sequence_parallel (1): must be true or false"),
         ("parallel.sequence_parallel='yes'", "parallel.sequence_parallel (yes): must be true or false"),
+        ("model.head=value", "model.head (value): task pretrain has language_model; leave it out"),
         ("runtime.profile=5", "runtime.profile (5): must be text; put it in quotes"),
         ("runtime.profile='5:5'",
          "runtime.profile (5:5): must be A:B, iterations from A (1 is the first) to B - 1, such as 10:13"),

@@ -7,7 +7,10 @@ import tracemalloc
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megatron_xy.data import documents
 from megatron_xy.data.documents import LineReport, read_part
 from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
 from megatron_xy.errors import ConfigError, DataError
@@ -71,6 +74,44 @@ BAD = [
     (b'{"text": "x", "src": "manifest.json"}', "cannot name a folder"),
     (b'{"text": "x", "src": ""}', "cannot name a folder"),
 ]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    line=st.one_of(
+        st.binary(max_size=40),
+        st.builds(lambda text: json.dumps({"text": text}).encode(), st.text(max_size=20)),
+        st.builds(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode(), st.text(max_size=20)),
+        st.text(alphabet='{}[]":,\\u0dtextNaInfy-+.eE1 \t', max_size=30).map(str.encode),
+        st.sampled_from(
+            [
+                b'{"text": "\\ud800"}',
+                b'{"text": NaN}',
+                b'{"text": "a", "text": "b"}',
+                b'{"text": 1e999}',
+                b'{"text": ' + b"9" * 400 + b"}",
+                b"[" * 2000 + b"]" * 2000,
+                b' {"text": "a"} \r\n',
+                b'{"text": "\t"}',
+            ]
+        ),
+    )
+)
+def test_a_line_reads_the_same_with_orjson_and_without(line):
+    pytest.importorskip("orjson", reason="the extra `fast` is not installed: there is one reader")
+
+    def read():
+        try:
+            return documents._parse(line, text_field="text", source_field=None)
+        except documents._BadLine as error:
+            return str(error)
+
+    with_orjson = read()
+    orjson, documents.orjson = documents.orjson, None
+    try:
+        assert with_orjson == read()
+    finally:
+        documents.orjson = orjson
 
 
 def test_all_bad_lines_are_named_at_once_or_skipped(tmp_path):
