@@ -72,6 +72,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     """(Continued) pre-training in one rank of a torchrun world; `megatron-xy run` starts such a world."""
+    _train("pretrain", run_yaml, overrides or [])
+
+
+@app.command()
+def sft(run_yaml: RunYaml, overrides: Overrides = None) -> None:
+    """Supervised fine-tuning on conversations, in one rank of a torchrun world, as pretrain."""
+    _train("sft", run_yaml, overrides or [])
+
+
+def _train(task: str, run_yaml: Path, overrides: list[str]) -> None:
     began = time.monotonic()
     from megatron_xy.worker import run_worker
 
@@ -87,7 +97,7 @@ def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
 
         verb.run(config, stop=stop, watchdog=watchdog, began=began)
 
-    run_worker("pretrain", config_path=run_yaml, overrides=overrides or [], work=work)
+    run_worker(task, config_path=run_yaml, overrides=overrides, work=work)
 
 
 @app.command()
@@ -100,13 +110,14 @@ def run(
     """Starts and supervises torchrun on this machine: exit codes, restarts from the newest checkpoint, no orphans."""
     from megatron_xy import run_folder
     from megatron_xy.config import load_config, run_dir_of
-    from megatron_xy.preflight import check_paths
+    from megatron_xy.preflight import BUILT_DATA, check_paths
     from megatron_xy.supervise import supervise
 
     options = overrides or []
     try:
         config = load_config(run_yaml, overrides=options, world_size=nproc_per_node)
-        check_paths(config)
+        run_folder.prepare(config.run_dir)
+        check_paths(config, build_into=config.run_dir / BUILT_DATA)
     except MegatronXYError as error:
         run_dir = run_dir_of(run_yaml, overrides=options)
         if run_dir is not None:
@@ -249,7 +260,7 @@ def data_build(
     ] = "best_fit",
     seq_length: Annotated[int | None, typer.Option("--seq-length", min=1, help="with --packing concatenate")] = None,
     overflow: Annotated[
-        Literal["split", "drop", "truncate"],
+        Literal["split", "drop", "truncate", "truncate_left"],
         typer.Option("--overflow", help="what becomes of documents longer than the largest bucket"),
     ] = "split",
     deduplicate: Annotated[
@@ -258,6 +269,21 @@ def data_build(
     held_out: Annotated[
         float, typer.Option("--held-out", metavar="FRACTION", help="this share of the documents goes into DIR/held_out")
     ] = 0.0,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template",
+            metavar="NAME|FILE",
+            help="take conversations: xuanyuan, xuanyuan-70b, llama-2, chatml, tokenizer (its own), or a Jinja file",
+        ),
+    ] = None,
+    chat_overflow: Annotated[
+        Literal["refuse", "truncate_left", "split"],
+        typer.Option("--chat-overflow", help="what becomes of conversations longer than the largest bucket"),
+    ] = "refuse",
+    last_turn_only: Annotated[
+        bool, typer.Option("--last-turn-only", help="of a conversation only the last answer is learned")
+    ] = False,
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="this share only; the last one to end finishes")
     ] = None,
@@ -267,7 +293,7 @@ def data_build(
     ] = "local",
     as_json: AsJson = False,
 ) -> None:
-    """Tokenises a corpus and packs it into buckets, as Megatron's .bin/.idx.
+    """Tokenises a corpus, texts or conversations, and packs it into buckets, as Megatron's .bin/.idx.
 
     The same command on several machines that share the folders does the work together.
     """
@@ -292,6 +318,9 @@ def data_build(
             overflow=overflow,
             deduplicate=deduplicate,
             held_out=held_out,
+            chat_template=chat_template,
+            chat_overflow=chat_overflow,
+            last_turn_only=last_turn_only,
             shard=Share.parse(shard) if shard is not None else None,
             executor=executor,
             progress=progress,
@@ -332,12 +361,13 @@ def data_show(
     count: Annotated[int, typer.Option("--count", min=1, help="samples of each source and bucket")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Samples as text: a colour a document, a bar between two, the token that the loss leaves out reversed."""
+    """Samples as text: a colour a document, a bar between two, tokens that the loss leaves out reversed or dim."""
     from megatron_xy.data.show import shown_samples
 
     samples = shown_samples(directory, source=source, bucket=bucket, index=index, count=count)
     if as_json:
-        print(json.dumps([{"sample": sample.heading, "text": sample.plain} for sample in samples]))
+        rows = [{"sample": each.heading, "text": each.plain, "learned": each.learned} for each in samples]
+        print(json.dumps(rows))
         return
     console = Console()
     for sample in samples:

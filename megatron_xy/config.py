@@ -33,6 +33,7 @@ from megatron_xy.yaml_file import apply_overrides, read_yaml
 
 LARGEST_INTEGER = 2**63 - 1
 UNKNOWN_KEY = "unknown key"
+FILES_OF_ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 RULES_BY_KIND = {  # by the beginning of pydantic's name for what is wrong
     "int_": "must be a whole number",
     "float_": "must be a number",
@@ -156,11 +157,22 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """What `data build` wrote, and how it is drawn from."""
 
-    path: FilePath | list[FilePath] | None = None
+    path: FilePath | list[FilePath] | None = Field(
+        None, description="folders that `data build` wrote; task sft: jsonl files of conversations beside or instead"
+    )
     weights: dict[str, Weight] | None = Field(None, description="{source: weight}; null: as many tokens as each holds")
     tokenizer: FilePath | None = None
     split_documents: bool = Field(True, description="attention and positions stop at document borders")
     eval_path: FilePath | None = Field(None, description="held-out data, such as DIR/held_out of `data build`")
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="of jsonl files: xuanyuan | xuanyuan-70b | llama-2 | chatml | FILE; null: the tokenizer's own",
+    )
+    chat_overflow: Literal["refuse", "truncate_left", "split"] = Field(
+        "refuse", description="of jsonl files: what becomes of conversations longer than the largest bucket"
+    )
+    last_turn_only: bool = Field(False, description="of jsonl files: only a conversation's last answer is learned")
     max_epochs: float | None = Field(
         None, gt=0, description="refuse a run that would draw a (source, bucket) more often; null: any number of times"
     )
@@ -189,7 +201,9 @@ class TrainingConfig(Section):
     global_batch_tokens: int = Field(16384, ge=1, description="a step on bucket b takes this / b sequences")
     micro_batch_tokens: int = Field(2048, ge=1, description="a common multiple of all buckets")
     phases: list[Phase] = []
-    epochs: int | None = Field(None, ge=1)
+    epochs: int | None = Field(
+        None, ge=1, description="sft: passes over the conversations, in place of train_iters; a checkpoint after each"
+    )
     eval_interval: int = Field(0, ge=0, description="iterations; after the last one, too; 0: no evaluation")
     spike_policy: Literal["log", "skip"] = Field("log", description="of a step that stands out from the last 128")
     spike_sigmas: float = Field(6.0, gt=0, description="how far above them a step's loss or norm stands out")
@@ -381,6 +395,11 @@ class InvalidConfig(ConfigError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in self.problems))
 
 
+def is_file_of_rows(path: Path) -> bool:
+    """Whether a path of a run's data names a file of conversations, not a folder."""
+    return path.name.endswith(FILES_OF_ROWS)
+
+
 def load_config(path: Path, *, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:
     """Reads `path`, applies `section.key=value` overrides in order and returns the checked config.
 
@@ -487,10 +506,37 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
     yield from _phase_rules(training.phases)
     if not data.paths:
         yield "data.path", "data.path is missing; name a folder that `megatron-xy data build` wrote"
+    yield from _conversation_rules(config)
     if config.model.load is None:
         for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
             if getattr(config.model, key) is None:
                 yield f"model.{key}", f"model.{key} is missing; give it, or model.load: hf:DIR that has it"
+
+
+def _conversation_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What only tasks that learn conversations have."""
+    data, training = config.data, config.training
+    named = [("data.path", path) for path in data.paths]
+    named += [("data.eval_path", data.eval_path)] if data.eval_path is not None else []
+    files = [(key, path) for key, path in named if is_file_of_rows(path)]
+    if config.task == "pretrain":
+        for key, path in files:
+            yield (
+                key,
+                f"{key} ({path}): task pretrain takes folders that `megatron-xy data build` wrote; build one of it",
+            )
+        if training.epochs is not None:
+            yield (
+                "training.epochs",
+                f"training.epochs ({training.epochs}): task pretrain counts in train_iters; use them",
+            )
+    elif files and data.tokenizer is None:
+        yield "data.tokenizer", f"data.tokenizer is missing; {files[0][1]} is to be tokenised: name a tokenizer.model"
+    if training.epochs is not None and any(phase.from_iter for phase in training.phases):
+        yield (
+            "training.epochs",
+            f"training.epochs ({training.epochs}): training.phases count in iterations; give train_iters, not epochs",
+        )
 
 
 def _batch_rules(
@@ -647,8 +693,8 @@ def _head_of(config: RunConfig) -> Head:
 def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What the config format has a place for and the code does not do yet: refused, never ignored."""
     parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
-    if config.task != "pretrain":
-        yield "task", f"task ({config.task}): only pretrain is supported"
+    if config.task not in ("pretrain", "sft"):
+        yield "task", f"task ({config.task}): only pretrain and sft are supported"
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
@@ -659,8 +705,6 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
                 "training.phases",
                 f"training.phases[{number}].train_only ({names}): only null is supported; all weights train",
             )
-    if training.epochs is not None:
-        yield "training.epochs", f"training.epochs ({training.epochs}): only null is supported; use train_iters"
     if checkpoint.hf_interval:
         yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): only 0 is supported"
     if config.roles is not None:

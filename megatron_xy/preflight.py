@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,35 +16,47 @@ from megatron_xy.config import (
     check_buckets,
     check_shape,
     data_parallel_size,
+    is_file_of_rows,
 )
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, total_tokens
+from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, total_tokens, with_epochs
+from megatron_xy.data.run_data import data_folders
+from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.storage import file_sha256
 
+BUILT_DATA = "data"  # in a run folder: what was built of files of rows
 
-def check_paths(config: RunConfig) -> None:
-    """The files that the config names: there, whole at a glance, and fitting.
 
-    Raises InvalidConfig with all that is missing, bad or does not fit; DataError where all that is wrong is bad data.
+def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
+    """The files that the config names: there, whole at a glance, and fitting. Files of rows are read whole.
+
+    build_into: where the data folders built of these stay; None: they go. Raises InvalidConfig with all that is
+    missing, bad or does not fit; DataError where all that is wrong is bad data.
     """
+    if build_into is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return check_paths(config, build_into=Path(folder))
     findings = _Findings()
     model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
-    dataset = _look_at_data(completed, findings)
-    findings.of("data.eval_path", lambda: _held_out(completed, dataset))
+    dataset = _look_at_data(completed, findings, build_into=build_into)
+    findings.of("data.eval_path", lambda: _held_out(completed, dataset, build_into=build_into))
     findings.end()
 
 
 def open_data(config: RunConfig) -> PackedDataset:
-    """The run's data, checked against its model, tokenizer, weights and batch sizes. Raises as `check_paths` does."""
+    """The run's data, checked against its model, tokenizer, weights and batch sizes. Raises as `check_paths` does.
+
+    Any number of ranks may call it at once: files of rows are built into the run folder by whichever comes first.
+    """
     findings = _Findings()
-    dataset = _look_at_data(config, findings)
+    dataset = _look_at_data(config, findings, build_into=config.run_dir / BUILT_DATA)
     findings.end()
     assert dataset is not None, "what keeps it from being opened was raised"
     return dataset
@@ -55,32 +68,50 @@ def open_held_out(config: RunConfig, dataset: PackedDataset) -> PackedDataset | 
     Raises as `check_paths` does.
     """
     findings = _Findings()
-    held_out: PackedDataset | None = findings.of("data.eval_path", lambda: _held_out(config, dataset))
+    into = config.run_dir / BUILT_DATA
+    held_out: PackedDataset | None = findings.of("data.eval_path", lambda: _held_out(config, dataset, build_into=into))
     findings.end()
     return held_out
 
 
-def _look_at_data(config: RunConfig, findings: _Findings) -> PackedDataset | None:
-    dataset: PackedDataset | None = findings.of("data.path", lambda: PackedDataset(config.data.paths))
+def _look_at_data(config: RunConfig, findings: _Findings, *, build_into: Path) -> PackedDataset | None:
+    def opened() -> PackedDataset:
+        return PackedDataset(data_folders(config, config.data.paths, into=build_into))
+
+    dataset: PackedDataset | None = findings.of("data.path", opened)
     if dataset is not None:
+        findings.of("data.path", lambda: _check_task(config, dataset))
         findings.of("training.micro_batch_tokens", lambda: check_buckets(config.training, buckets=dataset.buckets))
         findings.of("model.vocab_size", lambda: _check_vocabulary(config.model, dataset))
         findings.of("data.tokenizer", lambda: _check_tokenizer(config.data.tokenizer, dataset))
         sampler = findings.of("data.weights", lambda: run_sampler(config, dataset.streams))
         if sampler is not None:
-            findings.of("data.max_epochs", lambda: check_epochs(config, sampler))
+            findings.of("data.max_epochs", lambda: _check_epochs(config, dataset, sampler))
     return dataset
 
 
-def _held_out(config: RunConfig, dataset: PackedDataset | None) -> PackedDataset | None:
+def _check_task(config: RunConfig, dataset: PackedDataset) -> None:
+    if config.task == "sft" and not dataset.conversation_sources:
+        raise DataError(
+            f"data.path ({', '.join(map(str, config.data.paths))}) holds no conversations, which task sft learns from; "
+            f"build them with `megatron-xy data build --chat-template`, or use task pretrain"
+        )
+
+
+def _check_epochs(config: RunConfig, dataset: PackedDataset, sampler: BucketSampler) -> None:
+    planned = with_epochs(config, dataset.streams, conversation_sources=dataset.conversation_sources)
+    check_epochs(planned, sampler)
+
+
+def _held_out(config: RunConfig, dataset: PackedDataset | None, *, build_into: Path) -> PackedDataset | None:
     if config.data.eval_path is None or not config.training.eval_interval:
         return None
-    if not config.data.eval_path.is_dir():
+    if not is_file_of_rows(config.data.eval_path) and not config.data.eval_path.is_dir():
         raise ConfigError(
             f"data.eval_path ({config.data.eval_path}): there is no such folder; name the held_out folder that "
             f"`data build --held-out` wrote, or any other that `data build` wrote"
         )
-    held_out = PackedDataset([config.data.eval_path])
+    held_out = PackedDataset(data_folders(config, [config.data.eval_path], into=build_into))
     if not any(stream.num_samples for stream in held_out.streams):
         raise DataError(f"data.eval_path ({config.data.eval_path}) holds no samples; build it from more documents")
     if dataset is not None and held_out.tokenizer_sha256 != dataset.tokenizer_sha256:
@@ -193,7 +224,8 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
         for phase in phases
     )
     all_tokens = total_tokens(phases, train_iters=training.train_iters)
-    lines.append(
-        f"  training: {training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
-    )
+    length = f"{training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
+    if training.epochs is not None:
+        length = f"{training.epochs} epoch(s) in steps of {sizes_of_steps} tokens"
+    lines.append(f"  training: {length}")
     return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""(Continued) pre-training: one role over all ranks, next-token loss on packed documents.
+"""(Continued) pre-training and supervised fine-tuning: one role over all ranks, next-token loss on packed documents.
+
+The tasks differ in their data alone: of a conversation the loss asks for the answers only.
 
 What can be known to fail is found before any process group starts: data, tokenizer, model shape, layout, run folder.
 """
@@ -15,7 +17,7 @@ from megatron_xy import device, environment, mcore, parallel, run_folder, waits
 from megatron_xy.config import RunConfig, check_shape, check_world, dump_config
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.loader import StepLoader
-from megatron_xy.data.phases import describe_epochs, run_sampler
+from megatron_xy.data.phases import describe_epochs, run_sampler, with_epochs
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
@@ -39,6 +41,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     check_shape(config)
     check_world(config, world_size=world_size)
     dataset = open_data(config)
+    config = with_epochs(config, dataset.streams, conversation_sources=dataset.conversation_sources)
     held_out = open_held_out(config, dataset)
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})

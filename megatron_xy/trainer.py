@@ -117,7 +117,7 @@ class Trainer:
 
     def train(self) -> None:
         """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
-        train_iters, save_interval = self.config.training.train_iters, self.config.checkpoint.save_interval
+        train_iters = self.config.training.train_iters
         self.log.open_metrics(iteration=self.state.iteration)
         saved = self.state.iteration
         if saved and self._is_evaluation_missing(saved) and not self._evaluate(saved):
@@ -126,7 +126,7 @@ class Trainer:
         for iteration in range(first, train_iters + 1):
             with self.log.phase("first step") if iteration == first else contextlib.nullcontext():
                 stopping = self._step(iteration)
-            if iteration % save_interval == 0 or iteration == train_iters or stopping:
+            if self._is_save_due(iteration) or stopping:
                 self._save(iteration)
                 saved = iteration
             is_done = iteration == train_iters
@@ -270,6 +270,11 @@ class Trainer:
         self._seconds_between_steps = dict.fromkeys(self._seconds_between_steps, 0.0)
         return record, bool(stopping)
 
+    def _is_save_due(self, iteration: int) -> bool:
+        training = self.config.training
+        ends_epoch = training.epochs is not None and iteration % (training.train_iters // training.epochs) == 0
+        return iteration % self.config.checkpoint.save_interval == 0 or iteration == training.train_iters or ends_epoch
+
     def _is_evaluation_due(self, iteration: int) -> bool:
         if self.held_out is None:
             return False
@@ -305,6 +310,7 @@ class Trainer:
             "task": self.config.task,
             **self._facts(),
             "tokenizer": str(self.config.data.tokenizer) if self.config.data.tokenizer else None,
+            "chat_template": self.loader.chat_template,
             "megatron_core": mcore.VERSION,
             "torch": torch.__version__,
             "history": self.history.to_json(),

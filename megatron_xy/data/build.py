@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace as replace_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_xy.data.build_folder import FolderBuild, Share, build_folder
+from megatron_xy.data.chat import ChatOptions, ChatOverflow
+from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.documents import BadLinePolicy, Part, ScannedFile
 from megatron_xy.data.inputs import find_inputs, input_size, is_prefix, scan_file
 from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME
@@ -25,7 +27,7 @@ from megatron_xy.data.packing import (
 )
 from megatron_xy.data.selection import MOST_FILES, Selection
 from megatron_xy.data.tokenize import group_parts, part_bytes_for
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.data.work_folder import WORK_FOLDER
 from megatron_xy.data.workers import Advance, ExecutorName, Progress, Workers
 from megatron_xy.errors import ConfigError
@@ -49,6 +51,9 @@ def build_dataset(
     overflow: Overflow = "split",
     deduplicate: bool = False,
     held_out: float = 0.0,
+    chat_template: str | None = None,
+    chat_overflow: ChatOverflow = "refuse",
+    last_turn_only: bool = False,
     shard: Share | None = None,
     executor: ExecutorName = "local",
     progress: Progress | None = None,
@@ -57,6 +62,8 @@ def build_dataset(
 
     deduplicate: of documents with the same text, over all inputs, the first one stays. held_out: this fraction of the
     documents, chosen by the hash of their text, goes into OUTPUT/held_out, a data folder of its own.
+    chat_template: take rows that hold conversations as such, rendered by this template (see load_chat_template); their
+    answers are learned, or with last_turn_only the last one. chat_overflow: see ChatOverflow.
 
     The same call may be made by several processes, on several machines that see the same folders, at once or later:
     each does what no other is doing, one of them finishes, and all return the same. executor: see Workers.
@@ -74,6 +81,9 @@ def build_dataset(
     loaded = load_tokenizer(tokenizer)
     if append_eod and loaded.eos_id is None:
         raise ConfigError(f"append_eod (true): the tokenizer {loaded.path} has no end token; leave it off")
+    chat = _chat_options(
+        chat_template, loaded, overflow=chat_overflow, last_turn_only=last_turn_only, longest=sizes[-1], packing=packing
+    )
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out ({held_out}) must be a fraction from 0 to below 1, such as 0.01")
     files = find_inputs(inputs)
@@ -90,6 +100,7 @@ def build_dataset(
         "overflow": overflow,
         "deduplicate": deduplicate,
         "work_format": WORK_FORMAT,
+        **({} if chat is None else {"chat": asdict(chat)}),
     }
     with Workers(workers, progress=progress, executor=executor) as pool:
         total = sum(input_size(file) for file in files)
@@ -106,7 +117,7 @@ def build_dataset(
                 pool,
                 groups,
                 build=FolderBuild(
-                    side, scanned, loaded, {**options, "selection": asdict(selection)}, selection, bad_lines
+                    side, scanned, loaded, {**options, "selection": asdict(selection)}, selection, bad_lines, chat
                 ),
                 shard=shard,
             )
@@ -115,6 +126,26 @@ def build_dataset(
     if not all(result["finished"] for result in results):
         return {"finished": False, "missing": sum(result.get("missing", 0) for result in results)}
     return results[-1]
+
+
+def _chat_options(
+    name: str | None,
+    tokenizer: Tokenizer,
+    *,
+    overflow: ChatOverflow,
+    last_turn_only: bool,
+    longest: int,
+    packing: Packing,
+) -> ChatOptions | None:
+    """None where no conversations are taken."""
+    if overflow not in get_args(ChatOverflow):
+        raise ConfigError(f"chat_overflow ({overflow}) must be one of {', '.join(get_args(ChatOverflow))}")
+    if name is None:
+        return None
+    if packing == "concatenate":
+        raise ConfigError("packing (concatenate) cuts documents anywhere; conversations need best_fit")
+    template = load_chat_template(name, tokenizer)
+    return ChatOptions(template.name, template.source, overflow, last_turn_only, longest)
 
 
 def _check_selection(files: Sequence[Path], *, deduplicate: bool, held_out: float) -> None:

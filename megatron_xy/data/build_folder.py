@@ -16,6 +16,7 @@ from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.data.chat import ChatOptions
 from megatron_xy.data.claims import CLAIMS_FOLDER, claim
 from megatron_xy.data.deduplicate import DUPLICATES_FOLDER, find_duplicates
 from megatron_xy.data.documents import BAD_LINES_LIMIT, BadLinePolicy, LineReport, Part, ScannedFile
@@ -26,6 +27,7 @@ from megatron_xy.data.inputs import is_prefix
 from megatron_xy.data.manifest import (
     BAD_LINES_NAME,
     MANIFEST_NAME,
+    ChatEntry,
     EngineEntry,
     FileEntry,
     InputEntry,
@@ -70,6 +72,7 @@ class FolderBuild:
     options: dict[str, Any]
     selection: Selection
     bad_lines: BadLinePolicy
+    chat: ChatOptions | None
 
     @property
     def fingerprint(self) -> str:
@@ -100,7 +103,7 @@ def build_folder(
         with work_folder(build.folder, build.fingerprint) as work:
             if build.options["deduplicate"]:
                 fields = {name: build.options[name] for name in ("text_field", "source_field")}
-                find_duplicates(pool, groups, work=work, **fields)
+                find_duplicates(pool, groups, work=work, conversations=build.chat is not None, **fields)
             if shard is not None and (missing := _tokenize_share(pool, tasks, shard=shard, build=build, work=work)):
                 return {"finished": False, "missing": missing}
             reused = not _finish(pool, tasks, build=build, engine=engine, work=work)
@@ -130,6 +133,7 @@ def _tokenize_tasks(groups: Sequence[tuple[Part, ...]], *, build: FolderBuild) -
             source_field=options["source_field"],
             append_eod=options["append_eod"],
             bad_lines=build.bad_lines,
+            chat=build.chat,
         )
         for index, parts in enumerate(groups)
     ]
@@ -147,7 +151,7 @@ def _finish(
     """Make the token shards that are missing, pack, and give the data folder its contents, the manifest last; returns
     whether it was not another build that did the last step.
     """
-    options, tokenizer = build.options, build.tokenizer
+    options, tokenizer, chat = build.options, build.tokenizer, build.chat
     tokenized, report, listing = _make_token_shards(pool, tasks, build=build, work=work)
     if not any(shard.documents for shard in tokenized):
         shutil.rmtree(work, ignore_errors=True)
@@ -161,6 +165,7 @@ def _finish(
         buckets=tuple(options["buckets"]),
         packing=options["packing"],
         overflow=options["overflow"],
+        chat_overflow="truncate_left" if chat is not None and chat.overflow == "truncate_left" else "split",
         window_documents=options["window_documents"],
     )
     manifest = Manifest(
@@ -171,6 +176,7 @@ def _finish(
         source_field=options["source_field"],
         packing=options["packing"],
         overflow=options["overflow"],
+        chat=_chat_entry(chat) if chat is not None else None,
         tokenizer=tokenizer_entry(tokenizer),
         engine=EngineEntry(**engine.entry(tokenized)) if engine is not None else None,
         dtype="uint16" if dtype_for(tokenizer.vocab_size).itemsize == 2 else "int32",
@@ -201,6 +207,10 @@ def _make_token_shards(
         work=work,
     )
     return shards, report, listing
+
+
+def _chat_entry(chat: ChatOptions) -> ChatEntry:
+    return ChatEntry(name=chat.name, template=chat.template, overflow=chat.overflow, last_turn_only=chat.last_turn_only)
 
 
 def _listing_entry(listing: Path) -> FileEntry:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path, read_header
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
+from megatron_xy.data.origins import Mask, mask_path, read_mask
 from megatron_xy.data.sampler import Batch, BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 
@@ -30,10 +31,14 @@ NO_LABEL = 0  # stands where loss_mask is 0; a valid id, so that an embedding or
 
 @dataclass(frozen=True)
 class Sample:
-    """One packed sample: tokens [num_tokens], num_tokens <= its bucket; piece_lengths [pieces], num_tokens in all."""
+    """One packed sample: tokens [num_tokens], num_tokens <= its bucket; piece_lengths [pieces], num_tokens in all.
+
+    learned [num_tokens]: which tokens the loss asks for, each as the next one of the token before it; None: all.
+    """
 
     tokens: NDArray[np.int64]
     piece_lengths: NDArray[np.int64]
+    learned: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class MicroBatch:
     """One row of t = micro_batch_tokens tokens; every array but cu_seqlens is [t]."""
 
     tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]  # the next token of the same piece; NO_LABEL where there is none
-    loss_mask: NDArray[np.float32]  # 1 where there is a label; 0 at the end of a piece and in padding
+    labels: NDArray[np.int64]  # the next token of the same piece; NO_LABEL where there is none, or it is not learned
+    loss_mask: NDArray[np.float32]  # 1 where there is a label; 0 at the end of a piece, in padding, before a prompt's
     position_ids: NDArray[np.int64]  # from 0 at every segment border
     cu_seqlens: NDArray[np.int32]  # [segments + 1], from 0 to t: attention stays within a segment
     max_seqlen: int  # of the longest segment
@@ -72,6 +77,8 @@ class PackedDataset:
         self.vocab_size = manifests[0].tokenizer.vocab_size
         self.fingerprints = [manifest.fingerprint for manifest in manifests]
         self.tokenizer_sha256 = manifests[0].tokenizer.sha256
+        chats = [manifest.chat for manifest in manifests if manifest.chat is not None]
+        self.chat_template = chats[0].template if chats else None
         self.tokenizer_path = self.paths[0] / manifests[0].tokenizer.file  # the folder's own copy
         self._shards: dict[tuple[str, int], list[_Shard]] = {}
         for path, manifest in zip(self.paths, manifests, strict=True):
@@ -89,6 +96,11 @@ class PackedDataset:
     def streams(self) -> list[Stream]:
         """What each source holds in each bucket, sorted; a bucket without samples is left out."""
         return [Stream(source, bucket, starts[-1]) for (source, bucket), starts in self._starts.items()]
+
+    @property
+    def conversation_sources(self) -> list[str]:
+        """The names of the sources in which only a part of the tokens is learned, sorted."""
+        return sorted({source for (source, _), shards in self._shards.items() if any(shard.masked for shard in shards)})
 
     @property
     def sources(self) -> list[str]:
@@ -142,8 +154,12 @@ class _Shard:
     def __init__(self, folder: Path, entry: ShardEntry) -> None:
         self.prefix = folder / entry.name
         self.num_samples = entry.samples
+        self.masked = entry.mask is not None
         self._reader: IndexedReader | None = None
-        for path, expected in ((bin_path(self.prefix), entry.bin_bytes), (idx_path(self.prefix), entry.idx_bytes)):
+        self._mask: Mask | None = None
+        files = [(bin_path(self.prefix), entry.bin_bytes), (idx_path(self.prefix), entry.idx_bytes)]
+        files += [(mask_path(self.prefix), entry.mask.size)] if entry.mask is not None else []
+        for path, expected in files:
             if not path.is_file():
                 raise DataError(f"{path} is missing though the manifest lists it; copy the folder or build it again")
             if (size := path.stat().st_size) != expected:
@@ -160,6 +176,7 @@ class _Shard:
             reader = IndexedReader(self.prefix)
             if reader.num_documents != self.num_samples:
                 raise self._damaged(f"holds {reader.num_documents} samples where the manifest lists {self.num_samples}")
+            self._mask = read_mask(self.prefix, num_tokens=reader.num_tokens) if self.masked else None
             self._reader = reader
         return self._reader
 
@@ -176,7 +193,11 @@ class _Shard:
             raise self._damaged(
                 f"sample {index}, offset {bad[0]}: token id {tokens[bad[0]]} is outside the vocabulary of {vocab_size}"
             )
-        return Sample(tokens.astype(np.int64), piece_lengths.astype(np.int64))
+        learned = None
+        if self._mask is not None:
+            first = self.reader.first_token(index)
+            learned = self._mask[first : first + len(tokens)] != 0
+        return Sample(tokens.astype(np.int64), piece_lengths.astype(np.int64), learned)
 
     def _damaged(self, reason: str) -> DataError:
         return DataError(f"{bin_path(self.prefix)}: {reason}; the folder is damaged: copy it or build it again")
@@ -209,7 +230,7 @@ def collate(
         assert 0 < length <= bucket and sample.piece_lengths.sum() == length, "pieces fill a sample, within its bucket"
         ends = start + np.cumsum(sample.piece_lengths[sample.piece_lengths > 0])
         tokens[start : start + length] = sample.tokens
-        loss_mask[start : start + length] = 1
+        loss_mask[start : start + length] = 1 if sample.learned is None else np.append(sample.learned[1:], False)
         loss_mask[ends - 1] = 0
         if split_documents:
             borders.append(ends)
@@ -290,3 +311,7 @@ def _check_joinable(paths: Sequence[Path], manifests: Sequence[Manifest]) -> Non
                 f"{path} has buckets {sorted(manifest.buckets)}, {paths[0]} has {sorted(first.buckets)}; "
                 "build both with the same --buckets"
             )
+    templates = {m.chat.template: path for path, m in zip(reversed(paths), reversed(manifests), strict=True) if m.chat}
+    if len(templates) > 1:
+        names = " and ".join(map(str, reversed(templates.values())))
+        raise DataError(f"{names} were built with different chat templates; build all with the same --chat-template")

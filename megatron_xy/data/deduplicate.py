@@ -33,6 +33,7 @@ class HashTask:
     parts: tuple[Part, ...]
     text_field: str
     source_field: str | None
+    conversations: bool = False
 
     @property
     def rows(self) -> Path:
@@ -62,6 +63,7 @@ def find_duplicates(
     work: Path,
     text_field: str,
     source_field: str | None,
+    conversations: bool = False,
 ) -> None:
     """Write into WORK/DUPLICATES_FOLDER the keys of all documents of `groups` whose text stands earlier in them.
 
@@ -69,7 +71,7 @@ def find_duplicates(
     """
     claims = work / CLAIMS_FOLDER
     hashing = [
-        HashTask(work / "hashes" / f"{index:06d}", parts, text_field, source_field)
+        HashTask(work / "hashes" / f"{index:06d}", parts, text_field, source_field, conversations)
         for index, parts in enumerate(groups)
     ]
     total = sum(part.stop - part.start for parts in groups for part in parts)
@@ -93,7 +95,12 @@ def hash_documents(task: HashTask, advance: Advance) -> int:
     for part in task.parts:
         # Bad lines are told when the corpus is encoded.
         documents = read_part(
-            part, text_field=task.text_field, source_field=task.source_field, report=LineReport(), advance=advance
+            part,
+            text_field=task.text_field,
+            source_field=task.source_field,
+            report=LineReport(),
+            conversations=task.conversations,
+            advance=advance,
         )
         for document in documents:
             hashes += text_hash(document.text)

@@ -1,7 +1,7 @@
 """Parts of corpus files -> documents: jsonl, plain or compressed (one a line), txt (one a file), Parquet (one a row).
 
 Each part (inputs.py cuts them) can be read by itself, anywhere, with true line numbers; what is no document is counted
-and listed in a report.
+and listed in a report. A document is a text or, in jsonl, a conversation.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from megatron_xy.config import FILES_OF_ROWS
 from megatron_xy.data.compressed import DAMAGE, open_compressed
+from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
 from megatron_xy.data.manifest import is_source_name
 from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
@@ -30,7 +32,7 @@ except ImportError:  # of the extra `fast`
 # fail: an error at the end of the file that has one; skip: they are left out, however many.
 BadLinePolicy = Literal["limit", "fail", "skip"]
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSON_LINES = FILES_OF_ROWS
 COMPRESSED = (".gz", ".zst")
 DEFAULT_SOURCE = "default"
 BAD_LINES_LIMIT = 0.001
@@ -40,13 +42,17 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it stands; `line` counts from 1, `file` is the number of the input, from 0."""
+    """One text and where it stands; `line` counts from 1, `file` is the number of the input, from 0.
+
+    Of a conversation, `text` is what it is known by.
+    """
 
     text: str
     source: str
     path: str
     line: int
     file: int = 0
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True)
@@ -129,9 +135,12 @@ def read_part(
     text_field: str,
     source_field: str | None,
     report: LineReport,
+    conversations: bool = False,
     advance: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Document]:
     """The documents of one part; empty texts and bad lines go into `report`. Memory: one line, or one .txt file.
+
+    conversations: a row of jsonl that holds one is taken as such, whatever else it holds.
 
     `advance` is told how many bytes of the file were used up since the last call. Raises DataError where the file
     itself is damaged (cut or broken), changed since it was scanned, or has not the columns (Parquet).
@@ -139,18 +148,19 @@ def read_part(
     if part.path.endswith(".txt"):
         rows = _read_text_file(part)
     elif part.path.endswith(".parquet"):
-        rows = _read_row_groups(part, text_field=text_field, source_field=source_field)
+        rows = _read_row_groups(part, _Fields(text_field, source_field, conversations=False))
     else:
-        rows = _read_lines(part, advance, text_field=text_field, source_field=source_field)
+        fields = _Fields(text_field, source_field, conversations)
+        rows = _read_lines(part, advance, fields)
     duplicates = _duplicates(part)
     for line, row in rows:
         report.lines += 1
         if isinstance(row, _BadLine):
             report.bad(part.path, line, str(row))
-        elif not row[0]:
+        elif not row.text:
             report.skipped_empty += 1
-        elif part.selection is None or _takes(part.selection, row[0], line, duplicates=duplicates, report=report):
-            yield Document(row[0], row[1], part.path, line, part.file)
+        elif part.selection is None or _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
+            yield Document(row.text, row.source, part.path, line, part.file, row.conversation)
     if not part.path.endswith(JSON_LINES):
         advance(part.stop - part.start)
 
@@ -187,34 +197,48 @@ class _BadLine(Exception):
     """Why a line is no document."""
 
 
-_Row = tuple[str, str] | _BadLine  # text and source, or why there are none
+class _Contents(NamedTuple):
+    """What a row holds."""
+
+    text: str
+    source: str
+    conversation: Conversation | None = None
 
 
-def _read_row_groups(part: Part, *, text_field: str, source_field: str | None) -> Iterator[tuple[int, _Row]]:
-    """(row number, text and source) of the row groups of a part."""
+class _Fields(NamedTuple):
+    """Where in a row it stands."""
+
+    text: str
+    source: str | None
+    conversations: bool
+
+
+_Row = _Contents | _BadLine
+
+
+def _read_row_groups(part: Part, fields: _Fields) -> Iterator[tuple[int, _Row]]:
+    """(row number, its contents) of the row groups of a part."""
     parquet, path = parquet_reader(), Path(part.path)
     stop, line, chosen = 0, 1, []
     for index, (rows, group_bytes) in enumerate(parquet.row_groups(path)):
         if part.first_line <= line and stop < part.stop:
             chosen.append(index)
         stop, line = stop + group_bytes, line + rows
-    fields = [text_field] if source_field is None else [text_field, source_field]
-    for line, values in enumerate(parquet.read_rows(path, columns=fields, groups=chosen), start=part.first_line):
+    names = [fields.text] if fields.source is None else [fields.text, fields.source]
+    for line, values in enumerate(parquet.read_rows(path, columns=names, groups=chosen), start=part.first_line):
         try:
-            yield line, _checked(dict(zip(fields, values, strict=True)), text_field, source_field)
+            yield line, _checked(dict(zip(names, values, strict=True)), fields)
         except _BadLine as error:
             yield line, error
 
 
-def _read_lines(
-    part: Part, advance: Callable[[int], None], *, text_field: str, source_field: str | None
-) -> Iterator[tuple[int, _Row]]:
-    """(line number, text and source) of every line with content."""
+def _read_lines(part: Part, advance: Callable[[int], None], fields: _Fields) -> Iterator[tuple[int, _Row]]:
+    """(line number, its contents) of every line that has some."""
     for line, raw in _lines(part, advance):
         if not raw.strip():
             continue
         try:
-            yield line, _parse(raw, text_field=text_field, source_field=source_field)
+            yield line, _parse(raw, fields)
         except _BadLine as error:
             yield line, error
 
@@ -245,10 +269,11 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
     advance(part.stop - told)
 
 
-def _parse(raw: bytes, *, text_field: str, source_field: str | None) -> tuple[str, str]:
-    """(text, source) of one line of JSON. Raises _BadLine."""
+def _parse(raw: bytes, fields: _Fields) -> _Contents:
+    """The contents of one line of JSON. Raises _BadLine."""
     try:
-        row = _load_json(raw)
+        # Of a conversation all that a template may print counts, and orjson makes floats of long integers.
+        row = json.loads(raw.decode("utf-8")) if fields.conversations else _load_json(raw)
     except UnicodeDecodeError as error:
         raise _BadLine(f"invalid UTF-8 at byte {error.start}") from error
     except RecursionError as error:
@@ -257,7 +282,7 @@ def _parse(raw: bytes, *, text_field: str, source_field: str | None) -> tuple[st
         raise _BadLine(f"invalid JSON: {error}") from error
     if not isinstance(row, dict):
         raise _BadLine(f"a JSON object is wanted, not {_json_type(row)}")
-    return _checked(row, text_field, source_field)
+    return _checked(row, fields)
 
 
 def _load_json(raw: bytes) -> Any:
@@ -271,15 +296,23 @@ def _load_json(raw: bytes) -> Any:
     return json.loads(raw.decode("utf-8"))
 
 
-def _checked(row: dict[str, Any], text_field: str, source_field: str | None) -> tuple[str, str]:
-    """(text, source) of one row. Raises _BadLine."""
-    text = _string(row, text_field)
-    if source_field is None:
-        return text, DEFAULT_SOURCE
-    source = _string(row, source_field)
+def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
+    """The contents of one row. Raises _BadLine."""
+    conversation = None
+    if fields.conversations and holds_conversation(row):
+        try:
+            conversation = parse_conversation(row)
+        except BadConversation as error:
+            raise _BadLine(str(error)) from error
+    elif fields.text not in row and holds_conversation(row):
+        raise _BadLine(f"no field {fields.text!r}; a conversation needs a chat template: give --chat-template")
+    text = _string(row, fields.text) if conversation is None else conversation.text
+    if fields.source is None:
+        return _Contents(text, DEFAULT_SOURCE, conversation)
+    source = _string(row, fields.source)
     if not is_source_name(source):
         raise _BadLine(f"source {source[:100]!r} cannot name a folder: 1 to 100 of A-Z a-z 0-9 . _ -, no dot in front")
-    return text, source
+    return _Contents(text, source, conversation)
 
 
 def _string(row: dict[str, Any], name: str) -> str:
@@ -306,6 +339,6 @@ def _json_type(value: object) -> str:
 def _read_text_file(part: Part) -> Iterator[tuple[int, _Row]]:
     raw = Path(part.path).read_bytes().removeprefix(BYTE_ORDER_MARK)
     try:
-        yield 1, (raw.decode("utf-8"), DEFAULT_SOURCE)
+        yield 1, _Contents(raw.decode("utf-8"), DEFAULT_SOURCE)
     except UnicodeDecodeError as error:
         yield raw.count(b"\n", 0, error.start) + 1, _BadLine("invalid UTF-8")

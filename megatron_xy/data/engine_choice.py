@@ -65,7 +65,14 @@ def _first_texts(tasks: Sequence[TokenizeTask]) -> Iterator[list[str]]:
     for task in tasks:
         for part in task.parts:
             report = LineReport()  # bad lines are told when the corpus is encoded
-            for document in read_part(part, text_field=task.text_field, source_field=task.source_field, report=report):
+            documents = read_part(
+                part,
+                text_field=task.text_field,
+                source_field=task.source_field,
+                report=report,
+                conversations=task.chat is not None,
+            )
+            for document in documents:
                 texts.append(document.text)
                 size += len(document.text)
                 num_documents += 1

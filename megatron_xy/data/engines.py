@@ -9,7 +9,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
+from sentencepiece import sentencepiece_pb2
 
 from megatron_xy.errors import ConfigError, DataError
 
@@ -38,9 +39,28 @@ class TokenBatch:
     ids: NDArray[np.int32]
     lengths: NDArray[np.int64]
 
+    @staticmethod
+    def of(encoded: Sequence[Any]) -> TokenBatch:
+        """The ids of each text joined."""
+        arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
+        lengths = np.fromiter((len(ids) for ids in arrays), dtype=np.int64, count=len(arrays))
+        return TokenBatch(np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32), lengths)
+
     def split(self) -> list[NDArray[np.int32]]:
         """The ids of each text, [length] each."""
         return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
+
+@dataclass(frozen=True)
+class PlacedTokens:
+    """The ids [tokens] of a text, and of what each was made: characters begins[i] to ends[i] of it, [tokens] each.
+
+    Where several make up one character, those before the last may be said to be made of nothing.
+    """
+
+    ids: NDArray[np.int32]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
 
 class Engine(Protocol):
@@ -57,8 +77,17 @@ class Engine(Protocol):
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         """The ids of texts without lone surrogates."""
 
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], control_tokens: dict[str, int]) -> PlacedTokens:
+        """The ids of one text in parts: (text, False), or (the spelling of a control token, True), which gives its id.
+
+        As transformers encodes the whole, a control token being one wherever it is spelt; but not within a text part.
+        """
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids; control ids yield none."""
+
+    def spelling(self, index: int) -> str:
+        """What a piece is called in the vocabulary."""
 
 
 class SentencePieceEngine:
@@ -80,11 +109,31 @@ class SentencePieceEngine:
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         """The ids of texts without lone surrogates."""
-        return _joined(self._model.encode(list(texts), num_threads=1, **_ENCODE_OPTIONS))
+        return TokenBatch.of(self._model.encode(list(texts), num_threads=1, **_ENCODE_OPTIONS))
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], control_tokens: dict[str, int]) -> PlacedTokens:
+        """The ids of one text in parts."""
+        return _placed_apart(parts, control_tokens, self._placed)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; control ids yield none."""
         return str(self._model.decode(ids))
+
+    def spelling(self, index: int) -> str:
+        """What a piece is called in the vocabulary."""
+        return str(self._model.id_to_piece(index))
+
+    def _placed(self, text: str) -> list[tuple[int, int, int]]:
+        serialized = self._model.encode(text, out_type="serialized_proto")
+        pieces = sentencepiece_pb2.SentencePieceText.FromString(serialized).pieces
+        if text.isascii():
+            return [(piece.id, piece.begin, piece.end) for piece in pieces]
+        # Its places are in bytes of UTF-8.
+        sizes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        bytes_before = np.cumsum(1 + (sizes > 0x7F) + (sizes > 0x7FF) + (sizes > 0xFFFF))
+        places = np.array([(piece.begin, piece.end) for piece in pieces], dtype=np.int64).reshape(-1, 2)
+        characters = np.searchsorted(bytes_before, places, side="right").tolist()
+        return [(piece.id, begin, end) for piece, (begin, end) in zip(pieces, characters, strict=True)]
 
 
 class TokenizersEngine:
@@ -130,11 +179,31 @@ class TokenizersEngine:
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         """The ids of texts without lone surrogates."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return _joined([encoding.ids for encoding in encodings])
+        return TokenBatch.of([encoding.ids for encoding in encodings])
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], control_tokens: dict[str, int]) -> PlacedTokens:
+        """The ids of one text in parts."""
+        texts = [text for text, is_control in parts if not is_control]
+        if any(spelling in text for text in texts for spelling in control_tokens):
+            return _placed_apart(parts, control_tokens, self._placed)
+        # In one piece: what stands beside a control token may be encoded otherwise than at the beginning of a text.
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return _placed(self._placed("".join(text for text, _ in parts)))
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; control ids yield none."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def spelling(self, index: int) -> str:
+        """What a piece is called in the vocabulary."""
+        return str(self._tokenizer.id_to_token(index))
+
+    def _placed(self, text: str) -> list[tuple[int, int, int]]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [(index, *place) for index, place in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def _id_of(self, name: str | None, path: Path) -> int | None:
         index: int | None = None if name is None else self._tokenizer.token_to_id(name)
@@ -143,10 +212,24 @@ class TokenizersEngine:
         return index
 
 
-def _joined(encoded: Sequence[Any]) -> TokenBatch:
-    arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-    lengths = np.fromiter((len(ids) for ids in arrays), dtype=np.int64, count=len(arrays))
-    return TokenBatch(np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32), lengths)
+def _placed_apart(
+    parts: Sequence[tuple[str, bool]],
+    control_tokens: dict[str, int],
+    encode: Callable[[str], list[tuple[int, int, int]]],
+) -> PlacedTokens:
+    """Each part encoded by itself."""
+    rows: list[tuple[int, int, int]] = []
+    position = 0
+    for text, is_control in parts:
+        own = [(control_tokens[text], 0, len(text))] if is_control else encode(text)
+        rows += [(index, position + begin, position + end) for index, begin, end in own]
+        position += len(text)
+    return _placed(rows)
+
+
+def _placed(rows: list[tuple[int, int, int]]) -> PlacedTokens:
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    return PlacedTokens(columns[:, 0].astype(np.int32), columns[:, 1], columns[:, 2])
 
 
 def _special_names(config: Path) -> tuple[str | None, str | None, str | None]:

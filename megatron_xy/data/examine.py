@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
-from megatron_xy.data.origins import read_rows
+from megatron_xy.data.origins import mask_path, read_mask, read_rows
 from megatron_xy.data.workers import Progress
 from megatron_xy.errors import DataError
 from megatron_xy.storage import file_sha256
@@ -28,6 +28,7 @@ def dataset_stats(directory: Path | str) -> dict[str, Any]:
             "documents": source.documents,
             "tokens": source.tokens,
             "samples": source.samples,
+            "tokens_learned": source.tokens if source.tokens_learned is None else source.tokens_learned,
             "share": source.packed_length / whole,
             "padding_ratio": 1 - source.tokens / source.packed_length,
             "truncation_ratio": source.truncated_documents / source.documents,
@@ -84,6 +85,10 @@ def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Man
         files = read_rows(prefix, num_sequences=reader.num_sequences)["file"]
         if files.min() < 0 or files.max() >= len(manifest.inputs):
             raise DataError(f"{folder / shard.trace.name} names inputs that the manifest does not list; build it again")
+    if shard.mask is not None:
+        _verify_file(mask_path(prefix), size=shard.mask.size, sha256=shard.mask.sha256)
+        if read_mask(prefix, num_tokens=reader.num_tokens).max(initial=0) > 1:
+            raise DataError(f"{mask_path(prefix)} holds other bytes than 0 and 1; build it again")
     reader.verify(vocab_size=manifest.tokenizer.vocab_size)
     ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
     lengths = np.diff(ends[reader.document_indices])

@@ -206,6 +206,10 @@ class IndexedReader:
         tokens, lengths = self.document_tokens(index)
         return np.split(tokens, np.cumsum(lengths[:-1])) if len(lengths) else []
 
+    def first_token(self, index: int) -> int:
+        """Where in `tokens` document `index`, which is not empty, begins."""
+        return int(self._offsets[int(self.document_indices[index])]) // self.dtype.itemsize
+
     def document_tokens(self, index: int) -> tuple[Tokens, NDArray[np.int32]]:
         """(tokens [sum of lengths], a read-only view; piece lengths [pieces]) of document `index`.
 

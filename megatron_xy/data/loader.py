@@ -34,6 +34,7 @@ class StepLoader:
         self.sampler = run_sampler(config, dataset.streams)
         self.sources = dataset.sources
         self.data_fingerprints = dataset.fingerprints
+        self.chat_template = dataset.chat_template
         self._dataset, self._config = dataset, config
         self._dp_size, self._dp_rank = dp_size, dp_rank
         self._prefetcher = Prefetcher(self._micro_batches)

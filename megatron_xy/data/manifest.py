@@ -49,6 +49,7 @@ class ShardEntry(Entry):
     bin_sha256: str
     idx_sha256: str
     trace: FileEntry | None = Field(default=None, description="PREFIX.trace: where each piece comes from")
+    mask: FileEntry | None = Field(default=None, description="PREFIX.mask: which tokens are learned; None: all")
 
 
 class BucketEntry(Entry):
@@ -82,6 +83,7 @@ class SourceEntry(Entry):
     dropped_documents: int = Field(default=0, ge=0, description="longer than the largest bucket, under overflow = drop")
     tokens: int = Field(ge=1)
     tokens_lost: int = Field(default=0, ge=0, description="of dropped documents and of what was cut off")
+    tokens_learned: int | None = Field(default=None, description="of conversations; None: texts, all are")
     buckets: dict[str, BucketEntry]
     lengths: LengthsEntry | None = Field(default=None, description="of all its documents, as they came")
 
@@ -105,6 +107,15 @@ class TokenizerEntry(Entry):
     bos_id: int | None
     eos_id: int | None
     config: FileEntry | None = Field(default=None, description="tokenizer_config.json, which went with tokenizer.json")
+
+
+class ChatEntry(Entry):
+    """How conversations were taken; `template` is the text of the chat template."""
+
+    name: str
+    template: str
+    overflow: Literal["refuse", "truncate_left", "split"]
+    last_turn_only: bool
 
 
 class EngineEntry(Entry):
@@ -153,7 +164,8 @@ class Manifest(Entry):
     text_field: str
     source_field: str | None
     packing: Literal["best_fit", "concatenate"] = "best_fit"
-    overflow: Literal["split", "drop", "truncate"] = "split"
+    overflow: Literal["split", "drop", "truncate", "truncate_left"] = "split"
+    chat: ChatEntry | None = Field(default=None, description="None: no conversations were taken")
     tokenizer: TokenizerEntry
     engine: EngineEntry | None = Field(default=None, description="what encoded the text; None where none was encoded")
     dtype: Literal["uint16", "int32"]
@@ -167,6 +179,9 @@ class Manifest(Entry):
         for name, source in self.sources.items():
             if not is_source_name(name):
                 raise ValueError(f"{name!r} is no name of a source")
+            shards = [shard for bucket in source.buckets.values() for shard in bucket.shards]
+            if any((shard.mask is None) != (source.tokens_learned is None) for shard in shards):
+                raise ValueError(f"some shards of source {name} have a mask, and some have none")
             if not set(source.buckets) <= {str(bucket) for bucket in self.buckets}:
                 raise ValueError(f"source {name} has buckets {list(source.buckets)} outside {self.buckets}")
             for size, bucket in source.buckets.items():

@@ -1,13 +1,15 @@
-"""Where the sequences of an indexed file come from: PREFIX.trace beside PREFIX.bin and .idx, a row a sequence.
+"""What stands beside PREFIX.bin and .idx: where the sequences come from, and which tokens are learned.
 
-A flat array of rows (line, file, start) in the order of the sequences, mapped and never loaded: in a token shard a row
-a document, in a packed shard a row a piece.
+PREFIX.trace is a flat array of rows (line, file, start) in the order of the sequences: in a token shard a row a
+document, in a packed shard a row a piece. PREFIX.mask is a byte a token, in the order of PREFIX.bin: 1 where the loss
+asks for this token, as the next one of the token before it, else 0. Where there is no PREFIX.mask, it asks for all.
+Both are mapped and never loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -22,12 +24,18 @@ from megatron_xy.storage import replace, storage_errors
 # line of the document, from 1; file: number of the input, from 0; start: the sequence's first token in its document.
 ROW = np.dtype([("line", "<i8"), ("file", "<i4"), ("start", "<i4")])
 Rows = NDArray[Any]
+Mask = NDArray[np.uint8]
 Numbers = NDArray[np.integer[Any]]
 
 
 def trace_path(prefix: Path) -> Path:
     """PREFIX.trace"""
     return prefix.with_name(prefix.name + ".trace")
+
+
+def mask_path(prefix: Path) -> Path:
+    """PREFIX.mask"""
+    return prefix.with_name(prefix.name + ".mask")
 
 
 def document_rows(files: Sequence[int] | Numbers, lines: Sequence[int] | Numbers) -> Rows:
@@ -54,28 +62,49 @@ def read_rows(prefix: Path, *, num_sequences: int) -> Rows:
     return np.memmap(path, dtype=ROW, mode="r") if num_sequences else np.zeros(0, dtype=ROW)
 
 
-class TracedWriter(IndexedWriter):
-    """An IndexedWriter that also writes PREFIX.trace; as many rows are added as sequences."""
+def read_mask(prefix: Path, *, num_tokens: int) -> Mask:
+    """PREFIX.mask [num_tokens], mapped. Raises DataError where it is missing, cut or grown."""
+    path = mask_path(prefix)
+    if not path.is_file():
+        raise DataError(f"{path} is missing; copy the folder or build it again")
+    if path.stat().st_size != num_tokens:
+        raise DataError(f"{path} has {path.stat().st_size} bytes, must have {num_tokens}: it was cut or grown")
+    return np.memmap(path, dtype=np.uint8, mode="r") if num_tokens else np.zeros(0, dtype=np.uint8)
 
-    def __init__(self, prefix: Path | str, *, dtype: DTypeLike) -> None:
+
+class TracedWriter(IndexedWriter):
+    """An IndexedWriter that also writes PREFIX.trace, and PREFIX.mask if it is `masked`.
+
+    As many rows are added as sequences, and as many bytes of mask as tokens.
+    """
+
+    def __init__(self, prefix: Path | str, *, dtype: DTypeLike, masked: bool = False) -> None:
         super().__init__(prefix, dtype=dtype)
-        self._temporary_trace = trace_path(self._temporary)
-        self._trace: BinaryIO | None = None
-        self._num_rows = 0
+        self.masked = masked
+        self.num_learned = 0
+        self._trace = _SideFile(trace_path(self._temporary), trace_path(self.prefix))
+        self._mask = _SideFile(mask_path(self._temporary), mask_path(self.prefix)) if masked else None
+
+    @property
+    def _side_files(self) -> list[_SideFile]:
+        return [self._trace] if self._mask is None else [self._trace, self._mask]
 
     def __enter__(self) -> TracedWriter:
         super().__enter__()
-        with storage_errors(self._temporary_trace):
-            self._trace = self._temporary_trace.open("wb", buffering=1024 * 1024)
+        for file in self._side_files:
+            file.open()
         return self
 
     def add_rows(self, rows: Rows) -> None:
         """Append the rows of sequences, in their order."""
-        assert self._trace is not None, "the writer is used inside its with block"
         assert rows.dtype == ROW, "rows are what this file makes"
-        with storage_errors(trace_path(self.prefix)):
-            self._trace.write(np.ascontiguousarray(rows).data)
-        self._num_rows += len(rows)
+        self._trace.write(rows)
+
+    def add_mask(self, learned: NDArray[Any]) -> None:
+        """Append which of the tokens [tokens] are learned, bool or 0 and 1."""
+        assert self._mask is not None, "the writer was opened with masked"
+        self._mask.write(learned.astype(np.uint8))
+        self.num_learned += int(np.count_nonzero(learned))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -88,12 +117,45 @@ class TracedWriter(IndexedWriter):
         super().__exit__(kind, error, traceback)
 
     def _close(self, *, finish: bool) -> None:
-        assert self._trace is not None, "the writer is used inside its with block"
-        try:
-            with storage_errors(trace_path(self.prefix)) if finish else suppress(OSError):
-                self._trace.close()
-            if finish:
-                assert self._num_rows == len(self._sequence_lengths), "every sequence has its row"
-                replace(self._temporary_trace, trace_path(self.prefix))
-        finally:
-            self._temporary_trace.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            for file in self._side_files:
+                stack.callback(file.take_back)
+            if not finish:
+                return
+            assert self._trace.num_items == len(self._sequence_lengths), "every sequence has its row"
+            assert self._mask is None or self._mask.num_items == self.num_tokens, "every token has its mask"
+            for file in self._side_files:
+                file.finish()
+
+
+class _SideFile:
+    """A flat file that grows under a temporary name beside an indexed file."""
+
+    def __init__(self, temporary: Path, path: Path) -> None:
+        self._temporary, self._path = temporary, path
+        self._stream: BinaryIO | None = None
+        self.num_items = 0
+
+    def open(self) -> None:
+        with storage_errors(self._path):
+            self._stream = self._temporary.open("wb", buffering=1024 * 1024)
+
+    def write(self, items: NDArray[Any]) -> None:
+        assert self._stream is not None, "the writer is used inside its with block"
+        with storage_errors(self._path):
+            self._stream.write(np.ascontiguousarray(items).data)
+        self.num_items += len(items)
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        assert self._stream is not None, "the writer is used inside its with block"
+        with storage_errors(self._path):
+            self._stream.close()
+        replace(self._temporary, self._path)
+
+    def take_back(self) -> None:
+        """Takes back what has not got its name."""
+        if self._stream is not None:
+            with suppress(OSError):  # a full disk refuses the last buffered bytes too; the first refusal is reported
+                self._stream.close()
+        self._temporary.unlink(missing_ok=True)

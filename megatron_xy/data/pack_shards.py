@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_xy.data.best_fit import EngineName, start_engine
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.data.manifest import Entry, ShardEntry, bucket_folder, file_entry
-from megatron_xy.data.origins import Rows, TracedWriter, read_rows, trace_path
+from megatron_xy.data.origins import Rows, TracedWriter, mask_path, read_mask, read_rows, trace_path
 from megatron_xy.data.packing import Overflow, Packing, pack
 from megatron_xy.data.sample_plan import Plan, write_samples
 from megatron_xy.storage import file_sha256, storage_error, write_text
@@ -43,6 +43,7 @@ class PackTask:
     packing: Packing
     overflow: Overflow
     engine: EngineName
+    masked: bool = False  # every token shard says which of its tokens are learned
 
     @property
     def receipt(self) -> Path:
@@ -58,6 +59,7 @@ class PackReceipt(Entry):
     dropped_documents: int
     tokens: int
     tokens_lost: int
+    tokens_learned: int | None = None  # None: all
     shards: dict[str, ShardEntry]
     engine: str  # what packed, and what it took to get it ready: for people, not the same on every machine
 
@@ -72,6 +74,7 @@ def pack_tasks(
     packing: Packing = "best_fit",
     overflow: Overflow = "split",
     engine: EngineName = "auto",
+    masked: bool = False,
 ) -> list[PackTask]:
     """How the documents of one source, in the token shards `prefixes`, fall into windows, and windows into shards."""
     shards: list[list[tuple[Range, ...]]] = []
@@ -96,7 +99,17 @@ def pack_tasks(
     windows += [tuple(window)] if window else []
     shards += [windows] if windows else []
     return [
-        PackTask(folder, source, index, buckets, tuple(windows), packing=packing, overflow=overflow, engine=engine)
+        PackTask(
+            folder,
+            source,
+            index,
+            buckets,
+            tuple(windows),
+            packing=packing,
+            overflow=overflow,
+            engine=engine,
+            masked=masked,
+        )
         for index, windows in enumerate(shards)
     ]
 
@@ -124,6 +137,7 @@ def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
         dropped_documents=dropped,
         tokens=sum(writer.num_tokens for writer in writers.values()),
         tokens_lost=tokens_lost,
+        tokens_learned=sum(writer.num_learned for writer in writers.values()) if task.masked else None,
         shards=shards,
         engine=str(start_engine(task.engine)) if task.packing == "best_fit" else "numpy",
     )
@@ -137,8 +151,8 @@ def _pack_window(
     """Pack one window into the writers of its buckets, which are opened as buckets turn up."""
     lengths: list[NDArray[np.int32]] = []
     document_rows: list[Rows] = []
-    # One flat file, however many shards a rare source is spread over: the gather needs one descriptor, no mapping.
-    with tempfile.TemporaryFile(dir=task.folder) as scratch:
+    # Flat files, however many shards a rare source is spread over: the gather needs descriptors, no mappings.
+    with tempfile.TemporaryFile(dir=task.folder) as scratch, tempfile.TemporaryFile(dir=task.folder) as mask_scratch:
         for part in window:
             reader = IndexedReader(part.prefix)
             ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
@@ -148,6 +162,10 @@ def _pack_window(
             try:
                 scratch.write(reader.tokens[ends[part.first] : ends[part.last]].data)
                 scratch.flush()
+                if task.masked:
+                    mask = read_mask(part.prefix, num_tokens=reader.num_tokens)
+                    mask_scratch.write(mask[ends[part.first] : ends[part.last]].data)
+                    mask_scratch.flush()
             except OSError as error:
                 raise storage_error(task.folder, error) from error
         window_lengths = np.concatenate(lengths).astype(np.int64)
@@ -161,11 +179,13 @@ def _pack_window(
         for size in (task.buckets[index] for index in np.unique(plan.sample_bucket)):
             if size not in writers:
                 prefix = task.folder / task.source / bucket_folder(size) / f"shard_{task.index:05d}"
-                writers[size] = stack.enter_context(TracedWriter(prefix, dtype=reader.dtype))
+                writer = TracedWriter(prefix, dtype=reader.dtype, masked=task.masked)
+                writers[size] = stack.enter_context(writer)
         starts = np.cumsum(window_lengths) - window_lengths
         write_samples(
             plan,
             tokens_file=scratch.fileno(),
+            mask_file=mask_scratch.fileno() if task.masked else None,
             document_start=starts,
             document_rows=np.concatenate(document_rows),
             writers=writers,
@@ -184,4 +204,5 @@ def _shard_entry(folder: Path, writer: TracedWriter) -> ShardEntry:
         bin_sha256=file_sha256(files[0]),
         idx_sha256=file_sha256(files[1]),
         trace=file_entry(trace_path(writer.prefix), folder=folder),
+        mask=file_entry(mask_path(writer.prefix), folder=folder) if writer.masked else None,
     )

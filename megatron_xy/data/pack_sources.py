@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.data.documents import LineReport
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry, file_entry
+from megatron_xy.data.origins import mask_path
 from megatron_xy.data.pack_shards import PackReceipt, pack_shard, pack_tasks
 from megatron_xy.data.packing import Overflow, Packing
-from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard
+from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard, mixed_source
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError
@@ -37,11 +38,12 @@ def pack_sources(
     buckets: tuple[int, ...],
     packing: Packing,
     overflow: Overflow,
+    chat_overflow: Overflow,
     window_documents: int,
 ) -> tuple[dict[str, SourceEntry], Dropped]:
     """Pack each source by itself, in the order of the names; a source of which nothing is left has no entry.
 
-    Raises DataError where nothing is left of it.
+    chat_overflow: of sources that hold conversations. Raises DataError where nothing is left, or a source holds both.
     """
     names = sorted({name for shard in tokenized for name in shard.documents})
     assert names, "there is something to pack"
@@ -49,6 +51,7 @@ def pack_sources(
         raise ConfigError(f"source_field names {len(names)} sources, at most {MOST_SOURCES} can be told apart")
     prefixes = {name: [shard.folder / name for shard in tokenized if name in shard.documents] for name in names}
     total = sum(sum(shard.documents.values()) for shard in tokenized)
+    masked = {name: _is_masked(name, prefixes[name]) for name in names}
     tasks = [
         task
         for name in names
@@ -59,7 +62,8 @@ def pack_sources(
             buckets=buckets,
             window_documents=window_documents,
             packing=packing,
-            overflow=overflow,
+            overflow=chat_overflow if masked[name] else overflow,
+            masked=masked[name],
             engine="python" if total < FEW_DOCUMENTS else "auto",
         )
     ]
@@ -80,6 +84,14 @@ def pack_sources(
     return sources, dropped
 
 
+def _is_masked(source: str, prefixes: Sequence[Path]) -> bool:
+    """Whether a source holds conversations. Raises DataError where it holds texts, too."""
+    kinds = {mask_path(prefix).is_file() for prefix in prefixes}
+    if len(kinds) > 1:
+        raise DataError(mixed_source(source))
+    return kinds.pop()
+
+
 def _source_entry(
     receipts: Sequence[PackReceipt], buckets: Sequence[int], prefixes: Sequence[Path]
 ) -> SourceEntry | None:
@@ -97,9 +109,15 @@ def _source_entry(
         dropped_documents=sum(receipt.dropped_documents for receipt in receipts),
         tokens=sum(receipt.tokens for receipt in receipts),
         tokens_lost=sum(receipt.tokens_lost for receipt in receipts),
+        tokens_learned=_sum_of_known(receipt.tokens_learned for receipt in receipts),
         buckets=entries,
         lengths=profile_lengths((IndexedReader(prefix).sequence_lengths for prefix in prefixes), sizes=buckets),
     )
+
+
+def _sum_of_known(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 from megatron_xy.config import RunConfig
 from megatron_xy.data.sampler import BucketSampler, SamplerPhase, Stream
@@ -28,6 +29,26 @@ def sampler_phases(config: RunConfig) -> list[SamplerPhase]:
 def run_sampler(config: RunConfig, streams: Sequence[Stream]) -> BucketSampler:
     """The sampler of a run over `streams`. Raises ConfigError where weights or batch sizes do not fit them."""
     return BucketSampler(streams, seed=config.seed, phases=sampler_phases(config))
+
+
+def with_epochs(config: RunConfig, streams: Sequence[Stream], *, conversation_sources: Collection[str]) -> RunConfig:
+    """The config with the train_iters that its epochs come to, if it counts in epochs.
+
+    In an epoch as many tokens of conversations are drawn as there are, padding included; other sources come by their
+    weights. Raises ConfigError as `run_sampler`, and where no conversations are drawn.
+    """
+    epochs = config.training.epochs
+    if epochs is None:
+        return config
+    sampler = run_sampler(config, streams)
+    share = sum(part for (source, _), part in sampler.shares().items() if source in conversation_sources)
+    held = sum(stream.bucket * stream.num_samples for stream in streams if stream.source in conversation_sources)
+    if not share:
+        raise ConfigError(f"training.epochs ({epochs}): the data.weights leave out all conversations; use train_iters")
+    steps = math.ceil(held / share / sampler_phases(config)[0].global_batch_tokens)
+    return config.model_copy(
+        update={"training": config.training.model_copy(update={"train_iters": epochs * steps})},
+    )
 
 
 def check_epochs(config: RunConfig, sampler: BucketSampler) -> None:

@@ -1,4 +1,5 @@
-"""The plan of samples that packing makes, and the copy that carries it out: a flat file of tokens -> bucket writers."""
+"""The plan of samples that packing makes, and the copy that carries it out: flat files of tokens and of their mask ->
+bucket writers."""
 
 from __future__ import annotations
 
@@ -66,12 +67,19 @@ class Plan:
 
 
 def write_samples(
-    plan: Plan, *, tokens_file: int, document_start: Integers, document_rows: Rows, writers: dict[int, TracedWriter]
+    plan: Plan,
+    *,
+    tokens_file: int,
+    document_start: Integers,
+    document_rows: Rows,
+    writers: dict[int, TracedWriter],
+    mask_file: int | None = None,
 ) -> None:
     """Copy the planned samples from a flat file of tokens into the writers {bucket size: writer}, in plan order.
 
     `tokens_file` is an open file descriptor of tokens of the writers' type, `document_start` [documents] each
-    document's first token in it. Read piece by piece and not mapped, so that memory stays at one block of samples.
+    document's first token in it, `mask_file` likewise a byte a token, where the writers are masked. Read piece by piece
+    and not mapped, so that memory stays at one block of samples.
     """
     pieces_per_sample = np.diff(plan.sample_ptr)
     for index, size in enumerate(plan.buckets):
@@ -90,6 +98,9 @@ def write_samples(
             writers[size].add_documents(
                 tokens, lengths=lengths[part], num_pieces=pieces_per_sample[samples[first:last]]
             )
+            if mask_file is not None:
+                byte = np.dtype(np.uint8)
+                writers[size].add_mask(_gather(mask_file, starts=starts[part], lengths=lengths[part], dtype=byte))
         documents, starts_within = plan.piece_document[pieces], plan.piece_start[pieces]
         writers[size].add_rows(piece_rows(document_rows, piece_document=documents, piece_start=starts_within))
 

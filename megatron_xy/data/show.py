@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.text import Text
 
 from megatron_xy.data.dataset import PackedDataset, Sample
@@ -16,30 +17,44 @@ from megatron_xy.errors import ConfigError
 
 PIECE_STYLES = ("green", "cyan")  # in turn
 BAR = " ┃ "
-MASKED_STYLE = "reverse"  # the last token of a piece: it has no next token to learn
+MASKED_STYLE = "reverse"  # the last token of a text's piece: it has no next token to learn
+PROMPT_STYLE = "dim"  # what is not learned of a conversation
+
+Run = tuple[str, bool]
 
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample's heading and the text of its pieces: what is learnt of each, and its last token, which is not."""
+    """A sample's heading and the text of its pieces in runs, each with whether it is learned.
+
+    A token of a conversation is learned where the loss asks for it; one of a text, where it asks for the next one.
+    """
 
     heading: str
-    pieces: list[tuple[str, str]]
+    pieces: list[list[Run]]
+    is_conversation: bool
 
     @property
     def plain(self) -> str:
         """The text as it was decoded, control characters included, with bars between pieces."""
-        return BAR.join(learnt + masked for learnt, masked in self.pieces)
+        return BAR.join("".join(text for text, _ in piece) for piece in self.pieces)
+
+    @property
+    def learned(self) -> list[list[str]]:
+        """The texts that are learned of each piece."""
+        return [[text for text, is_learned in piece if is_learned] for piece in self.pieces]
 
     @property
     def coloured(self) -> Text:
-        """For a terminal, without control characters: a colour a piece, bars between, the masked tokens reversed."""
+        """For a terminal, without control characters: a colour a piece, bars between; what is not learned dim or, of
+        texts, reversed."""
         text = Text()
-        for number, (learnt, masked) in enumerate(self.pieces):
+        left_out = PROMPT_STYLE if self.is_conversation else MASKED_STYLE
+        for number, piece in enumerate(self.pieces):
             style = PIECE_STYLES[number % len(PIECE_STYLES)]
             text.append(BAR if number else "", style="bold red")
-            text.append(learnt, style=style)
-            text.append(masked, style=f"{style} {MASKED_STYLE}")
+            for run, is_learned in piece:
+                text.append(run, style=style if is_learned else f"{style} {left_out}")
         return text
 
 
@@ -65,20 +80,20 @@ def shown_samples(
                 f"source {stream.source}, bucket {stream.bucket}, sample {number}: "
                 f"{len(sample.piece_lengths)} piece(s), {len(sample.tokens)} tokens, {padding} padding"
             )
-            yield ShownSample(heading, _decoded(sample, tokenizer))
+            if sample.learned is not None:
+                heading += f", {int(sample.learned.sum())} learned"
+            yield ShownSample(heading, _decoded(sample, tokenizer), is_conversation=sample.learned is not None)
 
 
-def _decoded(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """(text of all tokens but the last, what the last one adds) of each piece."""
-    pieces = []
-    start = 0
-    for length in sample.piece_lengths.tolist():
-        tokens = sample.tokens[start : start + length]
-        learnt, whole = tokenizer.decode(tokens[:-1]), tokenizer.decode(tokens)
-        # An end token adds no text of its own.
-        pieces.append((learnt, whole.removeprefix(learnt) or "</s>"))
-        start += length
-    return pieces
+def _decoded(sample: Sample, tokenizer: Tokenizer) -> list[list[Run]]:
+    """The runs of each piece."""
+    ends = np.cumsum(sample.piece_lengths)
+    marks = sample.learned
+    if marks is None:
+        marks = np.ones(len(sample.tokens), dtype=np.bool_)
+        marks[ends - 1] = False
+    pieces = zip(np.split(sample.tokens, ends[:-1]), np.split(marks, ends[:-1]), strict=True)
+    return [tokenizer.decode_runs(tokens, of_piece) for tokens, of_piece in pieces]
 
 
 def _chosen(dataset: PackedDataset, *, source: str | None, bucket: int | None) -> list[Stream]:

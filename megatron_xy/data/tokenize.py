@@ -2,7 +2,8 @@
 
 Workers share nothing but files. The cut into shards depends on the corpus alone, so the result is the same for any
 number of workers; a shard's receipt is written last, and a shard that has one is not done again. Text is encoded by
-fastokens where the task says so, else by the tokenizer's own library.
+fastokens where the task says so, else by the tokenizer's own library; a conversation always by the latter, which
+knows where in the text each token stands.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_xy.data.chat import Chat, ChatOptions, ChatTokens
+from megatron_xy.data.chat_template import ChatTemplate
+from megatron_xy.data.conversations import BadConversation
 from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part, ScannedFile, read_part
 from megatron_xy.data.engines import TokenBatch
 from megatron_xy.data.fast_engine import FAST_ENGINE, FastTokenizer, chosen_texts
@@ -45,6 +50,7 @@ class TokenizeTask:
     append_eod: bool
     bad_lines: BadLinePolicy
     fast: bool = False  # by fastokens, which engine_choice.py found to be exact here
+    chat: ChatOptions | None = None  # None: a row that holds a conversation is no document
 
 
 @dataclass(frozen=True)
@@ -98,15 +104,20 @@ def tokenize_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
     report, num_checked = LineReport(), 0
     with ExitStack() as stack:
         writers: dict[str, TracedWriter] = {}
+        write = partial(_write, task=task, tokenizer=tokenizer, writers=writers, stack=stack, report=report)
         for batch in _batches(task, report, advance):
             if report.bad_lines and task.bad_lines == "fail":
                 continue
-            batch.sort(key=lambda document: document.source)  # stable: within a source in order of the corpus
-            texts = [document.text for document in batch]
+            # A source holds texts or conversations: either by itself, in order of the corpus.
+            texts = [document.text for document in batch.texts]
             encoded = tokenizer.encode_flat(texts) if fast is None else fast.encode_flat(texts)
             if fast is not None:
-                num_checked += _check(batch, encoded, fast=fast)
-            _write(batch, encoded, task=task, tokenizer=tokenizer, writers=writers, stack=stack, report=report)
+                num_checked += _check(batch.texts, encoded, fast=fast)
+            write(batch.texts, encoded, learned=None)
+            if batch.chats:
+                ids = TokenBatch.of([tokens.ids for _, tokens in batch.chats])
+                learned = np.concatenate([tokens.learned for _, tokens in batch.chats])
+                write([document for document, _ in batch.chats], ids, learned=learned)
     counts = {name: writers[name].num_documents for name in sorted(writers)}
     documents = {name: count for name, count in counts.items() if count}
     name = tokenizer.engine.name if fast is None else fast.name
@@ -133,21 +144,63 @@ def read_receipt(folder: Path) -> TokenShard | None:
     return TokenShard(folder, **{**receipt, "report": LineReport(**receipt["report"])})
 
 
-def _batches(task: TokenizeTask, report: LineReport, advance: Advance) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
+@dataclass
+class _Batch:
+    """Documents read one after another, each kind sorted by source; stable, so within a source as in the corpus."""
+
+    texts: list[Document] = field(default_factory=list)
+    chats: list[tuple[Document, ChatTokens]] = field(default_factory=list)
+
+    def sort(self) -> _Batch:
+        self.texts.sort(key=lambda document: document.source)
+        self.chats.sort(key=lambda chat: chat[0].source)
+        return self
+
+
+def _batches(task: TokenizeTask, report: LineReport, advance: Advance) -> Iterator[_Batch]:
+    batch, characters = _Batch(), 0
     for part in task.parts:
         documents = read_part(
-            part, text_field=task.text_field, source_field=task.source_field, report=report, advance=advance
+            part,
+            text_field=task.text_field,
+            source_field=task.source_field,
+            report=report,
+            conversations=task.chat is not None,
+            advance=advance,
         )
         for document in documents:
-            batch.append(document)
+            if document.conversation is None:
+                batch.texts.append(document)
+            elif (tokens := _conversation_tokens(document, task=task, report=report)) is not None:
+                batch.chats.append((document, tokens))
             characters += len(document.text)
             if characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
+                yield batch.sort()
+                batch, characters = _Batch(), 0
+    if batch.texts or batch.chats:
+        yield batch.sort()
+
+
+def _conversation_tokens(document: Document, *, task: TokenizeTask, report: LineReport) -> ChatTokens | None:
+    """None where the line is a bad one, which is noted."""
+    assert task.chat is not None and document.conversation is not None, "asked for where there is one"
+    chat, conversation = _chat(task.tokenizer, task.chat.template, task.chat.name), document.conversation
+    try:
+        tokens = chat.conversation(
+            conversation.messages, tools=conversation.tools, last_turn_only=task.chat.last_turn_only
+        )
+    except BadConversation as error:
+        report.bad(document.path, document.line, str(error))
+        return None
+    if task.chat.overflow == "refuse" and len(tokens.ids) > task.chat.longest:
+        report.bad(
+            document.path,
+            document.line,
+            f"a conversation of {len(tokens.ids)} tokens, longer than the largest bucket ({task.chat.longest}); give a "
+            f"larger one, or chat_overflow truncate_left or split",
+        )
+        return None
+    return tokens
 
 
 def _check(batch: list[Document], encoded: TokenBatch, *, fast: FastTokenizer) -> int:
@@ -168,18 +221,22 @@ def _write(
     batch: list[Document],
     encoded: TokenBatch,
     *,
+    learned: NDArray[np.bool_] | None,
     task: TokenizeTask,
     tokenizer: Tokenizer,
     writers: dict[str, TracedWriter],
     stack: ExitStack,
     report: LineReport,
 ) -> None:
-    """Append a batch, sorted by source, to the writers of its sources, which are opened as sources turn up."""
+    """Append a batch, sorted by source, to the writers of its sources, which are opened as sources turn up.
+
+    learned [tokens]: of conversations; None: the batch is of texts.
+    """
     dtype = dtype_for(tokenizer.vocab_size)
     kept = np.flatnonzero(encoded.lengths)
     report.skipped_empty += len(batch) - len(kept)
     ids, lengths = encoded.ids.astype(dtype), encoded.lengths[kept]
-    if task.append_eod:
+    if task.append_eod and learned is None:
         assert tokenizer.eos_id is not None, "the build refuses append_eod where there is no end token"
         ids, lengths = np.insert(ids, np.cumsum(lengths), tokenizer.eos_id), lengths + 1
     first = start = 0
@@ -190,19 +247,38 @@ def _write(
                     f"source_field ({task.source_field}) names more than {MOST_SOURCES} sources in "
                     f"{batch[0].path}; name a field that says where a text comes from, not which it is"
                 )
-            writers[source] = stack.enter_context(TracedWriter(task.folder / source, dtype=dtype))
+            writer = TracedWriter(task.folder / source, dtype=dtype, masked=learned is not None)
+            writers[source] = stack.enter_context(writer)
         last = first + sum(1 for _ in run)
         stop = start + int(lengths[first:last].sum())
-        writers[source].add_documents(ids[start:stop], lengths=lengths[first:last])
         written = [batch[index] for index in kept[first:last]]
+        if writers[source].masked != (learned is not None):
+            raise DataError(f"{written[0].path}:{written[0].line}: {mixed_source(source)}")
+        writers[source].add_documents(ids[start:stop], lengths=lengths[first:last])
+        if learned is not None:
+            writers[source].add_mask(learned[start:stop])
         writers[source].add_rows(document_rows([d.file for d in written], [d.line for d in written]))
         first, start = last, stop
+
+
+def mixed_source(source: str) -> str:
+    """Why a source that holds texts and conversations is refused."""
+    return (
+        f"source {source} holds texts and conversations; give them sources of their own with a source field, so that "
+        f"each has its weight and its loss"
+    )
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> Tokenizer:
     """Loaded once a process."""
     return load_tokenizer(path)
+
+
+@lru_cache(maxsize=1)
+def _chat(path: Path, template: str, name: str) -> Chat:
+    tokenizer = _tokenizer(path)
+    return Chat(tokenizer, ChatTemplate(template, name=name, tokenizer=tokenizer))
 
 
 @lru_cache(maxsize=1)

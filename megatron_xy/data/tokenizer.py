@@ -6,6 +6,7 @@ Text never yields a control id: "<s>" in a document is text; control ids are add
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.engines import TOKENIZER_CONFIG, Engine, SentencePieceEngine, TokenBatch, TokenizersEngine
+from megatron_xy.data.engines import (
+    TOKENIZER_CONFIG,
+    Engine,
+    PlacedTokens,
+    SentencePieceEngine,
+    TokenBatch,
+    TokenizersEngine,
+)
 from megatron_xy.errors import ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -46,7 +54,8 @@ class Tokenizer:
 
     Attributes: path, sha256 (of the file), engine, vocab_size, bos_id, eos_id, pad_id (None where there is none), and
     file_name: tokenizer.model or tokenizer.json, what a copy of the file is called; config_path: of the
-    tokenizer_config.json beside a tokenizer.json, if there is one.
+    tokenizer_config.json beside a tokenizer.json, if there is one; control_tokens: {spelling: id}; special_tokens:
+    {bos_token: spelling} and likewise eos_token and pad_token, those that there are.
     """
 
     def __init__(self, path: Path, engine: Engine) -> None:
@@ -58,6 +67,9 @@ class Tokenizer:
         self.config_path = config if path.suffix == ".json" and config.is_file() else None
         self.vocab_size = engine.vocab_size
         self.bos_id, self.eos_id, self.pad_id = engine.bos_id, engine.eos_id, engine.pad_id
+        self.control_tokens = {engine.spelling(index): index for index in engine.control_ids}
+        special = {"bos_token": engine.bos_id, "eos_token": engine.eos_id, "pad_token": engine.pad_id}
+        self.special_tokens = {name: engine.spelling(index) for name, index in special.items() if index is not None}
         self._is_control = np.zeros(engine.vocab_size, dtype=bool)
         self._is_control[engine.control_ids] = True
 
@@ -73,6 +85,14 @@ class Tokenizer:
         """As `encode_batch`, the ids of all texts in one array."""
         return self.checked(self.engine.encode(texts))
 
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> PlacedTokens:
+        """The ids of one text in parts, and where each comes from: (text, False), which never yields a control id, or
+        (spelling, True) of one of `control_tokens`, which does."""
+        placed = self.engine.encode_parts(parts, self.control_tokens)
+        num_controls = int(self._is_control[placed.ids].sum())
+        assert num_controls == sum(is_control for _, is_control in parts), "text must never yield a control id"
+        return placed
+
     def checked(self, batch: TokenBatch) -> TokenBatch:
         """The batch itself: all its ids are in the vocabulary, and none is a control id."""
         if len(batch.ids):
@@ -82,6 +102,26 @@ class Tokenizer:
             if self._is_control[lowest : highest + 1].any():
                 assert not self._is_control[batch.ids].any(), "text must never yield a control id"
         return batch
+
+    def decode_runs(self, ids: NDArray[Any], marks: NDArray[Any]) -> list[tuple[str, bool]]:
+        """The text of a sequence in runs of tokens of equal `marks` [tokens] bool, control tokens spelt out.
+
+        A character whose bytes fall into two runs stands in the second.
+        """
+        runs: list[tuple[str, bool]] = []
+        is_control = self._is_control[ids]
+        borders = np.flatnonzero((np.diff(marks) != 0) | is_control[1:] | is_control[:-1]) + 1
+        begin, known = 0, ""  # the text since the last control token: a tokenizer's spaces depend on what came before
+        for first, last in itertools.pairwise([0, *borders.tolist(), len(ids)]):
+            if is_control[first]:
+                text, begin, known = self.engine.spelling(int(ids[first])), last, ""
+            else:
+                whole = self.decode(ids[begin:last]).rstrip("\ufffd" if last < len(ids) else "")
+                text, known = whole.removeprefix(known), whole
+            if runs and runs[-1][1] == bool(marks[first]):
+                text = runs.pop()[0] + text
+            runs.append((text, bool(marks[first])))
+        return runs
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The text of token ids; control ids yield none. Raises DataError for an id outside the vocabulary."""

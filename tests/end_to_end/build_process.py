@@ -1,6 +1,6 @@
 """`data build` of a small corpus in a process of its own, cut into many pieces of work; says when it begins.
 
-python -m tests.end_to_end.build_process CORPUS TOKENIZER OUTPUT [--workers N] [--shard I/N] [--deduplicate]
+python -m tests.end_to_end.build_process CORPUS TOKENIZER OUTPUT [--workers N] [--shard I/N] [--deduplicate] [--chat]
 
 Its last word is its peak memory in bytes.
 """
@@ -20,6 +20,7 @@ def main():
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--shard", type=Share.parse)
     parser.add_argument("--deduplicate", action="store_true")
+    parser.add_argument("--chat", action="store_true")
     options = parser.parse_args()
     tokenize.PART_BYTES, build.WINDOW_DOCUMENTS, pack_shards.SHARD_TOKENS = 20_000, 100, 2000
     deduplicate.ROWS_IN_MEMORY = 200
@@ -34,6 +35,7 @@ def main():
         workers=options.workers,
         shard=options.shard,
         deduplicate=options.deduplicate,
+        chat_template="xuanyuan" if options.chat else None,
     )
     print("finished" if result["finished"] else "left to others")
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -28,6 +28,27 @@ def corpus(tmp_path_factory):
     return *made, content(base / "whole"), time.monotonic() - began
 
 
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    """As `corpus`, of conversations and texts in sources of their own."""
+    base = tmp_path_factory.mktemp("killed_chat")
+    for number in range(2):
+        words = [" ".join(text.split()[:12]) for text in texts(3000, seed=number)]
+        asked = [{"role": "user", "content": text} for text in words[::2]]
+        answered = [{"role": "assistant", "content": text} for text in words[1::2]]
+        rows = [{"messages": pair, "src": "c"} for pair in zip(asked, answered, strict=True)]
+        write_rows(
+            base / f"corpus/{number}.jsonl", [*rows, *({"text": text, "src": "t"} for text in words[:300]), b"{"]
+        )
+    made = base / "corpus", train_tokenizer(base / "tokenizer.model")
+    process = start(made, base / "whole", "--deduplicate", "--chat")
+    began = time.monotonic()
+    assert process.wait() == 0
+    whole = content(base / "whole")
+    assert sum(name.endswith(".mask") for name in whole) > 4
+    return *made, whole, time.monotonic() - began
+
+
 def start(made, output, *options):
     """A build in a session of its own, when it has begun."""
     command = [sys.executable, "-m", "tests.end_to_end.build_process", *map(str, (*made[:2], output)), *options]
@@ -38,14 +59,14 @@ def start(made, output, *options):
     return process
 
 
-def kill_and_resume(corpus, output, *, kills, seed):
+def kill_and_resume(corpus, output, *options, kills, seed):
     """Kills a build `kills` times at random moments, all its processes or the first alone, then lets it end.
 
     One that is through before it is killed begins anew.
     """
     choose, killed = random.Random(seed), 0
     while killed < kills:
-        process = start(corpus, output, "--deduplicate", "--workers", str(1 + killed % 2))
+        process = start(corpus, output, "--deduplicate", *options, "--workers", str(1 + killed % 2))
         time.sleep(choose.uniform(0, 1.4 * corpus[3] / kills) + killed % 2)  # a second for two workers to start
         if process.poll() is None:
             (os.killpg if choose.random() < 0.5 else os.kill)(process.pid, signal.SIGKILL)
@@ -54,8 +75,12 @@ def kill_and_resume(corpus, output, *, kills, seed):
             assert content(output) == corpus[2]
             shutil.rmtree(output)
         assert process.wait() in (0, -signal.SIGKILL)
-    assert start(corpus, output, "--deduplicate").wait() == 0
+    assert start(corpus, output, "--deduplicate", *options).wait() == 0
     assert content(output) == corpus[2]
+
+
+def test_conversations_killed_three_times_and_started_again_are_the_same(conversations, tmp_path):
+    kill_and_resume(conversations, tmp_path / "out", "--chat", kills=3, seed=2)
 
 
 def test_killed_three_times_and_started_again_is_the_same(corpus, tmp_path):

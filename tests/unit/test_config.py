@@ -90,6 +90,7 @@ OF_OUR_OWN = {
     "init_method_std", "head", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters",
     "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy",
     "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks",
+    "chat_template", "chat_overflow", "last_turn_only",
 }  # fmt: skip
 
 ROLES = """\
@@ -476,9 +477,9 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
         ("parallel.context_parallel_size=2", "context_parallel_size (2): only 1 is supported"),
         ("training.phases=[{from_iter: 5, train_only: [embedding, output_layer]}]",
          "training.phases[0].train_only (embedding, output_layer): only null is supported; all weights train"),
-        ("training.epochs=2", "training.epochs (2): only null is supported; use train_iters"),
+        ("training.epochs=2", "training.epochs (2): task pretrain counts in train_iters; use them"),
         ("checkpoint.hf_interval=5", "hf_interval (5): only 0 is supported"),
-        ("task=sft", "task (sft): only pretrain is supported"),
+        ("task=reward", "task (reward): only pretrain and sft are supported"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused_by_name(run_yaml: Path, override: str, text: str) -> None:
@@ -488,7 +489,7 @@ def test_what_is_not_built_is_refused_by_name(run_yaml: Path, override: str, tex
 def test_ppo_is_read_and_refused_by_name(run_yaml: Path) -> None:
     run_yaml.write_text(SMALLEST + "task: ppo\n" + ROLES)
     assert problems_of(run_yaml) == [
-        "task (ppo): only pretrain is supported",
+        "task (ppo): only pretrain and sft are supported",
         "roles: only task ppo has roles, and it is not supported yet",
         "ppo: only task ppo has this section, and it is not supported yet",
     ]
