@@ -12,7 +12,7 @@ import pytest
 from tests.unit.small_corpus import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("pretrain", "sft", "run", "check", "report", "convert", "doctor", "data", "checkpoint")
+VERBS = ("pretrain", "sft", "run", "check", "report", "convert", "generate", "doctor", "data", "checkpoint")
 
 # `python -m megatron_xy`, and at its very end one line on stderr: which heavy packages it has imported.
 PROGRAM = """
@@ -73,7 +73,14 @@ def test_help_names_every_verb_and_the_exit_codes() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("run", "--help"), ("check", "--help"), ("pretrain", "--help"), ("data", "build", "--help"), ("--version",)],
+    [
+        ("run", "--help"),
+        ("check", "--help"),
+        ("pretrain", "--help"),
+        ("generate", "--help"),
+        ("data", "build", "--help"),
+        ("--version",),
+    ],
 )
 def test_help_of_verbs(arguments: tuple[str, ...]) -> None:
     result = command(*arguments)

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from megatron_xy.cli import app
 from megatron_xy.config import ModelConfig
 from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.errors import MegatronXYError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.convert import hf_to_checkpoint
 from megatron_xy.hf.names import global_names, hf_names, hf_shapes
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
-from tests.end_to_end.tiny_run import Ended, processes_naming, run_to_end, started, wait_until
+from tests.end_to_end.tiny_run import processes_naming, run_to_end, started, wait_until
 from tools.train_tokenizer import train
 
 MODEL = ModelConfig(
@@ -102,44 +105,55 @@ def test_answers_in_order_and_the_same_in_every_layout(folder: Path, tmp_path: P
     assert_same(generate(f"hf:{folder / 'hf'}", folder / "prompts.jsonl", tmp_path / "two", *SHORT, *two), rows)
 
 
+@pytest.fixture(scope="module")
+def unbroken(folder: Path) -> list[dict[str, Any]]:
+    """300 answers of a run that nobody killed; its prompts are in many.jsonl."""
+    prompts = write_rows(folder / "many.jsonl", [{"prompt": f"abc {number}"} for number in range(300)])
+    return generate(f"hf:{folder / 'hf'}", prompts, folder / "unbroken.jsonl", "--max-response-length", "60")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_run_goes_on(folder: Path, tmp_path: Path, ranks: int) -> None:
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"abc {number}"} for number in range(300)])
-    output = tmp_path / "answers.jsonl"
+def test_a_killed_run_goes_on(folder: Path, tmp_path: Path, unbroken: list[dict[str, Any]], ranks: int) -> None:
+    prompts, output, model = folder / "many.jsonl", tmp_path / "answers.jsonl", f"hf:{folder / 'hf'}"
     options = ("--max-sequences", "4", "--max-response-length", "60", "--nproc-per-node", str(ranks))
     partial = output.with_name("answers.jsonl.partial")
 
     def num_done() -> int:
         return sum(path.read_bytes().count(b"\n") for path in partial.glob("results-*"))
 
-    with started(command(f"hf:{folder / 'hf'}", prompts, output, *options)) as process:
+    with started(command(model, prompts, output, *options)) as process:
         wait_until(lambda: num_done() > 5, process=process)
         process.send_signal(signal.SIGTERM if ranks == 1 else signal.SIGKILL)
         process.wait(timeout=60)
     if ranks == 1:
         assert process.returncode == 75
     assert not output.exists()
-    before = num_done()
-    assert 5 < before < 300
+    assert 5 < num_done() < 300
     victim = next(partial.glob("results-*"))
     victim.write_bytes(victim.read_bytes() + b'299\t{"prompt": "cut in ha')  # as a kill may leave it
-    refused = run_to_end(command(f"hf:{folder / 'hf'}", prompts, output, *options, "--temperature", "0.5"))
-    assert refused.code == 78 and "temperature" in refused.err
-    resumed = run_to_end(command(f"hf:{folder / 'hf'}", prompts, output, *options[:4]))  # in another layout
+    code, told = refused(model, prompts, output, *options[:4], "--temperature", "0.5")
+    assert code == 78 and "temperature" in told
+    resumed = run_to_end(command(model, prompts, output, *options[:4]))  # in another layout
     assert resumed.code == 0, resumed.err
     assert "of 300 answers are there" in resumed.err
     assert not partial.exists()
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert_same(rows, generate(f"hf:{folder / 'hf'}", prompts, tmp_path / "whole.jsonl", "--max-response-length", "60"))
+    assert_same([json.loads(line) for line in output.read_text().splitlines()], unbroken)
     assert processes_naming(str(tmp_path)) == []
 
 
-def refusal(folder: Path, prompts: Path, *options: str, model: str | None = None) -> Ended:
+def refused(model: str, prompts: Path, output: Path, *options: str) -> tuple[int, str]:
+    """Exit code and message of a command that is to be refused before it starts its two ranks."""
+    arguments = [*command(model, prompts, output, *options, "--nproc-per-node", "2")[3:]]
+    result = CliRunner().invoke(app, arguments)
+    error = result.exception
+    return (error.exit_code, str(error)) if isinstance(error, MegatronXYError) else (result.exit_code, result.output)
+
+
+def refusal(folder: Path, prompts: Path, *options: str, model: str | None = None) -> tuple[int, str]:
     output = prompts.with_name("never.jsonl")
-    ended = run_to_end(command(model or f"hf:{folder / 'hf'}", prompts, output, *options))
-    assert not output.exists() and not ended.out
+    answer = refused(model or f"hf:{folder / 'hf'}", prompts, output, *options)
     assert not list(output.parent.glob("never*"))
-    return ended
+    return answer
 
 
 def test_bad_rows_are_named_with_their_lines(folder: Path, tmp_path: Path) -> None:
@@ -147,8 +161,8 @@ def test_bad_rows_are_named_with_their_lines(folder: Path, tmp_path: Path) -> No
     prompts = write_rows(tmp_path / "bad.jsonl", [*rows, {"prompt": [{"role": "nobody", "content": "a"}]}])
     with prompts.open("a") as stream:
         stream.write('\n{"prompt": "cut of\n{"prompt": "\\ud800"}\n')
-    ended = refusal(folder, prompts, "--nproc-per-node", "2", "--chat-template", "llama-2")
-    assert ended.code == 65
+    ended = run_to_end(command(f"hf:{folder / 'hf'}", prompts, tmp_path / "never", "--chat-template", "llama-2"))
+    assert ended.code == 65 and not list(tmp_path.glob("never*"))
     for line in (2, 3, 4, 5, 6, 8, 9):
         assert f"{prompts}:{line}: " in ended.err
     assert f"{prompts}:1:" not in ended.err
@@ -158,17 +172,18 @@ def test_what_is_not_there_or_does_not_fit(folder: Path, tmp_path: Path) -> None
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
     cases = [
         (refusal(folder, prompts, model=f"hf:{tmp_path / 'nowhere'}"), 78, "nowhere"),
+        (refusal(folder, prompts, model=f"ckpt:{tmp_path / 'nowhere'}"), 78, "nowhere"),
         (refusal(folder, tmp_path / "none.jsonl"), 78, "none.jsonl"),
-        (refusal(folder, prompts, "parallel.tensor_model_parallel_size=2"), 78, "--nproc-per-node"),
+        (refusal(folder, prompts, "parallel.tensor_model_parallel_size=4"), 78, "--nproc-per-node"),
         (refusal(folder, prompts, "training.train_iters=2"), 78, "training"),
         (refusal(folder, prompts, "--stop", "<nothing>"), 78, "--stop"),
         (refusal(folder, write_rows(tmp_path / "empty.jsonl", [])), 65, "empty.jsonl"),
         (refusal(folder, prompts, "--top-p", "0"), 2, "--top-p"),
         (refusal(folder, prompts, "-n", "0"), 2, "-n"),
     ]
-    for ended, code, told in cases:
-        assert ended.code == code, ended.err
-        assert told in ended.err
+    for (code, message), wanted, told in cases:
+        assert code == wanted, message
+        assert told in message
 
 
 def test_messages_are_rendered_by_the_chat_template(folder: Path, tmp_path: Path) -> None:
@@ -180,5 +195,5 @@ def test_messages_are_rendered_by_the_chat_template(folder: Path, tmp_path: Path
     expected = generate(f"hf:{folder / 'hf'}", plain, tmp_path / "plain-answers.jsonl", *options[2:])
     assert rows[0]["prompt"] == messages
     assert [row["response_tokens"] for row in rows] == [row["response_tokens"] for row in expected]
-    without = refusal(folder, prompts)
-    assert without.code == 78 and "chat_template" in without.err
+    code, told = refusal(folder, prompts)
+    assert code == 78 and "chat_template" in told
