@@ -86,6 +86,11 @@ class PartialResults:
             temporary.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
 
+    def discard_if_empty(self) -> None:
+        """Lets go of a folder without results: a run that could not begin leaves nothing behind."""
+        if self.folder.is_dir() and not self.done():
+            shutil.rmtree(self.folder)
+
     def _places(self) -> dict[int, _Place]:
         places: dict[int, _Place] = {}
         for path in sorted(self.folder.glob("results-*")):

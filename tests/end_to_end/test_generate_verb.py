@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.convert import hf_to_checkpoint
 from megatron_xy.hf.names import global_names, hf_names, hf_shapes
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
-from tests.end_to_end.tiny_run import processes_naming, run_to_end, started, wait_until
+from tests.end_to_end.tiny_run import flip_bit, processes_naming, run_to_end, started, wait_until
 from tools.train_tokenizer import train
 
 MODEL = ModelConfig(
@@ -184,6 +185,16 @@ def test_what_is_not_there_or_does_not_fit(folder: Path, tmp_path: Path) -> None
     for (code, message), wanted, told in cases:
         assert code == wanted, message
         assert told in message
+
+
+def test_damaged_weights_end_it_and_leave_nothing(folder: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "ckpt"
+    shutil.copytree(folder / "ckpt", damaged)
+    (shard,) = damaged.glob("*.safetensors")
+    flip_bit(shard, offset=-5)
+    ended = run_to_end(command(f"ckpt:{damaged}", folder / "prompts.jsonl", tmp_path / "never"))
+    assert ended.code == 65 and shard.name in ended.err
+    assert not list(tmp_path.glob("never*"))
 
 
 def test_messages_are_rendered_by_the_chat_template(folder: Path, tmp_path: Path) -> None:
