@@ -24,9 +24,8 @@ from megatron_xy.data.chat_template import OF_TOKENIZER, ChatTemplate, load_chat
 from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, read_rows
-from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, MegatronXYError
-from megatron_xy.hf.convert import GENERATION_CONFIG, TOKENIZER_FILES
 from megatron_xy.hf.folder import read_object
 from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
@@ -174,7 +173,7 @@ def find_tokenizer(origin: str, *, given: str | None) -> Tokenizer:
     if given is not None:
         return load_tokenizer(given)
     kind, folder = split_origin(origin)
-    if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+    if any((folder / name).is_file() for name in (TOKENIZER_FILE, TOKENIZER_JSON)):
         return load_tokenizer(folder)
     named = files.read_manifest(folder).state.get("tokenizer") if kind == "ckpt" else None
     if named is None or not Path(named).exists():
@@ -240,7 +239,7 @@ def _prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: _Chats) -> l
 def _stop_ids(origin: str, tokenizer: Tokenizer, chat: _Chats, *, given: list[str]) -> list[int]:
     """The tokenizer's end token, the chat template's, those of an HF folder's generation_config.json, and the given."""
     kind, folder = split_origin(origin)
-    named = (read_object(folder, GENERATION_CONFIG) or {}).get("eos_token_id") if kind == "hf" else None
+    named = (read_object(folder, "generation_config.json") or {}).get("eos_token_id") if kind == "hf" else None
     ids = {tokenizer.eos_id, *(named if isinstance(named, list) else [named])} - {None}
     ids |= set(chat.chat.stop_ids) if chat.chat is not None else set()
     for text in given:
