@@ -1,14 +1,15 @@
 """A file of results in the making: OUTPUT.partial keeps what is done, in any order, until OUTPUT is written whole.
 
-Each writer appends whole lines to a file of its own, so that a killed run loses nothing that was done, and the same
-command goes on from there, under any layout. OUTPUT itself appears in one step, in order.
+Each writer appends lines to a file of its own, each with a checksum: a killed run loses nothing that was done but a
+line that was being written, and the same command goes on from there, under any layout. OUTPUT itself appears in one
+step, in order.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class PartialResults:
                 for number in range(count):
                     stream = streams[places[number].file]
                     stream.seek(places[number].offset)
-                    target.write(stream.readline().partition(b"\t")[2])
+                    target.write(stream.readline().split(b"\t", 2)[2])
             replace(temporary, self.output)
         finally:
             for stream in streams.values():
@@ -94,24 +95,23 @@ class PartialResults:
     def _places(self) -> dict[int, _Place]:
         places: dict[int, _Place] = {}
         for path in sorted(self.folder.glob("results-*")):
-            for offset, line in _whole_lines(path):
-                places[int(line.partition(b"\t")[0])] = _Place(path, offset)
+            for offset, number in _whole_lines(path):
+                places[number] = _Place(path, offset)
         return places
 
 
 class ResultWriter:
-    """Appends results to one file: lines of the number, a tab, and the result as JSON."""
+    """Appends results to one file: lines of the number, the CRC-32 of the rest in hex, and the result as JSON."""
 
     def __init__(self, path: Path) -> None:
         with storage_errors(path):
-            if path.exists():  # what a kill cut off is made anew
-                os.truncate(path, sum(len(line) for _, line in _whole_lines(path)))
             self._path, self._stream = path, path.open("ab")
+            self._stream.write(b"\n")  # behind what a kill may have cut off
 
     def add(self, number: int, result: dict[str, Any]) -> None:
         """One result, handed to the system when this returns."""
         with storage_errors(self._path):
-            self._stream.write(f"{number}\t{json.dumps(result, ensure_ascii=False)}\n".encode())
+            self._stream.write(_line(number, json.dumps(result, ensure_ascii=False).encode() + b"\n"))
             self._stream.flush()
 
     def close(self) -> None:
@@ -119,12 +119,16 @@ class ResultWriter:
         self._stream.close()
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(where it begins, line) of each line that has its end."""
+def _line(number: int, rest: bytes) -> bytes:
+    return b"%d\t%08x\t%b" % (number, zlib.crc32(rest, number), rest)
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, int]]:
+    """(where it begins, the result's number) of each line that is as it was written."""
     offset = 0
     with path.open("rb") as stream:
         for line in stream:
-            if not line.endswith(b"\n"):
-                return
-            yield offset, line
+            number, _, rest = line.partition(b"\t")
+            if number.isdigit() and line == _line(int(number), rest.partition(b"\t")[2]):
+                yield offset, int(number)
             offset += len(line)

@@ -23,12 +23,14 @@ def test_results_of_several_writers_end_in_order(tmp_path: Path) -> None:
             stream.add(number, {"number": number, "text": "é\t\n"})
         stream.close()
     with (results.folder / "results-00001").open("ab") as file:
-        file.write(b'2\t{"number": 2')  # cut off by a kill
+        file.write(b'2\t0badf00d\t{"number": 2')  # cut off by a kill
     assert results.done() == {0, 1, 3, 4}
     assert not results.output.exists()
     stream = results.writer(1)
     stream.add(2, {"number": 2})
     stream.close()
+    with (results.folder / "results-00000").open("ab") as file:
+        file.write(b'0\t{"no": "checksum"}\n0\t0badf00d\t{"another": "line\'s"}\nno line\n')
     again = PartialResults(tmp_path / "out.jsonl")
     again.begin({"seed": 1})
     assert again.done() == {0, 1, 2, 3, 4}
