@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from megatron_xy.errors import ConfigError
-from megatron_xy.yaml_file import apply_overrides, read_yaml
+from megatron_xy.yaml_file import Lines, apply_overrides, read_yaml
 
 LARGEST_INTEGER = 2**63 - 1
 UNKNOWN_KEY = "unknown key"
@@ -485,6 +485,29 @@ def _let_ranks_replace_shares(values: dict[str, Any], overrides: Sequence[str]) 
             role.pop("share", None)
 
 
+def load_model_options(origin: str, *, overrides: Sequence[str], world_size: int) -> RunConfig:
+    """For a verb over the model in `origin` (ckpt:DIR or hf:DIR): a config of its `model.load`, `parallel`, `runtime`.
+
+    overrides: of the sections parallel and runtime, whose keys are as in a RUN.yaml; the rest is defaults. Raises
+    InvalidConfig with every problem at once.
+    """
+    values: dict[str, Any] = {"model": {"load": origin}}
+    lines = Lines()
+    problems = [Problem(where, text) for where, text in apply_overrides(values, lines, overrides)]
+    for name in sorted(values.keys() - {"model", "parallel", "runtime"}) + (
+        ["model"] if len(values["model"]) > 1 else []
+    ):
+        problems.append(Problem(lines.where(name, Path(name)), f"{name}: this verb takes keys of parallel and runtime"))
+    config, refused = _validate({name: values[name] for name in ("model", "parallel", "runtime") if name in values})
+    problems += [Problem(lines.where(name, Path(name)), text) for name, text in refused.items()]
+    if not refused:
+        for name, text in _model_verb_rules(config.parallel, world_size=world_size):
+            problems.append(Problem(lines.where(name, Path(name)), text))
+    if problems:
+        raise InvalidConfig(problems)
+    return config
+
+
 def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
     """The run folder that a config names, even where the rest of it is wrong; None if it names none."""
     try:
@@ -637,6 +660,16 @@ def _conversation_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
             "training.epochs",
             f"training.epochs ({training.epochs}): training.phases count in iterations; give train_iters, not epochs",
         )
+
+
+def _model_verb_rules(parallel: ParallelConfig, *, world_size: int) -> Iterator[tuple[str, str]]:
+    """The rules of a layout by itself, for verbs that do not train."""
+    yield from _layout_rules(parallel)
+    if parallel.context_parallel_size != 1:
+        value = parallel.context_parallel_size
+        yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
+    elif world_size % parallel.model_parallel_size:
+        yield "parallel", f"--nproc-per-node: {_world_rule(parallel, world_size)}"
 
 
 def _batch_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:

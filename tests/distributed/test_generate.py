@@ -252,3 +252,29 @@ def test_planted_faults_are_seen(folder: Path, sampled: list[list[dict[str, Any]
     ):
         (found,) = run_ranks(with_a_fault, folder, fault, world_size=1)
         assert found != right, fault
+
+
+def after_an_update(layout: Layout) -> list[list[int]]:
+    """Greedy answers of a role that has just learned: what it has learned must show."""
+    from megatron_xy.config import OptimizerConfig
+    from megatron_xy.model.generate import SamplingOptions, generate
+    from megatron_xy.train_step import train_step
+
+    model = models.MODEL.model_copy(update={"init_method_std": 0.2})
+    role = models.make_role(layout, model=model, optimizer=OptimizerConfig())
+    assert role is not None
+    options = SamplingOptions(temperature=0.0, max_response_length=8)
+    before = [answer.tokens for answer in generate(role, requests_for(PROMPTS), options)]
+    for step in range(2):
+        batches = models.micro_batches(step, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
+        with role.active():
+            train_step(role, batches, num_sources=2, lr=0.05, clip_grad=0.0)
+    after = [answer.tokens for answer in generate(role, requests_for(PROMPTS), options)]
+    assert before != after
+    return after
+
+
+def test_generation_sees_updates_that_are_still_to_be_gathered() -> None:
+    overlapped = run_ranks(after_an_update, Layout(dp=2, distributed=True, overlap=True), world_size=2)
+    plain = run_ranks(after_an_update, Layout(dp=2), world_size=2)
+    assert overlapped == plain
