@@ -290,6 +290,35 @@ def generate(
     sys.exit(generate_file(job, say=_say))
 
 
+@app.command()
+def logprobs(
+    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="the model")],
+    input_file: Annotated[Path, typer.Option("--input", metavar="IDS.jsonl", help='rows {"tokens": [...]}')],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="F.safetensors", help='row i as tensor "i", one number a token but one')
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+    ] = None,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+) -> None:
+    """Log-probabilities of given token rows under any layout, to compare with other implementations."""
+    from megatron_xy.model_job import ModelJob, leave_on_signals
+
+    if nproc_per_node == 1:
+        leave_on_signals("; nothing is kept, and the same command starts afresh")
+    arguments = {"input": str(input_file), "output": str(output)}
+    run_dir = str(output.with_name(f"{output.name}.work"))
+    job = ModelJob("logprobs", model, nproc_per_node, overrides or [], run_dir, arguments)
+    options = job.options()  # of the command alone: no need to wait for torch
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
+    from megatron_xy.logprobs import logprobs_file
+
+    sys.exit(logprobs_file(job, say=_say))
+
+
 @app.command(hidden=True)
 def model_rank(job_file: Path) -> None:
     """One rank of a verb over a model, started by that verb."""
@@ -306,6 +335,11 @@ def model_rank(job_file: Path) -> None:
             num_threads=config.runtime.num_threads,
             deterministic=config.runtime.deterministic,
         )
+        if job.verb == "logprobs":
+            from megatron_xy import logprobs
+
+            logprobs.logprobs_in_rank(job, config, stop, watchdog)
+            return
         assert job.verb == "generate", "no other verb starts ranks of its own"
         from megatron_xy import answers
 
