@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,18 +22,24 @@ from safetensors.torch import load_file
 from megatron_xy import parallel
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.errors import DataError
-from megatron_xy.hf.names import global_names
+from megatron_xy.flops import num_parameters
+from megatron_xy.hf.config import CONFIG
+from megatron_xy.hf.folder import read_object
+from megatron_xy.hf.names import global_names, hf_shards
+from megatron_xy.hf.reader import SINGLE
 from megatron_xy.hf.source import Source, open_source
-from megatron_xy.hf.target import stored_dtype
+from megatron_xy.hf.target import Output, stored_dtype, write_files
 from megatron_xy.hf.verb import place
 from megatron_xy.model.logits import logits_of
 from megatron_xy.role import Role, build_role
 from megatron_xy.safetensors_file import memory_of
+from megatron_xy.storage import TEMPORARY_PREFIX, write_json
 from megatron_xy.tensor_reader import TensorReader
 from megatron_xy.weights import load_initial_weights, resolve_model
 
 TOLERANCE = 1e-4  # of logits in fp32
 ROW_LENGTHS = (1, 17, 64, 128)
+MAX_BLOCK_BYTES = 16 * 10**9  # of the weights of a block in fp32, held once by us and then by transformers
 
 # Run by `python -c` in another process; argv: model folder, rows.json, where the logits go.
 _TRANSFORMERS_LOGITS = """
@@ -58,7 +65,7 @@ def verify(source: str, target: str, *, say: Callable[[str], None]) -> bool:
     """
     opened = [open_source(*place(text, option)) for text, option in ((source, "--from"), (target, "--to"))]
     same = tensors_agree(*opened, say=say)
-    folders = [side.folder for side in reversed(opened) if side.kind == "hf"]
+    folders = [side for side in reversed(opened) if side.kind == "hf"]
     if not folders:
         return same
     difference = largest_logit_difference(folders[0])
@@ -83,21 +90,61 @@ def tensors_agree(source: Source, target: Source, *, say: Callable[[str], None])
     return not different
 
 
-def largest_logit_difference(hf_folder: Path) -> float:
+def largest_logit_difference(source: Source, *, max_bytes: int = MAX_BLOCK_BYTES) -> float:
     """The largest difference between our logits and those of transformers, over rows of pseudo-random tokens, fp32.
 
-    Raises DataError where transformers does not open the folder.
+    source: an HF folder. Where the model takes more than `max_bytes` in fp32, its layers are gone through in blocks,
+    each as a model of its own between the embedding and the head. Raises DataError where transformers does not open it.
     """
+    model = source.model
+    assert model.num_layers, "an HF folder has a whole shape"
+    layer_bytes = 4 * (num_parameters(model) - num_parameters(model.model_copy(update={"num_layers": 1})))
+    fixed_bytes = 4 * num_parameters(model) - layer_bytes
+    size = max(1, 1 + int((max_bytes - fixed_bytes) * (model.num_layers - 1) // max(layer_bytes, 1)))
     with _alone_in_the_world():
-        role = _role_of(hf_folder)
-        assert role.model.vocab_size, "an HF folder has a whole shape"
-        generator = torch.Generator().manual_seed(0)
-        lengths = [min(length, role.model.max_position_embeddings) for length in ROW_LENGTHS]
-        rows = [torch.randint(role.model.vocab_size, (length,), generator=generator).tolist() for length in lengths]
-        ours = [logits.cpu() for logits in logits_of(role, rows)]
+        if size >= model.num_layers:
+            return _difference(source.folder)
+        differences = []
+        for first in range(0, model.num_layers, size):
+            with tempfile.TemporaryDirectory(dir=source.folder.parent, prefix=TEMPORARY_PREFIX) as scratch:
+                _write_block(source, Path(scratch), layers=range(first, min(first + size, model.num_layers)))
+                differences.append(_difference(Path(scratch)))
+        return torch.tensor(differences).max().item()
+
+
+def _difference(hf_folder: Path) -> float:
+    role = _role_of(hf_folder)
+    assert role.model.vocab_size, "an HF folder has a whole shape"
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, role.model.max_position_embeddings) for length in ROW_LENGTHS]
+    rows = [torch.randint(role.model.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    ours = [logits.cpu() for logits in logits_of(role, rows)]
+    del role  # before transformers takes as much memory
     theirs = transformers_logits(hf_folder, rows)
     # Tensors' maximum is NaN where any difference is; Python's would pass it over.
     return torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max().item()
+
+
+def _write_block(source: Source, folder: Path, *, layers: range) -> None:
+    """An HF folder of some consecutive layers, with the source's own embedding, head and config.json."""
+    block = source.model.model_copy(update={"num_layers": len(layers)})
+    outputs = []
+    for name in global_names(block):
+        original = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + layers.start}", name)
+        for part, shard in hf_shards(name, block).items():
+            outputs.append(Output(part, original, shard, stored_dtype(source.manifest, original)))
+    write_files(
+        folder,
+        {SINGLE: outputs},
+        source=source.folder,
+        manifest=source.manifest,
+        metadata={"format": "pt"},
+        say=lambda text: None,
+    )
+    values = read_object(source.folder, CONFIG) or {}
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][layers.start : layers.stop]
+    write_json(folder / CONFIG, {**values, "num_hidden_layers": len(layers)})
 
 
 def transformers_logits(hf_folder: Path, rows: list[list[int]]) -> list[torch.Tensor]:

@@ -172,6 +172,30 @@ def test_every_family_comes_back_as_it_was(folders: dict[str, Path], tmp_path: P
     assert largest_difference([row.numpy() for row in back], saved_logits(folders["reward-qwen2"])) == 0.0
 
 
+# In a process of its own, as the command's. argv: folder.
+DIFFERENCES = """
+import sys
+from pathlib import Path
+from megatron_xy import device
+device.start()
+from megatron_xy.hf.source import open_source
+from megatron_xy.hf.verify import largest_logit_difference
+source = open_source("hf", Path(sys.argv[1]))
+print(*(largest_logit_difference(source, max_bytes=size) for size in (10**9, 520_000)))
+"""
+
+
+def test_verification_in_blocks_of_layers(folders: dict[str, Path]) -> None:
+    """Of 0.75 MB of weights in fp32 a block may take 0.52: two blocks of two layers."""
+    folder = folders["qwen2"]
+    command = [sys.executable, "-c", DIFFERENCES, str(folder)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+    whole, in_blocks = map(float, output.split())
+    assert 0 < whole < TOLERANCE and 0 < in_blocks < TOLERANCE
+    assert whole != in_blocks, "the model was cut"
+    assert not list(folder.parent.glob(".tmp-*"))
+
+
 def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, tokenizer: Path) -> Any:
     from megatron_xy.checkpoint import CheckpointWriter, TrainingState
     from megatron_xy.train_step import train_step
