@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from megatron_xy.errors import DataError
 from megatron_xy.safetensors_file import BLOCK_BYTES, SafetensorsFile, empty_block, memory_of
 from megatron_xy.shards import ParameterShard, whole
 
+_BLOCKS_IN_TURN = 3
+
 
 class TensorReader:
     """The tensors of a folder by their global names. A context manager: holds files open."""
@@ -21,6 +24,7 @@ class TensorReader:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.manifest = directory, manifest
         self._files: dict[str, SafetensorsFile] = {}
+        self._blocks: list[torch.Tensor] = []  # the memory that `blocks` hands out in turn
 
     def __enter__(self) -> TensorReader:
         return self
@@ -63,14 +67,25 @@ class TensorReader:
     ) -> Iterator[torch.Tensor]:
         """A part of a global tensor (default: all of it) as contiguous blocks of whole rows, one after the other.
 
-        dtype: the stored one if None. A block takes 8 MB at most, or one row.
+        dtype: the stored one if None. A block takes 8 MB at most, or one row, and stands until the next but one is
+        asked for, of whatever tensor.
         """
         entry = self.manifest.tensors[name]
         dtype = dtype or DTYPES[entry.dtype]
         for part in (shard or whole(entry.shape)).in_parts(BLOCK_BYTES // dtype.itemsize):
-            block = empty_block(part.local_shape, dtype)
+            block = self._next_block(part.local_shape, dtype)
             self.read_into(name, block, part)
             yield block
+
+    def _next_block(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes > BLOCK_BYTES:
+            return empty_block(shape, dtype)
+        if len(self._blocks) < _BLOCKS_IN_TURN:
+            self._blocks.insert(0, empty_block((BLOCK_BYTES,), torch.uint8))
+        memory = self._blocks.pop(0)
+        self._blocks.append(memory)
+        return memory[:num_bytes].view(dtype).view(shape)
 
     def read_rank_state(self, rank: int) -> dict[str, torch.Tensor]:
         """The per-rank tensors that global rank `rank` of the writing run left; empty if it had none."""
