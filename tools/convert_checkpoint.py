@@ -1,4 +1,4 @@
-"""`megatron-xy convert` as a script: a checkpoint or an HF folder -> either of them, with the same options and codes."""
+"""`megatron-xy convert` as a script: a checkpoint or HF folder -> either of them, with the same options and codes."""
 
 import sys
 

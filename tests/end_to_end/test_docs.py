@@ -62,7 +62,7 @@ def test_every_command_of_the_documents_runs_as_written(checkout: Path) -> None:
                 continue
             output = run(shlex.split(line), checkout)
             ran += 1
-            if "nproc-per-node 2 parallel" in line and "runs/first" in line:
+            if "nproc-per-node 2 parallel" in line and "run_dir=runs/first" in line:
                 assert "resuming from runs/first/checkpoints/iter_0000006" in output
             if "virtual_pipeline" in line:
                 assert "resuming from runs/first/checkpoints/iter_0000009" in output
