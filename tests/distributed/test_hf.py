@@ -293,6 +293,24 @@ def test_a_bf16_run_opens_fp32_weights(folders: dict[str, Path], tmp_path: Path)
         assert np.array_equal(parameter, from_checkpoint[name][0])
 
 
+def head_and_norm(layout: Layout, load: str) -> dict[str, NDArray[np.float32]]:
+    role = load_role(layout, load, head="value")
+    names = ("value_head.weight", "decoder.final_layernorm.weight")
+    return {named.name: named.parameter.numpy(force=True) for named in role.named_parameters() if named.name in names}
+
+
+def test_a_language_model_gets_a_fresh_head_and_a_reward_model_keeps_its_own(folders: dict[str, Path]) -> None:
+    layout = Layout(tp=2)
+    fresh, other_rank = run_ranks(head_and_norm, layout, f"hf:{folders['gqa-tied-llama3']}", world_size=2)
+    kept = run_ranks(head_and_norm, layout, f"hf:{folders['reward']}", world_size=2)[0]
+    assert np.array_equal(fresh["value_head.weight"], other_rank["value_head.weight"])
+    assert 0.01 < fresh["value_head.weight"].std() < 0.03
+    trunk = load_file(folders["gqa-tied-llama3"] / "model.safetensors")["model.norm.weight"]
+    assert np.array_equal(fresh["decoder.final_layernorm.weight"], trunk.numpy())
+    score = load_file(folders["reward"] / "model.safetensors")["score.weight"]
+    assert np.array_equal(kept["value_head.weight"], score.numpy())
+
+
 def test_a_flipped_bit_in_the_weights_to_start_from_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     hf_to_checkpoint(folders["gqa-untied"], tmp_path / "ckpt")
     shard = tmp_path / "ckpt" / "rank-00000-of-00001.safetensors"

@@ -82,3 +82,12 @@ def test_the_gradient_norm_of_large_tensors_is_the_same_however_they_are_split()
     for layout in (Layout(tp=2), Layout(tp=2, pp=2, sp=True)):
         curve = run_ranks(train, layout, WIDE, 2, world_size=layout.world_size)[0]
         assert [norm for _, norm in curve] == pytest.approx([norm for _, norm in expected], rel=2e-6)
+
+
+def test_biases_of_queries_keys_and_values_train_alike_in_every_layout() -> None:
+    biased = models.MODEL.model_copy(update={"add_qkv_bias": True})
+    expected = run_ranks(train, Layout(), biased, 5, world_size=1)[0]
+    for layout in (Layout(tp=2, dp=2, sp=True, distributed=True), Layout(tp=2, pp=2, sp=True)):
+        for curve in run_ranks(train, layout, biased, 5, world_size=layout.world_size):
+            for step, expected_step in zip(curve, expected, strict=True):
+                assert step == pytest.approx(expected_step, rel=1e-5)

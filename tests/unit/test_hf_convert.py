@@ -235,6 +235,34 @@ def test_a_failed_import_leaves_nothing_and_a_killed_one_is_no_hindrance(tmp_pat
     assert not (tmp_path / "ckpt" / "leftover").exists() and not (tmp_path / ".tmp-ckpt").exists()
 
 
+def test_two_commands_do_not_write_one_target(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    with (
+        hf_target.whole_or_absent(tmp_path / "ckpt", work={}),
+        pytest.raises(ConfigError, match="another command is writing it at this moment"),
+    ):
+        hf_to_checkpoint(folder, tmp_path / "ckpt")
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == []
+
+
+def test_what_another_conversion_has_left_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Interrupted once the weights are written; then the same folder in another type."""
+    folder = hf_folder(tmp_path / "hf")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_checkpoint(folder, tmp_path / "ckpt")
+    assert len(list((tmp_path / ".tmp-ckpt").glob("*.receipt.json"))) == 1
+    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype="bf16")
+    manifest = files.read_manifest(tmp_path / "ckpt")
+    files.verify_files(tmp_path / "ckpt", manifest)
+    assert {entry.dtype for entry in manifest.tensors.values()} == {"bfloat16"}
+
+
 def test_an_existing_target_is_refused(tmp_path):
     folder = hf_folder(tmp_path / "hf")
     (tmp_path / "there").mkdir()
