@@ -121,6 +121,7 @@ class ModelConfig(Section):
     rope_scaling: dict[str, Any] | None = Field(None, description="HF's dict; kinds: linear, llama3")
     norm_epsilon: float = Field(1e-5, gt=0)
     untie_embeddings_and_output_weights: bool = True
+    add_qkv_bias: bool = Field(False, description="queries, keys and values with a bias, as Qwen2 has")
     head: Head = Field("language_model", description="the task's: value (one number a token) for reward")
     init_method_std: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
     params_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -252,7 +253,7 @@ class CheckpointConfig(Section):
     save_interval: int = Field(50, ge=1, description="iterations")
     keep_latest: int = Field(2, ge=1)
     async_save: bool = Field(True, description="write while training goes on")
-    hf_interval: int = Field(0, ge=0)
+    hf_interval: int = Field(0, ge=0, description="iterations between HF folders, RUN/hf/iter_N; 0: none")
     resume: Literal["auto", "never"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto | never | ITERATION"
     )
@@ -583,6 +584,13 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             f"{_nearest_multiples(training.micro_batch_tokens, tp)}",
         )
     yield from _layout_rules(parallel)
+    saved, exported = config.checkpoint.save_interval, config.checkpoint.hf_interval
+    if exported % saved:
+        yield (
+            "checkpoint.hf_interval",
+            f"checkpoint.hf_interval ({exported}) must be a multiple of save_interval ({saved}): an HF folder is made "
+            f"of a checkpoint; nearest: {_nearest_multiples(exported, saved)}",
+        )
     yield from _schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None and config.task != "reward":
         yield (
@@ -817,6 +825,13 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
                     "model.rope_scaling",
                     f"model.rope_scaling.{key} ({_shown(value)}) must be a number above 0, such as 8.0",
                 )
+                return
+        low, high = (model.rope_scaling.get(f"{edge}_freq_factor", 0) for edge in ("low", "high"))
+        if kind == "llama3" and not missing and high <= low:
+            yield (
+                "model.rope_scaling",
+                f"model.rope_scaling.high_freq_factor ({high}) must be above low_freq_factor ({low})",
+            )
 
 
 def _head_of(config: RunConfig) -> Head:
@@ -837,8 +852,8 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
                 "training.phases",
                 f"training.phases[{number}].train_only ({names}): only null is supported; all weights train",
             )
-    if checkpoint.hf_interval:
-        yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): only 0 is supported"
+    if checkpoint.hf_interval and config.task == "ppo":
+        yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): task ppo supports 0 only"
     if config.task != "ppo":
         if config.roles is not None:
             yield "roles", f"roles: only task ppo has roles, and task is {config.task}; leave them out"

@@ -34,6 +34,7 @@ class LayerWeights:
     mlp_norm: torch.Tensor
     fc1: torch.Tensor
     fc2: torch.Tensor
+    qkv_bias: torch.Tensor | None  # where the model has one
 
 
 _LAYER_NAMES = {
@@ -64,7 +65,10 @@ class ChunkForward:
         self._final_norm = found.get(FINAL_NORM)
         numbers = sorted({int(name.split(".")[2]) for name in found if name.startswith("decoder.layers.")})
         self._layers = [
-            LayerWeights(**{field: found[f"decoder.layers.{number}.{name}"] for field, name in _LAYER_NAMES.items()})
+            LayerWeights(
+                **{field: found[f"decoder.layers.{number}.{name}"] for field, name in _LAYER_NAMES.items()},
+                qkv_bias=found.get(f"decoder.layers.{number}.self_attention.linear_qkv.bias"),
+            )
             for number in numbers
         ]
         self._epsilon = role.model.norm_epsilon
@@ -106,9 +110,8 @@ class ChunkForward:
             hidden = self._embedded(now.tokens)
         for index, weights in enumerate(self._layers):
             normed = rms_norm(hidden, weights.input_norm, eps=self._epsilon)
-            read = attend_with_cache(
-                F.linear(normed, weights.qkv), cache.layer(index), now, cos=cos, sin=sin, attend=self._attend
-            )
+            qkv = F.linear(normed, weights.qkv, weights.qkv_bias)
+            read = attend_with_cache(qkv, cache.layer(index), now, cos=cos, sin=sin, attend=self._attend)
             hidden = hidden + sum_over(F.linear(read, weights.proj), self._tp)
             normed = rms_norm(hidden, weights.mlp_norm, eps=self._epsilon)
             hidden = hidden + sum_over(F.linear(swiglu(F.linear(normed, weights.fc1)), weights.fc2), self._tp)

@@ -87,7 +87,7 @@ runtime: {timeout_seconds: 120, num_threads: 1, deterministic: false}
 
 # Keys beside those, each with its line in docs/decisions.md.
 OF_OUR_OWN = {
-    "init_method_std", "head", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters",
+    "init_method_std", "head", "add_qkv_bias", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters",
     "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy",
     "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks",
     "chat_template", "chat_overflow", "last_turn_only",
@@ -369,6 +369,12 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
          "model.rope_scaling: kind 'yarn' is not supported; linear and llama3 are"),
         ("model.rope_scaling={factor: 8}", "model.rope_scaling: kind None is not supported; linear and llama3 are"),
         ("model.rope_scaling={type: linear}", "model.rope_scaling of kind linear lacks factor"),
+        ("model.rope_scaling={type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4, "
+         "original_max_position_embeddings: 512}",
+         "model.rope_scaling.high_freq_factor (4) must be above low_freq_factor (4)"),
+        ("checkpoint.hf_interval=60",
+         "checkpoint.hf_interval (60) must be a multiple of save_interval (50): an HF folder is made of a checkpoint; "
+         "nearest: 50, 100"),
         ("model.rope_scaling={type: linear, factor: x}",
          "model.rope_scaling.factor (x) must be a number above 0, such as 8.0"),
         ("model.rope_scaling={type: linear, factor: 0}",
@@ -478,7 +484,6 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
         ("training.phases=[{from_iter: 5, train_only: [embedding, output_layer]}]",
          "training.phases[0].train_only (embedding, output_layer): only null is supported; all weights train"),
         ("training.epochs=2", "training.epochs (2): task pretrain counts in train_iters; use them"),
-        ("checkpoint.hf_interval=5", "hf_interval (5): only 0 is supported"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused_by_name(run_yaml: Path, override: str, text: str) -> None:
