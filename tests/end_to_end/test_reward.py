@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from megatron_xy.checkpoint_files import read_manifest
 from megatron_xy.cli import app
+from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.model_job import ModelJob
 from megatron_xy.partial_results import PartialResults
@@ -143,6 +145,47 @@ def test_scores_are_those_of_the_table_in_order_under_every_layout(
     assert ended.code == 0, ended.err
     np.testing.assert_allclose(scores_in(tmp_path / "two.jsonl"), scores, rtol=1e-4, atol=1e-4)
     assert not list(tmp_path.glob("*.partial"))
+
+
+# In a process of its own, as a user's. argv: folder, rows of token ids.
+TRANSFORMERS_SCORES = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    print(json.dumps([float(model(torch.tensor([row])).logits) for row in json.loads(sys.argv[2])]))
+"""
+
+
+def test_an_exported_reward_model_scores_the_same_here_and_in_transformers(
+    trained: tuple[Path, Ended, float], tmp_path: Path
+) -> None:
+    folder, _, _ = trained
+    vocabulary = load_tokenizer(folder / "tokenizer.json")
+    pairs = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()][:20]
+    rows = [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in pairs]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    command = score_command(folder, tmp_path / "rows.jsonl", tmp_path / "ckpt.jsonl")
+    origin = command[4]
+    convert = [*command[:3], "convert", "--from", origin, "--to", f"hf:{tmp_path / 'hf'}"]
+    for line in (command, convert, [*command[:4], f"hf:{tmp_path / 'hf'}", *command[5:-1], str(tmp_path / "hf.jsonl")]):
+        ended = run_to_end(line)
+        assert ended.code == 0, ended.err
+    ours = scores_in(tmp_path / "ckpt.jsonl")
+    np.testing.assert_array_equal(scores_in(tmp_path / "hf.jsonl"), ours)
+    ids = [
+        [
+            vocabulary.bos_id,
+            *vocabulary.encode(row["prompt"]).tolist(),
+            *vocabulary.encode(row["response"]).tolist(),
+            vocabulary.eos_id,
+        ]
+        for row in rows
+    ]
+    argv = [sys.executable, "-c", TRANSFORMERS_SCORES, str(tmp_path / "hf"), json.dumps(ids)]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(json.loads(result.stdout.splitlines()[-1]), ours, atol=1e-4)
 
 
 def test_score_goes_on_where_a_killed_one_stopped(trained: tuple[Path, Ended, float], tmp_path: Path) -> None:
