@@ -129,11 +129,11 @@ def prepare(job: ModelJob) -> Work:
     origin = str(config.model.load)
     tokenizer = find_tokenizer(origin, given=arguments.tokenizer)
     longest = config.model.max_position_embeddings
-    chat = _Chats(origin, tokenizer, given=arguments.chat_template)
+    chat = Chats(origin, tokenizer, given=arguments.chat_template)
     vocab_size = config.model.vocab_size or 0
 
     def parse(row: dict[str, Any]) -> Prompt:
-        prompt = Prompt(row.get("prompt"), _prompt_tokens(row, tokenizer, chat))
+        prompt = Prompt(row.get("prompt"), prompt_tokens(row, tokenizer, chat))
         if not 0 < len(prompt.tokens) < longest:
             raise BadRow(
                 f"the prompt has {len(prompt.tokens)} tokens, must have 1 to {longest - 1} (the model's "
@@ -154,7 +154,7 @@ def prepare(job: ModelJob) -> Work:
         seed=arguments.seed,
     )
     facts = {
-        "model": _identity(origin),
+        "model": identity_of(origin),
         "prompts": file_sha256(Path(arguments.prompts)),
         "tokenizer": tokenizer.sha256,
         "num_answers": arguments.num_answers,
@@ -182,7 +182,7 @@ def find_tokenizer(origin: str, *, given: str | None) -> Tokenizer:
     return load_tokenizer(named)
 
 
-class _Chats:
+class Chats:
     """The chat template for prompts that are messages, looked for when the first one comes.
 
     The one given, that of the checkpoint's run, or the tokenizer's own.
@@ -204,21 +204,25 @@ class _Chats:
             return None
         return hashlib.sha256(self._chat.template.source.encode()).hexdigest()
 
+    def of_the_run(self) -> Chat | None:
+        """The one given, or that of the checkpoint's run; None where there is neither."""
+        kind, folder = split_origin(self._origin)
+        if self._chat is None and kind == "ckpt":
+            source = files.read_manifest(folder).state.get("chat_template")
+            if source is not None:
+                template = ChatTemplate(source, name="of the checkpoint's run", tokenizer=self._tokenizer)
+                self._chat = Chat(self._tokenizer, template)
+        return self._chat
+
     def needed(self) -> Chat:
         """Raises ConfigError where there is no template."""
+        self._chat = self.of_the_run()
         if self._chat is None:
-            kind, folder = split_origin(self._origin)
-            source = files.read_manifest(folder).state.get("chat_template") if kind == "ckpt" else None
-            template = (
-                ChatTemplate(source, name="of the checkpoint's run", tokenizer=self._tokenizer)
-                if source is not None
-                else load_chat_template(OF_TOKENIZER, self._tokenizer)
-            )
-            self._chat = Chat(self._tokenizer, template)
+            self._chat = Chat(self._tokenizer, load_chat_template(OF_TOKENIZER, self._tokenizer))
         return self._chat
 
 
-def _prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: _Chats) -> list[int]:
+def prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: Chats) -> list[int]:
     """A string as it stands behind the begin token, or messages as the chat template renders them. Raises BadRow."""
     prompt = row.get("prompt")
     if isinstance(prompt, list):
@@ -236,7 +240,7 @@ def _prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: _Chats) -> l
     return [*begin, *tokenizer.encode(prompt).tolist()]
 
 
-def _stop_ids(origin: str, tokenizer: Tokenizer, chat: _Chats, *, given: list[str]) -> list[int]:
+def _stop_ids(origin: str, tokenizer: Tokenizer, chat: Chats, *, given: list[str]) -> list[int]:
     """The tokenizer's end token, the chat template's, those of an HF folder's generation_config.json, and the given."""
     kind, folder = split_origin(origin)
     named = (read_object(folder, "generation_config.json") or {}).get("eos_token_id") if kind == "hf" else None
@@ -253,7 +257,7 @@ def _stop_ids(origin: str, tokenizer: Tokenizer, chat: _Chats, *, given: list[st
     return sorted(int(index) for index in ids if index is not None)
 
 
-def _identity(origin: str) -> str:
+def identity_of(origin: str) -> str:
     """By which the weights are known without reading them: the checkpoint's manifest, the HF folder's files."""
     kind, folder = split_origin(origin)
     if kind == "ckpt":

@@ -291,6 +291,45 @@ def generate(
 
 
 @app.command()
+def score(
+    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="a reward model")],
+    input_file: Annotated[
+        Path, typer.Option("--input", metavar="F.jsonl", help="rows with prompt and response or response_tokens")
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="F.jsonl", help="the rows with their scores, in order")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of messages; the model's unless given")
+    ] = None,
+    micro_batch_tokens: Annotated[
+        int, typer.Option("--micro-batch-tokens", min=1, help="of a replica at a time; longer answers widen it")
+    ] = 4096,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+) -> None:
+    """Scores answers by a reward model, under any layout; goes on where a killed run stopped."""
+    from megatron_xy.model_job import ModelJob, leave_on_signals
+    from megatron_xy.partial_results import PartialResults
+
+    if nproc_per_node == 1:
+        leave_on_signals("; the scores that were there are kept, and the same command goes on")
+    arguments = {
+        "input": str(input_file), "output": str(output), "micro_batch_tokens": micro_batch_tokens,
+        "tokenizer": str(tokenizer) if tokenizer else None, "chat_template": chat_template,
+    }  # fmt: skip
+    job = ModelJob("score", model, nproc_per_node, overrides or [], str(PartialResults(output).run_dir), arguments)
+    options = job.options()  # of the command alone: no need to wait for torch
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
+    from megatron_xy.scores import score_file
+
+    sys.exit(score_file(job, say=_say))
+
+
+@app.command()
 def logprobs(
     model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="the model")],
     input_file: Annotated[Path, typer.Option("--input", metavar="IDS.jsonl", help='rows {"tokens": [...]}')],
@@ -335,15 +374,12 @@ def model_rank(job_file: Path) -> None:
             num_threads=config.runtime.num_threads,
             deterministic=config.runtime.deterministic,
         )
-        if job.verb == "logprobs":
-            from megatron_xy import logprobs
-
-            logprobs.logprobs_in_rank(job, config, stop, watchdog)
-            return
-        assert job.verb == "generate", "no other verb starts ranks of its own"
-        from megatron_xy import answers
-
-        answers.generate_in_rank(job, config, stop, watchdog)
+        module, function = {
+            "generate": ("megatron_xy.answers", "generate_in_rank"),
+            "score": ("megatron_xy.scores", "score_in_rank"),
+            "logprobs": ("megatron_xy.logprobs", "logprobs_in_rank"),
+        }[job.verb]
+        getattr(importlib.import_module(module), function)(job, config, stop, watchdog)
 
     run_model_rank(job, work=work)
 

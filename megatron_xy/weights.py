@@ -9,7 +9,7 @@ import torch
 
 from megatron_xy import checkpoint_files as files
 from megatron_xy.checkpoint import load_weights, shared_problem
-from megatron_xy.config import ModelConfig
+from megatron_xy.config import Head, ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.hf.reader import hf_manifest
@@ -35,6 +35,11 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         return model
     stored, origin = _stored_model(model.load)
     return complete_model(model, stored, origin=origin)
+
+
+def stored_head(load: str) -> Head:
+    """The head of the weights that `load` names. Raises as `resolve_model`."""
+    return _stored_model(load)[0].head
 
 
 def changes_to_source(model: ModelConfig) -> dict[str, list[Any]]:

@@ -1,11 +1,12 @@
 """Toy preferences with a known rule, for a reward model that is to learn it: of two answers the one with more of the
 asked colour is the better one.
 
-    python tools/toy_preferences.py --output DIR [--pairs 2000] [--test-pairs 300] [--flipped 0.0] [--seed 0]
+    python tools/toy_preferences.py --output DIR [--pairs 2000] [--test-pairs 300] [--flipped 0.0] [--messages]
 
 writes DIR/tokenizer.json and tokenizer_config.json, train.jsonl and held_out.jsonl: rows with prompt, chosen, rejected,
 grade, source and model. `--flipped` is the share of the training pairs whose answers change places; those held out are
-always right. A held-out prompt is none of the training's.
+always right. A held-out prompt is none of the training's. `--messages`: prompts as messages, for a chat model; its
+tokenizer is then that of the model, and the one written here is not used.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--test-pairs", type=int, default=300)
     parser.add_argument("--flipped", type=float, default=0.0)
+    parser.add_argument("--messages", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     make(
@@ -36,11 +38,20 @@ def main() -> None:
         num_pairs=options.pairs,
         num_test_pairs=options.test_pairs,
         flipped=options.flipped,
+        as_messages=options.messages,
         seed=options.seed,
     )
 
 
-def make(folder: Path, *, num_pairs: int, num_test_pairs: int, flipped: float = 0.0, seed: int = 0) -> None:
+def make(
+    folder: Path,
+    *,
+    num_pairs: int,
+    num_test_pairs: int,
+    flipped: float = 0.0,
+    as_messages: bool = False,
+    seed: int = 0,
+) -> None:
     """The files in `folder`."""
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +69,9 @@ def make(folder: Path, *, num_pairs: int, num_test_pairs: int, flipped: float = 
     for row in training:
         if chance.random() < flipped:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    if as_messages:
+        for row in rows:
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     write_rows(folder / "train.jsonl", training)
     write_rows(folder / "held_out.jsonl", held_out)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -94,9 +95,9 @@ class Chat:
         parts, _ = self._parts(text)
         return self.tokenizer.encode_parts(parts).ids
 
-    @property
+    @cached_property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer: that of the template's end token, and the tokenizer's own."""
+        """The ids that end an answer: the tokenizer's own, and last that of the template's end token."""
         ids = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         tokens = self.conversation(example)
@@ -168,6 +169,21 @@ class Chat:
                 length += len(found[0])
         parts.append(("".join([*plain, text[position:]]), False))
         return [part for part in parts if part[0]], answers
+
+
+def answer_tokens(tokenizer: Tokenizer, chat: Chat | None, prompt: list[Message] | str, text: str) -> list[int]:
+    """Token ids of an answer that is given as text, its end token included. Raises BadConversation.
+
+    The end is the chat template's, where it has one of its own, else the tokenizer's: what an actor ends with.
+    """
+    stop_ids = [tokenizer.eos_id] if chat is None else chat.stop_ids
+    assert stop_ids and stop_ids[-1] is not None, "a tokenizer without an end token is refused before"
+    if chat is not None and not isinstance(prompt, str):
+        whole = chat.conversation([*prompt, {"role": "assistant", "content": text}], last_turn_only=True)
+        ids = [int(token) for token in whole.ids[whole.learned]]
+    else:
+        ids = [int(token) for token in tokenizer.encode(text)]
+    return ids if ids and ids[-1] in stop_ids else [*ids, stop_ids[-1]]
 
 
 def _chosen(answers: list[tuple[int, int]], messages: list[Message], *, last_turn_only: bool) -> list[tuple[int, int]]:

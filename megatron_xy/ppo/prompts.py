@@ -9,13 +9,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_xy.data.chat import Chat
+from megatron_xy.data.chat import Chat, answer_tokens
 from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.conversations import BadConversation, Message, parse_messages
 from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
@@ -97,16 +96,11 @@ class Renderer:
 
     def answer(self, prompt: str | list[Message], text: str) -> list[int]:
         """Token ids of an answer that is given as text, its end token included. Raises BadConversation."""
-        if self._chat is not None and not isinstance(prompt, str):
-            whole = self._chat.conversation([*prompt, {"role": "assistant", "content": text}], last_turn_only=True)
-            ids = whole.ids[whole.learned].tolist()
-        else:
-            ids = self.tokenizer.encode(text).tolist()
-        return ids if ids and ids[-1] in self.stop_ids else [*ids, self.stop_ids[-1]]
+        return answer_tokens(self.tokenizer, self._chat, prompt, text)
 
-    @cached_property
+    @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer; the last one is what the chat template ends it with."""
+        """Ids that end an answer."""
         if self._chat is not None:
             return self._chat.stop_ids
         return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]

@@ -15,7 +15,7 @@ class PairLoader:
     def __init__(self, config: RunConfig, *, data: PairData, order: PairOrder, dp_size: int, dp_rank: int) -> None:
         self.sources = data.sources
         self.data_fingerprints = data.fingerprints
-        self.chat_template = config.data.chat_template
+        self.chat_template = data.chat_template
         self._config, self._pairs, self._order = config, data.training, order
         self._dp_size, self._dp_rank = dp_size, dp_rank
         self._source_ids = [self.sources.index(pair.source) for pair in self._pairs]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.config import RunConfig
+from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.conversations import BadConversation, Message, parse_messages
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.data.tokenizer import load_tokenizer
@@ -58,6 +59,7 @@ class PairData:
     held_out: list[Pair]
     fingerprints: list[str]  # of all that decides what is drawn and what is held out
     notes: list[str]  # what was left out, in lines
+    chat_template: str | None = None  # its text
 
     @property
     def sources(self) -> list[str]:
@@ -73,6 +75,7 @@ def load_pairs(config: RunConfig) -> PairData:
     data, reward = config.data, config.reward_section
     assert data.tokenizer is not None, "the config's rules ask for it"
     tokenizer = load_tokenizer(data.tokenizer)
+    template = None if data.chat_template is None else load_chat_template(data.chat_template, tokenizer)
     renderer = Renderer(tokenizer, data.chat_template)
     if not renderer.stop_ids:
         raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end")
@@ -80,7 +83,7 @@ def load_pairs(config: RunConfig) -> PairData:
     pairs = [pair for path in data.paths for pair in reader.read(path, option="data.path")]
     notes = [f"{reader.num_dropped:,} pairs without a clear preference (A0, B0) are dropped"] * bool(reader.num_dropped)
     prints = [file_sha256(path) for path in data.paths]
-    settled: list[Any] = [tokenizer.sha256, data.chat_template, reward.test_fraction]
+    settled: list[Any] = [tokenizer.sha256, template and template.source, reward.test_fraction]
     if data.eval_path is not None:
         held_out = reader.read(data.eval_path, option="data.eval_path")
         clusters = clusters_of([pair.text for pair in (*held_out, *pairs)])
@@ -103,7 +106,7 @@ def load_pairs(config: RunConfig) -> PairData:
     if not pairs:
         raise DataError("data.path holds no pairs to learn from; give some with a clear preference")
     prints.append(hashlib.sha256(repr(settled).encode()).hexdigest())
-    return PairData(pairs, held_out, prints, notes)
+    return PairData(pairs, held_out, prints, notes, None if template is None else template.source)
 
 
 class _Reader:

@@ -19,7 +19,6 @@ MICRO_BATCHES_A_PASS = 8  # of a data parallel rank, about: between two looks at
 Tokens = Sequence[int] | NDArray[np.int32]
 
 
-@torch.no_grad()
 def score_answers(
     role: Role,
     prompts: Sequence[Tokens],
@@ -54,6 +53,7 @@ def passes(prompts: Sequence[Tokens], responses: Sequence[Tokens], *, most: int)
         yield slice(first, len(responses))
 
 
+@torch.no_grad()
 def score_pass(
     role: Role, prompts: Sequence[Tokens], responses: Sequence[Tokens], *, micro_batch_tokens: int
 ) -> NDArray[np.float64]:

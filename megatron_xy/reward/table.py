@@ -44,10 +44,13 @@ def table_of(pairs: Sequence[Pair], chosen: Scores, rejected: Scores) -> dict[st
 
 
 def stored_scores(pairs: Sequence[Pair], chosen: Scores, rejected: Scores, *, model: str | None) -> dict[str, Any]:
-    """Mean and deviation of the scores of one model's answers, or of all: what PPO normalises by. {} without any."""
+    """Mean and deviation of the scores of one model's answers, or of all: what PPO normalises by.
+
+    {} where there are none, or none that are numbers.
+    """
     mine = [score for pair, score in zip(pairs, chosen, strict=True) if model in (None, pair.models[0])]
     mine += [score for pair, score in zip(pairs, rejected, strict=True) if model in (None, pair.models[1])]
-    if not mine:
+    if not mine or not np.isfinite(mine).all():
         return {}
     return {"mean": float(np.mean(mine)), "std": float(np.std(mine)), "num_answers": len(mine), "model": model}
 

@@ -12,7 +12,10 @@ import pytest
 from tests.unit.small_corpus import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("pretrain", "sft", "run", "check", "report", "convert", "generate", "doctor", "data", "checkpoint")
+VERBS = (
+    "pretrain", "sft", "reward", "run", "check", "select", "report", "convert", "generate", "score", "doctor", "data",
+    "checkpoint",
+)  # fmt: skip
 
 # `python -m megatron_xy`, and at its very end one line on stderr: which heavy packages it has imported.
 PROGRAM = """

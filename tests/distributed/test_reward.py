@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,8 +87,8 @@ def some_pairs(number: int) -> list[Pair]:
 PAIRS = some_pairs(14)
 
 
-def three_steps(case: Case, reward: RewardConfig) -> dict[str, Any]:
-    """What the steps told, and the scores before and after them."""
+def three_steps(case: Case, reward: RewardConfig, load: str | None = None) -> dict[str, Any]:
+    """What the steps told, and the scores before and after them; from fresh weights, or those that `load` names."""
     import torch.distributed as dist
 
     from megatron_xy.parallel import build_groups
@@ -93,11 +97,14 @@ def three_steps(case: Case, reward: RewardConfig) -> dict[str, Any]:
     from megatron_xy.reward.scoring import score_answers
     from megatron_xy.role import build_role
     from megatron_xy.train_step import train_step
+    from megatron_xy.weights import load_initial_weights, resolve_model
 
     parallel = case.parallel
+    model = MODEL if load is None else resolve_model(ModelConfig(load=load, head="value"))
     groups = build_groups("model", ranks=range(dist.get_world_size()), parallel=parallel, timeout_seconds=60)
     assert groups is not None
-    role = build_role(groups, model=MODEL, parallel=parallel, optimizer=OPTIMIZER, seed=1)
+    role = build_role(groups, model=model, parallel=parallel, optimizer=OPTIMIZER, seed=1, draw=False)
+    load_initial_weights(role, seed=1)
     micro_batches = pair_micro_batches(
         PAIRS,
         source_ids=[index % NUM_SOURCES for index in range(len(PAIRS))],
@@ -209,3 +216,66 @@ def test_the_same_under_every_layout_and_packing(name: str, alone: dict[str, Any
             assert mine == pytest.approx(others, rel=1e-5)
         np.testing.assert_allclose(told["after"], wanted["after"], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(told["before"], wanted["before"], rtol=1e-4, atol=1e-5)
+
+
+# In a process of its own, as a user's. argv: folder, pairs [[prompt, chosen, rejected, strength], ...], rewards.
+TRANSFORMERS_LOOP = """
+import json, sys, torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+folder, pairs, rewards = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+torch.manual_seed(0)
+config = LlamaConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=96, max_position_embeddings=64, initializer_range=0.15, num_labels=1, pad_token_id=0,
+)
+model = LlamaForSequenceClassification(config)
+model.save_pretrained(folder)
+told = {}
+for name, reward in rewards.items():
+    losses = []
+    for prompt, chosen, rejected, strength in pairs:
+        values = []
+        for answer in (chosen, rejected):
+            hidden = model.model(torch.tensor([prompt + answer])).last_hidden_state
+            values.append(model.score(hidden)[0, len(prompt):, 0])
+        longer = max(len(chosen), len(rejected))
+        first = next(t for t in range(longer) if chosen[t : t + 1] != rejected[t : t + 1])
+        terms = [
+            -torch.nn.functional.logsigmoid(
+                values[0][min(t, len(chosen) - 1)]
+                - values[1][min(t, len(rejected) - 1)]
+                - reward["margin_scale"] * strength
+            )
+            for t in (range(first, longer) if reward["loss"] == "token" else [longer - 1])
+        ]
+        ends = values[0][-1] + values[1][-1]
+        losses.append(sum(terms) / len(terms) + reward["centering_coef"] * ends**2)
+    model.zero_grad()
+    loss = sum(losses) / len(losses)
+    loss.backward()
+    squares = [float(parameter.grad.double().square().sum()) for parameter in model.parameters()]
+    told[name] = [float(loss), sum(squares) ** 0.5]
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def by_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+    """A LlamaForSequenceClassification's folder, and the loss and gradient norm of its plain loop over the pairs."""
+    folder = tmp_path_factory.mktemp("hf")
+    pairs = [[pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist(), pair.strength] for pair in PAIRS]
+    rewards = {kind: reward.model_dump() for kind, reward in REWARDS.items()}
+    argv = [sys.executable, "-c", TRANSFORMERS_LOOP, str(folder), json.dumps(pairs), json.dumps(rewards)]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+def test_loss_and_gradient_are_those_of_a_plain_loop_over_transformers(
+    kind: str, by_transformers: tuple[Path, dict[str, list[float]]]
+) -> None:
+    folder, told = by_transformers
+    case = split(tp=2, pp=2, sequence_parallel=True) if kind == "token" else split(width=84)
+    for mine in run_ranks(three_steps, case, REWARDS[kind], f"hf:{folder}", world_size=case.world_size):
+        assert [mine["losses"][0], mine["norms"][0]] == pytest.approx(told[kind], rel=1e-5)
