@@ -31,6 +31,7 @@ from megatron_xy.parallel import Groups, barrier, joined_over, sum_over
 from megatron_xy.role import Role
 from megatron_xy.shards import ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, sync_folder, write_json
+from megatron_xy.tensor_reader import TensorReader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN_PARAM = "main_param"
@@ -334,18 +335,17 @@ def shared_problem(folder: Path, groups: Groups) -> str | None:
     return next((text for text in texts if text), None)
 
 
-def load_weights(role: Role, folder: Path) -> files.Manifest:
-    """Fills the role's weights, main weights included, from a checkpoint of any layout; nothing else of it.
+@torch.no_grad()
+def load_weights(role: Role, folder: Path, manifest: files.Manifest) -> None:
+    """Fills the role's weights, main weights included, from a folder's tensors of any layout; nothing else of it.
 
-    A value head stays as it is where the checkpoint, a language model's, holds none.
+    A value head stays as it is where the folder, a language model's, holds none.
     """
-    manifest = files.read_manifest(folder)
     owned = role.owned_parameters()
-    with files.TensorReader(folder, manifest) as reader:
+    with TensorReader(folder, manifest) as reader:
         for named in role.named_parameters():
             if named.name in reader or named.name != VALUE_HEAD:
                 _load_weight(reader, named, owned.get(named.parameter))
-    return manifest
 
 
 def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingState:
@@ -356,7 +356,7 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
     """
     state = TrainingState(**{name: manifest.state[name] for name in TrainingState.__dataclass_fields__})
     owned = role.owned_parameters()
-    with files.TensorReader(folder, manifest) as reader:
+    with TensorReader(folder, manifest) as reader:
         for named in role.named_parameters():
             mine = owned.get(named.parameter)
             _load_weight(reader, named, mine)
@@ -369,7 +369,7 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
 
 
 @torch.no_grad()
-def _load_weight(reader: files.TensorReader, named: NamedParameter, owned: OwnedParameter | None) -> None:
+def _load_weight(reader: TensorReader, named: NamedParameter, owned: OwnedParameter | None) -> None:
     main_name = f"optimizer.{MAIN_PARAM}.{named.name}"
     full_precision = named.parameter.dtype == torch.float32 and main_name in reader
     reader.read_into(main_name if full_precision else named.name, named.parameter, named.shard)
@@ -379,7 +379,7 @@ def _load_weight(reader: files.TensorReader, named: NamedParameter, owned: Owned
         reader.read_into(name, owned.main, owned.shard_of(named.shard))
 
 
-def _load_moments(reader: files.TensorReader, named: NamedParameter, owned: OwnedParameter, *, steps: int) -> None:
+def _load_moments(reader: TensorReader, named: NamedParameter, owned: OwnedParameter, *, steps: int) -> None:
     main = owned.main
     moments = {name: torch.zeros_like(main, memory_format=torch.preserve_format) for name in MOMENTS}
     for name, moment in moments.items():

@@ -7,35 +7,27 @@ whole. There is no pickle anywhere. This module knows files only; `checkpoint` k
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import struct
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megatron_xy.errors import ConfigError, DataError, StorageError
-from megatron_xy.shards import Box, ParameterShard, whole
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.safetensors_file import write_safetensors
+from megatron_xy.shards import Box, ParameterShard
 from megatron_xy.storage import file_sha256, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+METADATA = {"format": "megatron_xy"}  # of the safetensors files
 DTYPE_NAMES = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
     torch.uint8: "uint8", torch.int32: "int32", torch.int64: "int64",
 }  # fmt: skip
-SAFETENSORS_CODES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64",
-}  # fmt: skip
-BLOCK_BYTES = 16 << 20
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -52,10 +44,11 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a global tensor as one file holds it, under the tensor's name."""
+    """A part of a global tensor as one file holds it, under the tensor's name unless it has another one there."""
 
     file: str
     shard: ParameterShard
+    tensor: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -110,46 +103,15 @@ def write_shard(
 ) -> dict[str, Any]:
     """Writes one safetensors file, synced to disk; returns its {bytes, sha256}. Raises StorageError.
 
-    Written in blocks that are hashed at the same time, so that nothing is read again. tensors: on the CPU, contiguous.
-    on_progress: called after each block with the bytes written so far.
+    tensors: on the CPU, contiguous. on_progress: called after each block with the bytes written so far.
     """
-    path = directory / file
-    digest, written = hashlib.sha256(), 0
-    try:
-        with path.open("wb") as stream, ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
-            for block in _safetensors_blocks(tensors):
-                hashing = pool.submit(digest.update, block)
-                stream.write(block)
-                hashing.result()
-                written += len(block)
-                on_progress(written)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}; the checkpoints before it are untouched") from error
-    return {"bytes": written, "sha256": digest.hexdigest()}
-
-
-def _safetensors_blocks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview]:
-    """A safetensors file of `tensors`: the header's length, the header as JSON, the tensors one after the other.
-
-    As the format asks: wider elements first, then by name, so that every tensor is aligned; the header padded with
-    spaces to 8 bytes.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "megatron_xy"}}
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        code = SAFETENSORS_CODES[tensor.dtype]
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    yield memoryview(struct.pack("<Q", len(encoded)) + encoded)
-    for _, tensor in ordered:
-        whole_tensor = tensor.reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(whole_tensor), BLOCK_BYTES):
-            yield whole_tensor[start : start + BLOCK_BYTES]
+    return write_safetensors(
+        directory / file,
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+        blocks_of=lambda name: [tensors[name]],
+        metadata=METADATA,
+        on_progress=on_progress,
+    )
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -225,69 +187,6 @@ def verify_coverage(directory: Path, manifest: Manifest) -> None:
             )
 
 
-class TensorReader:
-    """Reads parts of a checkpoint's global tensors, whatever layout wrote them. A context manager: holds files open."""
-
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory, self.manifest = directory, manifest
-        self._stack = contextlib.ExitStack()
-        self._open_files: dict[str, Any] = {}
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
-        self._open_files.clear()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.manifest.tensors
-
-    def read_into(self, name: str, local: torch.Tensor, shard: ParameterShard) -> None:
-        """Fills `local`, which holds `shard` of the global tensor `name`; its dtype may differ, its padding stays."""
-        entry = self.manifest.tensors.get(name)
-        if entry is None:
-            raise DataError(
-                f"{self.directory}: the checkpoint holds no {name}; was it written by another kind of model?"
-            )
-        if entry.shape != shard.global_shape:
-            raise DataError(
-                f"{self.directory}: {name} is {list(entry.shape)} in the checkpoint and {list(shard.global_shape)} in "
-                f"this run's model; give the model section the checkpoint's shape"
-            )
-        for piece in entry.pieces:
-            for here, there in shard.overlaps(piece.shard):
-                # Copied out of the memory map: adopting it would change alignment, kernels and so the last bits.
-                here.of(local).copy_(there.of(self._slice(piece.file, name)))
-
-    def read_full(self, name: str) -> torch.Tensor:
-        """The whole global tensor in its stored dtype."""
-        entry = self.manifest.tensors[name]
-        full = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        self.read_into(name, full, whole(entry.shape))
-        return full
-
-    def read_rank_state(self, rank: int) -> dict[str, torch.Tensor]:
-        """The per-rank tensors that global rank `rank` of the writing run left; empty if it had none."""
-        names = self.manifest.rank_state.get(str(rank), {})
-        return {name: self._slice(file, f"rank_state.{name}")[...].clone() for name, file in names.items()}
-
-    def _slice(self, file: str, name: str) -> Any:
-        try:
-            return self._file(file).get_slice(name)
-        except SafetensorError as error:
-            raise DataError(f"{self.directory / file} is damaged: {error}") from None
-
-    def _file(self, file: str) -> Any:
-        if file not in self._open_files:
-            try:
-                opened = safe_open(self.directory / file, framework="pt")
-                self._open_files[file] = self._stack.enter_context(opened)
-            except (OSError, SafetensorError) as error:
-                raise DataError(f"{self.directory / file} is damaged: {error}") from None
-        return self._open_files[file]
-
-
 def shard_to_json(shard: ParameterShard) -> dict[str, Any]:
     """{boxes, flat} as manifests have them."""
     boxes = [[list(box.start), list(box.stop)] for box in shard.boxes]
@@ -306,15 +205,6 @@ def shard_from_json(body: dict[str, Any], *, shape: tuple[int, ...]) -> Paramete
     if not (len(shape) and 0 <= start <= stop <= sum(box.numel for box in boxes)):
         raise ValueError(f"its flat range {start}:{stop} lies outside its boxes")
     return ParameterShard(shape, boxes, (start, stop))
-
-
-def tensor_hashes(directory: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, {shape, dtype, sha256}) of every global tensor: the same for every layout. Holds one tensor at a time."""
-    with TensorReader(directory, manifest) as reader:
-        for name, entry in sorted(manifest.tensors.items()):
-            raw = reader.read_full(name).contiguous().view(torch.uint8).numpy()
-            sha256 = hashlib.sha256(raw.data).hexdigest()
-            yield name, {"shape": list(entry.shape), "dtype": entry.dtype, "sha256": sha256}
 
 
 def _is_tiled(boxes: tuple[Box, ...], ranges: list[tuple[int, int]]) -> bool:

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_xy import __version__
-from megatron_xy.errors import EXIT_BUG, EXIT_COMPARISON_FAILED, EXIT_IO, DataError, MegatronXYError
+from megatron_xy.errors import EXIT_BUG, EXIT_COMPARISON_FAILED, EXIT_IO, ConfigError, DataError, MegatronXYError
 
 app = typer.Typer(
     add_completion=False,
@@ -191,15 +192,25 @@ def convert(
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="a tokenizer.model; the run's own unless given")
     ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", metavar="5GB", help="of a file of weights; 5GB unless given")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="compare weights and logits with transformers'")] = False,
 ) -> None:
-    """Converts between a checkpoint and an HF folder."""
+    """Converts a checkpoint or an HF folder into either; the same command goes on where a killed one stopped."""
+    from megatron_xy.hf import verb
+
+    if verify and find_spec("transformers") is None:
+        raise ConfigError("--verify needs transformers; it comes with the extra: pip install 'megatron-xy[hf]'")
+    verb.convert(source, target, dtype=dtype, tokenizer=tokenizer, max_shard_size=max_shard_size, say=_say)
+    if not verify:
+        return
     from megatron_xy import device
 
     device.start()
-    from megatron_xy.hf import verb
+    from megatron_xy.hf.verify import verify as agrees
 
-    if not verb.convert(source, target, dtype=dtype, tokenizer=tokenizer, verify=verify, say=_say):
+    if not agrees(source, target, say=_say):
         sys.exit(EXIT_COMPARISON_FAILED)
 
 
@@ -460,10 +471,11 @@ def checkpoint_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")],
 def checkpoint_hash(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """A sha256 for every global tensor: the same for every layout that holds the same values."""
     from megatron_xy import checkpoint_files as files
+    from megatron_xy.tensor_reader import tensor_hashes
 
     manifest = files.read_manifest(directory)
     files.verify_files(directory, manifest)
-    hashes = dict(files.tensor_hashes(directory, manifest))
+    hashes = dict(tensor_hashes(directory, manifest))
     if as_json:
         print(json.dumps(hashes))
         return

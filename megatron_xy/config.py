@@ -121,6 +121,7 @@ class ModelConfig(Section):
     rope_scaling: dict[str, Any] | None = Field(None, description="HF's dict; kinds: linear, llama3")
     norm_epsilon: float = Field(1e-5, gt=0)
     untie_embeddings_and_output_weights: bool = True
+    add_qkv_bias: bool = Field(False, description="queries, keys and values with a bias, as Qwen2 has")
     head: Head = Field("language_model", description="the task's: value (one number a token) for reward")
     init_method_std: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
     params_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -739,6 +740,13 @@ def _shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple
                     "model.rope_scaling",
                     f"model.rope_scaling.{key} ({_shown(value)}) must be a number above 0, such as 8.0",
                 )
+                return
+        low, high = (model.rope_scaling.get(f"{edge}_freq_factor", 0) for edge in ("low", "high"))
+        if kind == "llama3" and not missing and high <= low:
+            yield (
+                "model.rope_scaling",
+                f"model.rope_scaling.high_freq_factor ({high}) must be above low_freq_factor ({low})",
+            )
 
 
 def _head_of(config: RunConfig) -> Head:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -40,6 +39,10 @@ class Box:
             return None
         return Box(start, stop)
 
+    def with_rows(self) -> Box:
+        """The same, a scalar as one row."""
+        return self if self.start else Box((0,), (1,))
+
     def slices_in(self, outer: Box, *, row_offset: int = 0) -> tuple[slice, ...]:
         """This block's place in a tensor that holds `outer` from row `row_offset` on."""
         slices = [slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True)]
@@ -60,8 +63,8 @@ class Placed:
     offset: int
     is_flat: bool
 
-    def of(self, local: Any) -> Any:
-        """The block's view of the local tensor, or of a lazy slice of one: only the block is read."""
+    def of(self, local: torch.Tensor) -> torch.Tensor:
+        """The block's view of the local tensor."""
         if self.is_flat:
             return local[self.offset : self.offset + self.outer.numel].view(self.outer.shape)[
                 self.inner.slices_in(self.outer)
@@ -86,6 +89,13 @@ class ParameterShard:
     def numel(self) -> int:
         """Elements of the local tensor that belong to the global one."""
         return self.flat[1] - self.flat[0] if self.flat else sum(box.numel for box in self.boxes)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The local tensor's shape, without padding: the boxes concatenated, or the flat range."""
+        if self.flat or not self.global_shape:
+            return (self.numel,) if self.flat else ()
+        return (sum(box.shape[0] for box in self.boxes), *self.boxes[0].shape[1:])
 
     def part(self, start: int, stop: int) -> ParameterShard:
         """Elements [start, stop) of the flattened local tensor; what lies in its padding is left out."""
@@ -122,10 +132,28 @@ class ParameterShard:
                         Placed(common, their_box, their_offset, other.flat is not None),
                     )
 
-    def write(self, local: torch.Tensor, full: torch.Tensor) -> None:
-        """Copies this part of the whole tensor `full` into `local`."""
-        for here, there in self.overlaps(whole(self.global_shape)):
-            here.of(local).copy_(there.of(full))
+    def take(self, full: torch.Tensor) -> torch.Tensor:
+        """The local tensor out of the whole one: a copy of its boxes, concatenated."""
+        assert self.flat is None, "boxes are taken whole"
+        return torch.cat([full[tuple(map(slice, box.start, box.stop))] for box in self.boxes])
+
+    def in_parts(self, max_numel: int) -> Iterator[ParameterShard]:
+        """The boxes in consecutive parts of whole rows, of at most `max_numel` elements but for rows longer than it."""
+        assert self.flat is None, "boxes are cut by rows"
+        if not self.global_shape:
+            yield self
+            return
+        gathered: list[Box] = []
+        for box in self.boxes:
+            rows = max(1, max_numel // max(1, math.prod(box.shape[1:])))
+            for start in range(box.start[0], box.stop[0], rows):
+                part = Box((start, *box.start[1:]), (min(start + rows, box.stop[0]), *box.stop[1:]))
+                if gathered and sum(other.numel for other in gathered) + part.numel > max_numel:
+                    yield ParameterShard(self.global_shape, tuple(gathered))
+                    gathered = []
+                gathered.append(part)
+        if gathered:
+            yield ParameterShard(self.global_shape, tuple(gathered))
 
 
 def whole(shape: tuple[int, ...]) -> ParameterShard:

@@ -12,7 +12,7 @@ from megatron_xy.checkpoint import load_weights, shared_problem
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import complete_model, read_hf_config
-from megatron_xy.hf.reader import HFReader
+from megatron_xy.hf.reader import hf_manifest
 from megatron_xy.model.heads import VALUE_HEAD
 from megatron_xy.role import Role
 
@@ -73,13 +73,7 @@ def load_initial_weights(role: Role, *, seed: int) -> None:
     if kind == "ckpt":
         if problem := shared_problem(folder, role.groups):
             raise DataError(problem)
-        load_weights(role, folder)
-        return
-    all_owned = role.owned_parameters()
-    with HFReader(folder, model=role.model) as reader:
-        for named in role.named_parameters():
-            full = reader.read(named.name)
-            named.shard.write(named.parameter, full)
-            owned = all_owned.get(named.parameter)
-            if owned is not None and owned.has_main_weights:  # in fp32, whatever the parameter's dtype
-                owned.shard_of(named.shard).write(owned.main, full)
+        manifest = files.read_manifest(folder)
+    else:
+        manifest = hf_manifest(folder, model=read_hf_config(folder))
+    load_weights(role, folder, manifest)

@@ -1,32 +1,31 @@
-"""The table of names between a checkpoint's global tensors and HF's Llama, and the two layouts that differ.
+"""The table of names between a checkpoint's global tensors and HF's, and where each HF tensor stands in them.
 
-QKV stands in one tensor here, interleaved by query group (the group's queries, its key, its value); gate and up
-projection stand in one tensor, the gate first.
+QKV is one tensor here, interleaved by query group (the group's queries, its key, its value); gate and up projection are
+one tensor, the gate first. So an HF tensor is a part of a global one, as a shard of a checkpoint is.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-
-import torch
+from collections.abc import Iterator
 
 from megatron_xy.config import ModelConfig
+from megatron_xy.shards import Box, ParameterShard
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+VALUE_HEAD = "value_head.weight"
 PLAIN = {
     EMBEDDING: "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     OUTPUT_LAYER: "lm_head.weight",
+    VALUE_HEAD: "score.weight",  # of LlamaForSequenceClassification
 }
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LAYER = {
     "input_layernorm.weight": ("input_layernorm.weight",),
-    "self_attention.linear_qkv.weight": (
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ),
+    "self_attention.linear_qkv.weight": tuple(f"{part}.weight" for part in QKV),
+    "self_attention.linear_qkv.bias": tuple(f"{part}.bias" for part in QKV),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
     "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -39,59 +38,63 @@ def global_names(model: ModelConfig) -> Iterator[str]:
     assert model.num_layers, "the shape is complete once a run starts"
     yield EMBEDDING
     for layer in range(model.num_layers):
-        yield from (f"decoder.layers.{layer}.{name}" for name in LAYER)
+        for name in LAYER:
+            if model.add_qkv_bias or not name.endswith(".bias"):
+                yield f"decoder.layers.{layer}.{name}"
     yield "decoder.final_layernorm.weight"
-    if model.untie_embeddings_and_output_weights:
+    if model.head == "value":
+        yield VALUE_HEAD
+    elif model.untie_embeddings_and_output_weights:
         yield OUTPUT_LAYER
 
 
-def hf_names(name: str) -> tuple[str, ...]:
-    """The HF tensors that make up the global tensor `name`."""
+def global_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
+    """Shape of the global tensor `name`, the vocabulary unpadded."""
+    hidden, ffn, vocab = model.hidden_size, model.ffn_hidden_size, model.vocab_size
+    assert hidden and ffn and vocab, "the shape is complete once a run starts"
+    heads, groups = _heads(model)
+    shapes: dict[str, tuple[int, ...]] = {
+        "word_embeddings.weight": (vocab, hidden),
+        "linear_qkv.weight": ((heads + 2 * groups) * model.head_dim, hidden),
+        "linear_qkv.bias": ((heads + 2 * groups) * model.head_dim,),
+        "linear_proj.weight": (hidden, heads * model.head_dim),
+        "linear_fc1.weight": (2 * ffn, hidden),
+        "linear_fc2.weight": (hidden, ffn),
+        "output_layer.weight": (vocab, hidden),
+        "value_head.weight": (1, hidden),
+    }
+    return shapes.get(".".join(name.split(".")[-2:]), (hidden,))
+
+
+def hf_shards(name: str, model: ModelConfig) -> dict[str, ParameterShard]:
+    """The HF tensors that make up the global tensor `name`, each with the rows that it is there."""
+    shape = global_shape(name, model)
+    parts = _hf_names(name)
+    if ".linear_qkv." in name:
+        heads, groups = _heads(model)
+        sizes = [heads // groups * model.head_dim, model.head_dim, model.head_dim]
+        num_groups = groups
+    else:
+        sizes = [shape[0] // len(parts)] * len(parts)
+        num_groups = 1
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    step = sum(sizes)
+    return {
+        part: ParameterShard(shape, tuple(_rows(shape, group * step + start, size) for group in range(num_groups)))
+        for part, start, size in zip(parts, starts, sizes, strict=True)
+    }
+
+
+def _rows(shape: tuple[int, ...], start: int, size: int) -> Box:
+    return Box((start, *(0 for _ in shape[1:])), (start + size, *shape[1:]))
+
+
+def _hf_names(name: str) -> tuple[str, ...]:
     if name in PLAIN:
         return (PLAIN[name],)
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     assert match and match[2] in LAYER, f"{name} is not a weight of a Llama-shaped model"
     return tuple(f"model.layers.{match[1]}.{part}" for part in LAYER[match[2]])
-
-
-def hf_shapes(name: str, model: ModelConfig) -> tuple[tuple[int, ...], ...]:
-    """Shapes of `hf_names(name)`, the vocabulary unpadded."""
-    hidden, ffn, vocab = model.hidden_size, model.ffn_hidden_size, model.vocab_size
-    assert hidden and ffn and vocab, "the shape is complete once a run starts"
-    heads, groups = _heads(model)
-    queries, keys = heads * model.head_dim, groups * model.head_dim
-    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
-        "word_embeddings": ((vocab, hidden),),
-        "linear_qkv": ((queries, hidden), (keys, hidden), (keys, hidden)),
-        "linear_proj": ((hidden, queries),),
-        "linear_fc1": ((ffn, hidden), (ffn, hidden)),
-        "linear_fc2": ((hidden, ffn),),
-        "output_layer": ((vocab, hidden),),
-    }
-    return shapes.get(name.split(".")[-2], ((hidden,),))
-
-
-def from_hf(name: str, read: Callable[[str], torch.Tensor], *, model: ModelConfig) -> torch.Tensor:
-    """The global tensor `name` out of HF's tensors, which `read` gives by their names."""
-    parts = [read(part) for part in hf_names(name)]
-    if name.endswith("linear_qkv.weight"):
-        _, groups = _heads(model)
-        grouped = [part.reshape(groups, -1, part.size(-1)) for part in parts]
-        return torch.cat(grouped, dim=1).reshape(-1, parts[0].size(-1))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def to_hf(name: str, tensor: torch.Tensor, *, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """HF's tensors out of the global tensor `name`."""
-    parts: tuple[torch.Tensor, ...] = (tensor,)
-    if name.endswith("linear_qkv.weight"):
-        heads, groups = _heads(model)
-        grouped = tensor.reshape(groups, -1, tensor.size(-1))
-        rows = [heads // groups * model.head_dim, model.head_dim, model.head_dim]
-        parts = tuple(part.reshape(-1, tensor.size(-1)) for part in torch.split(grouped, rows, dim=1))
-    elif name.endswith("linear_fc1.weight"):
-        parts = tensor.chunk(2)
-    return {hf_name: part.contiguous() for hf_name, part in zip(hf_names(name), parts, strict=True)}
 
 
 def _heads(model: ModelConfig) -> tuple[int, int]:

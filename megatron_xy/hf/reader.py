@@ -1,92 +1,102 @@
-"""Reads the weights of an HF folder, tensor by tensor, from safetensors alone: no pickle, no link out of the folder."""
+"""An HF folder read as a checkpoint: the manifest of its safetensors, made of their headers.
+
+No pickle is opened, and no link out of the folder followed.
+"""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from megatron_xy.checkpoint_files import DTYPE_NAMES, Manifest, Piece, TensorEntry
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import file_inside, read_object
-from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, from_hf, global_names, hf_names, hf_shapes
+from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, PLAIN, global_names, global_shape, hf_shards
+from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor, memory_of
+from megatron_xy.shards import whole
+from megatron_xy.tensor_reader import TensorReader
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HEAD = PLAIN[OUTPUT_LAYER]
 
 
-class HFReader:
-    """The weights of an HF folder under the global names. A context manager: holds files open.
+def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
+    """Where each global tensor of `model`, the folder's own, lies in its files; for a TensorReader.
 
-    Raises DataError where the folder holds no weights in safetensors, or biases, which would be dropped silently.
+    Raises DataError where the folder holds no weights in safetensors, lacks one, or holds one that would be dropped.
     """
+    stored = _stored_tensors(directory)
+    manifest = Manifest(state={}, tensors={}, rank_state={}, files={})
+    for name in global_names(model):
+        shape = global_shape(name, model)
+        pieces, dtypes = [], []
+        for part, shard in hf_shards(name, model).items():
+            if part not in stored:
+                raise DataError(f"{directory} holds no {part}, which config.json calls for")
+            file, tensor = stored.pop(part)
+            wanted = shard.local_shape
+            if tensor.shape != wanted:
+                raise DataError(
+                    f"{directory / file}: {part} is {list(tensor.shape)}, but config.json makes it {list(wanted)}"
+                )
+            if tensor.dtype not in DTYPES.values():
+                raise DataError(
+                    f"{directory / file}: {part} is of type {tensor.dtype}; only {', '.join(DTYPES)} are supported"
+                )
+            pieces.append(Piece(file, shard, part))
+            dtypes.append(tensor.dtype)
+        if len(set(dtypes)) > 1:
+            raise DataError(f"{directory}: the parts of {name} are of different types; save them in one")
+        manifest.tensors[name] = TensorEntry(shape, DTYPE_NAMES[dtypes[0]], pieces)
+    _refuse_unused(directory, manifest, stored, model=model)
+    return manifest
 
-    def __init__(self, directory: Path, *, model: ModelConfig) -> None:
-        self.directory, self.model = directory, model
-        self._stack = contextlib.ExitStack()
-        self._open: dict[str, Any] = {}
-        index = _weight_map(directory)
-        self._files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE) if index is None else index
-        if biases := sorted(name for name in self._files if name.endswith(".bias")):
-            raise DataError(f"{directory} holds {biases[0]}; only Llama shapes without biases are supported")
-        self._refuse_unused()
 
-    def __enter__(self) -> HFReader:
-        return self
+def _refuse_unused(
+    directory: Path, manifest: Manifest, rest: dict[str, tuple[str, StoredTensor]], *, model: ModelConfig
+) -> None:
+    """What config.json has no place for would be dropped silently. A tied head beside its embedding is no loss."""
+    unused = sorted(name for name in rest if not name.endswith("rotary_emb.inv_freq"))
+    if _HEAD in unused and model.has_tied_output_layer:
+        file, tensor = rest[_HEAD]
+        shape = global_shape(EMBEDDING, model)
+        if tensor.shape == shape:
+            head = TensorEntry(shape, DTYPE_NAMES[tensor.dtype], [Piece(file, whole(shape), _HEAD)])
+            both = Manifest({}, {EMBEDDING: manifest.tensors[EMBEDDING], OUTPUT_LAYER: head}, {}, {})
+            with TensorReader(directory, both) as reader:
+                blocks = zip(*(reader.blocks(name, dtype=torch.float32) for name in both.tensors), strict=True)
+                if all(memory_of(a) == memory_of(b) for a, b in blocks):
+                    unused.remove(_HEAD)
+    if biases := [name for name in unused if name.endswith(".bias")]:
+        raise DataError(f"{directory} holds {biases[0]}; of biases, only those of Qwen2's QKV are supported")
+    if unused:
+        raise DataError(
+            f"{directory} holds {len(unused)} tensor(s) that its config.json has no place for, the first is "
+            f"{unused[0]}; correct num_hidden_layers, tie_word_embeddings or architectures there"
+        )
 
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
-        self._open.clear()
 
-    def _refuse_unused(self) -> None:
-        """What config.json has no place for would be dropped silently. A tied head beside its embedding is no loss."""
-        used = {part for name in global_names(self.model) for part in hf_names(name)}
-        unused = sorted(name for name in self._files.keys() - used if not name.endswith("rotary_emb.inv_freq"))
-        head, embedding = hf_names(OUTPUT_LAYER)[0], hf_names(EMBEDDING)[0]
-        if head in unused and not self.model.untie_embeddings_and_output_weights:
-            shape = hf_shapes(EMBEDDING, self.model)[0]
-            if torch.equal(self._tensor(head, shape), self._tensor(embedding, shape)):
-                unused.remove(head)
-        if unused:
-            raise DataError(
-                f"{self.directory} holds {len(unused)} tensor(s) that its config.json has no place for, the first is "
-                f"{unused[0]}; correct num_hidden_layers or tie_word_embeddings there"
-            )
-
-    def read(self, name: str) -> torch.Tensor:
-        """The global tensor `name`, whole, in its own dtype. Raises DataError where HF's tensors do not make it up."""
-        shapes = dict(zip(hf_names(name), hf_shapes(name, self.model), strict=True))
-        return from_hf(name, lambda part: self._tensor(part, shapes[part]), model=self.model)
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in self._files:
-            raise DataError(f"{self.directory} holds no {name}, which config.json calls for")
-        file = self._files[name]
-        path = self.directory / file
-        try:
-            tensor: torch.Tensor = self._file(file).get_tensor(name)
-        except SafetensorError as error:
-            raise DataError(f"{path} does not hold {name}, though {INDEX} says so: {error}") from None
-        if tuple(tensor.shape) != shape:
-            raise DataError(f"{path}: {name} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
-        if tensor.dtype not in DTYPES.values():
-            raise DataError(f"{path}: {name} is of type {tensor.dtype}; only {', '.join(DTYPES)} are supported")
-        return tensor
-
-    def _file(self, file: str) -> Any:
-        if file not in self._open:
-            path = file_inside(self.directory, file)
-            if path is None:
-                raise DataError(f"{self.directory / file} is named by {INDEX} and is not there")
-            try:
-                self._open[file] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise DataError(f"{path} is damaged: {error}; copy it again") from None
-        return self._open[file]
+def _stored_tensors(directory: Path) -> dict[str, tuple[str, StoredTensor]]:
+    """{HF tensor name: (file, place)} of all weights of the folder."""
+    index = _weight_map(directory)
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for file in sorted(set(index.values())) if index is not None else [SINGLE]:
+        path = file_inside(directory, file)
+        if path is None:
+            raise DataError(f"{directory / file} is named by {INDEX} and is not there")
+        opened = SafetensorsFile(path)
+        opened.close()
+        headers[file] = opened.tensors
+    if index is None:
+        return {name: (SINGLE, tensor) for name, tensor in headers[SINGLE].items()}
+    for name, file in index.items():
+        if name not in headers[file]:
+            raise DataError(f"{directory / file} does not hold {name}, though {INDEX} says so")
+    return {name: (file, headers[file][name]) for name, file in index.items()}
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:

@@ -1,46 +1,56 @@
-"""`megatron-xy convert`: which way, with which tokenizer, and the verification."""
+"""`megatron-xy convert`: from where to where, in which type, with which tokenizer."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_xy.errors import ConfigError
-from megatron_xy.hf.convert import checkpoint_to_hf, hf_to_checkpoint
+from megatron_xy.hf.convert import MAX_SHARD_BYTES, to_checkpoint, to_hf
 from megatron_xy.hf.reader import DTYPES
-from megatron_xy.hf.verify import TOLERANCE, largest_logit_difference, tensors_agree
+from megatron_xy.hf.source import open_source
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def convert(
-    source: str, target: str, *, dtype: str | None, tokenizer: Path | None, verify: bool, say: Callable[[str], None]
-) -> bool:
-    """Converts `ckpt:DIR` to `hf:DIR` or the other way; returns whether the verification holds (True without one).
+    source: str,
+    target: str,
+    *,
+    dtype: str | None,
+    tokenizer: Path | None,
+    max_shard_size: str | None = None,
+    say: Callable[[str], None],
+) -> None:
+    """Converts `ckpt:DIR` or `hf:DIR` to either.
 
     Raises ConfigError for arguments that do not fit, DataError for a damaged source, StorageError.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    (from_kind, from_path), (to_kind, to_path) = _place(source, "--from"), _place(target, "--to")
-    if {from_kind, to_kind} != {"ckpt", "hf"}:
-        raise ConfigError(f"--from {source} --to {target}: one side must be ckpt:DIR and the other hf:DIR")
-    if verify and find_spec("transformers") is None:
-        raise ConfigError("--verify needs transformers; it comes with the extra: pip install 'megatron-xy[hf]'")
-    if from_kind == "ckpt":
-        checkpoint_to_hf(from_path, to_path, dtype=dtype, tokenizer=tokenizer, say=say)
+    (from_kind, from_path), (to_kind, to_path) = place(source, "--from"), place(target, "--to")
+    max_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
+    if tokenizer is not None and to_kind == "ckpt":
+        raise ConfigError("--tokenizer goes with --to hf:DIR; a checkpoint takes the files that lie beside its source")
+    opened = open_source(from_kind, from_path)
+    wanted = DTYPES[dtype] if dtype else None
+    if to_kind == "hf":
+        to_hf(opened, to_path, dtype=wanted, tokenizer=tokenizer, max_shard_bytes=max_bytes, say=say)
     else:
-        hf_to_checkpoint(from_path, to_path, dtype=dtype, say=say)
-    if not verify:
-        return True
-    folders = {from_kind: from_path, to_kind: to_path}
-    same = tensors_agree(folders["ckpt"], folders["hf"], target=to_kind, say=say)
-    difference = largest_logit_difference(folders["hf"])
-    say(f"logits of transformers and ours, fp32: largest difference {difference:.2e}, {TOLERANCE:.0e} is allowed")
-    return same and difference <= TOLERANCE
+        to_checkpoint(opened, to_path, dtype=wanted, max_shard_bytes=max_bytes, say=say)
 
 
-def _place(text: str, option: str) -> tuple[str, Path]:
+def place(text: str, option: str) -> tuple[str, Path]:
+    """("ckpt" or "hf", the folder). Raises ConfigError."""
     kind, _, folder = text.partition(":")
     if kind not in ("ckpt", "hf") or not folder:
         raise ConfigError(f"{option} {text}: must be ckpt:DIR or hf:DIR")
     return kind, Path(folder)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+) ?(|KB|MB|GB)", text)
+    if match is None or int(match[1]) == 0:
+        raise ConfigError(f"--max-shard-size {text}: must be a number of bytes, KB, MB or GB, such as 5GB")
+    return int(match[1]) * _UNITS[match[2]]

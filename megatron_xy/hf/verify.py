@@ -18,14 +18,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_xy import checkpoint_files as files
 from megatron_xy import parallel
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.names import global_names
-from megatron_xy.hf.reader import HFReader
+from megatron_xy.hf.source import Source, open_source
+from megatron_xy.hf.target import stored_dtype
+from megatron_xy.hf.verb import place
 from megatron_xy.model.logits import logits_of
 from megatron_xy.role import Role, build_role
+from megatron_xy.safetensors_file import memory_of
+from megatron_xy.tensor_reader import TensorReader
 from megatron_xy.weights import load_initial_weights, resolve_model
 
 TOLERANCE = 1e-4  # of logits in fp32
@@ -44,17 +47,30 @@ save_file(logits, target)
 """
 
 
-def tensors_agree(checkpoint: Path, hf_folder: Path, *, target: str, say: Callable[[str], None]) -> bool:
-    """Whether every weight of the two is the same bit for bit in the dtype of `target` ("ckpt" or "hf")."""
-    manifest = files.read_manifest(checkpoint)
-    model = ModelConfig.model_validate(manifest.state["model"])
+def verify(source: str, target: str, *, say: Callable[[str], None]) -> bool:
+    """Whether `target`, converted from `source`, holds the same model: every tensor, and the logits of an HF folder.
+
+    Raises ConfigError where transformers is needed and not there.
+    """
+    opened = [open_source(*place(text, option)) for text, option in ((source, "--from"), (target, "--to"))]
+    same = tensors_agree(*opened, say=say)
+    folders = [side.folder for side in reversed(opened) if side.kind == "hf"]
+    if not folders or opened[0].model.head != "language_model":
+        return same
+    difference = largest_logit_difference(folders[0])
+    say(f"logits of transformers and ours, fp32: largest difference {difference:.2e}, {TOLERANCE:.0e} is allowed")
+    return same and difference <= TOLERANCE
+
+
+def tensors_agree(source: Source, target: Source, *, say: Callable[[str], None]) -> bool:
+    """Whether every weight is the same bit for bit in the target's type; a block of each is held at a time."""
     different = []
-    with files.TensorReader(checkpoint, manifest) as ours, HFReader(hf_folder, model=model) as theirs:
-        for name in global_names(model):
-            tensors = {"ckpt": ours.read_full(name), "hf": theirs.read(name)}
-            dtype = tensors[target].dtype
+    with TensorReader(source.folder, source.manifest) as ours, TensorReader(target.folder, target.manifest) as theirs:
+        for name in global_names(target.model):
+            dtype = stored_dtype(target.manifest, name)
+            blocks = zip(ours.blocks(name, dtype=dtype), theirs.blocks(name), strict=True)
             # As bytes: NaN is like itself, and -0.0 unlike 0.0.
-            if not torch.equal(*(tensor.to(dtype).view(torch.uint8) for tensor in tensors.values())):
+            if not all(memory_of(a) == memory_of(b) for a, b in blocks):
                 different.append(name)
     if different:
         say(f"{len(different)} tensors differ, the first is {different[0]}")

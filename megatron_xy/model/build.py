@@ -110,6 +110,7 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
         activation_func=F.silu,
         use_te_activation_func=True,  # the MLP calls the activation that it is given: ours
         add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -200,6 +201,9 @@ def mark_tensor_parallel(gpt: torch.nn.Module) -> None:
         if isinstance(module, ValueHead):
             continue
         dimension, weight = split_dimension(name), getattr(module, "weight", None)
+        bias = getattr(module, "bias", None)
+        if dimension == 0 and isinstance(bias, torch.nn.Parameter):
+            bias.tensor_model_parallel, bias.partition_dim, bias.partition_stride = True, 0, 1  # type: ignore[attr-defined]
         if dimension is not None and isinstance(weight, torch.nn.Parameter):  # a tied output layer has none of its own
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             weight.partition_dim = dimension  # type: ignore[attr-defined]

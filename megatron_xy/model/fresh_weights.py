@@ -25,7 +25,7 @@ def draw_tensor(
 ) -> None:
     """Fills the local tensors `targets`, each a part of the global tensor `name`; what is padding becomes 0.
 
-    Normal with `init_method_std`, output projections over sqrt(2 layers) as in Megatron; norms are 1.
+    Normal with `init_method_std`, output projections over sqrt(2 layers) as in Megatron; norms are 1, biases 0.
     """
     assert model.num_layers, "the shape is complete once a run starts"
     (shape,) = {shard.global_shape for _, shard in targets}
@@ -34,7 +34,7 @@ def draw_tensor(
         std /= math.sqrt(2 * model.num_layers)
     for local, shard in targets:
         if len(shape) == 1:
-            shard.trim(local).fill_(1.0)
+            shard.trim(local).fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             local.zero_()
     if len(shape) == 1:

@@ -18,8 +18,10 @@ from transformers import AutoTokenizer
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.errors import DataError
-from megatron_xy.hf.convert import hf_to_checkpoint
+from megatron_xy.hf.convert import to_checkpoint
+from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import TOLERANCE, transformers_logits
+from megatron_xy.tensor_reader import tensor_hashes
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
@@ -81,6 +83,10 @@ for name, shape in shapes.items():
 """
 
 
+def hf_to_checkpoint(folder: Path, target: Path) -> None:
+    to_checkpoint(open_source("hf", folder), target, dtype=None, say=print)
+
+
 def largest_difference(ours: list[NDArray[np.float32]], theirs: list[NDArray[np.float32]]) -> float:
     assert [a.shape for a in ours] == [b.shape for b in theirs] == [(len(row), VOCAB_SIZE) for row in ROWS]
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
@@ -129,7 +135,7 @@ def test_a_folder_of_transformers_gives_its_logits_in_every_layout(
     loads = [f"hf:{folder}" for folder in folders.values()]
     loads += [f"ckpt:{tmp_path / name}" for name in folders]
     for name, folder in folders.items():
-        hf_to_checkpoint(folder, tmp_path / name, dtype=None, say=print)
+        hf_to_checkpoint(folder, tmp_path / name)
     results = run_ranks(logits_of_folders, layout, loads, world_size=layout.world_size)
     for load, ours in zip(loads, results[-1], strict=True):
         assert largest_difference(ours, theirs[Path(load).name]) < TOLERANCE, load
@@ -196,9 +202,9 @@ def test_the_command_converts_both_ways_and_verifies(
     manifest = files.read_manifest(imported)
     files.verify_files(imported, manifest)
     files.verify_coverage(imported, manifest)
-    original = dict(files.tensor_hashes(checkpoint, files.read_manifest(checkpoint)))
+    original = dict(tensor_hashes(checkpoint, files.read_manifest(checkpoint)))
     weights = {name: facts for name, facts in original.items() if not name.startswith("optimizer.")}
-    assert dict(files.tensor_hashes(imported, manifest)) == weights
+    assert dict(tensor_hashes(imported, manifest)) == weights
     assert (imported / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
 
 
@@ -221,7 +227,7 @@ def weights_of(layout: Layout, loads: list[str]) -> list[dict[str, tuple[Any, An
 def test_a_bf16_run_opens_fp32_weights(folders: dict[str, Path], tmp_path: Path) -> None:
     """From an HF folder its main weights are exact; fp32 runs from bf16 weights stand in the test of the layouts."""
     folder = folders["gqa-untied"]
-    hf_to_checkpoint(folder, tmp_path / "fp32", dtype=None, say=print)
+    hf_to_checkpoint(folder, tmp_path / "fp32")
     from_hf, from_checkpoint = run_ranks(
         weights_of, Layout(), [f"hf:{folder}", f"ckpt:{tmp_path / 'fp32'}"], world_size=1
     )[0]
@@ -235,7 +241,7 @@ def test_a_bf16_run_opens_fp32_weights(folders: dict[str, Path], tmp_path: Path)
 
 
 def test_a_flipped_bit_in_the_weights_to_start_from_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    hf_to_checkpoint(folders["gqa-untied"], tmp_path / "ckpt", dtype=None, say=print)
+    hf_to_checkpoint(folders["gqa-untied"], tmp_path / "ckpt")
     shard = tmp_path / "ckpt" / "rank-00000-of-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1

@@ -156,14 +156,14 @@ def test_gradients_do_not_depend_on_the_labels_of_prompts() -> None:
 
 
 def hf_weights() -> dict[str, np.ndarray]:
-    from megatron_xy.hf.names import to_hf
+    from megatron_xy.hf.names import hf_shards
 
     role = models.make_role(Layout(), model=MODEL)
     assert role is not None
     weights = {}
     for named in role.named_parameters():
         tensor = named.shard.trim(named.parameter.detach())
-        weights |= {name: part.numpy() for name, part in to_hf(named.name, tensor, model=MODEL).items()}
+        weights |= {part: shard.take(tensor).numpy() for part, shard in hf_shards(named.name, MODEL).items()}
     return weights
 
 

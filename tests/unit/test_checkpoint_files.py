@@ -16,6 +16,7 @@ from megatron_xy import checkpoint_files as files
 from megatron_xy.checkpoint_files import Manifest, Piece, TensorEntry
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.shards import Box, ParameterShard
+from megatron_xy.tensor_reader import TensorReader, tensor_hashes
 
 # Global name -> [(file, boxes)]: rows, the gated fc1, columns, one whole, int64 and bf16.
 FULL = {
@@ -85,7 +86,7 @@ def test_what_was_written_comes_back(checkpoint, tmp_path):
     assert write_checkpoint(again) == open_whole(again) == open_whole(checkpoint)
     manifest = open_whole(checkpoint)
     assert manifest.state == STATE
-    with files.TensorReader(checkpoint, manifest) as reader:
+    with TensorReader(checkpoint, manifest) as reader:
         for name, full in FULL.items():
             found = reader.read_full(name)
             assert found.dtype == full.dtype and torch.equal(found, full)
@@ -99,11 +100,11 @@ def test_a_part_is_read_into_another_dtype_and_its_padding_stays(checkpoint):
     manifest = open_whole(checkpoint)
     shard = ParameterShard((8, 3), (Box((1, 0), (3, 3)), Box((5, 0), (7, 3))))
     local = torch.full((6, 3), -1.0, dtype=torch.bfloat16)
-    with files.TensorReader(checkpoint, manifest) as reader:
+    with TensorReader(checkpoint, manifest) as reader:
         reader.read_into("fc1.weight", local, shard)
         with pytest.raises(DataError, match=r"holds no other\.weight"):
             reader.read_into("other.weight", local, shard)
-        with pytest.raises(DataError, match=r"\[8, 3\] in the checkpoint and \[9, 3\]"):
+        with pytest.raises(DataError, match=r"\[8, 3\] there and \[9, 3\]"):
             reader.read_into("fc1.weight", local, dataclasses.replace(shard, global_shape=(9, 3)))
     assert torch.equal(local[:2], FULL["fc1.weight"][1:3].bfloat16())
     assert torch.equal(local[2:4], FULL["fc1.weight"][5:7].bfloat16())
@@ -114,11 +115,11 @@ def test_hashes_are_those_of_the_tensors_however_they_are_cut(checkpoint, tmp_pa
     whole = {name: [("w", [((0,) * full.dim(), tuple(full.shape))])] for name, full in FULL.items()}
     other = tmp_path / "whole"
     write_checkpoint(other, cuts=whole)
-    hashes = [dict(files.tensor_hashes(folder, open_whole(folder))) for folder in (checkpoint, other)]
+    hashes = [dict(tensor_hashes(folder, open_whole(folder))) for folder in (checkpoint, other)]
     assert hashes[0] == hashes[1] and hashes[0].keys() == FULL.keys()
     changed = tmp_path / "changed"
     write_checkpoint(changed, full={**FULL, "fc2.weight": FULL["fc2.weight"] + 2})
-    third = dict(files.tensor_hashes(changed, open_whole(changed)))
+    third = dict(tensor_hashes(changed, open_whole(changed)))
     assert [name for name in FULL if third[name] != hashes[0][name]] == ["fc2.weight"]
 
 
@@ -282,14 +283,14 @@ def test_a_manifest_over_another_steps_shards_is_found(checkpoint, tmp_path):
 def test_a_shard_without_the_tensor_that_the_manifest_promises_is_damaged(checkpoint):
     """A folder that is opened without `verify_files`."""
     save_file({"something.else": torch.ones(3)}, checkpoint / "a.safetensors")
-    with files.TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader:
+    with TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader:
         with pytest.raises(DataError, match=r"a\.safetensors is damaged"):
             reader.read_full("norm.weight")
         with pytest.raises(DataError, match=r"a\.safetensors is damaged"):
             reader.read_rank_state(0)
     (checkpoint / "a.safetensors").write_bytes(b"\xff" * 64)
     with (
-        files.TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader,
+        TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader,
         pytest.raises(DataError, match=r"a\.safetensors is damaged"),
     ):
         reader.read_full("norm.weight")
@@ -314,7 +315,7 @@ def test_a_pickle_in_a_shards_place_is_never_run(checkpoint, tmp_path):
             (checkpoint / "a.safetensors").write_bytes(payload)
         with pytest.raises(DataError):
             open_whole(checkpoint)
-        with files.TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader, pytest.raises(DataError):
+        with TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader, pytest.raises(DataError):
             reader.read_full("norm.weight")
     assert not target.exists()
 

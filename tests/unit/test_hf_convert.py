@@ -12,12 +12,15 @@ from megatron_xy import checkpoint_files as files
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.hf import convert, verb
+from megatron_xy.hf import convert, release, verb
+from megatron_xy.hf import target as hf_target
 from megatron_xy.hf.config import hf_config
-from megatron_xy.hf.convert import checkpoint_to_hf, hf_to_checkpoint
-from megatron_xy.hf.names import global_names, hf_names, hf_shapes
-from megatron_xy.hf.reader import INDEX, HFReader
+from megatron_xy.hf.convert import to_checkpoint, to_hf
+from megatron_xy.hf.names import global_names, hf_shards
+from megatron_xy.hf.reader import DTYPES, INDEX, hf_manifest
+from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
+from megatron_xy.tensor_reader import TensorReader
 from megatron_xy.weights import resolve_model
 from tools.train_tokenizer import train
 
@@ -31,10 +34,23 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "gene
 def random_tensors(model, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return {
-        name: torch.randn(shape, generator=generator).to(dtype)
+        name: torch.randn(shard.local_shape, generator=generator).to(dtype)
         for global_name in global_names(model)
-        for name, shape in zip(hf_names(global_name), hf_shapes(global_name, model), strict=True)
+        for name, shard in hf_shards(global_name, model).items()
     }
+
+
+def hf_to_checkpoint(folder, target, *, dtype=None, say=print):
+    to_checkpoint(open_source("hf", folder), target, dtype=DTYPES[dtype] if dtype else None, say=say)
+
+
+def checkpoint_to_hf(folder, target, *, dtype=None, tokenizer=None, say=print, **options):
+    wanted = DTYPES[dtype] if dtype else None
+    to_hf(open_source("ckpt", folder), target, dtype=wanted, tokenizer=tokenizer, say=say, **options)
+
+
+def read_hf(folder):
+    return TensorReader(folder, hf_manifest(folder, model=MODEL))
 
 
 def hf_folder(folder, *, model=MODEL, dtype=torch.float32, tensors=None):
@@ -50,8 +66,8 @@ def hf_folder(folder, *, model=MODEL, dtype=torch.float32, tensors=None):
 
 
 def there_and_back(folder, tmp_path, **options):
-    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
-    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "back", tokenizer=None, say=print, **{"dtype": None, **options})
+    hf_to_checkpoint(folder, tmp_path / "ckpt")
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "back", **options)
     return tmp_path / "back"
 
 
@@ -86,23 +102,23 @@ def test_the_dtype_option_casts_every_tensor_either_way(tmp_path, dtype):
     expected = {name: tensor.to(kind) for name, tensor in load_file(folder / SINGLE).items()}
     exported = there_and_back(folder, tmp_path, dtype=dtype)
     hf_to_checkpoint(folder, tmp_path / "cast", dtype=dtype, say=print)
-    checkpoint_to_hf(tmp_path / "cast", tmp_path / "from_cast", dtype=None, tokenizer=None, say=print)
+    checkpoint_to_hf(tmp_path / "cast", tmp_path / "from_cast")
     for result in (exported, tmp_path / "from_cast"):
         tensors = load_file(result / SINGLE)
         assert all(tensor.dtype == kind and torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
         config = json.loads((result / "config.json").read_text())
         assert config["dtype"] == config["torch_dtype"] == str(kind).removeprefix("torch.")
-    assert tensors_agree(tmp_path / "ckpt", exported, target="hf", say=print)
-    assert tensors_agree(tmp_path / "cast", folder, target="ckpt", say=print)
+    assert tensors_agree(open_source("ckpt", tmp_path / "ckpt"), open_source("hf", exported), say=print)
+    assert tensors_agree(open_source("hf", folder), open_source("ckpt", tmp_path / "cast"), say=print)
 
 
 def test_the_layouts_are_those_of_megatron(tmp_path):
     """Group by group the queries, the key, the value; gate above up: said with indices instead of reshapes."""
     folder = hf_folder(tmp_path / "hf")
     hf = load_file(folder / SINGLE)
-    with HFReader(folder, model=MODEL) as reader:
-        qkv = reader.read("decoder.layers.1.self_attention.linear_qkv.weight").reshape(2, 4, 8, 32)
-        fc1 = reader.read("decoder.layers.0.mlp.linear_fc1.weight")
+    with read_hf(folder) as reader:
+        qkv = reader.read_full("decoder.layers.1.self_attention.linear_qkv.weight").reshape(2, 4, 8, 32)
+        fc1 = reader.read_full("decoder.layers.0.mlp.linear_fc1.weight")
     heads = {part: hf[f"model.layers.1.self_attn.{part}_proj.weight"].reshape(-1, 8, 32) for part in "qkv"}
     for group in range(2):
         assert torch.equal(qkv[group, 0], heads["q"][2 * group]) and torch.equal(
@@ -113,23 +129,22 @@ def test_the_layouts_are_those_of_megatron(tmp_path):
     assert torch.equal(fc1[48:], hf["model.layers.0.mlp.up_proj.weight"])
 
 
-def test_large_models_are_written_in_several_files_with_an_index(tmp_path, monkeypatch):
+def test_large_models_are_written_in_several_files_with_an_index(tmp_path):
     folder = hf_folder(tmp_path / "hf")
-    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 40_000)
-    back = there_and_back(folder, tmp_path)
+    back = there_and_back(folder, tmp_path, max_shard_bytes=40_000)
     index = json.loads((back / INDEX).read_text())
     shards = sorted(path.name for path in back.glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     original = load_file(folder / SINGLE)
     assert index["weight_map"].keys() == original.keys() and set(index["weight_map"].values()) == set(shards)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in original.values())
-    with HFReader(back, model=MODEL) as several, HFReader(folder, model=MODEL) as single:
-        assert all(torch.equal(several.read(name), single.read(name)) for name in global_names(MODEL))
+    with read_hf(back) as several, read_hf(folder) as single:
+        assert all(torch.equal(several.read_full(name), single.read_full(name)) for name in global_names(MODEL))
 
 
 def test_a_checkpoint_from_hf_has_what_a_run_needs(tmp_path):
     folder = hf_folder(tmp_path / "hf")
-    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+    hf_to_checkpoint(folder, tmp_path / "ckpt")
     manifest = files.read_manifest(tmp_path / "ckpt")
     files.verify_files(tmp_path / "ckpt", manifest)
     files.verify_coverage(tmp_path / "ckpt", manifest)
@@ -142,7 +157,7 @@ def test_a_checkpoint_from_hf_has_what_a_run_needs(tmp_path):
 
 def test_the_tokenizer_is_the_named_one_or_that_of_the_run(tmp_path):
     folder = hf_folder(tmp_path / "hf")
-    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+    hf_to_checkpoint(folder, tmp_path / "ckpt")
     tokenizer = tmp_path / "some.model"
     tokenizer.write_bytes(train(["some text to train on"], vocab_size=290))
     checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "named", dtype=None, tokenizer=tokenizer, say=print)
@@ -151,7 +166,7 @@ def test_the_tokenizer_is_the_named_one_or_that_of_the_run(tmp_path):
         (tmp_path / "ckpt" / name).unlink()
     manifest.state["tokenizer"] = str(tokenizer)
     files.write_manifest(tmp_path / "ckpt", manifest)
-    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "of_the_run", dtype=None, tokenizer=None, say=print)
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "of_the_run")
     for result in (tmp_path / "named", tmp_path / "of_the_run"):
         assert (result / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
         config = json.loads((result / "config.json").read_text())
@@ -166,12 +181,12 @@ def test_the_tokenizer_is_the_named_one_or_that_of_the_run(tmp_path):
 
 
 def test_a_tokenizer_that_is_missing_or_too_large_is_refused(tmp_path):
-    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt", dtype=None, say=print)
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
     large = tmp_path / "large.model"
     large.write_bytes(train(["alpha beta gamma delta epsilon zeta eta theta iota kappa"], vocab_size=310))
     for tokenizer, kind, text in [
         (tmp_path / "none.model", ConfigError, "does not exist"),
-        (large, DataError, r"has 310 pieces, more than the checkpoint's vocab_size \(301\)"),
+        (large, DataError, r"has 310 pieces, more than the model's vocab_size \(301\)"),
     ]:
         with pytest.raises(kind, match=text):
             checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out", dtype=None, tokenizer=tokenizer, say=print)
@@ -191,16 +206,18 @@ class Stop(Exception):
     """Stands for anything that goes wrong half-way."""
 
 
-@pytest.mark.parametrize("where", ["write_json", "_copy_files", "save_file"])
-def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, where):
-    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt", dtype=None, say=print)
+@pytest.mark.parametrize(
+    ("module", "where"), [(convert, "write_json"), (release, "copy_side_files"), (hf_target, "write_safetensors")]
+)
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, module, where):
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
 
     def stop(*_, **__):
         raise Stop
 
-    monkeypatch.setattr(convert, where, stop)
+    monkeypatch.setattr(module, where, stop)
     with pytest.raises(Stop):
-        checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out", dtype=None, tokenizer=None, say=print)
+        checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
 
 
@@ -209,12 +226,12 @@ def test_a_failed_import_leaves_nothing_and_a_killed_one_is_no_hindrance(tmp_pat
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.jinja").symlink_to("/etc/hostname")  # refused after the weights are written
     with pytest.raises(DataError, match="link out of its folder"):
-        hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+        hf_to_checkpoint(folder, tmp_path / "ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     (folder / "chat_template.jinja").unlink()
     (tmp_path / ".tmp-ckpt").mkdir()
     (tmp_path / ".tmp-ckpt" / "leftover").touch()
-    hf_to_checkpoint(folder, tmp_path / "ckpt", dtype=None, say=print)
+    hf_to_checkpoint(folder, tmp_path / "ckpt")
     assert not (tmp_path / "ckpt" / "leftover").exists() and not (tmp_path / ".tmp-ckpt").exists()
 
 
@@ -222,13 +239,12 @@ def test_an_existing_target_is_refused(tmp_path):
     folder = hf_folder(tmp_path / "hf")
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="there exists; name a folder that does not"):
-        hf_to_checkpoint(folder, tmp_path / "there", dtype=None, say=print)
+        hf_to_checkpoint(folder, tmp_path / "there")
 
 
 @pytest.mark.parametrize(
     ("source", "target", "dtype", "text"),
     [
-        ("ckpt:a", "ckpt:b", None, "one side must be ckpt:DIR and the other hf:DIR"),
         ("hf:", "ckpt:b", None, "--from hf:: must be ckpt:DIR or hf:DIR"),
         ("hf:a", "b", None, "--to b: must be ckpt:DIR or hf:DIR"),
         ("hf:a", "ckpt:b", "fp8", "--dtype fp8: must be one of fp32, bf16, fp16"),
@@ -238,12 +254,12 @@ def test_an_existing_target_is_refused(tmp_path):
 )
 def test_arguments_that_do_not_fit_are_bad_config(source, target, dtype, text):
     with pytest.raises(ConfigError, match=text):
-        verb.convert(source, target, dtype=dtype, tokenizer=None, verify=False, say=print)
+        verb.convert(source, target, dtype=dtype, tokenizer=None, say=print)
 
 
 def refused(folder, text):
     with pytest.raises(DataError, match=text) as caught:
-        hf_to_checkpoint(folder, folder.parent / "ckpt", dtype=None, say=print)
+        hf_to_checkpoint(folder, folder.parent / "ckpt")
     assert caught.value.exit_code == 65
     assert not (folder.parent / "ckpt").exists()
 
@@ -308,7 +324,7 @@ def test_a_snapshot_of_the_hub_cache_links_to_its_blobs(tmp_path):
     (tmp_path / "blobs" / "config").write_text("{}")
     (snapshot / "config.json").symlink_to("../../../blobs/config")
     with pytest.raises(DataError, match="link out of its folder"):
-        hf_to_checkpoint(snapshot, tmp_path / "again", dtype=None, say=print)
+        hf_to_checkpoint(snapshot, tmp_path / "again")
 
 
 def test_truncated_weights_are_damaged(tmp_path):
@@ -332,7 +348,8 @@ def test_a_missing_tensor_is_named(tmp_path, indexed):
 
 def test_biases_are_refused_even_where_the_config_says_nothing(tmp_path):
     name = "model.layers.0.self_attn.q_proj.bias"
-    refused(hf_folder(tmp_path / "hf", tensors={**random_tensors(MODEL), name: torch.zeros(32)}), f"holds {name}; only")
+    folder = hf_folder(tmp_path / "hf", tensors={**random_tensors(MODEL), name: torch.zeros(32)})
+    refused(folder, f"holds {name}; of biases")
 
 
 def test_a_wrong_shape_is_told_with_both_shapes(tmp_path):
@@ -351,13 +368,13 @@ def test_quantised_weights_are_refused(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
-    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt", dtype=None, say=print)
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
     shard = next((tmp_path / "ckpt").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DataError, match="do not match the checksum"):
-        checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out", dtype=None, tokenizer=None, say=print)
+        checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -365,9 +382,9 @@ def test_one_changed_weight_does_not_agree(tmp_path):
     folder = hf_folder(tmp_path / "hf")
     back = there_and_back(folder, tmp_path)
     said = []
-    assert tensors_agree(tmp_path / "ckpt", back, target="hf", say=said.append)
+    assert tensors_agree(open_source("ckpt", tmp_path / "ckpt"), open_source("hf", back), say=said.append)
     tensors = load_file(back / SINGLE)
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = -tensors["model.layers.1.mlp.down_proj.weight"][3, 5]
     save_file(tensors, back / SINGLE, metadata={"format": "pt"})
-    assert not tensors_agree(tmp_path / "ckpt", back, target="hf", say=said.append)
+    assert not tensors_agree(open_source("ckpt", tmp_path / "ckpt"), open_source("hf", back), say=said.append)
     assert said[-1] == "1 tensors differ, the first is decoder.layers.1.mlp.linear_fc2.weight"

@@ -1,0 +1,127 @@
+"""What lies beside the weights of an HF folder: tokenizer files, generation_config.json, the model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_xy import __version__
+from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.errors import DataError
+from megatron_xy.hf.folder import file_inside
+from megatron_xy.hf.source import Source
+from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from megatron_xy.storage import storage_errors, write_json, write_text
+
+GENERATION_CONFIG = "generation_config.json"
+MODEL_CARD = "README.md"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_FACTS = ("iteration", "consumed_samples", "consumed_tokens", "optimizer_steps", "world_size")
+Say = Callable[[str], None]
+
+
+def write_release_files(
+    folder: Path, source: Source, *, tokenizer: Path | None, dtype: str, say: Say
+) -> dict[str, Any]:
+    """Writes all but weights and config.json; returns the token ids that the configs carry."""
+    token_ids = _write_tokenizer(folder, source, tokenizer=tokenizer, say=say)
+    if not (folder / GENERATION_CONFIG).exists():
+        write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **token_ids})
+    write_text(folder / MODEL_CARD, _model_card(source, dtype=dtype))
+    return token_ids
+
+
+def copy_side_files(source: Path, folder: Path) -> set[str]:
+    """Copies tokenizer and generation files as they are; returns the names of those that there were."""
+    found = {name: path for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if (path := file_inside(source, name))}
+    with storage_errors(folder):
+        for name, path in found.items():
+            shutil.copyfile(path, folder / name)
+    return set(found)
+
+
+def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, say: Say) -> dict[str, Any]:
+    """Tokenizer files where there is a tokenizer; returns the token ids."""
+    if tokenizer is None and not any(file_inside(source.folder, name) for name in TOKENIZER_FILES):
+        named = source.manifest.state.get("tokenizer")
+        if named is None or not Path(named).is_file():
+            say("warning: no tokenizer found, neither beside the weights nor where their run had it; name --tokenizer")
+            copy_side_files(source.folder, folder)
+            return source.token_ids
+        tokenizer = Path(named)
+    if tokenizer is None:
+        copy_side_files(source.folder, folder)
+        return source.token_ids
+    loaded = load_tokenizer(tokenizer)
+    model = source.model
+    assert model.vocab_size, "what is converted has a whole shape"
+    if loaded.vocab_size > model.vocab_size:
+        raise DataError(
+            f"tokenizer ({loaded.path}) has {loaded.vocab_size} pieces, more than the model's vocab_size "
+            f"({model.vocab_size}); name the tokenizer that it was trained with"
+        )
+    if loaded.path.suffix == ".json":  # HF's own files, as they are
+        with storage_errors(folder):
+            for name in {loaded.path.name, *TOKENIZER_FILES}:
+                if (path := loaded.path.with_name(name)).is_file():
+                    shutil.copyfile(path, folder / name)
+    else:
+        write_hf_tokenizer(loaded.path, folder, model_max_length=model.max_position_embeddings)
+    ids = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id, "pad_token_id": loaded.pad_id}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _model_card(source: Source, *, dtype: str) -> str:
+    """README.md of a release: the model's shape, and what the checkpoint and its run's folder say of the training."""
+    model, state = source.model, source.manifest.state
+    rows: dict[str, Any] = {
+        "layers": model.num_layers, "hidden size": model.hidden_size, "ffn hidden size": model.ffn_hidden_size,
+        "attention heads": model.num_attention_heads, "key/value heads": model.num_query_groups,
+        "vocabulary": model.vocab_size, "context": model.max_position_embeddings, "RoPE theta": model.rotary_base,
+        "RoPE scaling": json.dumps(model.rope_scaling) if model.rope_scaling else "none", "dtype": dtype,
+    }  # fmt: skip
+    rows |= {name.replace("_", " "): state[name] for name in _FACTS if state.get("iteration")}
+    rows |= {name.replace("_", " "): state[name] for name in ("origin", "task", "seed") if name in state}
+    if loss := _last_loss(source.folder, state.get("iteration")):
+        rows["loss of the last step"] = loss
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    kind = "text-classification" if model.head == "value" else "text-generation"
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: {kind}\n---\n\n# Model card\n\n"
+        f"Trained and exported with megatron_xy {__version__}.\n\n| | |\n|---|---|\n{table}\n"
+    )
+
+
+def _last_loss(checkpoint: Path, iteration: int | None) -> float | None:
+    """The loss of the checkpoint's last step in metrics.jsonl of the run that it lies in."""
+    metrics = next(
+        (
+            folder / "metrics.jsonl"
+            for folder in checkpoint.resolve().parents[:3]
+            if (folder / "metrics.jsonl").is_file()
+        ),
+        None,
+    )
+    if metrics is None or not iteration:
+        return None
+    with metrics.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and record.get("iteration") == iteration:
+                return record.get("loss")
+    return None

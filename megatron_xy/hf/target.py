@@ -1,0 +1,188 @@
+"""A folder that is there whole or not at all, and that a killed command goes on with where it stopped.
+
+Its files are written into .tmp-NAME beside it; of each weight file that is done a receipt tells size and checksum. Once
+all is there, the receipts go and the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_xy.checkpoint_files import DTYPES, Manifest
+from megatron_xy.data.claims import claim
+from megatron_xy.errors import ConfigError, StorageError
+from megatron_xy.safetensors_file import write_safetensors
+from megatron_xy.shards import ParameterShard
+from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, temporary_name, write_json
+from megatron_xy.tensor_reader import TensorReader
+
+MAX_WRITERS = 2  # files at a time; each takes some blocks of memory and up to three threads
+_WORK = "conversion.json"
+_RECEIPT = ".receipt.json"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written: its name in the file, and the part of which global tensor it is."""
+
+    name: str
+    tensor: str
+    shard: ParameterShard
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self.shard.numel * self.dtype.itemsize
+
+
+@contextmanager
+def whole_or_absent(target: Path, *, work: dict[str, Any]) -> Iterator[Path]:
+    """A temporary folder beside `target` that gets its name once the block is done.
+
+    work: says exactly what is to be written. What a killed command with the same one has done is still there; an error
+    inside leaves nothing. Raises ConfigError where the target exists or another command is at it, StorageError.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} exists; name a folder that does not, or remove it")
+    folder = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    with storage_errors(target):
+        folder.mkdir(parents=True, exist_ok=True)
+    with claim(folder / _WORK) as is_ours:
+        if not is_ours:
+            raise ConfigError(f"{target}: another command is writing it at this moment; wait for it")
+        _clear(folder, keep_receipts=_told(folder / _WORK) == work)
+        with storage_errors(target):
+            (folder / _WORK).write_text(json.dumps(work), encoding="utf-8")  # in place: its lock is ours
+        try:
+            yield folder
+            with storage_errors(target):
+                _publish(folder, target)
+        except Exception:  # an interrupt is as a kill: what is done stays
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def plan_files(outputs: Sequence[Output], *, max_bytes: int) -> list[list[Output]]:
+    """The outputs in files of at most `max_bytes`, but for a larger single one, in their order."""
+    files: list[list[Output]] = [[]]
+    for output in outputs:
+        if files[-1] and sum(other.num_bytes for other in files[-1]) + output.num_bytes > max_bytes:
+            files.append([])
+        files[-1].append(output)
+    return files
+
+
+def write_files(
+    folder: Path,
+    files: dict[str, list[Output]],
+    *,
+    source: Path,
+    manifest: Manifest,
+    metadata: dict[str, str],
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Writes safetensors files out of the source's pieces, two at a time; returns {file: {bytes, sha256}}.
+
+    Files that an earlier command has done are left as they are.
+    """
+    total = sum(output.num_bytes for outputs in files.values() for output in outputs)
+    progress = _Progress(total, say)
+
+    def write(item: tuple[str, list[Output]]) -> tuple[str, dict[str, Any]]:
+        file, outputs = item
+        receipt = folder / f"{file}{_RECEIPT}"
+        facts = _told(receipt)
+        if facts is None or not (folder / file).is_file() or (folder / file).stat().st_size != facts["bytes"]:
+            facts = _write_file(folder / file, outputs, source=source, manifest=manifest, metadata=metadata)
+            write_json(receipt, facts)
+        progress.add(sum(output.num_bytes for output in outputs))
+        return file, facts
+
+    with ThreadPoolExecutor(min(MAX_WRITERS, os.cpu_count() or 1)) as pool:
+        return dict(pool.map(write, files.items()))
+
+
+def _write_file(
+    path: Path, outputs: list[Output], *, source: Path, manifest: Manifest, metadata: dict[str, str]
+) -> dict[str, Any]:
+    by_name = {output.name: output for output in outputs}
+    temporary = path.with_name(temporary_name(path.name))
+    with TensorReader(source, manifest) as reader:
+
+        def blocks_of(name: str) -> Iterator[torch.Tensor]:
+            output = by_name[name]
+            return reader.blocks(output.tensor, output.shard, dtype=output.dtype)
+
+        facts = write_safetensors(
+            temporary,
+            {output.name: (output.dtype, output.shard.local_shape) for output in outputs},
+            blocks_of=blocks_of,
+            metadata=metadata,
+        )
+    with storage_errors(path):
+        temporary.replace(path)
+    return facts
+
+
+def stored_dtype(manifest: Manifest, name: str) -> torch.dtype:
+    """The type of a global tensor in its files."""
+    return DTYPES[manifest.tensors[name].dtype]
+
+
+class _Progress:
+    """Says how far a long conversion is, at each tenth."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self.total, self.done, self.tenths, self.say = max(total, 1), 0, 0, say
+        self.lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        with self.lock:
+            self.done += num_bytes
+            tenths = 10 * self.done // self.total
+            if self.tenths < tenths < 10 and self.total > 10**9:
+                self.say(f"{self.done / 1e9:,.1f} of {self.total / 1e9:,.1f} GB written")
+            self.tenths = tenths
+
+
+def _told(path: Path) -> dict[str, Any] | None:
+    """The object in the file; None where a killed command left none, or not all of it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _clear(folder: Path, *, keep_receipts: bool) -> None:
+    """Removes what a killed command left, but for files with a receipt where these are kept."""
+    receipts = {path.name for path in folder.glob(f"*{_RECEIPT}")} if keep_receipts else set()
+    kept = {_WORK, *receipts, *(name.removesuffix(_RECEIPT) for name in receipts)}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+
+
+def _publish(folder: Path, target: Path) -> None:
+    for receipt in folder.glob(f"*{_RECEIPT}"):
+        receipt.unlink()
+    (folder / _WORK).unlink()
+    for path in folder.iterdir():
+        sync_file(path)
+    sync_folder(folder)
+    if target.exists():
+        raise StorageError(f"{target} has come into being meanwhile; remove it, and convert again")
+    folder.rename(target)
+    sync_folder(target.parent)
