@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -91,7 +92,7 @@ class SafetensorsFile:
             if is_whole_width and part.dtype == stored.dtype and part.is_cpu and part.is_contiguous():
                 self._fill(part, position)
             else:
-                block = torch.empty((part.shape[0], *outer.shape[1:]), dtype=stored.dtype)
+                block = empty_block((part.shape[0], *outer.shape[1:]), stored.dtype)
                 self._fill(block, position)
                 part.copy_(block[(slice(None), *columns)])
 
@@ -144,6 +145,14 @@ def write_safetensors(
         return _write(path, _file_blocks(layout, blocks_of=blocks_of, metadata=metadata), on_progress=on_progress)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}; make room or choose another folder") from error
+
+
+def empty_block(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor whose memory goes back to the system with it: an allocator keeps what threads let go."""
+    numel = math.prod(shape)
+    if numel == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_xy.checkpoint_files import DTYPES, Manifest, Piece
 from megatron_xy.errors import DataError
-from megatron_xy.safetensors_file import BLOCK_BYTES, SafetensorsFile, memory_of
+from megatron_xy.safetensors_file import BLOCK_BYTES, SafetensorsFile, empty_block, memory_of
 from megatron_xy.shards import ParameterShard, whole
 
 
@@ -68,7 +68,7 @@ class TensorReader:
         entry = self.manifest.tensors[name]
         dtype = dtype or DTYPES[entry.dtype]
         for part in (shard or whole(entry.shape)).in_parts(BLOCK_BYTES // dtype.itemsize):
-            block = torch.empty(part.local_shape, dtype=dtype)
+            block = empty_block(part.local_shape, dtype)
             self.read_into(name, block, part)
             yield block
 

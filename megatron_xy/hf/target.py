@@ -168,7 +168,8 @@ def _told(path: Path) -> dict[str, Any] | None:
 
 def _clear(folder: Path, *, keep_receipts: bool) -> None:
     """Removes what a killed command left, but for files with a receipt where these are kept."""
-    receipts = {path.name for path in folder.glob(f"*{_RECEIPT}")} if keep_receipts else set()
+    found = (path.name for path in folder.glob(f"*{_RECEIPT}"))
+    receipts = {name for name in found if keep_receipts and not name.startswith(TEMPORARY_PREFIX)}
     kept = {_WORK, *receipts, *(name.removesuffix(_RECEIPT) for name in receipts)}
     for path in folder.iterdir():
         if path.name not in kept:

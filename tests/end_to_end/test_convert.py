@@ -1,0 +1,99 @@
+"""The command that converts: killed half-way and gone on with, and its memory against the size of the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_xy import checkpoint_files as files
+from megatron_xy.config import ModelConfig
+from megatron_xy.hf.config import hf_config
+from megatron_xy.hf.names import global_names, hf_shards
+from megatron_xy.safetensors_file import SafetensorsFile, write_safetensors
+
+# 1.1 GB of bf16, of which no tensor takes more than 90 MB.
+MODEL = ModelConfig(
+    num_layers=12, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=16, num_query_groups=4, vocab_size=20011
+)
+MEMORY_LIMIT = 500 * 10**6  # bytes; importing torch takes half of it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF folder in which no two tensors begin alike, written a block at a time."""
+    root = tmp_path_factory.mktemp("hf")
+    shards = {part: shard for name in global_names(MODEL) for part, shard in hf_shards(name, MODEL).items()}
+    pattern = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+    def blocks_of(name: str) -> list[torch.Tensor]:
+        start, numel = sum(map(ord, name)), math.prod(shards[name].local_shape)
+        size = pattern.numel() - start
+        return [pattern[start : start + min(size, numel - done)] for done in range(0, numel, size)]
+
+    write_safetensors(
+        root / "model.safetensors",
+        {name: (torch.bfloat16, shard.local_shape) for name, shard in shards.items()},
+        blocks_of=blocks_of,
+        metadata={"format": "pt"},
+    )
+    (root / "config.json").write_text(json.dumps(hf_config(MODEL, dtype="bfloat16", token_ids={})))
+    return root
+
+
+def command(source: str, target: str) -> list[str]:
+    options = ["--from", source, "--to", target, "--max-shard-size", "100MB"]
+    return [sys.executable, "-m", "megatron_xy", "convert", *options]
+
+
+def convert(source: str, target: str) -> int:
+    """Runs the command; returns its peak memory in bytes."""
+    process = subprocess.Popen(command(source, target), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, said
+    assert isinstance(usage, resource.struct_rusage)
+    return usage.ru_maxrss * 1024
+
+
+def test_memory_is_a_part_of_the_model_and_a_killed_conversion_goes_on(folder: Path, tmp_path: Path) -> None:
+    target, work = tmp_path / "ckpt", tmp_path / ".tmp-ckpt"
+    process = subprocess.Popen(command(f"hf:{folder}", f"ckpt:{target}"), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(work.glob("rank-*.receipt.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "it is killed in the middle"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    receipts = [path.name.removesuffix(".receipt.json") for path in work.glob("rank-*.receipt.json")]
+    done = {name: (work / name).stat().st_ino for name in receipts}
+
+    assert convert(f"hf:{folder}", f"ckpt:{target}") < MEMORY_LIMIT
+    assert not work.exists()
+    assert {name: (target / name).stat().st_ino for name in done} == done, "what was done is not done again"
+    manifest = files.read_manifest(target)
+    files.verify_files(target, manifest)
+    files.verify_coverage(target, manifest)
+    assert convert(f"ckpt:{target}", f"hf:{tmp_path / 'back'}") < MEMORY_LIMIT
+
+    original = SafetensorsFile(folder / "model.safetensors")
+    for file in (tmp_path / "back").glob("*.safetensors"):
+        again = SafetensorsFile(file)
+        for name in again.tensors:
+            assert torch.equal(original.read(name).view(torch.uint8), again.read(name).view(torch.uint8)), name
+            original.tensors.pop(name)
+        again.close()
+    assert not original.tensors
+    original.close()
