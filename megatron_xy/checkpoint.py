@@ -88,13 +88,13 @@ class CheckpointWriter:
         on_written: Callable[[str], object] = lambda text: None,
         part: str = "",
         publishes: Sequence[str] = (),
-        keep_every: int = 0,
+        is_kept: Callable[[int], bool] = lambda iteration: False,
     ) -> None:
         """part: the role's folder in iter_N, where several roles share it; of these, one gives the whole its name, once
-        the parts that it `publishes` are there. keep_every: iterations that are never let go of; 0: none.
+        the parts that it `publishes` are there. is_kept: which iterations are never let go of.
         """
         self.checkpoints = checkpoints
-        self.part, self.publishes, self.keep_every = part, tuple(publishes), keep_every
+        self.part, self.publishes, self.is_kept = part, tuple(publishes), is_kept
         self.keep_latest = keep_latest
         self.asynchronous = asynchronous
         self.timeout_seconds = timeout_seconds
@@ -240,7 +240,7 @@ class CheckpointWriter:
         # Later ones, damaged or of an abandoned course, do not count among those kept.
         course = [saved for saved in saved_iterations(self.checkpoints) if saved <= iteration]
         for old in course[self.keep_latest :]:
-            if not self.keep_every or old % self.keep_every:
+            if not self.is_kept(old):
                 self._remove(iteration_folder(self.checkpoints, old))
 
     def _await_note(self, path: Path) -> dict[str, Any]:

@@ -119,6 +119,13 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_json(directory / MANIFEST, manifest.to_json())
 
 
+def amend_state(directory: Path, facts: dict[str, Any]) -> None:
+    """Adds to what a whole checkpoint's manifest says of its run, or replaces it."""
+    manifest = read_manifest(directory)
+    manifest.state |= facts
+    write_manifest(directory, manifest)
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 

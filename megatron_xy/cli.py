@@ -86,6 +86,12 @@ def sft(run_yaml: RunYaml, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def reward(run_yaml: RunYaml, overrides: Overrides = None) -> None:
+    """A reward model from preference pairs, in one rank of a torchrun world, as pretrain."""
+    _train("reward", "megatron_xy.reward.run", run_yaml, overrides)
+
+
+@app.command()
 def ppo(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     """PPO over four roles in one rank of a torchrun world; `megatron-xy run` starts such a world."""
     _train("ppo", "megatron_xy.ppo.run", run_yaml, overrides)
@@ -185,6 +191,19 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's 
 
 
 @app.command()
+def select(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a reward run's folder")], as_json: AsJson = False
+) -> None:
+    """Names the epoch of a reward run that meets the criteria of its config best; ends with 1 where none does."""
+    from megatron_xy.reward.select import select as selected
+
+    selection = selected(run_dir)
+    print(json.dumps(selection.to_json()) if as_json else "\n".join(selection.lines()))
+    if selection.chosen is None:
+        sys.exit(EXIT_COMPARISON_FAILED)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Option("--from", metavar="ckpt:DIR|hf:DIR")],
     target: Annotated[str, typer.Option("--to", metavar="hf:DIR|ckpt:DIR")],
@@ -214,6 +233,121 @@ def convert(
 
     if not agrees(source, target, say=_say):
         sys.exit(EXIT_COMPARISON_FAILED)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="the model")],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", metavar="F.jsonl", help='rows {"prompt": a string, or messages}')
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="F.jsonl", help="the answers, in the prompts' order")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+    ] = None,
+    num_answers: Annotated[int, typer.Option("-n", min=1, help="answers to each prompt")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: greedy")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", max=1, help="of the most likely tokens this share; 1: all")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="this many of the most likely tokens; 0: all")] = 0,
+    max_response_length: Annotated[
+        int, typer.Option("--max-response-length", min=1, help="tokens, the stop token included")
+    ] = 512,
+    min_response_length: Annotated[
+        int, typer.Option("--min-response-length", min=0, help="no stop token before as many tokens are there")
+    ] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TOKEN", help="a control token or a token id that ends an answer; repeat"),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 1234,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of messages; the model's unless given")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, help="of a replica at a time")] = 64,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+) -> None:
+    """Answers prompts: sampled or greedy, n answers each, under any layout; goes on where a killed run stopped."""
+    from megatron_xy.model_job import ModelJob, leave_on_signals
+    from megatron_xy.partial_results import PartialResults
+
+    if not top_p > 0:
+        raise typer.BadParameter(f"{top_p} must be above 0", param_hint="--top-p")
+    if nproc_per_node == 1:
+        leave_on_signals("; the answers that had ended are kept, and the same command goes on")
+    arguments = {
+        "prompts": str(prompts), "output": str(output), "num_answers": num_answers, "temperature": temperature,
+        "top_p": top_p, "top_k": top_k, "min_response_length": min_response_length,
+        "max_response_length": max_response_length, "max_sequences": max_sequences, "seed": seed, "stop": stop or [],
+        "tokenizer": str(tokenizer) if tokenizer else None, "chat_template": chat_template,
+    }  # fmt: skip
+    run_dir = str(PartialResults(output).run_dir)
+    job = ModelJob("generate", model, nproc_per_node, overrides or [], run_dir, arguments)
+    options = job.options()  # of the command alone: no need to wait for torch
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
+    from megatron_xy.answers import generate_file
+
+    sys.exit(generate_file(job, say=_say))
+
+
+@app.command()
+def logprobs(
+    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="the model")],
+    input_file: Annotated[Path, typer.Option("--input", metavar="IDS.jsonl", help='rows {"tokens": [...]}')],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="F.safetensors", help='row i as tensor "i", one number a token but one')
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+    ] = None,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+) -> None:
+    """Log-probabilities of given token rows under any layout, to compare with other implementations."""
+    from megatron_xy.model_job import ModelJob, leave_on_signals
+
+    if nproc_per_node == 1:
+        leave_on_signals("; nothing is kept, and the same command starts afresh")
+    arguments = {"input": str(input_file), "output": str(output)}
+    run_dir = str(output.with_name(f"{output.name}.work"))
+    job = ModelJob("logprobs", model, nproc_per_node, overrides or [], run_dir, arguments)
+    options = job.options()  # of the command alone: no need to wait for torch
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
+    from megatron_xy.logprobs import logprobs_file
+
+    sys.exit(logprobs_file(job, say=_say))
+
+
+@app.command(hidden=True)
+def model_rank(job_file: Path) -> None:
+    """One rank of a verb over a model, started by that verb."""
+    from megatron_xy.model_job import read_job
+    from megatron_xy.worker import run_model_rank
+
+    job = read_job(job_file)
+
+    def work(config: Any, stop: Any, watchdog: Any) -> None:
+        from megatron_xy import device, environment
+
+        device.start(
+            local_rank=environment.local_rank(),
+            num_threads=config.runtime.num_threads,
+            deterministic=config.runtime.deterministic,
+        )
+        if job.verb == "logprobs":
+            from megatron_xy import logprobs
+
+            logprobs.logprobs_in_rank(job, config, stop, watchdog)
+            return
+        assert job.verb == "generate", "no other verb starts ranks of its own"
+        from megatron_xy import answers
+
+        answers.generate_in_rank(job, config, stop, watchdog)
+
+    run_model_rank(job, work=work)
 
 
 @app.command()

@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from megatron_xy.errors import ConfigError
-from megatron_xy.yaml_file import apply_overrides, read_yaml
+from megatron_xy.yaml_file import Lines, apply_overrides, read_yaml
 
 LARGEST_INTEGER = 2**63 - 1
 UNKNOWN_KEY = "unknown key"
@@ -302,6 +302,7 @@ class RoleConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     micro_batch_tokens: int | None = Field(None, ge=1, description="null: training.micro_batch_tokens")
+    chat_template: str | None = Field(None, description="renders prompts that are messages; null: data.chat_template")
 
     @field_serializer("model", "parallel", "optimizer")
     def _what_differs(self, section: Section) -> dict[str, Any]:
@@ -347,6 +348,22 @@ class PPOConfig(Section):
     dump_rollouts: bool = False
 
 
+class RewardConfig(Section):
+    """What the pairs of a reward model ask for, and which epoch of it is fit for use. Scores are the model's own."""
+
+    loss: Literal["token", "sentence"] = Field(
+        "token", description="token: from the first token that differs on; sentence: at the last token alone"
+    )
+    margin_scale: float = Field(0.0, ge=0, description="times the grade's strength (1 to 3): how far chosen must win")
+    centering_coef: float = Field(0.0, ge=0, description="of the square of the sum of a pair's scores")
+    test_fraction: float = Field(0.1, ge=0, lt=1, description="of the pairs, by prompt; data.eval_path goes before it")
+    stored_scores_of: str | None = Field(None, description="the model whose answers give mean and std; null: all")
+    min_accuracy: float = Field(0.5, ge=0, le=1, description="select: on held-out pairs, must exceed it")
+    min_margin: float = Field(0.0, ge=0, description="select: mean chosen less mean rejected, must exceed it")
+    score_band: tuple[Weight, Weight] = Field((-1.0, 1.0), description="select: holds mean - std and mean + std")
+    max_accuracy_gap: float = Field(0.2, ge=0, le=1, description="select: of training over held-out pairs: overfitted")
+
+
 class RunConfig(Section):
     """A whole run.yaml."""
 
@@ -362,6 +379,12 @@ class RunConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     roles: dict[RoleName, RoleConfig] | None = None
     ppo: PPOConfig | None = None
+    reward: RewardConfig | None = None
+
+    @property
+    def reward_section(self) -> RewardConfig:
+        """`reward`, or its defaults."""
+        return self.reward or RewardConfig()
 
     @field_validator("model", "parallel", "data", "training", "optimizer", "checkpoint", "runtime", mode="before")
     @classmethod
@@ -379,6 +402,7 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoint": CheckpointConfig,
     "runtime": RuntimeConfig,
     "ppo": PPOConfig,
+    "reward": RewardConfig,
 }
 
 # What stays outside this project, and a tool that has it.
@@ -471,6 +495,29 @@ def _let_ranks_replace_shares(values: dict[str, Any], overrides: Sequence[str]) 
             role.pop("share", None)
 
 
+def load_model_options(origin: str, *, overrides: Sequence[str], world_size: int) -> RunConfig:
+    """For a verb over the model in `origin` (ckpt:DIR or hf:DIR): a config of its `model.load`, `parallel`, `runtime`.
+
+    overrides: of the sections parallel and runtime, whose keys are as in a RUN.yaml; the rest is defaults. Raises
+    InvalidConfig with every problem at once.
+    """
+    values: dict[str, Any] = {"model": {"load": origin}}
+    lines = Lines()
+    problems = [Problem(where, text) for where, text in apply_overrides(values, lines, overrides)]
+    for name in sorted(values.keys() - {"model", "parallel", "runtime"}) + (
+        ["model"] if len(values["model"]) > 1 else []
+    ):
+        problems.append(Problem(lines.where(name, Path(name)), f"{name}: this verb takes keys of parallel and runtime"))
+    config, refused = _validate({name: values[name] for name in ("model", "parallel", "runtime") if name in values})
+    problems += [Problem(lines.where(name, Path(name)), text) for name, text in refused.items()]
+    if not refused:
+        for name, text in _model_verb_rules(config.parallel, world_size=world_size):
+            problems.append(Problem(lines.where(name, Path(name)), text))
+    if problems:
+        raise InvalidConfig(problems)
+    return config
+
+
 def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
     """The run folder that a config names, even where the rest of it is wrong; None if it names none."""
     try:
@@ -535,7 +582,7 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
     if "head" in config.model.model_fields_set and config.model.head != _head_of(config):
         yield "model.head", f"model.head ({config.model.head}): task {config.task} has {_head_of(config)}; leave it out"
     yield from _shape_rules(config.model, config.parallel)
-    yield from _batch_rules(config.training, config.parallel, world_size=world_size)
+    yield from _batch_rules(config, world_size=world_size)
     training, data, parallel = config.training, config.data, config.parallel
     tp = parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and training.micro_batch_tokens % tp:
@@ -547,7 +594,7 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
         )
     yield from _layout_rules(parallel)
     yield from _schedule_rules(config.optimizer)
-    if training.eval_interval and data.eval_path is None:
+    if training.eval_interval and data.eval_path is None and config.task != "reward":
         yield (
             "data.eval_path",
             f"data.eval_path is missing; training.eval_interval ({training.eval_interval}) needs held-out data, such "
@@ -557,7 +604,7 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
     yield from _phase_rules(training.phases)
     if not data.paths:
         yield "data.path", "data.path is missing; name a folder that `megatron-xy data build` wrote"
-    yield from _conversation_rules(config)
+    yield from _reward_rules(config) if config.task == "reward" else _conversation_rules(config)
     if config.model.load is None:
         for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
             if getattr(config.model, key) is None:
@@ -577,6 +624,26 @@ def _layout_rules(parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
             "parallel.overlap_param_gather",
             "overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; set both to true",
         )
+
+
+def _reward_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Pairs are read from files of rows, whole and as they are: what other tasks do with their data is refused."""
+    data, training, defaults = config.data, config.training, DataConfig()
+    named = [("data.path", path) for path in data.paths]
+    named += [("data.eval_path", data.eval_path)] if data.eval_path is not None else []
+    for key, path in named:
+        if not is_file_of_rows(path):
+            yield key, f"{key} ({path}): task reward takes jsonl files of rows with prompt, chosen and rejected"
+    if data.tokenizer is None:
+        yield "data.tokenizer", "data.tokenizer is missing; pairs are text, and answers end with its end token"
+    for key in ("weights", "max_epochs", "chat_overflow", "last_turn_only", "split_documents"):
+        if (value := getattr(data, key)) != getattr(defaults, key):
+            yield f"data.{key}", f"data.{key} ({_shown(value)}): task reward draws every pair whole; leave it out"
+    if training.phases:
+        yield "training.phases", "training.phases: task reward has one phase; leave it out"
+    reward = config.reward_section
+    if not reward.score_band[0] < reward.score_band[1]:
+        yield "reward.score_band", f"reward.score_band ({list(reward.score_band)}) must rise, such as [-1, 1]"
 
 
 def _conversation_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -605,10 +672,19 @@ def _conversation_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _batch_rules(
-    training: TrainingConfig, parallel: ParallelConfig, *, world_size: int | None
-) -> Iterator[tuple[str, str]]:
-    """The world divides into replicas, and a step's tokens into their micro-batches."""
+def _model_verb_rules(parallel: ParallelConfig, *, world_size: int) -> Iterator[tuple[str, str]]:
+    """The rules of a layout by itself, for verbs that do not train."""
+    yield from _layout_rules(parallel)
+    if parallel.context_parallel_size != 1:
+        value = parallel.context_parallel_size
+        yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
+    elif world_size % parallel.model_parallel_size:
+        yield "parallel", f"--nproc-per-node: {_world_rule(parallel, world_size)}"
+
+
+def _batch_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
+    """The world divides into replicas, and a step's tokens into their micro-batches; pairs are packed as they come."""
+    training, parallel = config.training, config.parallel
     factors = {"micro_batch_tokens": training.micro_batch_tokens}
     if parallel.num_chunks > 1:  # the interleaved schedule takes them in rounds of as many as there are stages
         factors["pipeline_model_parallel_size"] = parallel.pipeline_model_parallel_size
@@ -616,6 +692,8 @@ def _batch_rules(
         yield "parallel", _world_rule(parallel, world_size)
     elif world_size is not None:
         factors["data parallel size"] = world_size // parallel.model_parallel_size
+    if config.task == "reward":
+        return
     unit = math.prod(factors.values())
     unit_name = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))}"
     unit_name += f" = {unit})" if len(factors) > 1 else ")"
@@ -767,8 +845,6 @@ def _head_of(config: RunConfig) -> Head:
 def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What the config format has a place for and the code does not do yet: refused, never ignored."""
     parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
-    if config.task == "reward":
-        yield "task", "task (reward): only pretrain, sft and ppo are supported"
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
@@ -786,6 +862,8 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield "roles", f"roles: only task ppo has roles, and task is {config.task}; leave them out"
         if config.ppo is not None:
             yield "ppo", f"ppo: only task ppo has this section, and task is {config.task}; leave it out"
+    if config.task != "reward" and config.reward is not None:
+        yield "reward", f"reward: only task reward has this section, and task is {config.task}; leave it out"
 
 
 @dataclass(frozen=True)
@@ -798,6 +876,7 @@ class PlacedRole:
     parallel: ParallelConfig
     optimizer: OptimizerConfig | None  # None where the weights stay as they are
     micro_batch_tokens: int
+    chat_template: str | None = None
 
 
 def role_names(config: RunConfig) -> tuple[RoleName, ...]:
@@ -817,6 +896,7 @@ def placed_roles(config: RunConfig, *, world_size: int) -> dict[RoleName, Placed
             *role_sections(config, name),
             optimizer=_merged(config.optimizer, config.roles[name].optimizer) if name in TRAINED_ROLES else None,
             micro_batch_tokens=config.roles[name].micro_batch_tokens or config.training.micro_batch_tokens,
+            chat_template=config.roles[name].chat_template or config.data.chat_template,
         )
         for name in role_names(config)
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from megatron_xy import device
+from megatron_xy.config import RunConfig
 from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate
 from megatron_xy.data.sampler import SampleId
+from megatron_xy.log import RunLog
 from megatron_xy.losses import token_cross_entropy
-from megatron_xy.parallel import sum_over
+from megatron_xy.parallel import Groups, sum_over
 from megatron_xy.role import Role
 from megatron_xy.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
 
@@ -97,6 +99,46 @@ class HeldOut:
         return replace(batch, loss_mask=batch.loss_mask * counts.astype(np.float32))
 
 
+class HeldOutEvaluator:
+    """A run's evaluations: every `eval_interval` iterations and after the last one, where there is held-out data."""
+
+    def __init__(self, config: RunConfig, held_out: PackedDataset | None, groups: Groups) -> None:
+        training = config.training
+        self._train_iters, self._interval = training.train_iters, training.eval_interval
+        self._held_out = None
+        if held_out is not None:
+            self._held_out = HeldOut(
+                held_out,
+                micro_batch_tokens=training.micro_batch_tokens,
+                split_documents=config.data.split_documents,
+                micro_batches_per_pass=training.global_batch_tokens // (training.micro_batch_tokens * groups.dp_size),
+                dp_size=groups.dp_size,
+                dp_rank=groups.dp_rank,
+            )
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether one follows on this iteration."""
+        return self._held_out is not None and (iteration % self._interval == 0 or iteration == self._train_iters)
+
+    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> Evaluated | None:
+        """Its record; None where `goes_on` said no."""
+        assert self._held_out is not None, "only then is an evaluation due"
+        result = evaluate(role, self._held_out, goes_on=goes_on)
+        return None if result is None else Evaluated(result.record(iteration=iteration))
+
+    def tell(self, log: RunLog, record: dict[str, Any], *, seconds: float) -> None:
+        """Logs a record."""
+        log.evaluation(record, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The object in eval.jsonl, and what the checkpoint of this iteration is to say of itself from now on."""
+
+    record: dict[str, Any]
+    checkpoint_facts: dict[str, Any] = field(default_factory=dict)
+
+
 @torch.no_grad()
 def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> Evaluation | None:
     """The role's loss on all of it; None where `goes_on`, asked before every pass, said no. Collective over the role.
@@ -120,7 +162,7 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> E
         return [held_out.micro_batch(*rows[min(row, len(rows) - 1)]) for row, _ in passes[number]]
 
     forward_step = partial(_held_out_step, role, held_out, num_sources)
-    with Prefetcher(prepare, depth=1) as prefetcher, _untouched(role):
+    with Prefetcher(prepare, depth=1) as prefetcher, untouched(role):
         for number, part in enumerate(passes):
             if not goes_on():
                 return None
@@ -134,7 +176,7 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> E
 
 
 @contextlib.contextmanager
-def _untouched(role: Role) -> Iterator[None]:
+def untouched(role: Role) -> Iterator[None]:
     """The role at work in evaluation mode; afterwards in training mode, its random generators as they were."""
     before = role.generator_states
     for chunk in role.chunks:

@@ -34,7 +34,9 @@ def num_parameters(model: ModelConfig) -> int:
     shape = _shape(model)
     head = 0 if model.has_tied_output_layer else shape.hidden_size * shape.outputs
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
-    return shape.num_layers * _layer_weights(shape) + shape.vocab_size * shape.hidden_size + head + norms
+    biases = shape.num_layers * shape.head_dim * (shape.num_attention_heads + 2 * shape.num_query_groups)
+    weights = shape.num_layers * _layer_weights(shape) + shape.vocab_size * shape.hidden_size + head
+    return weights + norms + (biases if model.add_qkv_bias else 0)
 
 
 def flops_per_token(model: ModelConfig, *, attention_length: float) -> float:

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -90,6 +90,17 @@ class RunLog:
         scalars = {f"eval/{name}": record[name] for name in ("loss", "perplexity")}
         for field in ("loss_by_bucket", "loss_by_source", "loss_by_position"):
             scalars |= {f"eval/{field}/{name}": loss for name, loss in record[field].items()}
+        self._draw(scalars, record["iteration"])
+
+    def pair_evaluation(self, record: dict[str, Any], *, lines: Sequence[str]) -> None:
+        """One evaluation of a reward model: lines, an object in eval.jsonl, scalars in TensorBoard."""
+        for line in lines:
+            self.say(line)
+        self._write(EVALUATIONS, record)
+        scalars: dict[str, float] = {}
+        for part in ("held_out", "training"):
+            numbers = record[part] or {}
+            scalars |= {f"eval/{part}/{name}": value for name, value in numbers.items() if isinstance(value, float)}
         self._draw(scalars, record["iteration"])
 
     def has_evaluation(self, iteration: int) -> bool:

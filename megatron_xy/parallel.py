@@ -199,6 +199,54 @@ def joined_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def gathered_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The ranks' tensors of one shape, one above the other, on every rank of `group`: [ranks, ...]."""
+    if group.size() == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def send_onward(tensor: torch.Tensor, groups: Groups) -> dist.Work:
+    """Starts to send a contiguous `tensor` to the next pipeline stage, from the last one to the first.
+
+    It must stay as it is until the returned work is waited for.
+    """
+    group, peer = _neighbour(groups, groups.pp_rank, groups.pp_rank + 1)
+    work = dist.isend(tensor, dst=peer, group=group)
+    assert work is not None, "the neighbour is in the group"
+    return work
+
+
+def receive_onward(tensor: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Fills `tensor` with what the stage before sends by `send_onward`, the last one where this is the first."""
+    group, peer = _neighbour(groups, groups.pp_rank - 1, groups.pp_rank)
+    dist.recv(tensor, src=peer, group=group)
+    return tensor
+
+
+def _neighbour(groups: Groups, sender: int, receiver: int) -> tuple[dist.ProcessGroup, int]:
+    """The group that joins two neighbouring stages, and the global rank of the one that is not this rank.
+
+    From last to first it is another group than onward: with two stages both directions would share one channel, and on
+    a GPU a queue of their own, in which two sends could wait for each other.
+    """
+    stages = dist.get_process_group_ranks(groups.collection.pp)
+    sender, receiver = sender % len(stages), receiver % len(stages)
+    group = groups.collection.embd if receiver == 0 else groups.collection.pp
+    return group, stages[receiver if sender == groups.pp_rank else sender]
+
+
+def broadcast_from_last_stage(tensor: torch.Tensor, groups: Groups) -> dist.Work:
+    """Starts to give every rank of this replica the `tensor` of its last stage's first tensor parallel rank."""
+    replica = dist.get_process_group_ranks(groups.collection.mp)
+    source, group = replica[-groups.tp_size], groups.collection.mp
+    work: dist.Work | None = dist.broadcast(tensor, src=source, group=group, async_op=True)
+    assert work is not None, "this rank is in the group"
+    return work
+
+
 def from_last_stage(tensor: torch.Tensor, groups: Groups) -> torch.Tensor:
     """The last pipeline stage's `tensor` on every stage, in place; the tensor itself."""
     if groups.pp_size > 1:

@@ -32,6 +32,7 @@ from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
+from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.storage import file_sha256
 
 BUILT_DATA = "data"  # in a run folder: what was built of files of rows
@@ -46,6 +47,9 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
     if config.task == "ppo":
         _check_ppo_paths(config)
         return
+    if config.task == "reward":
+        _check_reward_paths(config)
+        return
     if build_into is None:
         with tempfile.TemporaryDirectory() as folder:
             return check_paths(config, build_into=Path(folder))
@@ -58,6 +62,28 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
     dataset = _look_at_data(completed, findings, build_into=build_into)
     findings.of("data.eval_path", lambda: _held_out(completed, dataset, build_into=build_into))
     findings.end()
+
+
+def _check_reward_paths(config: RunConfig) -> None:
+    findings = _Findings()
+    model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
+    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
+    completed = config.model_copy(update={"model": model})
+    if model is not config.model:
+        findings.of("model", lambda: check_shape(completed))
+    findings.of("data.path", lambda: open_pairs(completed))
+    findings.end()
+
+
+def open_pairs(config: RunConfig) -> PairData:
+    """A reward run's pairs, checked against its model. Raises ConfigError or DataError."""
+    tokenizer = load_tokenizer(config.data.tokenizer or "")
+    if config.model.vocab_size is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({config.model.vocab_size}) is smaller than data.tokenizer's ({tokenizer.vocab_size} in "
+            f"{tokenizer.path}); name the tokenizer that the model was trained with"
+        )
+    return load_pairs(config)
 
 
 def _check_ppo_paths(config: RunConfig) -> None:
@@ -246,7 +272,8 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
     else:
         replicas = data_parallel_size(layout, world_size=world_size)
         micro_batches = training.global_batch_tokens // (training.micro_batch_tokens * replicas)
-        lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {micro_batches} micro-batches a step")
+        of_a_step = "micro-batches as pairs fit" if config.task == "reward" else f"{micro_batches} micro-batches a step"
+        lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {of_a_step}")
     phases = sampler_phases(config)
     sizes_of_steps = ", ".join(
         f"{phase.global_batch_tokens}{f' from step {phase.from_step} on' if phase.from_step else ''}"

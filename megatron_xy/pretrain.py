@@ -15,6 +15,7 @@ from megatron_xy.config import RunConfig, check_shape, check_world
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.loader import StepLoader
 from megatron_xy.data.phases import describe_epochs, run_sampler, with_epochs
+from megatron_xy.evaluation import HeldOutEvaluator
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
@@ -43,7 +44,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
-    log.say(_headline(config, world_size=world_size))
+    log.say(headline(config, world_size=world_size))
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
     with session(config, log=log, watchdog=watchdog, began=began):
@@ -60,7 +61,7 @@ def train(
     stop: StopRequest,
 ) -> None:
     """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
-    role: Role = timed(log, watchdog, "model and optimizer", lambda: _build(config))
+    role: Role = timed(log, watchdog, "model and optimizer", lambda: build(config))
     groups = role.groups
     loader = timed(
         log,
@@ -68,14 +69,16 @@ def train(
         "data",
         lambda: StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank),
     )
-    trainer = Trainer(config, role=role, loader=loader, held_out=held_out, log=log, watchdog=watchdog, stop=stop)
+    evaluator = HeldOutEvaluator(config, held_out, groups)
+    trainer = Trainer(config, role=role, loader=loader, evaluator=evaluator, log=log, watchdog=watchdog, stop=stop)
     with contextlib.closing(loader):
         timed(log, watchdog, "weights", trainer.restore)
         stop.can_save = True
         trainer.train()
 
 
-def _build(config: RunConfig) -> Role:
+def build(config: RunConfig) -> Role:
+    """The role of a training job on this rank, its weights still to come."""
     groups = parallel.build_groups(
         "model",
         ranks=range(environment.world_size()),
@@ -99,7 +102,8 @@ def leader_rank(config: RunConfig, *, world_size: int) -> int:
     return world_size - world_size // stages
 
 
-def _headline(config: RunConfig, *, world_size: int) -> str:
+def headline(config: RunConfig, *, world_size: int) -> str:
+    """What is trained, on what, in a line."""
     layout, model = config.parallel, config.model
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     return (

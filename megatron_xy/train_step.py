@@ -1,7 +1,7 @@
 """One optimizer step of a role: micro-batches through megatron-core's schedule, the update, the step's numbers.
 
-The loss is the sum over all tokens of the global batch divided by their number: the result depends neither on how the
-batch is split into micro-batches nor over data parallel ranks nor on its bucket.
+The loss is the sum over all tokens (or pairs, as the objective counts) of the global batch divided by their number: the
+result depends neither on how the batch is split into micro-batches nor over data parallel ranks nor on its bucket.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,20 @@ ForwardStep = Callable[[Iterator["DeviceBatch"], torch.nn.Module], tuple[torch.T
 
 
 @dataclass(frozen=True)
+class DevicePairs:
+    """A PairIndex on the device."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    pairs: torch.Tensor
+    weights: torch.Tensor
+    chosen_ends: torch.Tensor
+    rejected_ends: torch.Tensor
+    margins: torch.Tensor
+    source_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DeviceBatch:
     """One micro-batch on the device: a row of `micro_batch_tokens` tokens."""
 
@@ -37,19 +51,34 @@ class DeviceBatch:
     loss_mask: torch.Tensor  # [1, tokens] fp32
     source_ids: torch.Tensor  # [tokens] int64
     packed: PackedDocuments
+    pairs: DevicePairs | None = None
+
+
+# Of the role and the number of sources: the forward pass of one micro-batch, and its loss. What the loss function
+# tells, {"totals": [sources, 2 + measures]} fp64, are sums by source of losses, their number, and the measures.
+ObjectiveStep = Callable[[Role, int, Iterator[DeviceBatch], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a task learns; measures: names of what it tells beside the loss, each a mean over what the loss counts."""
+
+    step: ObjectiveStep
+    measures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step did, the same on every rank of the role."""
 
-    loss: float  # mean over the global batch's unmasked tokens
+    loss: float  # mean over the global batch's unmasked tokens, or what else the objective counts
     num_loss_tokens: int
     source_losses: dict[int, float]  # by source index, for the sources drawn
     source_tokens: dict[int, int]  # unmasked tokens, likewise
     grad_norm: float
     updated: bool
     forward_backward_seconds: float  # until the gradient norm is known
+    measures: dict[str, float]  # the objective's
 
 
 def train_step(
@@ -60,22 +89,26 @@ def train_step(
     lr: float,
     clip_grad: float,
     train_only: Collection[str] | None = None,
+    objective: Objective | None = None,
     judge: Judge | None = None,
     before_update: Callable[[], object] = lambda: None,
 ) -> StepResult:
     """One update of the role's weights from this data parallel rank's micro-batches; collective over the role.
 
     train_only: parts of the model ("embedding", "output_layer"); the rest stays as it is. None: everything trains.
+    objective: next-token prediction unless given.
     judge: of the step's loss and its finite gradient norm, whether the update is made; the same answer on all ranks.
     before_update: called right before weights and moments change.
     """
     began = time.perf_counter()
+    objective = objective or Objective(language_model_step)
     assert role.optimizer is not None, "a role that trains has an optimizer"
     role.zero_gradients()
     batches = [on_device(batch) for batch in micro_batches]
-    forward_step = partial(language_model_step, role, num_sources)
+    forward_step = partial(objective.step, role, num_sources)
     outputs = forward_backward(role, batches, forward_step=forward_step)
-    totals = torch.zeros(num_sources, 2, dtype=torch.float64, device=device.current())
+    columns = 2 + len(objective.measures)
+    totals = torch.zeros(num_sources, columns, dtype=torch.float64, device=device.current())
     for output in outputs:
         totals += output["totals"]
     totals = from_last_stage(sum_over(totals, role.groups.collection.dp), role.groups)
@@ -95,20 +128,25 @@ def train_step(
         before_update=before_update,
     )
     by_source = totals.tolist()
+    num_counted = sum(int(row[1]) for row in by_source)
     return StepResult(
         loss=_mean_loss(by_source),
-        num_loss_tokens=sum(int(count) for _, count in by_source),
-        source_losses={index: total / count for index, (total, count) in enumerate(by_source) if count},
-        source_tokens={index: int(count) for index, (_, count) in enumerate(by_source) if count},
+        num_loss_tokens=num_counted,
+        source_losses={index: row[0] / row[1] for index, row in enumerate(by_source) if row[1]},
+        source_tokens={index: int(row[1]) for index, row in enumerate(by_source) if row[1]},
         grad_norm=grad_norm,
         updated=updated,
         forward_backward_seconds=known_at - began,
+        measures={
+            name: sum(row[2 + place] for row in by_source) / max(num_counted, 1)
+            for place, name in enumerate(objective.measures)
+        },
     )
 
 
 def _mean_loss(totals: Sequence[Sequence[float]]) -> float:
     """Of sums and counts by source."""
-    return sum(total for total, _ in totals) / max(sum(count for _, count in totals), 1)
+    return sum(row[0] for row in totals) / max(sum(row[1] for row in totals), 1)
 
 
 def forward_backward(
@@ -186,10 +224,15 @@ def on_device(batch: MicroBatch) -> DeviceBatch:
         position_ids=torch.from_numpy(batch.position_ids).to(target),
         segment_lengths=tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()),
     )
+    pairs = None
+    if batch.pairs is not None:
+        arrays = {part.name: getattr(batch.pairs, part.name) for part in fields(batch.pairs)}
+        pairs = DevicePairs(**{name: torch.from_numpy(array).to(target) for name, array in arrays.items()})
     return DeviceBatch(
         tokens=torch.from_numpy(batch.tokens).to(target)[None],
         labels=torch.from_numpy(batch.labels).to(target)[None],
         loss_mask=torch.from_numpy(batch.loss_mask).to(target, torch.float32)[None],
         source_ids=torch.from_numpy(batch.source_ids).to(target, torch.int64),
         packed=packed,
+        pairs=pairs,
     )

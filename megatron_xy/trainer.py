@@ -1,6 +1,7 @@
 """The loop of a training job: batch, step, log, save; from the newest valid checkpoint on, until done or asked to stop.
 
-The data's way ends here: sampler and dataset give the micro-batches of a data step, `train_step` learns from them.
+The data's way ends here: a loader gives the micro-batches of a data step, `train_step` learns from them. The tasks
+differ in their loader, objective and evaluator.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from megatron_xy import course, device, mcore, waits
-from megatron_xy.checkpoint import FROZEN_UPDATES, CheckpointWriter, find_resumable, load_state, sweep
-from megatron_xy.checkpoint_files import TrainingState
+from megatron_xy.checkpoint import (
+    FROZEN_UPDATES,
+    CheckpointWriter,
+    find_resumable,
+    iteration_folder,
+    load_state,
+    sweep,
+)
+from megatron_xy.checkpoint_files import TrainingState, amend_state
 from megatron_xy.config import ModelConfig, RunConfig
-from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.loader import PreparedStep, StepLoader
+from megatron_xy.data.loader import PreparedStep
 from megatron_xy.errors import DataError, Stopped
-from megatron_xy.evaluation import HeldOut, evaluate
+from megatron_xy.evaluation import Evaluated
 from megatron_xy.flops import peak_flops, recomputed_flops, step_flops
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import EVENTS, RunLog
@@ -33,9 +40,39 @@ from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.spikes import StepHistory
 from megatron_xy.stragglers import StragglerWatch
-from megatron_xy.train_step import StepResult, train_step
+from megatron_xy.train_step import Objective, StepResult, train_step
 from megatron_xy.watchdog import Watchdog
 from megatron_xy.weights import changes_to_source, load_initial_weights
+
+
+class Loader(Protocol):
+    """A task's data: data steps as micro-batches."""
+
+    sources: list[str]
+    data_fingerprints: list[str]
+    chat_template: str | None
+
+    def get(self, data_step: int) -> tuple[PreparedStep, float]:
+        """The step's micro-batches for this data parallel rank and the seconds waited for them."""
+
+    def consumed_shares(self, data_step: int) -> dict[str, float]:
+        """{source: its part of the tokens of all steps before `data_step`}."""
+
+    def ends_epoch(self, iteration: int) -> bool:
+        """Whether an iteration is the last of an epoch that leaves a checkpoint."""
+
+
+class Evaluator(Protocol):
+    """A task's evaluations during training."""
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether one follows on this iteration, and on its checkpoint."""
+
+    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> Evaluated | None:
+        """Makes it; None where `goes_on`, asked now and then, said no. Collective over the role."""
+
+    def tell(self, log: RunLog, record: dict[str, Any], *, seconds: float) -> None:
+        """Logs its record."""
 
 
 class Trainer:
@@ -46,15 +83,17 @@ class Trainer:
         config: RunConfig,
         *,
         role: Role,
-        loader: StepLoader,
-        held_out: PackedDataset | None,
+        loader: Loader,
+        evaluator: Evaluator,
         log: RunLog,
         watchdog: Watchdog,
         stop: StopRequest,
+        objective: Objective | None = None,
+        keeps_epochs: bool = False,
     ) -> None:
-        """held_out: None where nothing is evaluated."""
+        """objective: next-token prediction unless given; keeps_epochs: checkpoints at their ends are not let go of."""
         self.config, self.role, self.loader = config, role, loader
-        self.held_out = None if held_out is None else _portions(config, held_out, role)
+        self.evaluator, self.objective = evaluator, objective
         self.log, self.watchdog, self.stop = log, watchdog, stop
         self.state = TrainingState()
         self.history = StepHistory()
@@ -70,6 +109,7 @@ class Trainer:
             timeout_seconds=config.runtime.timeout_seconds,
             on_progress=lambda num_bytes: went_forward(),
             on_written=log.say,
+            is_kept=loader.ends_epoch if keeps_epochs else lambda iteration: False,
         )
         self._peak_flops = device.matrix_product_rate() if device.is_cpu() else peak_flops(device.name())
         self.stragglers = StragglerWatch(role)
@@ -133,7 +173,7 @@ class Trainer:
                 self._save(iteration)
                 saved = iteration
             is_done = iteration == train_iters
-            if self._is_evaluation_due(iteration):
+            if self.evaluator.is_due(iteration):
                 is_evaluated = not stopping and self._evaluate(iteration)
                 stopping, is_done = not is_evaluated, is_done and is_evaluated
             if stopping and not is_done:
@@ -174,6 +214,7 @@ class Trainer:
                 lr=lr,
                 clip_grad=self.config.optimizer.clip_grad,
                 train_only=train_only,
+                objective=self.objective,
                 judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
                 before_update=self.writer.before_update,
             )
@@ -241,8 +282,8 @@ class Trainer:
         padding, squares = map(int, sum_over(counts, groups.collection.dp).tolist())
         largest = torch.tensor([int(self.stop.requested), device.peak_memory_bytes()], device=device.current())
         stopping, peak_memory = max_over(largest, groups.all_ranks).tolist()
-        batch_tokens = prepared.num_tokens
-        work = {"num_tokens": batch_tokens - padding, "sum_squared_lengths": squares}
+        room = groups.dp_size * sum(batch.tokens.size for batch in prepared.micro_batches)
+        work = {"num_tokens": room - padding, "sum_squared_lengths": squares}
         flops = step_flops(model, **work)
         available = seconds * len(groups.ranks) * self._peak_flops if self._peak_flops else None
         sources = self.loader.sources
@@ -259,7 +300,7 @@ class Trainer:
             "consumed_samples": self.state.consumed_samples,
             "consumed_tokens": self.state.consumed_tokens,
             "consumed_share_by_source": self.loader.consumed_shares(self.state.data_step),
-            "padding_ratio": padding / batch_tokens,
+            "padding_ratio": padding / room,
             "step_seconds": seconds,
             "data_wait_seconds": waited,
             "seconds_by_phase": {
@@ -268,35 +309,29 @@ class Trainer:
                 "optimizer": seconds - waited - result.forward_backward_seconds,
                 **self._seconds_between_steps,
             },
-            "tokens_per_second": batch_tokens / seconds,
+            "tokens_per_second": prepared.num_tokens / seconds,
             "mfu": flops / available if available else None,
             "hfu": (flops + recomputed_flops(model, **work)) / available if available else None,
             "peak_memory_bytes": peak_memory,
             "skipped": not result.updated,
+            **result.measures,
         }
         self._seconds_between_steps = dict.fromkeys(self._seconds_between_steps, 0.0)
         return record, bool(stopping)
 
     def _is_save_due(self, iteration: int) -> bool:
-        training = self.config.training
-        ends_epoch = training.epochs is not None and iteration % (training.train_iters // training.epochs) == 0
-        return iteration % self.config.checkpoint.save_interval == 0 or iteration == training.train_iters or ends_epoch
-
-    def _is_evaluation_due(self, iteration: int) -> bool:
-        if self.held_out is None:
-            return False
-        return iteration % self.config.training.eval_interval == 0 or iteration == self.config.training.train_iters
+        is_due = iteration % self.config.checkpoint.save_interval == 0 or self.loader.ends_epoch(iteration)
+        return is_due or iteration == self.config.training.train_iters
 
     def _is_evaluation_missing(self, iteration: int) -> bool:
         """Whether the run that is resumed ended before it was evaluated here. Collective: the leader has the file."""
-        if not self._is_evaluation_due(iteration):
+        if not self.evaluator.is_due(iteration):
             return False
         there = torch.tensor([int(self.log.has_evaluation(iteration))], device=device.current())
         return not max_over(there, self.role.groups.all_ranks).item()
 
     def _evaluate(self, iteration: int) -> bool:
         """Evaluates and records it; False where a request to stop came first, the same answer on all ranks."""
-        assert self.held_out is not None, "only then is an evaluation due"
         began = time.perf_counter()
 
         def goes_on() -> bool:
@@ -304,11 +339,16 @@ class Trainer:
             asked = torch.tensor([int(self.stop.requested)], device=device.current())
             return not max_over(asked, self.role.groups.all_ranks).item()
 
-        result = evaluate(self.role, self.held_out, goes_on=goes_on)
+        result = self.evaluator.evaluate(self.role, iteration=iteration, goes_on=goes_on)
+        if result is not None and result.checkpoint_facts:
+            self.writer.finish(self.role.groups)
+            folder = iteration_folder(self.checkpoints, iteration)
+            if self.role.groups.is_leader and folder.is_dir():
+                amend_state(folder, result.checkpoint_facts)
         seconds = time.perf_counter() - began
         self._seconds_between_steps["evaluate"] += seconds
         if result is not None and self.role.groups.is_leader:
-            self.log.evaluation(result.record(iteration=iteration), seconds=seconds)
+            self.evaluator.tell(self.log, result.record, seconds=seconds)
         return result is not None
 
     def _save(self, iteration: int) -> None:
@@ -334,19 +374,6 @@ class Trainer:
 
     def _beat(self, phase: str, iteration: int) -> None:
         self.watchdog.beat(iteration=iteration, phase=phase)
-
-
-def _portions(config: RunConfig, dataset: PackedDataset, role: Role) -> HeldOut:
-    """The held-out data in passes of as many micro-batches as a training step has."""
-    training, groups = config.training, role.groups
-    return HeldOut(
-        dataset,
-        micro_batch_tokens=training.micro_batch_tokens,
-        split_documents=config.data.split_documents,
-        micro_batches_per_pass=training.global_batch_tokens // (training.micro_batch_tokens * groups.dp_size),
-        dp_size=groups.dp_size,
-        dp_rank=groups.dp_rank,
-    )
 
 
 def timed(log: RunLog, watchdog: Watchdog, name: str, work: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_xy import environment, orphans, run_folder, signals
@@ -20,6 +21,7 @@ from megatron_xy.errors import (
     MegatronXYError,
     PeerLost,
 )
+from megatron_xy.model_job import ModelJob
 from megatron_xy.watchdog import END, Watchdog
 
 Work = Callable[[RunConfig, signals.StopRequest, Watchdog], None]
@@ -30,18 +32,8 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
 
     A failed rank leaves without waiting for anything: its peers' collectives then fail at once instead of hanging.
     """
-    signals.block_stop_signals()
-    orphans.die_with_parent()
-    rank = environment.rank()
-    run_dir = run_dir_of(config_path, overrides=overrides)
 
-    def on_leave(message: str) -> None:
-        _record(run_dir, code=EXIT_STOPPED, message=message, rank=rank)
-
-    stop = signals.StopRequest(on_leave=on_leave)
-    code, message, trace = EXIT_DONE, "done", ""
-    watchdog: Watchdog | None = None
-    try:
+    def begin() -> RunConfig:
         config = load_config(config_path, overrides=overrides)
         if config.task != task:
             raise ConfigError(
@@ -54,6 +46,31 @@ def run_worker(task: str, *, config_path: Path, overrides: list[str], work: Work
             )
         run_folder.prepare(config.run_dir)
         run_folder.refuse_if_busy(config.run_dir)  # before this rank's own files there are touched
+        return config
+
+    _live(begin, work, run_dir_at_start=partial(run_dir_of, config_path, overrides=overrides))
+
+
+def run_model_rank(job: ModelJob, *, work: Work) -> None:
+    """Likewise, for one rank of a verb over a model; its work folder is the run folder. Does not return."""
+    run_dir = Path(job.run_dir)
+    _live(lambda: job.options().model_copy(update={"run_dir": run_dir}), work, run_dir_at_start=lambda: run_dir)
+
+
+def _live(begin: Callable[[], RunConfig], work: Work, *, run_dir_at_start: Callable[[], Path | None]) -> None:
+    signals.block_stop_signals()
+    orphans.die_with_parent()
+    rank = environment.rank()
+    run_dir = run_dir_at_start()
+
+    def on_leave(message: str) -> None:
+        _record(run_dir, code=EXIT_STOPPED, message=message, rank=rank)
+
+    stop = signals.StopRequest(on_leave=on_leave)
+    code, message, trace = EXIT_DONE, "done", ""
+    watchdog: Watchdog | None = None
+    try:
+        config = begin()
         watchdog = Watchdog(
             config.run_dir,
             rank=rank,

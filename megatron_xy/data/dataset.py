@@ -42,6 +42,23 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class PairIndex:
+    """Where the pairs of answers in a row are: p pairs, compared at n places in all.
+
+    At place i, the value at `chosen[i]` is to exceed that at `rejected[i]`; it weighs weights[i], 1 in all of a pair.
+    """
+
+    chosen: NDArray[np.int64]  # [n] positions in the row
+    rejected: NDArray[np.int64]  # [n]
+    pairs: NDArray[np.int64]  # [n] 0 to p - 1
+    weights: NDArray[np.float32]  # [n]
+    chosen_ends: NDArray[np.int64]  # [p] positions of the last tokens, where the scores are
+    rejected_ends: NDArray[np.int64]  # [p]
+    margins: NDArray[np.float32]  # [p] by how much the chosen one is to win
+    source_ids: NDArray[np.int64]  # [p]
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One row of t = micro_batch_tokens tokens; every array but cu_seqlens is [t]."""
 
@@ -54,6 +71,7 @@ class MicroBatch:
     source_ids: NDArray[np.int32]  # of every token, that of its sample for padding
     num_padding_tokens: int
     sum_squared_lengths: int  # of n^2 over the texts that attend within themselves: what attention costs
+    pairs: PairIndex | None = None  # of task reward, in place of labels
 
 
 class PackedDataset:

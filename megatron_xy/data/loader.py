@@ -19,12 +19,8 @@ class PreparedStep:
     bucket: int
     micro_batches: list[MicroBatch]
     num_samples: int  # of all ranks
+    num_tokens: int  # of all ranks, the same in every layout: with the samples' padding, without that of their packing
     samples: dict[str, list[int]]  # of all ranks: {source: indices within (source, bucket)}
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all ranks, padding included."""
-        return self.bucket * self.num_samples
 
 
 class StepLoader:
@@ -46,7 +42,13 @@ class StepLoader:
         samples: dict[str, list[int]] = {}
         for sample in batch.samples:
             samples.setdefault(sample.source, []).append(sample.index)
-        return PreparedStep(batch.bucket, micro_batches, len(batch.samples), samples), waited
+        num_samples = len(batch.samples)
+        return PreparedStep(batch.bucket, micro_batches, num_samples, batch.bucket * num_samples, samples), waited
+
+    def ends_epoch(self, iteration: int) -> bool:
+        """Whether an iteration, from 1 on, is the last of its epoch, in a run that counts in epochs."""
+        training = self._config.training
+        return training.epochs is not None and iteration % (training.train_iters // training.epochs) == 0
 
     def consumed_shares(self, data_step: int) -> dict[str, float]:
         """{source: its part of the tokens, padding included, of all steps before `data_step`}, from step 1 on."""

@@ -63,8 +63,8 @@ def pack_sources(
             window_documents=window_documents,
             packing=packing,
             overflow=chat_overflow if masked[name] else overflow,
-            engine="python" if total < FEW_DOCUMENTS else "auto",
             masked=masked[name],
+            engine="python" if total < FEW_DOCUMENTS else "auto",
         )
     ]
     receipts: dict[str, list[PackReceipt]] = {name: [] for name in names}

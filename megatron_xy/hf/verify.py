@@ -38,11 +38,15 @@ ROW_LENGTHS = (1, 17, 64, 128)
 _TRANSFORMERS_LOGITS = """
 import json, sys, torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 folder, rows, target = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+is_value = AutoConfig.from_pretrained(folder).architectures[0].endswith("ForSequenceClassification")
+model = (AutoModelForSequenceClassification if is_value else AutoModelForCausalLM).from_pretrained(folder)
+model = model.float().eval()
+head = model.score if is_value else model.lm_head
 with torch.no_grad():
-    logits = {str(i): model(torch.tensor([row])).logits[0].contiguous() for i, row in enumerate(json.load(open(rows)))}
+    hidden = [model.model(torch.tensor([row])).last_hidden_state[0] for row in json.load(open(rows))]
+    logits = {str(i): head(states).contiguous() for i, states in enumerate(hidden)}
 save_file(logits, target)
 """
 
@@ -55,7 +59,7 @@ def verify(source: str, target: str, *, say: Callable[[str], None]) -> bool:
     opened = [open_source(*place(text, option)) for text, option in ((source, "--from"), (target, "--to"))]
     same = tensors_agree(*opened, say=say)
     folders = [side.folder for side in reversed(opened) if side.kind == "hf"]
-    if not folders or opened[0].model.head != "language_model":
+    if not folders:
         return same
     difference = largest_logit_difference(folders[0])
     say(f"logits of transformers and ours, fp32: largest difference {difference:.2e}, {TOLERANCE:.0e} is allowed")
@@ -97,7 +101,10 @@ def largest_logit_difference(hf_folder: Path) -> float:
 
 
 def transformers_logits(hf_folder: Path, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Logits [row length, vocabulary] fp32 of transformers, in a process of its own. Raises DataError."""
+    """Logits [row length, vocabulary], fp32, of transformers in a process of its own; of a value head [row length, 1].
+
+    Raises DataError where it does not open the folder.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         rows_path, target = Path(scratch, "rows.json"), Path(scratch, "logits.safetensors")
         rows_path.write_text(json.dumps(rows), encoding="utf-8")

@@ -41,12 +41,16 @@ def rms_norm(values: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch
     """values / rms(values) * weight over the last dimension; [..., hidden], weight [hidden]."""
     if not device.is_cpu() and not compiler().works:
         return F.rms_norm(values, weight.shape, weight, eps)  # one kernel from torch 2.9 on
+    if not torch.is_grad_enabled():
+        return _rms_norm_forward(values, weight, eps)[0]  # type: ignore[no-any-return]
     normed: torch.Tensor = _RMSNorm.apply(values, weight, eps)  # type: ignore[no-untyped-call]
     return normed
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up; [..., 2 x ffn], the gate's half first -> [..., ffn]. Keeps its input alone."""
+    if not torch.is_grad_enabled():
+        return _swiglu_forward(gate_and_up)  # type: ignore[no-any-return]
     activated: torch.Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]
     return activated
 

@@ -1,48 +1,86 @@
-"""Logits of given token rows under any layout: what is compared with other implementations."""
+"""Logits and log-probabilities of given token rows under any layout: what is compared with other implementations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
 from megatron_xy.data.dataset import MicroBatch
+from megatron_xy.losses import token_logprobs_and_entropy
 from megatron_xy.parallel import joined_over
 from megatron_xy.role import Role
 from megatron_xy.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
 
+ROWS_A_PASS = 16  # through the pipeline; all are padded to the longest of them
+OutputsOf = Callable[[Role, torch.Tensor, torch.Tensor], torch.Tensor]
 
-@torch.no_grad()
+
 def logits_of(role: Role, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits [row length, vocabulary] fp32 of every row of token ids; an empty list but on the last pipeline stage.
 
-    Each row is a document of its own. Collective over the role's ranks.
+    Of a model with a value head: values [row length, 1]. Each row is a document of its own. Collective over the ranks
+    of a replica, which get the same rows.
     """
-    tp_size = role.groups.tp_size
+    return [output[: len(row)] for row, output in zip(rows, _outputs(role, rows, _logits), strict=False)]
+
+
+def logprobs_of(role: Role, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, torch.Tensor]]:
+    """(place, log-probabilities [row length - 1] fp32 of the row's tokens from the second on) of every row.
+
+    Likewise. Rows are gone through by their lengths, some at a time.
+    """
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    for first in range(0, len(order), ROWS_A_PASS):
+        places = order[first : first + ROWS_A_PASS]
+        outputs = _outputs(role, [rows[place] for place in places], _logprobs)
+        yield from ((place, output[: len(rows[place]) - 1]) for place, output in zip(places, outputs, strict=False))
+
+
+@torch.no_grad()
+def _outputs(role: Role, rows: Sequence[Sequence[int]], outputs_of: OutputsOf) -> list[torch.Tensor]:
     width = max(len(row) for row in rows)
-    width += -width % tp_size  # sequence parallelism splits it
+    width += -width % role.groups.tp_size  # sequence parallelism splits it
     batches = [on_device(_padded(row, width)) for row in rows]
+    if len(role.chunks) > 1:  # an interleaved schedule takes as many at a time as there are stages
+        batches += batches[:1] * (-len(batches) % role.groups.pp_size)
     for chunk in role.chunks:
         chunk.eval()
     with role.active():
-        outputs = forward_backward(role, batches, forward_step=partial(_logits_step, role), forward_only=True)
+        step = partial(_forward_step, role, outputs_of)
+        outputs = forward_backward(role, batches, forward_step=step, forward_only=True)
     for chunk in role.chunks:
         chunk.train()
-    return [output["logits"][: len(row)] for output, row in zip(outputs, rows, strict=False)]
+    return [output["outputs"] for output in outputs[: len(rows)]]
 
 
-def _logits_step(
-    role: Role, batches: Iterator[DeviceBatch], module: torch.nn.Module
+def _forward_step(
+    role: Role, outputs_of: OutputsOf, batches: Iterator[DeviceBatch], module: torch.nn.Module
 ) -> tuple[torch.Tensor, LossFunction]:
-    output = forward(module, next(batches))
+    batch = next(batches)
+    output = forward(module, batch)
 
-    def collect(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        whole = joined_over(logits[0].float(), role.groups.collection.tp)[:, : role.model.vocab_size]
-        return logits.sum(), torch.tensor(1, dtype=torch.int), {"logits": whole}
+    def collect(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        found = outputs_of(role, last[0], batch.labels[0])
+        return last.sum(), torch.tensor(1, dtype=torch.int, device=last.device), {"outputs": found}
 
     return output, collect
+
+
+def _logits(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if role.model.head == "value":
+        return logits.float()
+    return joined_over(logits.float(), role.groups.collection.tp)[:, : role.model.vocab_size]
+
+
+def _logprobs(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    assert role.model.vocab_size, "the shape is complete once a model is built"
+    tp_group = role.groups.collection.tp
+    return token_logprobs_and_entropy(
+        logits, labels, vocab_size=role.model.vocab_size, temperature=1.0, tp_group=tp_group
+    )[0]
 
 
 def _padded(row: Sequence[int], width: int) -> MicroBatch:
@@ -50,10 +88,11 @@ def _padded(row: Sequence[int], width: int) -> MicroBatch:
     length = len(row)
     borders = [0, length] if length == width else [0, length, width]
     tokens = np.zeros(width, dtype=np.int64)
-    tokens[:length] = row
+    labels = np.zeros(width, dtype=np.int64)
+    tokens[:length], labels[: length - 1] = row, row[1:]
     return MicroBatch(
         tokens=tokens,
-        labels=np.zeros(width, dtype=np.int64),
+        labels=labels,
         loss_mask=np.zeros(width, dtype=np.float32),
         position_ids=np.concatenate([np.arange(length), np.arange(width - length)]),
         cu_seqlens=np.array(borders, dtype=np.int32),

@@ -9,11 +9,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_xy.data.chat import Chat
+from megatron_xy.data.chat_template import load_chat_template
+from megatron_xy.data.conversations import BadConversation, Message, parse_messages
 from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.errors import ConfigError, DataError
@@ -28,14 +32,14 @@ class DrawnPrompt:
 
 
 class PromptFile:
-    """The rows of a jsonl file that hold a `prompt`: text, taken as it stands after the begin token.
+    """The rows of a jsonl file that hold a `prompt`: text, taken as it stands after the begin token, or messages.
 
     Raises ConfigError where the file is not there, DataError for rows that are no prompts, all of them named.
     """
 
     def __init__(self, path: Path, *, seed: int) -> None:
         self.path, self._seed = path, seed
-        self.rows = read_rows(path, wanted="prompt", kinds=(str,))
+        self.rows = read_rows(path, wanted="prompt", kinds=(str, list))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,20 +59,57 @@ class PromptFile:
             drawn.append(DrawnPrompt(int(row[0]), epoch))
         return drawn
 
-    def tokens(self, row: int, tokenizer: Tokenizer) -> list[int]:
-        """A row's prompt as token ids, the begin token first where the tokenizer has one."""
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return [*begin, *tokenizer.encode(str(self.rows[row]["prompt"])).tolist()]
+    def tokens(self, row: int, renderer: Renderer) -> list[int]:
+        """A row's prompt as token ids. Raises DataError where the template cannot render it."""
+        prompt = self.rows[row]["prompt"]
+        try:
+            return renderer.prompt(prompt if isinstance(prompt, str) else parse_messages(prompt))
+        except BadConversation as error:
+            raise DataError(f"{self.path}:{self.rows[row]['line']}: {error}") from error
 
-    def check_lengths(self, tokenizer: Tokenizer, *, most: int, reason: str) -> None:
-        """Raises DataError that names the first rows of more than `most` tokens, or of none."""
+    def check_lengths(self, renderer: Renderer, *, most: int, reason: str) -> None:
+        """Raises DataError that names the first row of more than `most` tokens, or of none."""
         for row in range(len(self.rows)):
-            length = len(self.tokens(row, tokenizer))
+            length = len(self.tokens(row, renderer))
             if not 0 < length <= most:
                 raise DataError(
                     f"{self.path}:{self.rows[row]['line']}: the prompt has {length} tokens, must have 1 to {most} "
                     f"({reason}); shorten it, or leave the row out"
                 )
+
+
+class Renderer:
+    """Prompts as one role reads them: by its chat template, where they are messages."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: str | None) -> None:
+        """Raises ConfigError or DataError where the template is none."""
+        self.tokenizer = tokenizer
+        self._chat = None if chat_template is None else Chat(tokenizer, load_chat_template(chat_template, tokenizer))
+
+    def prompt(self, prompt: str | list[Message]) -> list[int]:
+        """Token ids that an answer follows on. Raises BadConversation."""
+        if self._chat is not None:
+            return [int(token) for token in self._chat.prompt(prompt)]
+        if not isinstance(prompt, str):
+            raise BadConversation("the prompt is messages, and no chat template renders them; name data.chat_template")
+        begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return [*begin, *self.tokenizer.encode(prompt).tolist()]
+
+    def answer(self, prompt: str | list[Message], text: str) -> list[int]:
+        """Token ids of an answer that is given as text, its end token included. Raises BadConversation."""
+        if self._chat is not None and not isinstance(prompt, str):
+            whole = self._chat.conversation([*prompt, {"role": "assistant", "content": text}], last_turn_only=True)
+            ids = whole.ids[whole.learned].tolist()
+        else:
+            ids = self.tokenizer.encode(text).tolist()
+        return ids if ids and ids[-1] in self.stop_ids else [*ids, self.stop_ids[-1]]
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer; the last one is what the chat template ends it with."""
+        if self._chat is not None:
+            return self._chat.stop_ids
+        return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
 
 
 class GivenResponses:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from megatron_xy import device
+from megatron_xy.model import generate
+from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.prompts import DrawnPrompt, GivenResponses, padded
 from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.transport import Shipment, exchange
-from megatron_xy.role import Role
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,33 @@ class AnswersFromFile:
         return [Answer(row, row[-1] in self._stop_tokens) for row in rows]
 
 
-Generate = Callable[[Role, Sequence[DrawnPrompt], Sequence[Sequence[int]]], dict[int, Answer]]
-
-
 class GeneratedAnswers:
-    """Answers of the actor, by `generate`: on a rank of the actor, the answers that this rank is to tell of, by the
-    prompt's index in the step; each from one rank."""
+    """Answers of the actor, drawn by its own weights."""
 
-    def __init__(self, actor: RoleWorker, generate: Generate, *, max_response_length: int) -> None:
-        self._actor, self._generate, self._most = actor, generate, max_response_length
+    def __init__(self, actor: RoleWorker, options: SamplingOptions) -> None:
+        self._actor, self._options = actor, options
 
     def answers(self, drawn: Sequence[DrawnPrompt], prompts: Sequence[Sequence[int]], *, first: int) -> list[Answer]:
         """As AnswerSource."""
         where = device.current()
-        table = torch.zeros(len(prompts), self._most, dtype=torch.int64, device=where)
+        table = torch.zeros(len(prompts), self._options.max_response_length, dtype=torch.int64, device=where)
         sizes = torch.zeros(len(prompts), 2, dtype=torch.int64, device=where)  # length, whether it has ended
         if self._actor.role is not None:
+            requests = [
+                generate.Request(prompt, row=draw.row, epoch=draw.epoch)
+                for draw, prompt in zip(drawn, prompts, strict=True)
+            ]
+            told: dict[int, generate.Answer] = {}
             with self._actor.working("generate") as role:
-                for index, answer in self._generate(role, drawn, prompts).items():
+                generate.generate_share(role, requests, self._options, on_answer=told.__setitem__)
+            if role.groups.is_last_stage and role.groups.tp_rank == 0:  # the one of its replica that tells
+                for index, answer in told.items():
                     table[index, : len(answer.tokens)] = torch.tensor(answer.tokens, device=where)
-                    sizes[index] = torch.tensor([len(answer.tokens), int(answer.has_ended)], device=where)
+                    has_ended = int(answer.finish_reason == "stop")
+                    sizes[index] = torch.tensor([len(answer.tokens), has_ended], device=where)
         (whole,) = exchange(Shipment({"tokens": table, "sizes": sizes}))
-        rows, told = whole["tokens"].tolist(), whole["sizes"].tolist()
-        return [Answer(row[:length], bool(ended)) for row, (length, ended) in zip(rows, told, strict=True)]
+        rows, lengths = whole["tokens"].tolist(), whole["sizes"].tolist()
+        return [Answer(row[:length], bool(ended)) for row, (length, ended) in zip(rows, lengths, strict=True)]
 
 
 def as_rollout(drawn: Sequence[DrawnPrompt], prompts: dict[str, list[list[int]]], answers: Sequence[Answer]) -> Rollout:

@@ -27,12 +27,13 @@ from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
+from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
 from megatron_xy.ppo.placement import drawn
-from megatron_xy.ppo.prompts import GivenResponses, PromptFile
+from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
 from megatron_xy.ppo.reward_function import FunctionScorer, load_reward_function
 from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel, RoleWorker
-from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource
+from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAnswers
 from megatron_xy.ppo.trainer import Cast, PPOTrainer
 from megatron_xy.role import build_role
 from megatron_xy.session import session
@@ -50,6 +51,7 @@ class Material:
     prompts: PromptFile
     responses: GivenResponses | None
     tokenizer: Tokenizer
+    renderers: dict[str, Renderer]
     stored_scores: tuple[float, float]  # mean and deviation, as the reward model's checkpoint keeps them
 
 
@@ -101,7 +103,10 @@ def look_at(config: RunConfig, *, world_size: int) -> Material:
             f"{room} tokens (the smaller one of max_position_embeddings and micro_batch_tokens); lower it"
         )
     reason = f"the {name} has {room} tokens for prompt and answer, ppo.max_response_length is {ppo.max_response_length}"
-    prompts.check_lengths(tokenizer, most=room - ppo.max_response_length, reason=reason)
+    by_template = {template: Renderer(tokenizer, template) for template in {r.chat_template for r in roles.values()}}
+    for renderer in by_template.values():
+        prompts.check_lengths(renderer, most=room - ppo.max_response_length, reason=reason)
+    renderers: dict[str, Renderer] = {name: by_template[role.chat_template] for name, role in roles.items()}
     responses = None
     if ppo.responses is not None:
         responses = GivenResponses(ppo.responses)
@@ -109,14 +114,14 @@ def look_at(config: RunConfig, *, world_size: int) -> Material:
         vocab_size = roles["actor"].model.vocab_size
         assert vocab_size, "the shape is complete"
         responses.check(num_drawn=num_drawn, most=ppo.max_response_length, vocab_size=vocab_size)
-    elif tokenizer.eos_id is None:
+    elif not renderers["actor"].stop_ids:
         raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end")
     if ppo.reward_function is not None:
         load_reward_function(ppo.reward_function)
     stored = (0.0, 1.0)
     if ppo.reward_normalization == "stored":
         stored = _stored_scores(roles["reward"])
-    return Material(roles, prompts, responses, tokenizer, stored)
+    return Material(roles, prompts, responses, tokenizer, renderers, stored)
 
 
 def _check_vocabularies(roles: dict[RoleName, PlacedRole], tokenizer: Tokenizer) -> None:
@@ -219,7 +224,7 @@ def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watch
         engine=engine,
         source=_source(config, material, actor),
         prompts=material.prompts,
-        tokenizer=material.tokenizer,
+        renderers=material.renderers,
         facts={"files": _fingerprints(config, material), "tokenizer": str(material.tokenizer.path)},
         log=log,
         watchdog=watchdog,
@@ -231,10 +236,18 @@ def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watch
 def _source(config: RunConfig, material: Material, actor: Actor) -> AnswerSource:
     ppo, vocab_size = config.ppo, actor.placed.model.vocab_size
     assert ppo is not None and vocab_size, "the config's rules ask for them"
-    stop_tokens = [] if material.tokenizer.eos_id is None else [material.tokenizer.eos_id]
+    stop_tokens = material.renderers["actor"].stop_ids
     if material.responses is not None:
         return AnswersFromFile(material.responses, stop_tokens=stop_tokens)
-    raise ConfigError("ppo.responses is missing: answers are not generated yet")
+    options = SamplingOptions(
+        temperature=ppo.temperature,
+        top_p=ppo.top_p,
+        top_k=ppo.top_k,
+        max_response_length=ppo.max_response_length,
+        stop_ids=tuple(stop_tokens),
+        seed=config.seed,
+    )
+    return GeneratedAnswers(actor, options)
 
 
 def _fingerprints(config: RunConfig, material: Material) -> dict[str, str]:

@@ -16,7 +16,6 @@ from megatron_xy import course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter, find_resumable, iteration_folder, load_state, sweep
 from megatron_xy.checkpoint_files import TrainingState, read_manifest, write_shard
 from megatron_xy.config import RunConfig
-from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.errors import DataError, Stopped
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import RunLog
@@ -24,7 +23,7 @@ from megatron_xy.parallel import Groups, barrier, max_over, sum_over
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
 from megatron_xy.ppo.experience import Experience, Rollout
-from megatron_xy.ppo.prompts import PromptFile
+from megatron_xy.ppo.prompts import PromptFile, Renderer
 from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout, dumped
 from megatron_xy.schedule import learning_rate
@@ -61,16 +60,16 @@ class PPOTrainer:
         engine: PPO,
         source: AnswerSource,
         prompts: PromptFile,
-        tokenizer: Tokenizer,
+        renderers: dict[str, Renderer],
         facts: dict[str, Any],
         log: RunLog,
         watchdog: Watchdog,
         stop: StopRequest,
     ) -> None:
-        """facts: of the files that the run was given, for its checkpoints."""
+        """renderers: of prompts, by role. facts: of the files that the run was given, for its checkpoints."""
         assert config.ppo is not None and config.roles is not None, "the config's rules ask for both"
         self.config, self.ppo, self.cast, self.engine = config, config.ppo, cast, engine
-        self.source, self.prompts, self.tokenizer, self.facts = source, prompts, tokenizer, facts
+        self.source, self.prompts, self.renderers, self.facts = source, prompts, renderers, facts
         self.log, self.watchdog, self.stop = log, watchdog, stop
         self.states = {name: TrainingState() for name in TRAINED}
         self.checkpoints = config.run_dir / "checkpoints"
@@ -121,8 +120,8 @@ class PPOTrainer:
         self.log.open_metrics(iteration=self.state.iteration)
         for iteration in range(self.state.iteration + 1, train_iters + 1):
             stopping = self._step(iteration)
-            is_snapshot = self.ppo.snapshot_interval and iteration % self.ppo.snapshot_interval == 0
-            if iteration % checkpoint.save_interval == 0 or is_snapshot or iteration == train_iters or stopping:
+            is_due = iteration % checkpoint.save_interval == 0 or self._is_snapshot(iteration)
+            if is_due or iteration == train_iters or stopping:
                 self._save(iteration)
             if stopping and iteration < train_iters:
                 self._finish()
@@ -132,6 +131,10 @@ class PPOTrainer:
         self._finish()
         self.log.say(f"done: {self.state.iteration} iterations")
 
+    def _is_snapshot(self, iteration: int) -> bool:
+        """Whether the checkpoint of an iteration is never let go of."""
+        return self.ppo.snapshot_interval > 0 and iteration % self.ppo.snapshot_interval == 0
+
     def _step(self, iteration: int) -> bool:
         """One PPO step, recorded; returns whether any rank was asked to stop."""
         began = time.perf_counter()
@@ -140,9 +143,12 @@ class PPOTrainer:
         size = self.ppo.rollout_batch_size
         spent.enter("generate")
         drawn = self.prompts.draw(first, size)
-        prompts = [self.prompts.tokens(draw.row, self.tokenizer) for draw in drawn]
-        answers = self.source.answers(drawn, prompts, first=first)
-        rollout = as_rollout(drawn, dict.fromkeys(self.cast.workers, prompts), answers)
+        prompts = {
+            name: [self.prompts.tokens(draw.row, renderer) for draw in drawn]
+            for name, renderer in self.renderers.items()
+        }
+        answers = self.source.answers(drawn, prompts["actor"], first=first)
+        rollout = as_rollout(drawn, prompts, answers)
         spent.enter("score")
         experience = self.engine.collect(rollout, check=self._check)
         if self.ppo.dump_rollouts and self.cast.world.role_rank == 0:
@@ -282,7 +288,7 @@ class PPOTrainer:
             on_written=self.log.say,
             part=worker.name,
             publishes=[other for other in TRAINED if other != name] if name == "critic" else (),
-            keep_every=self.ppo.snapshot_interval,
+            is_kept=self._is_snapshot,
         )
 
     def _save(self, iteration: int) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.errors import DataError
-from megatron_xy.hf.convert import to_checkpoint
+from megatron_xy.hf.convert import to_checkpoint, to_hf
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import TOLERANCE, transformers_logits
 from megatron_xy.tensor_reader import tensor_hashes
@@ -51,6 +51,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 2000.0},
     },
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+    "qwen2": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "qwen2-tied": {"model_type": "qwen2", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "reward": {"num_key_value_heads": 2, "num_labels": 1},
+    "reward-qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "num_labels": 1},
     "mha-untied-bf16": {"num_key_value_heads": 4, "rms_norm_eps": 1e-3, "dtype": "bfloat16"},
 }
 PLAIN_WEIGHTS = {
@@ -65,20 +74,24 @@ MAKE_FOLDERS = """
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 root, shapes, rows = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 for name, shape in shapes.items():
     torch.manual_seed(0)
     dtype = getattr(torch, shape.pop("dtype", "float32"))
     # Weights so large that RoPE shows in the logits, and norms that are not 1.
-    model = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.15))
+    is_value = shape.get("num_labels") == 1
+    kind = AutoModelForSequenceClassification if is_value else AutoModelForCausalLM
+    model = kind.from_config(AutoConfig.for_model(shape.pop("model_type", "llama"), **shape, initializer_range=0.15))
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.to(dtype).save_pretrained(root / name)
-    model = AutoModelForCausalLM.from_pretrained(root / name).float().eval()
+    model = kind.from_pretrained(root / name).float().eval()
+    head = model.score if is_value else model.lm_head
     with torch.no_grad():
-        logits = {str(i): model(torch.tensor([row])).logits[0].contiguous() for i, row in enumerate(rows)}
+        hidden = [model.model(torch.tensor([row])).last_hidden_state[0] for row in rows]
+        logits = {str(i): head(states).contiguous() for i, states in enumerate(hidden)}
     save_file(logits, root / name / "logits.safetensors")
 """
 
@@ -88,7 +101,7 @@ def hf_to_checkpoint(folder: Path, target: Path) -> None:
 
 
 def largest_difference(ours: list[NDArray[np.float32]], theirs: list[NDArray[np.float32]]) -> float:
-    assert [a.shape for a in ours] == [b.shape for b in theirs] == [(len(row), VOCAB_SIZE) for row in ROWS]
+    assert [a.shape for a in ours] == [b.shape for b in theirs] and [len(a) for a in ours] == list(map(len, ROWS))
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -141,6 +154,22 @@ def test_a_folder_of_transformers_gives_its_logits_in_every_layout(
         assert largest_difference(ours, theirs[Path(load).name]) < TOLERANCE, load
     if layout.pp > 1:
         assert results[0] == [[]] * len(loads)
+
+
+def test_every_family_comes_back_as_it_was(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name, folder in folders.items():
+        hf_to_checkpoint(folder, tmp_path / name)
+        to_hf(open_source("ckpt", tmp_path / name), tmp_path / f"{name}-back", dtype=None, tokenizer=None, say=print)
+        original, again = (
+            load_file(folder / "model.safetensors"),
+            load_file(tmp_path / f"{name}-back/model.safetensors"),
+        )
+        assert original.keys() == again.keys()
+        assert all(
+            torch.equal(tensor.view(torch.uint8), again[key].view(torch.uint8)) for key, tensor in original.items()
+        )
+    back = transformers_logits(tmp_path / "reward-qwen2-back", ROWS)
+    assert largest_difference([row.numpy() for row in back], saved_logits(folders["reward-qwen2"])) == 0.0
 
 
 def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, tokenizer: Path) -> Any:

@@ -102,7 +102,7 @@ def test_a_line_reads_the_same_with_orjson_and_without(line):
 
     def read():
         try:
-            return documents._parse(line, documents._Fields("text", None, False))
+            return documents._parse(line, documents._Fields("text", None, conversations=False))
         except documents._BadLine as error:
             return str(error)
 

@@ -84,10 +84,16 @@ def test_what_transformers_leaves_out_has_its_defaults(tmp_path):
     assert model.untie_embeddings_and_output_weights
 
 
+LLAMA3_ORDER = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_type": "qwen2"}, r"model_type \(qwen2\) is not supported; llama is"),
+        ({"model_type": "gemma"}, r"model_type \(gemma\) is not supported; llama, mistral, qwen2 are"),
         ({"attention_bias": True}, "attention_bias .true. is not supported"),
         ({"mlp_bias": True}, "mlp_bias .true. is not supported"),
         ({"hidden_act": "gelu"}, r"hidden_act \(gelu\) is not supported; silu is"),
@@ -97,6 +103,19 @@ def test_what_transformers_leaves_out_has_its_defaults(tmp_path):
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "kind 'yarn' is not supported; linear and llama3 are"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "kind llama3 lacks low_freq_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor \(0.5\) is not supported"),
+        (
+            {"rope_scaling": {**LLAMA3_ORDER, "low_freq_factor": 4.0}},
+            r"high_freq_factor \(4.0\) must be above low_freq_factor \(4.0\)",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 64},
+            r"sliding_window \(64\) below max_position_embeddings \(128\)",
+        ),
+        ({"model_type": "qwen2", "use_sliding_window": True}, r"use_sliding_window \(true\) is not supported"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            r"num_labels \(2\) is not supported; a value head has 1",
+        ),
         ({"rms_norm_eps": "small"}, "norm_epsilon: Input should be a valid number"),
     ],
 )

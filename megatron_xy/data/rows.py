@@ -1,0 +1,62 @@
+"""Rows of a jsonl file, each with its line; all that are not of the wanted kind are named before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from megatron_xy.errors import ConfigError, DataError
+
+Parsed = TypeVar("Parsed")
+SHOWN_PROBLEMS = 20
+
+
+class BadRow(Exception):
+    """Why a row is not of the wanted kind."""
+
+
+@dataclass(frozen=True)
+class Row(Generic[Parsed]):
+    """What was made of a row, and the line that it stands on, from 1."""
+
+    line: int
+    value: Parsed
+
+
+def read_rows(path: Path, *, option: str, parse: Callable[[dict[str, Any]], Parsed]) -> list[Row[Parsed]]:
+    """What `parse` makes of each row, in order; lines of blanks are passed over.
+
+    option: how the user names the file. `parse` raises BadRow. Raises ConfigError where there is no file, DataError
+    that names FILE:LINE of every bad row (the first 20), and where there are no rows.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{option} ({path}): there is no such file; name a jsonl file, one object a line")
+    rows: list[Row[Parsed]] = []
+    problems: list[str] = []
+    with path.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            if not raw.strip():
+                continue
+            try:
+                rows.append(Row(line, parse(_object(raw))))
+            except BadRow as problem:
+                problems.append(f"{path}:{line}: {problem}")
+    if problems:
+        more = f"\n... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        raise DataError("\n".join(problems[:SHOWN_PROBLEMS]) + more)
+    if not rows:
+        raise DataError(f"{path} holds no rows; write one object a line")
+    return rows
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(raw)
+    except ValueError as error:  # bad UTF-8 is one as well
+        raise BadRow(f"no JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise BadRow("no JSON object")
+    return row

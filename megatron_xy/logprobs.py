@@ -1,0 +1,107 @@
+"""`megatron-xy logprobs`: token rows -> the log-probability of each token after those before it.
+
+IDS.jsonl -> the model's ranks, each replica its share of the rows -> OUTPUT.work -> OUTPUT
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_xy.checkpoint_files import METADATA
+from megatron_xy.config import RunConfig
+from megatron_xy.data.rows import BadRow, read_rows
+from megatron_xy.errors import ConfigError
+from megatron_xy.model.logits import logprobs_of
+from megatron_xy.model_job import ModelJob, run_job
+from megatron_xy.model_ranks import complete_options, joined
+from megatron_xy.safetensors_file import SafetensorsFile, write_safetensors
+from megatron_xy.signals import StopRequest
+from megatron_xy.storage import replace, storage_errors, temporary_name
+from megatron_xy.watchdog import Watchdog
+
+
+def work_folder(output: Path) -> Path:
+    """Where the ranks leave their parts, until `output` is written."""
+    return output.with_name(f"{output.name}.work")
+
+
+def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
+    """The whole verb; returns the exit code. Row i becomes tensor "i" [row length - 1] fp32.
+
+    Raises ConfigError for arguments and paths, DataError for bad rows and damaged weights, StorageError.
+    """
+    output = Path(job.arguments["output"])
+    if not output.parent.is_dir() or output.is_dir():
+        raise ConfigError(f"--output ({output}): must be a file in a folder that is there")
+    rows = _rows(job, complete_options(job.options()))
+    folder = work_folder(output)
+    try:
+        code = run_job(job, in_this_process=lambda job: _compute(job, beat=lambda: None))
+        if code == 0:
+            _join(folder, output)
+            say(f"wrote {output}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")
+        return code
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def logprobs_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:
+    """One rank's part of the verb."""
+    stop.nothing_to_save = "; nothing is kept, and the same command starts afresh"
+    watchdog.beat(iteration=0, phase="weights")
+    _compute(job, beat=lambda: watchdog.beat(iteration=1, phase="step"))
+
+
+def _rows(job: ModelJob, config: RunConfig) -> list[list[int]]:
+    vocab_size = config.model.vocab_size or 0
+
+    def parse(row: dict[str, Any]) -> list[int]:
+        tokens = row.get("tokens")
+        if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
+            raise BadRow('must be {"tokens": [...]} with at least one token id')
+        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise BadRow(f"holds token {min(tokens)} or {max(tokens)}; the model knows 0..{vocab_size - 1}")
+        return tokens
+
+    return [row.value for row in read_rows(Path(job.arguments["input"]), option="--input", parse=parse)]
+
+
+def _compute(job: ModelJob, *, beat: Callable[[], None]) -> None:
+    """This rank's replica's share of the rows, left in the work folder by the last stage's first rank."""
+    config = complete_options(job.options())
+    rows = _rows(job, config)
+    with joined(config) as role:
+        groups = role.groups
+        mine = range(groups.dp_rank, len(rows), groups.dp_size)
+        found: dict[str, torch.Tensor] = {}
+        for place, values in logprobs_of(role, [rows[number] for number in mine]):
+            beat()
+            found[str(mine[place])] = values.cpu()
+        if found and groups.is_last_stage and groups.tp_rank == 0:
+            path = work_folder(Path(job.arguments["output"])) / f"part-{groups.dp_rank:05d}.safetensors"
+            _write(path, found)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_safetensors(path, layout, blocks_of=lambda name: [tensors[name]], metadata=METADATA)
+
+
+def _join(folder: Path, output: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("part-*.safetensors"):
+        part = SafetensorsFile(path)
+        tensors |= {name: part.read(name) for name in part.tensors}
+        part.close()
+    temporary = output.with_name(temporary_name(output.name))
+    try:
+        _write(temporary, tensors)
+        with storage_errors(output):
+            replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)

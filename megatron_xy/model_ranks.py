@@ -1,0 +1,74 @@
+"""The ranks of a verb over a model: they join, build the model in the layout asked for and fill it with its weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from megatron_xy import checkpoint_files as files
+from megatron_xy import device, environment, parallel, waits
+from megatron_xy.config import Head, RunConfig, check_shape
+from megatron_xy.errors import ConfigError
+from megatron_xy.hf.folder import read_object
+from megatron_xy.role import Role, build_role
+from megatron_xy.watchdog import backend_timeout
+from megatron_xy.weights import load_initial_weights, resolve_model, split_origin
+
+
+def complete_options(config: RunConfig, *, head: Head = "language_model") -> RunConfig:
+    """`config` with its model's shape from `model.load`, in the dtype to compute in. Raises as `resolve_model` does."""
+    assert config.model.load is not None, "a verb over a model names one"
+    dtype = "fp32" if device.is_cpu() else stored_dtype(config.model.load)
+    wanted = config.model.model_copy(update={"head": head, "params_dtype": dtype})
+    completed = config.model_copy(update={"model": resolve_model(wanted)})
+    check_shape(completed)
+    return completed
+
+
+def stored_dtype(origin: str) -> Literal["fp32", "bf16"]:
+    """That of the weights in `ckpt:DIR` or `hf:DIR`; fp16, which nothing computes in here, counts as bf16."""
+    kind, folder = split_origin(origin)
+    if kind == "ckpt":
+        name = files.read_manifest(folder).state["model"].get("params_dtype", "fp32")
+    else:
+        values = read_object(folder, "config.json") or {}
+        name = values.get("dtype") or values.get("torch_dtype") or "float32"
+    return "fp32" if str(name) in ("fp32", "float32") else "bf16"
+
+
+@contextlib.contextmanager
+def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
+    """Inside, this process is a rank of the model's world; a world of its own where no launcher started it.
+
+    config: of `complete_options`. Raises DataError for damaged weights, PeerLost, ConfigError where memory runs out.
+    """
+    timeout = backend_timeout(config.runtime.timeout_seconds)
+    try:
+        if environment.is_set():
+            waits.install()
+            parallel.start_distributed(timeout_seconds=timeout)
+        else:
+            parallel.start_alone()
+        groups = parallel.build_groups(
+            name, ranks=range(environment.world_size()), parallel=config.parallel, timeout_seconds=timeout
+        )
+        assert groups is not None, "the role has all ranks"
+        role = build_role(
+            groups, model=config.model, parallel=config.parallel, optimizer=None, seed=config.seed, draw=False
+        )
+        load_initial_weights(role, seed=config.seed)
+        yield role
+        parallel.stop_distributed()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"rank {environment.rank()} ran out of device memory ({str(error).splitlines()[0]}); split the model "
+            f"further, or take fewer sequences at a time"
+        ) from error
+    except RuntimeError as error:
+        lost = parallel.as_peer_lost(error)
+        if lost is None:
+            raise
+        raise lost from error

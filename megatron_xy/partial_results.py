@@ -1,0 +1,134 @@
+"""A file of results in the making: OUTPUT.partial keeps what is done, in any order, until OUTPUT is written whole.
+
+Each writer appends lines to a file of its own, each with a checksum: a killed run loses nothing that was done but a
+line that was being written, and the same command goes on from there, under any layout. OUTPUT itself appears in one
+step, in order.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import replace, storage_errors, temporary_name, write_json
+
+FACTS = "facts.json"
+RUN = "run"  # the work folder of the processes that make the results
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a result's line begins."""
+
+    file: Path
+    offset: int
+
+
+class PartialResults:
+    """The results of `output` by their numbers, from 0."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_name(f"{output.name}.partial")
+        self.run_dir = self.folder / RUN
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Makes the folder, or finds it as a run with the same `facts` (JSON) left it. Raises ConfigError otherwise."""
+        if not self.output.parent.is_dir():
+            raise ConfigError(f"--output ({self.output}): there is no folder {self.output.parent}; make it first")
+        if self.output.is_dir():
+            raise ConfigError(f"--output ({self.output}) is a folder; name a file")
+        with storage_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        path = self.folder / FACTS
+        if not path.exists():
+            write_json(path, facts)
+            return
+        try:
+            before = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {error}; remove {self.folder} to start afresh") from None
+        if changed := [name for name in facts if before.get(name) != facts[name]]:
+            raise ConfigError(
+                f"{self.folder} holds results of a run that was not finished and differs in {', '.join(changed)}; give "
+                f"the same options to go on, or remove the folder to start afresh"
+            )
+
+    def done(self) -> set[int]:
+        """The numbers of the results that are there."""
+        return set(self._places())
+
+    def writer(self, number: int) -> ResultWriter:
+        """For one of the processes that make results; each has a number of its own."""
+        return ResultWriter(self.folder / f"results-{number:05d}")
+
+    def finish(self, count: int) -> None:
+        """Writes results 0 to count - 1 to `output`, in order, in one step, and lets go of the folder."""
+        places = self._places()
+        assert set(places) >= set(range(count)), "a file is written once every result is there"
+        temporary = self.output.with_name(temporary_name(self.output.name))
+        streams = {path: path.open("rb") for path in {place.file for place in places.values()}}
+        try:
+            with storage_errors(self.output), temporary.open("wb") as target:
+                for number in range(count):
+                    stream = streams[places[number].file]
+                    stream.seek(places[number].offset)
+                    target.write(stream.readline().split(b"\t", 2)[2])
+            replace(temporary, self.output)
+        finally:
+            for stream in streams.values():
+                stream.close()
+            temporary.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+
+    def discard_if_empty(self) -> None:
+        """Lets go of a folder without results: a run that could not begin leaves nothing behind."""
+        if self.folder.is_dir() and not self.done():
+            shutil.rmtree(self.folder)
+
+    def _places(self) -> dict[int, _Place]:
+        places: dict[int, _Place] = {}
+        for path in sorted(self.folder.glob("results-*")):
+            for offset, number in _whole_lines(path):
+                places[number] = _Place(path, offset)
+        return places
+
+
+class ResultWriter:
+    """Appends results to one file: lines of the number, the CRC-32 of the rest in hex, and the result as JSON."""
+
+    def __init__(self, path: Path) -> None:
+        with storage_errors(path):
+            self._path, self._stream = path, path.open("ab")
+            self._stream.write(b"\n")  # behind what a kill may have cut off
+
+    def add(self, number: int, result: dict[str, Any]) -> None:
+        """One result, handed to the system when this returns."""
+        with storage_errors(self._path):
+            self._stream.write(_line(number, json.dumps(result, ensure_ascii=False).encode() + b"\n"))
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._stream.close()
+
+
+def _line(number: int, rest: bytes) -> bytes:
+    return b"%d\t%08x\t%b" % (number, zlib.crc32(rest, number), rest)
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, int]]:
+    """(where it begins, the result's number) of each line that is as it was written."""
+    offset = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            number, _, rest = line.partition(b"\t")
+            if number.isdigit() and line == _line(int(number), rest.partition(b"\t")[2]):
+                yield offset, int(number)
+            offset += len(line)

@@ -1,0 +1,59 @@
+"""What a reward model learns: the value of the better answer above that of the worse one, place by place, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from megatron_xy.config import RewardConfig
+from megatron_xy.role import Role
+from megatron_xy.train_step import DeviceBatch, DevicePairs, LossFunction, Objective, forward
+
+MEASURES = ("accuracy", "chosen_mean", "rejected_mean")  # of the scores: the values at the last tokens
+
+
+def reward_objective(reward: RewardConfig) -> Objective:
+    """The pairwise loss of a run's section `reward`; it counts pairs."""
+    return Objective(partial(_reward_step, reward.centering_coef), measures=MEASURES)
+
+
+def pair_losses(values: torch.Tensor, pairs: DevicePairs, *, centering_coef: float = 0.0) -> torch.Tensor:
+    """The loss of each pair, fp32 [pairs]: the mean over its places of -log sigmoid(chosen - rejected - margin).
+
+    values [tokens] fp32. centering_coef: of (chosen + rejected)^2 of the scores, which holds them around 0.
+    """
+    ahead = values[pairs.chosen] - values[pairs.rejected] - pairs.margins[pairs.pairs]
+    terms = torch.nn.functional.softplus(-ahead) * pairs.weights
+    losses = torch.zeros_like(pairs.margins).index_add(0, pairs.pairs, terms)
+    if centering_coef:
+        losses = losses + centering_coef * (values[pairs.chosen_ends] + values[pairs.rejected_ends]).square()
+    return losses
+
+
+def _reward_step(
+    centering_coef: float, role: Role, num_sources: int, batches: Iterator[DeviceBatch], module: torch.nn.Module
+) -> tuple[torch.Tensor, LossFunction]:
+    """Forward of one micro-batch; the loss function is called on the last stage only."""
+    batch = next(batches)
+    output = forward(module, batch)
+    return output, partial(_reward_loss, centering_coef, num_sources, batch)
+
+
+def _reward_loss(
+    centering_coef: float, num_sources: int, batch: DeviceBatch, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the micro-batch's losses and the number of its pairs (not yet averaged: megatron-core divides the
+    gradients by the number over all micro-batches and data parallel ranks), and the sums by source."""
+    pairs = batch.pairs
+    assert pairs is not None, "the reward task's batches have pairs"
+    values = output[0, :, 0]
+    losses = pair_losses(values, pairs, centering_coef=centering_coef)
+    chosen, rejected = (values.detach()[ends].double() for ends in (pairs.chosen_ends, pairs.rejected_ends))
+    told = torch.stack(
+        [losses.detach().double(), torch.ones_like(chosen), (chosen > rejected).double(), chosen, rejected], dim=1
+    )
+    by_source = torch.nn.functional.one_hot(pairs.source_ids, num_sources).double().T @ told
+    num_pairs = torch.tensor(len(losses), dtype=torch.int, device=values.device)
+    return losses.sum(), num_pairs, {"totals": by_source}

@@ -1,0 +1,113 @@
+"""A toy task on which PPO must learn: "echo the key". Its first word is the key; a good answer says nothing else.
+
+A prompt has 4 words of a vocabulary of 16, the first is one of the 4 keys. The true score of an answer of up to 12
+tokens: the share of its words that equal the key, and 0.5 more where it stops by itself after at least 4 of them. An
+untrained model scores about 0.2, the best answer 1.5.
+
+    python tools/make_echo_task.py DIR [--prompts 512] [--pairs 2000] [--seed 0]
+
+writes DIR/tokenizer.json and tokenizer_config.json, prompts.jsonl, pairs.jsonl (half of whose repeated words are wrong
+ones) and score.py, whose function `true_score` is the rule, as `ppo.reward_function` takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+WORDS = [f"w{number:02d}" for number in range(16)]
+KEYS = WORDS[:4]
+SPECIAL = ["<s>", "</s>"]
+
+RULE = '''"""The true score of the toy task "echo the key"."""
+
+MOST_TOKENS = 12  # the end token included; as many words are an answer that was cut
+
+
+def true_score(prompts, responses, rows):
+    return [score(prompt.split()[0], response.split()) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def score(key, words):
+    share = sum(word == key for word in words) / len(words) if words else 0.0
+    return share + (0.5 if 4 <= len(words) < MOST_TOKENS else 0.0)
+'''
+
+
+def main() -> None:
+    """Writes the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    make(options.folder, num_prompts=options.prompts, num_pairs=options.pairs, seed=options.seed)
+
+
+def make(folder: Path, *, num_prompts: int, num_pairs: int, seed: int) -> None:
+    """The task's files in `folder`."""
+    chance = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), indent=1), encoding="utf-8")
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    (folder / "score.py").write_text(RULE, encoding="utf-8")
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt(chance)} for _ in range(num_prompts)])
+    write_rows(folder / "pairs.jsonl", [pair(chance) for _ in range(num_pairs)])
+
+
+def prompt(chance: random.Random) -> str:
+    """A key and three other words."""
+    return " ".join([chance.choice(KEYS), *chance.choices(WORDS, k=3)])
+
+
+def pair(chance: random.Random) -> dict[str, str]:
+    """A prompt with two answers, the better one chosen; half of the words that are repeated are wrong ones."""
+    text = prompt(chance)
+    key = text.split()[0]
+
+    def answer() -> list[str]:
+        repeated = key if chance.random() < 0.5 else chance.choice(WORDS)
+        return [repeated if chance.random() < 0.7 else chance.choice(WORDS) for _ in range(chance.randint(1, 11))]
+
+    scope: dict[str, object] = {}
+    exec(compile(RULE, "score.py", "exec"), scope)  # noqa: S102 - the rule that is written, not a user's
+    score = scope["score"]
+    assert callable(score), "the rule has it"
+    while True:
+        first, second = answer(), answer()
+        if abs(score(key, first) - score(key, second)) > 0.1:
+            break
+    better, worse = (first, second) if score(key, first) > score(key, second) else (second, first)
+    return {"prompt": text, "chosen": " ".join(better), "rejected": " ".join(worse), "grade": "A2", "source": "echo"}
+
+
+def tokenizer() -> dict[str, object]:
+    """A tokenizer.json of one token a word; the special ones are no words, so that no text spells them."""
+    vocabulary = {token: index for index, token in enumerate(["<unk>", *WORDS])}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": token, **flags} for index, token in enumerate(SPECIAL, start=len(vocabulary))
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
