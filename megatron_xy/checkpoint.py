@@ -89,16 +89,18 @@ class CheckpointWriter:
         part: str = "",
         publishes: Sequence[str] = (),
         is_kept: Callable[[int], bool] = lambda iteration: False,
+        on_published: Callable[[int, Path], object] = lambda iteration, folder: None,
     ) -> None:
         """part: the role's folder in iter_N, where several roles share it; of these, one gives the whole its name, once
-        the parts that it `publishes` are there. is_kept: which iterations are never let go of.
+        the parts that it `publishes` are there. is_kept: which iterations are never let go of. on_published: called
+        with what is whole, on the leader, in the thread that writes; the next save waits for it.
         """
         self.checkpoints = checkpoints
         self.part, self.publishes, self.is_kept = part, tuple(publishes), is_kept
         self.keep_latest = keep_latest
         self.asynchronous = asynchronous
         self.timeout_seconds = timeout_seconds
-        self._on_progress, self._on_written = on_progress, on_written
+        self._on_progress, self._on_written, self._on_published = on_progress, on_written, on_published
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -202,6 +204,8 @@ class CheckpointWriter:
                 f"checkpoint{whose} of step {iteration} written: {num_bytes / 1e6:,.1f} MB in {seconds:.2f} s "
                 f"(training held for {self._held_seconds:.2f} s)"
             )
+            if not self.part or self.publishes:
+                self._on_published(iteration, iteration_folder(self.checkpoints, iteration))
 
     def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> int:
         """Gathers the notes into the manifest, gives the folder its name, and lets go of the oldest checkpoints.

@@ -262,7 +262,7 @@ class CheckpointConfig(Section):
     save_interval: int = Field(50, ge=1, description="iterations")
     keep_latest: int = Field(2, ge=1)
     async_save: bool = Field(True, description="write while training goes on")
-    hf_interval: int = Field(0, ge=0)
+    hf_interval: int = Field(0, ge=0, description="iterations between HF folders, RUN/hf/iter_N; 0: none")
     resume: Literal["auto", "never"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto | never | ITERATION"
     )
@@ -593,6 +593,13 @@ def _rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, 
             f"{_nearest_multiples(training.micro_batch_tokens, tp)}",
         )
     yield from _layout_rules(parallel)
+    saved, exported = config.checkpoint.save_interval, config.checkpoint.hf_interval
+    if exported % saved:
+        yield (
+            "checkpoint.hf_interval",
+            f"checkpoint.hf_interval ({exported}) must be a multiple of save_interval ({saved}): an HF folder is made "
+            f"of a checkpoint; nearest: {_nearest_multiples(exported, saved)}",
+        )
     yield from _schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None and config.task != "reward":
         yield (
@@ -855,8 +862,8 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
                 "training.phases",
                 f"training.phases[{number}].train_only ({names}): only null is supported in task ppo",
             )
-    if checkpoint.hf_interval:
-        yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): only 0 is supported"
+    if checkpoint.hf_interval and config.task == "ppo":
+        yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): task ppo supports 0 only"
     if config.task != "ppo":
         if config.roles is not None:
             yield "roles", f"roles: only task ppo has roles, and task is {config.task}; leave them out"

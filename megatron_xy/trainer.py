@@ -7,10 +7,12 @@ differ in their loader, objective and evaluator.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +32,8 @@ from megatron_xy.data.loader import PreparedStep
 from megatron_xy.errors import DataError, Stopped
 from megatron_xy.evaluation import Evaluated
 from megatron_xy.flops import peak_flops, recomputed_flops, step_flops
+from megatron_xy.hf.convert import to_hf
+from megatron_xy.hf.source import open_source
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.model.parts import MODEL_PARTS, trained_parts
@@ -110,6 +114,7 @@ class Trainer:
             on_progress=lambda num_bytes: went_forward(),
             on_written=log.say,
             is_kept=loader.ends_epoch if keeps_epochs else lambda iteration: False,
+            on_published=self._export,
         )
         self._peak_flops = device.matrix_product_rate() if device.is_cpu() else peak_flops(device.name())
         self.stragglers = StragglerWatch(role)
@@ -368,6 +373,17 @@ class Trainer:
         self._seconds_between_steps["save"] += held
         if self.config.checkpoint.async_save:
             self.log.say(f"checkpoint of step {iteration} scheduled")
+
+    def _export(self, iteration: int, checkpoint: Path) -> None:
+        """An HF folder of the checkpoint where one is due, block by block out of its shards: nothing is gathered."""
+        interval = self.config.checkpoint.hf_interval
+        if interval == 0 or iteration % interval:
+            return
+        target = self.config.run_dir / "hf" / checkpoint.name
+        if target.exists():  # an older run's, or of an abandoned course
+            shutil.rmtree(target)
+        source = open_source("ckpt", checkpoint, verify=False)
+        to_hf(source, target, dtype=None, tokenizer=None, say=self.log.say)
 
     def _facts(self) -> dict[str, Any]:
         return course.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)

@@ -18,6 +18,7 @@ from megatron_xy.storage import storage_errors, write_json, write_text
 
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CARD = "README.md"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -26,7 +27,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 _FACTS = ("iteration", "consumed_samples", "consumed_tokens", "optimizer_steps", "world_size")
 Say = Callable[[str], None]
@@ -37,6 +38,9 @@ def write_release_files(
 ) -> dict[str, Any]:
     """Writes all but weights and config.json; returns the token ids that the configs carry."""
     token_ids = _write_tokenizer(folder, source, tokenizer=tokenizer, say=say)
+    template = source.manifest.state.get("chat_template")  # of the conversations that the model has learned
+    if isinstance(template, str):
+        write_text(folder / CHAT_TEMPLATE, template)
     if not (folder / GENERATION_CONFIG).exists():
         write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **token_ids})
     write_text(folder / MODEL_CARD, _model_card(source, dtype=dtype))

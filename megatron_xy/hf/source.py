@@ -37,14 +37,18 @@ class Source:
         }
 
 
-def open_source(kind: str, folder: Path) -> Source:
-    """The folder's tensors and model, checksums compared. Raises ConfigError where it is not there, DataError."""
+def open_source(kind: str, folder: Path, *, verify: bool = True) -> Source:
+    """The folder's tensors and model; `verify` compares its checksums.
+
+    Raises ConfigError where it is not there, DataError where it is no whole model.
+    """
     if kind == "hf":
         model = read_hf_config(folder)
         return Source(kind, folder, hf_manifest(folder, model=model), model, read_token_ids(folder))
     manifest = files.read_manifest(folder)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda file: files.verify_files(folder, manifest, files=[file]), sorted(manifest.files)))
+    if verify:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda file: files.verify_files(folder, manifest, files=[file]), sorted(manifest.files)))
     files.verify_coverage(folder, manifest)
     model = ModelConfig.model_validate(manifest.state["model"])
     if missing := [name for name in global_names(model) if name not in manifest.tensors]:

@@ -19,7 +19,10 @@ from megatron_xy import checkpoint_files as files
 from megatron_xy.config import ModelConfig
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
+from megatron_xy.hf.source import open_source
+from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.safetensors_file import SafetensorsFile, write_safetensors
+from tests.end_to_end import tiny_run
 
 # 1.1 GB of bf16, of which no tensor takes more than 90 MB.
 MODEL = ModelConfig(
@@ -97,3 +100,18 @@ def test_memory_is_a_part_of_the_model_and_a_killed_conversion_goes_on(folder: P
         again.close()
     assert not original.tensors
     original.close()
+
+
+def test_a_run_writes_hf_folders_of_its_checkpoints(tmp_path: Path) -> None:
+    data = tiny_run.make_data(tmp_path)
+    config, run_dir = tmp_path / "run.yaml", tmp_path / "run"
+    tiny_run.write_config(config, data=data)
+    options = ("training.train_iters=6", "checkpoint.save_interval=2", "checkpoint.hf_interval=4", f"run_dir={run_dir}")
+    ended = tiny_run.run_to_end(tiny_run.run_command(config, *options, ranks=4))
+    assert ended.code == 0, ended.err
+    assert [path.name for path in (run_dir / "hf").iterdir()] == ["iter_0000004"]
+    checkpoint, folder = run_dir / "checkpoints" / "iter_0000004", run_dir / "hf" / "iter_0000004"
+    assert tensors_agree(open_source("ckpt", checkpoint), open_source("hf", folder), say=print)
+    assert (folder / "tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
+    card = (folder / "README.md").read_text()
+    assert "| iteration | 4 |" in card and "| loss of the last step |" in card

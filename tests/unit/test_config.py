@@ -372,6 +372,9 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("model.rope_scaling={type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4, "
          "original_max_position_embeddings: 512}",
          "model.rope_scaling.high_freq_factor (4) must be above low_freq_factor (4)"),
+        ("checkpoint.hf_interval=60",
+         "checkpoint.hf_interval (60) must be a multiple of save_interval (50): an HF folder is made of a checkpoint; "
+         "nearest: 50, 100"),
         ("model.rope_scaling={type: linear, factor: x}",
          "model.rope_scaling.factor (x) must be a number above 0, such as 8.0"),
         ("model.rope_scaling={type: linear, factor: 0}",
@@ -479,7 +482,6 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
     [
         ("parallel.context_parallel_size=2", "context_parallel_size (2): only 1 is supported"),
         ("training.epochs=2", "training.epochs (2): task pretrain counts in train_iters; use them"),
-        ("checkpoint.hf_interval=5", "hf_interval (5): only 0 is supported"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused_by_name(run_yaml: Path, override: str, text: str) -> None:
