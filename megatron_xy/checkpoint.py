@@ -26,6 +26,7 @@ from megatron_xy.host_copy import HostCopy
 from megatron_xy.liveness import waiting_for
 from megatron_xy.model.build import EMBEDDING, NamedParameter
 from megatron_xy.model.heads import VALUE_HEAD
+from megatron_xy.model.parts import part_of_model
 from megatron_xy.optimizer import OwnedParameter
 from megatron_xy.parallel import Groups, barrier, joined_over, sum_over
 from megatron_xy.role import Role
@@ -35,6 +36,7 @@ from megatron_xy.tensor_reader import TensorReader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN_PARAM = "main_param"
+FROZEN_UPDATES = "frozen_updates"  # of a manifest: {part of the model: updates in which it stayed as it was}
 
 
 @dataclass(frozen=True)
@@ -360,12 +362,14 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
     """
     state = TrainingState(**{name: manifest.state[name] for name in TrainingState.__dataclass_fields__})
     owned = role.owned_parameters()
+    frozen = manifest.state.get(FROZEN_UPDATES, {})
     with TensorReader(folder, manifest) as reader:
         for named in role.named_parameters():
             mine = owned.get(named.parameter)
             _load_weight(reader, named, mine)
             if mine is not None:
-                _load_moments(reader, named, mine, steps=state.optimizer_steps)
+                steps = state.optimizer_steps - frozen.get(part_of_model(named.name), 0)
+                _load_moments(reader, named, mine, steps=steps)
         here = (len(role.groups.ranks), device.current().type)
         if (manifest.state["world_size"], manifest.state.get("device")) == here:
             role.generator_states = reader.read_rank_state(role.groups.role_rank) or role.generator_states

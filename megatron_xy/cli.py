@@ -33,6 +33,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Build, look at and verify buc
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at and verify checkpoints.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+vocab_app = typer.Typer(no_args_is_help=True, help="Extend a model's vocabulary.")
+app.add_typer(vocab_app, name="vocab")
 
 RunYaml = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run's config")]
 Overrides = Annotated[
@@ -651,6 +653,32 @@ def checkpoint_hash(directory: Annotated[Path, typer.Argument(metavar="DIR")], a
         return
     for name, facts in hashes.items():
         print(f"{facts['sha256']}  {facts['dtype']:<9} {facts['shape']!s:<16} {name}")
+
+
+@vocab_app.command("extend")
+def vocab_extend(
+    source: Annotated[str, typer.Option("--from", metavar="hf:DIR")],
+    target: Annotated[str, typer.Option("--to", metavar="hf:DIR")],
+    size: Annotated[int, typer.Option("--size", min=1, help="pieces in the end")],
+    characters: Annotated[
+        str | None,
+        typer.Option("--characters", metavar="FILE|corpus:PATH", help="a text file's, in its order; or a corpus's"),
+    ] = None,
+    pieces: Annotated[
+        str | None,
+        typer.Option("--pieces", metavar="FILE|corpus:PATH", help="of several characters, a line each; or a corpus's"),
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", metavar="PATH", help="count its tokens before and after")
+    ] = None,
+) -> None:
+    """Adds characters, then pieces, to a SentencePiece tokenizer, and a row for each to embedding and output layer.
+
+    Old ids stay, and so does the encoding of text in which no new piece applies.
+    """
+    from megatron_xy.hf.extend import extend
+
+    extend(source, target, characters=characters, pieces=pieces, size=size, corpus=corpus, say=_say)
 
 
 def _say(text: str) -> None:

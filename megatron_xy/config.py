@@ -197,12 +197,16 @@ class DataConfig(Section):
 
 
 class Phase(Section):
-    """From data step `from_iter` on, other weights, batch size or trained part; what is left out stays as it was."""
+    """From data step `from_iter` on, other weights or batch size: what is left out stays as it was. `train_only` holds
+    for its own phase, and is null in the next one unless that names it again.
+    """
 
     from_iter: int = Field(ge=0)
     weights: dict[str, Weight] | None = None
     global_batch_tokens: int | None = Field(None, ge=1)
-    train_only: list[Literal["embedding", "output_layer"]] | None = None
+    train_only: Annotated[list[Literal["embedding", "output_layer"]], Field(min_length=1)] | None = Field(
+        None, description="the rest of the model stays as it is; null: everything trains"
+    )
 
 
 class TrainingConfig(Section):
@@ -219,6 +223,11 @@ class TrainingConfig(Section):
     spike_policy: Literal["log", "skip"] = Field("log", description="of a step that stands out from the last 128")
     spike_sigmas: float = Field(6.0, gt=0, description="how far above them a step's loss or norm stands out")
     max_skipped_in_a_row: int = Field(50, ge=1, description="updates not made, before the run ends with 65")
+
+    def train_only_at(self, data_step: int) -> list[Literal["embedding", "output_layer"]] | None:
+        """What alone trains at a data step; None: everything."""
+        begun = [phase for phase in self.phases if phase.from_iter <= data_step]
+        return begun[-1].train_only if begun else None
 
 
 class OptimizerConfig(Section):
@@ -728,8 +737,9 @@ def _phase_rules(phases: Sequence[Phase]) -> Iterator[tuple[str, str]]:
                 f"{key}.from_iter ({phase.from_iter}) must be above that of the phase before it "
                 f"({phases[number - 1].from_iter}); sort the phases, and name each step once",
             )
-        if phase.weights is None and phase.global_batch_tokens is None and phase.train_only is None:
-            yield "training.phases", f"{key} changes nothing; give it weights or global_batch_tokens"
+        unfreezes = bool(number) and phases[number - 1].train_only is not None
+        if phase.weights is None and phase.global_batch_tokens is None and phase.train_only is None and not unfreezes:
+            yield "training.phases", f"{key} changes nothing; give it weights, global_batch_tokens or train_only"
         yield from _weight_rules(phase.weights, key=f"{key}.weights")
 
 
@@ -846,11 +856,11 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
     for number, phase in enumerate(training.phases):
-        if phase.train_only is not None:
+        if phase.train_only is not None and config.task == "ppo":
             names = ", ".join(phase.train_only)
             yield (
                 "training.phases",
-                f"training.phases[{number}].train_only ({names}): only null is supported; all weights train",
+                f"training.phases[{number}].train_only ({names}): only null is supported in task ppo",
             )
     if checkpoint.hf_interval and config.task == "ppo":
         yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): task ppo supports 0 only"

@@ -119,11 +119,13 @@ def apply_gradients(
     *,
     lr: float,
     clip_grad: float,
+    frozen: Iterable[torch.Tensor] = (),
     accepts: Callable[[float], bool] = math.isfinite,
     before_update: Callable[[], object] = lambda: None,
 ) -> tuple[float, bool]:
     """One update from the finished gradients; returns their global norm and whether the update was made.
 
+    frozen: `main` of the owned parameters that stay as they are, their moments too; the norm is that of the others.
     accepts: whether an update is made from gradients of this norm, which is the same number on all ranks of the role,
     as the answer must be. Where it is not, weights and moments stay untouched.
     before_update: called right before they change.
@@ -132,6 +134,8 @@ def apply_gradients(
         for group in inner.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
     optimizer.prepare_grads()
+    for main in frozen:
+        main.grad = None
     grad_norm = global_grad_norm(optimizer)
     if not accepts(grad_norm):
         return grad_norm, False

@@ -136,6 +136,7 @@ def _look_at_data(config: RunConfig, findings: _Findings, *, build_into: Path) -
         findings.of("data.path", lambda: _check_task(config, dataset))
         findings.of("training.micro_batch_tokens", lambda: check_buckets(config.training, buckets=dataset.buckets))
         findings.of("model.vocab_size", lambda: _check_vocabulary(config.model, dataset))
+        findings.of("model.max_position_embeddings", lambda: _check_context(config.model, dataset))
         findings.of("data.tokenizer", lambda: _check_tokenizer(config.data.tokenizer, dataset))
         sampler = findings.of("data.weights", lambda: run_sampler(config, dataset.streams))
         if sampler is not None:
@@ -233,6 +234,16 @@ def _check_vocabulary(model: ModelConfig, dataset: PackedDataset) -> None:
         raise ConfigError(
             f"model.vocab_size ({model.vocab_size}) is smaller than the vocabulary of the data ({dataset.vocab_size} "
             f"in {dataset.paths[0]}); give at least {dataset.vocab_size}"
+        )
+
+
+def _check_context(model: ModelConfig, dataset: PackedDataset) -> None:
+    largest = max(dataset.buckets)
+    if largest > model.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_position_embeddings ({model.max_position_embeddings}) is smaller than the largest bucket "
+            f"of {dataset.paths[0]} ({largest}); raise it (and set rope_scaling, where the model knows a shorter "
+            f"context), or build the data with smaller buckets"
         )
 
 

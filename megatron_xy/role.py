@@ -7,7 +7,7 @@ while the role works.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_xy.model.build import NamedParameter, build_model, named_parameters
 from megatron_xy.model.fresh_weights import draw_tensor
+from megatron_xy.model.parts import part_of_model, trained_parts
 from megatron_xy.optimizer import OwnedParameter, build_optimizer, owned_parameters
 from megatron_xy.parallel import Groups
 from megatron_xy.shards import ParameterShard
@@ -48,6 +49,16 @@ class Role:
         if self.optimizer is None:
             return {}
         return owned_parameters(self.optimizer, [named.parameter for named in self.named_parameters()])
+
+    def frozen(self, train_only: Collection[str] | None) -> list[torch.Tensor]:
+        """What this rank's optimizer holds of the parameters outside the parts `train_only`; None: nothing."""
+        trained = trained_parts(train_only, model=self.model)
+        owned = self.owned_parameters()
+        return [
+            owned[named.parameter].main
+            for named in self.named_parameters()
+            if named.parameter in owned and part_of_model(named.name) not in trained
+        ]
 
     def draw_weights(self, *, seed: int, names: Container[str] | None = None) -> None:
         """Fresh weights, the same in every layout; names: of these parameters alone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -88,12 +88,14 @@ def train_step(
     num_sources: int,
     lr: float,
     clip_grad: float,
+    train_only: Collection[str] | None = None,
     objective: Objective | None = None,
     judge: Judge | None = None,
     before_update: Callable[[], object] = lambda: None,
 ) -> StepResult:
     """One update of the role's weights from this data parallel rank's micro-batches; collective over the role.
 
+    train_only: parts of the model ("embedding", "output_layer"); the rest stays as it is. None: everything trains.
     objective: next-token prediction unless given.
     judge: of the step's loss and its finite gradient norm, whether the update is made; the same answer on all ranks.
     before_update: called right before weights and moments change.
@@ -118,7 +120,12 @@ def train_step(
         return math.isfinite(norm) and (judge is None or judge(_mean_loss(totals.tolist()), norm))
 
     grad_norm, updated = apply_gradients(
-        role.optimizer, lr=lr, clip_grad=clip_grad, accepts=accepts, before_update=before_update
+        role.optimizer,
+        lr=lr,
+        clip_grad=clip_grad,
+        frozen=[] if train_only is None else role.frozen(train_only),
+        accepts=accepts,
+        before_update=before_update,
     )
     by_source = totals.tolist()
     num_counted = sum(int(row[1]) for row in by_source)

@@ -18,7 +18,14 @@ from typing import Any, Protocol
 import torch
 
 from megatron_xy import course, device, mcore, waits
-from megatron_xy.checkpoint import CheckpointWriter, find_resumable, iteration_folder, load_state, sweep
+from megatron_xy.checkpoint import (
+    FROZEN_UPDATES,
+    CheckpointWriter,
+    find_resumable,
+    iteration_folder,
+    load_state,
+    sweep,
+)
 from megatron_xy.checkpoint_files import TrainingState, amend_state
 from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.data.loader import PreparedStep
@@ -29,6 +36,7 @@ from megatron_xy.hf.convert import to_hf
 from megatron_xy.hf.source import open_source
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import EVENTS, RunLog
+from megatron_xy.model.parts import MODEL_PARTS, trained_parts
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.profiling import ProfileWindow
 from megatron_xy.role import Role
@@ -110,6 +118,7 @@ class Trainer:
         )
         self._peak_flops = device.matrix_product_rate() if device.is_cpu() else peak_flops(device.name())
         self.stragglers = StragglerWatch(role)
+        self._frozen_updates: dict[str, int] = {}  # made by steps in which a part of the model stayed as it was
         self._continued_from: dict[str, Any] | None = None  # the weights loaded at the beginning, and what is new
 
     def restore(self) -> None:
@@ -137,6 +146,7 @@ class Trainer:
             self.state = load_state(role, folder, manifest)
             if "history" in manifest.state:
                 self.history = StepHistory.from_json(manifest.state["history"])
+            self._frozen_updates = dict(manifest.state.get(FROZEN_UPDATES, {}))
             self._continued_from = manifest.state.get("continued_from")
             origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
         if role.groups.role_rank == 0:
@@ -199,6 +209,7 @@ class Trainer:
             consumed_tokens=consumed_tokens,
             train_iters=self.config.training.train_iters,
         )
+        train_only = self.config.training.train_only_at(self.state.data_step)
         waits.begin_timing()
         with self.role.active():
             result = train_step(
@@ -207,6 +218,7 @@ class Trainer:
                 num_sources=len(self.loader.sources),
                 lr=lr,
                 clip_grad=self.config.optimizer.clip_grad,
+                train_only=train_only,
                 objective=self.objective,
                 judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
                 before_update=self.writer.before_update,
@@ -223,6 +235,8 @@ class Trainer:
             consumed_tokens=consumed_tokens,
             optimizer_steps=self.state.optimizer_steps + int(result.updated),
         )
+        for part in set(MODEL_PARTS) - trained_parts(train_only, model=self.role.model) if result.updated else ():
+            self._frozen_updates[part] = self._frozen_updates.get(part, 0) + 1
         reasons = self._reasons(prepared, result.loss, result.grad_norm)
         self.history.add(bucket=prepared.bucket, loss=result.loss, grad_norm=result.grad_norm, updated=result.updated)
         record, stopping = self._record(prepared, result, data_step=data_step, lr=lr, seconds=seconds, waited=waited)
@@ -352,6 +366,7 @@ class Trainer:
             "megatron_core": mcore.VERSION,
             "torch": torch.__version__,
             "history": self.history.to_json(),
+            FROZEN_UPDATES: self._frozen_updates,
             "continued_from": self._continued_from,
         }
         held = self.writer.save(self.role, self.state, facts=facts)

@@ -51,6 +51,35 @@ def test_phases_are_followed_and_a_run_broken_within_them_equals_the_unbroken_on
     assert sum(code[5:]) / 7 > 0.75 > 0.3 > sum(code[:5]) / 5
 
 
+TWO_STAGES = [{"from_iter": 0, "train_only": ["embedding", "output_layer"]}, {"from_iter": 6}]
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["fp32", "bf16-distributed"])
+def test_embedding_and_output_layer_train_first_then_everything(data, tmp_path, distributed):
+    """The rest stays as it was, moments too, and begins afresh; a broken run is the unbroken one bit for bit."""
+    parallel = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": distributed}
+    if not distributed:
+        parallel["pipeline_model_parallel_size"] = 2
+    changes = {
+        "training": {"phases": TWO_STAGES},
+        "parallel": parallel,
+        "model": {"params_dtype": "bf16" if distributed else "fp32"},
+        "checkpoint": {"save_interval": 1, "keep_latest": 20},
+    }
+    whole, broken = (loop.config_of(data, tmp_path / name, **changes) for name in ("whole", "broken"))
+    run_ranks(loop.train, whole, *(loop.until(broken, stop) for stop in (3, 6, 8)), broken, world_size=2)
+    assert without_clock(metrics_of(tmp_path / "broken")) == without_clock(metrics_of(tmp_path / "whole"))
+    hashes = {number: hash_of(tmp_path / "whole" / "checkpoints" / f"iter_{number:07d}") for number in (1, 6, 7, 12)}
+    assert hash_of(tmp_path / "broken" / "checkpoints" / "iter_0000012") == hashes[12]
+    trained = {"embedding.word_embeddings.weight", "output_layer.weight"}
+    weights = {name for name in hashes[12] if not name.startswith("optimizer.")}
+    assert {name for name in weights if hashes[1][name] != hashes[6][name]} == trained
+    assert {name for name in weights if hashes[6][name] == hashes[7][name]} == set()
+    moments = {name.removeprefix("optimizer.exp_avg.") for name in hashes[6] if ".exp_avg." in name}
+    assert moments == trained
+    assert read_manifest(tmp_path / "whole" / "checkpoints" / "iter_0000012").state["frozen_updates"] == {"rest": 6}
+
+
 # Prose alone, but for one step of nothing but code: a spike, made of real data.
 ONE_STRANGE_STEP = [
     {"from_iter": 30, "weights": {"code": 1, "prose": 0}},

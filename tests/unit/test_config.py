@@ -435,7 +435,7 @@ def test_numbers_that_yaml_reads_as_text_or_the_other_kind(run_yaml: Path) -> No
         (["training.phases=[{from_iter: 9, weights: {a: 0}}]"],
          "training.phases[0].weights: at least one source needs a weight above 0"),
         (["training.phases=[{from_iter: 9}]"],
-         "training.phases[0] changes nothing; give it weights or global_batch_tokens"),
+         "training.phases[0] changes nothing; give it weights, global_batch_tokens or train_only"),
         (["training.micro_batch_tokens=1", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
          "training.micro_batch_tokens (1) must be a multiple of tensor_model_parallel_size (2) under "
          "sequence_parallel; nearest: 2"),
@@ -481,8 +481,6 @@ def test_whole_schedules_are_accepted(run_yaml: Path, optimizer: str) -> None:
     ("override", "text"),
     [
         ("parallel.context_parallel_size=2", "context_parallel_size (2): only 1 is supported"),
-        ("training.phases=[{from_iter: 5, train_only: [embedding, output_layer]}]",
-         "training.phases[0].train_only (embedding, output_layer): only null is supported; all weights train"),
         ("training.epochs=2", "training.epochs (2): task pretrain counts in train_iters; use them"),
     ],
 )  # fmt: skip

@@ -220,7 +220,9 @@ def test_neither_train_iters_nor_micro_batches_nor_ranks_reshuffle_the_data(data
     assert planned(ranks=4) == expected
 
 
-def test_the_cap_on_epochs_is_checked_with_the_files(data):
+def test_context_and_cap_on_epochs_are_checked_with_the_files(data):
     check_paths(load_config(run_yaml(data, phases=[])))
+    with pytest.raises(ConfigError, match=r"model.max_position_embeddings \(8\) is smaller than the largest bucket of"):
+        check_paths(load_config(run_yaml(data, phases=[]), overrides=["model.max_position_embeddings=8"]))
     with pytest.raises(ConfigError, match=r"data\.max_epochs \(0\.01\): 40 steps would draw source"):
         check_paths(load_config(run_yaml(data, phases=[], max_epochs=0.01)))
