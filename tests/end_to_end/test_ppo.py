@@ -20,6 +20,7 @@ from tests.end_to_end.tiny_run import (
     hash_of,
     live_rank_at,
     metrics_of,
+    processes_naming,
     run_command,
     run_to_end,
     started,
@@ -221,3 +222,17 @@ def test_a_score_that_is_no_number_ends_the_run_by_name(folder: Path, tmp_path: 
     assert code == 65 and record is not None, said
     assert "step 1: scores of 8 answer(s) are not finite" in record.message
     assert "prompts.jsonl on lines" in record.message
+
+
+def test_a_hung_role_ends_the_run_by_name(folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = write_ppo(folder, tmp_path / "hung.yaml", runtime={"timeout_seconds": 4})
+    with started(run_command(config, f"run_dir={run_dir}", "training.train_iters=5", ranks=4)) as process:
+        wait_until(lambda: live_rank_at(run_dir, rank=2, iteration=2), process=process)
+        os.kill(live_rank_at(run_dir, rank=2, iteration=2) or 0, signal.SIGSTOP)
+        ended = wait_for_end(process)
+    assert ended.code == 76, ended
+    record = read_exit(run_dir)
+    assert record is not None
+    assert "rank 2" in record.message
+    assert not processes_naming(str(config))
