@@ -20,7 +20,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
-from megatron_xy.preflight import open_data, open_held_out
+from megatron_xy.preflight import check_boards, open_data, open_held_out
 from megatron_xy.role import Role, build_role
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import write_text
@@ -43,13 +43,15 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})
-    log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
+    check_boards(config.runtime)
+    is_leader = rank == leader_rank(config, world_size=world_size)
+    log = RunLog(config.run_dir, rank=rank, is_leader=is_leader, wandb_project=config.runtime.wandb_project)
     log.say(_headline(config, world_size=world_size))
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
     log.say(f"  {'import':<28} {time.monotonic() - began:6.1f} s")
     with contextlib.ExitStack() as stack:
-        stack.callback(log.close)
+        stack.enter_context(log)
         if rank == 0:
             stack.enter_context(run_folder.lock(config.run_dir))
             run_folder.clear_exit(config.run_dir, of_others_only=True)

@@ -89,7 +89,7 @@ runtime: {timeout_seconds: 120, num_threads: 1, deterministic: false}
 OF_OUR_OWN = {
     "init_method_std", "head", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters",
     "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy",
-    "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks",
+    "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks", "wandb_project",
 }  # fmt: skip
 
 ROLES = """\
