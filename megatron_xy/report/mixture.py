@@ -25,7 +25,7 @@ def draw_mixture(metrics: Metrics, *, config: RunConfig) -> Figure:
             left.plot(iteration, 100 * wanted[source], "--", color=colour_of(index), linewidth=1.2)
     if wanted:
         left.plot([], [], "--", color="black", linewidth=1.2, label="asked for")
-    left.set_ylim(0, 100)
+    left.set_ylim(bottom=0)
     finish(left, title="drawn so far by source", ylabel="% of all tokens, padding included")
     for index, (source, epochs) in enumerate(most_epochs(metrics).items()):
         right.plot(iteration, epochs, color=colour_of(index), linewidth=1.8, label=source)

@@ -10,7 +10,15 @@ import math
 import numpy
 from matplotlib.figure import Figure
 
-from megatron_xy.report.axes import COLOURS, bound_to_usual, colour_of, finish, mark_odd_steps, scatter_by_bucket
+from megatron_xy.report.axes import (
+    COLOURS,
+    bound_to_usual,
+    colour_of,
+    dot_size,
+    finish,
+    mark_odd_steps,
+    scatter_by_bucket,
+)
 from megatron_xy.report.numbers import mean, ratio, short, smooth
 from megatron_xy.report.records import Metrics
 
@@ -28,8 +36,8 @@ def draw_loss(metrics: Metrics) -> Figure:
     mark_odd_steps(left, metrics)
     finish(left, title="loss by bucket", ylabel="loss (nats per token)")
     for index, (source, values) in enumerate(metrics.parts("loss_by_source").items()):
-        right.plot(iteration, values, ".", color=colour_of(index), alpha=0.25, markersize=5)
-        right.plot(iteration, smooth(values), color=colour_of(index), linewidth=1.8, label=source)
+        right.plot(iteration, values, ".", color=colour_of(index), alpha=0.2, markersize=dot_size(len(values)) - 1)
+        right.plot(iteration, smooth(values), color=colour_of(index), linewidth=1.8, label=source, zorder=3)
     finish(right, title="loss by source", ylabel="")
     return figure
 
@@ -43,7 +51,7 @@ def draw_schedule(metrics: Metrics) -> Figure:
     left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     left.set_ylim(bottom=0)
     finish(left, title="learning rate", ylabel="learning rate")
-    right.plot(iteration, norm, ".", color=COLOURS[0], alpha=0.35, markersize=5, label="step")
+    right.plot(iteration, norm, ".", color=COLOURS[0], alpha=0.35, markersize=dot_size(len(norm)) - 1, label="step")
     right.plot(iteration, smooth(norm), color="black", linewidth=1.8, label="running mean")
     mark_odd_steps(right, metrics)
     if numpy.nanmax(numpy.append(norm, 0)) > 0:
@@ -94,7 +102,7 @@ def draw_time_and_memory(metrics: Metrics) -> Figure:
     finish(left, title=title, ylabel="seconds")
     memory = metrics.column("peak_memory_bytes") / 2**30
     right.plot(iteration, memory, color=COLOURS[0], linewidth=1.8)
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * numpy.nanmax(numpy.append(memory, 1e-3)))
     finish(right, title="peak memory of the fullest rank", ylabel="GiB")
     return figure
 
