@@ -92,7 +92,7 @@ class WeightsAndBiases:
     def _live(self) -> None:
         try:
             self._log_all()
-        except Exception as error:  # whatever a service and its library may raise: the run is worth more
+        except BaseException as error:  # whatever it raises, an abandoned login prompt too: the run is worth more
             if not self._is_left:
                 self._say(f"W&B failed ({type(error).__name__}: {error}); the run goes on without it")
 
