@@ -189,6 +189,7 @@ class Trainer:
         record, stopping = self._record(prepared, result, data_step=data_step, lr=lr, seconds=seconds, waited=waited)
         record["spike"] = bool(reasons)
         self.log.step(record, train_iters=self.config.training.train_iters)
+        self.log.epochs(self.loader.begun_epochs(data_step), data_step=data_step)
         for straggler in self.stragglers.add(busy):
             self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
         if trace := self.profile.after_step(iteration):
@@ -252,6 +253,7 @@ class Trainer:
             "consumed_samples": self.state.consumed_samples,
             "consumed_tokens": self.state.consumed_tokens,
             "consumed_share_by_source": self.loader.consumed_shares(self.state.data_step),
+            "epochs_by_source": self.loader.epochs_by_source(self.state.data_step),
             "padding_ratio": padding / batch_tokens,
             "step_seconds": seconds,
             "data_wait_seconds": waited,

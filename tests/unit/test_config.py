@@ -90,7 +90,7 @@ OF_OUR_OWN = {
     "init_method_std", "head", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters",
     "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy",
     "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks", "chat_template",
-    "chat_overflow", "last_turn_only",
+    "chat_overflow", "last_turn_only", "wandb_project",
 }  # fmt: skip
 
 ROLES = """\
