@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from megatron_xy.report.evaluation import evaluation_rows
 from megatron_xy.report.numbers import number, shown
 from megatron_xy.report.page import ReportSection
 from megatron_xy.report.records import Metrics
-from megatron_xy.report.summary import summary_rows
 
 MOST_EVENTS = 100  # on the page; all of them lie in events.jsonl
 WHAT_LIES_WHERE = {
@@ -26,14 +25,19 @@ WHAT_LIES_WHERE = {
 
 
 def own_sections(
-    summary: Mapping[str, Any], *, events: Metrics, run_dir: Path, timings: Mapping[str, float] | None
+    summary: Mapping[str, Any],
+    rows: Sequence[tuple[str, str]],
+    *,
+    events: Metrics,
+    run_dir: Path,
+    timings: Mapping[str, float] | None,
 ) -> list[ReportSection]:
-    """In the page's order; what a run has none of is left out."""
-    sections = [ReportSection("Summary", rows=[("what", "value"), *summary_rows(summary)])]
-    if evaluation := summary["last_evaluation"]:
-        rows = [("held out", "loss", "perplexity"), *evaluation_rows(evaluation)]
-        sections.append(ReportSection(f"Evaluation after step {evaluation['iteration']:,}", rows=rows))
-    if summary["epochs_by_source"]:
+    """In the page's order, `rows` of the summary first; what a run has none of is left out."""
+    sections = [ReportSection("Summary", rows=[("what", "value"), *rows])]
+    if evaluation := summary.get("last_evaluation"):
+        table = [("held out", "loss", "perplexity"), *evaluation_rows(evaluation)]
+        sections.append(ReportSection(f"Evaluation after step {evaluation['iteration']:,}", rows=table))
+    if summary.get("epochs_by_source"):
         sections.append(ReportSection("Epochs", rows=_epoch_rows(summary["epochs_by_source"])))
     if events.records:
         sections.append(_events(events.records))

@@ -23,9 +23,10 @@ from megatron_xy.report.mixture import draw_mixture
 from megatron_xy.report.numbers import without_nan
 from megatron_xy.report.page import ReportSection, page
 from megatron_xy.report.pictures import draw_data, draw_loss, draw_schedule, draw_throughput, draw_time_and_memory
+from megatron_xy.report.ppo import draw_losses, draw_policy, draw_scores, draw_time, ppo_rows, summarise_ppo
 from megatron_xy.report.records import Metrics, read_metrics, read_records
 from megatron_xy.report.sections import own_sections
-from megatron_xy.report.summary import summarise
+from megatron_xy.report.summary import summarise, summary_rows
 
 
 class Picture(NamedTuple):
@@ -48,7 +49,11 @@ def make_report(
     evaluations, events = read_records(run_dir / "eval.jsonl"), read_records(run_dir / "events.jsonl")
     config = load_config(run_dir / "run.yaml")
     environment = _read_environment(run_dir / "env.json")
-    summary = summarise(metrics, config=config, environment=environment, evaluations=evaluations)
+    if config.task == "ppo":
+        summary, rows = summarise_ppo(metrics, config=config, environment=environment), ppo_rows
+    else:
+        summary = summarise(metrics, config=config, environment=environment, evaluations=evaluations)
+        rows = summary_rows
     if timings:
         summary["seconds_by_phase"] = dict(timings)
     folder = run_dir / "report"
@@ -61,13 +66,20 @@ def make_report(
         else:
             (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
     _write(folder / "summary.json", (json.dumps(without_nan(summary), indent=2) + "\n").encode())
-    own = own_sections(summary, events=events, run_dir=run_dir, timings=timings)
+    own = own_sections(summary, rows(summary), events=events, run_dir=run_dir, timings=timings)
     _write(folder / "index.html", page(run_dir.name, sections=[*own, *sections], pictures=images).encode())
     return folder / "index.html"
 
 
 def _pictures(metrics: Metrics, *, evaluations: Metrics, config: RunConfig) -> dict[str, Picture]:
     """By the names of their files, in the page's order."""
+    if config.task == "ppo":
+        return {
+            "scores": Picture(draw_scores, "Scores of the answers, and what they cost in divergence."),
+            "policy": Picture(draw_policy, "The policy: how far it went, how sure it is, how long its answers are."),
+            "losses": Picture(draw_losses, "What actor and critic learn."),
+            "time": Picture(draw_time, "Where a step's time goes, and how long each role waits for the others."),
+        }
     return {
         "loss": Picture(
             draw_loss,

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from megatron_xy.report.verb import make_report
 from megatron_xy.run_folder import read_exit
 from tests.end_to_end.tiny_run import (
     CLOCK_KEYS,
@@ -134,6 +135,16 @@ def test_metrics_rollouts_and_checkpoints(unbroken: Path) -> None:
     assert names == ["iter_0000004", "iter_0000006"]
     assert hash_of(unbroken / "checkpoints" / names[-1] / "actor")
     assert "value_head.weight" in hash_of(unbroken / "checkpoints" / names[-1] / "critic")
+
+
+def test_the_report_has_pictures_and_a_summary(unbroken: Path) -> None:
+    page = make_report(unbroken)
+    assert {"scores.png", "policy.png", "losses.png", "time.png"} <= {path.name for path in page.parent.iterdir()}
+    summary = json.loads((page.parent / "summary.json").read_text())
+    assert summary["last_score_mean"] == pytest.approx(
+        sum(record["score_mean"] for record in metrics_of(unbroken)) / STEPS
+    )
+    assert "idle share of the critic" in page.read_text()
 
 
 def test_killed_and_resumed_equals_unbroken(unbroken: Path, folder: Path, tmp_path: Path) -> None:
