@@ -10,6 +10,7 @@ TRL does not. TRL is no dependency: name an interpreter that has it (the last re
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -138,7 +139,7 @@ def ours(steps: int) -> dict[str, Any]:
         assert metrics["response_length_mean"] == RESPONSE_LENGTH, "the work is fixed"
         if step >= WARM_UP:
             seconds.append(times[-1] - times[0])
-            for name, first, last in zip(phases, times, times[1:], strict=False):
+            for name, (first, last) in zip(phases, itertools.pairwise(times), strict=True):
                 phases[name].append(last - first)
     return {
         "cpu_seconds_a_step": statistics.median(seconds),
@@ -181,7 +182,8 @@ def trl(steps: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = PPOConfig(
-            output_dir=folder, per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=PROMPTS // MICRO_BATCH,
+            output_dir=folder, per_device_train_batch_size=MICRO_BATCH,
+            gradient_accumulation_steps=PROMPTS // MICRO_BATCH,
             num_mini_batches=1, num_ppo_epochs=1, total_episodes=PROMPTS * (WARM_UP + steps + 1),
             response_length=RESPONSE_LENGTH, local_rollout_forward_batch_size=MICRO_BATCH, use_cpu=True, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", num_sample_generations=0,
@@ -198,7 +200,7 @@ def trl(steps: int) -> dict[str, Any]:
             callbacks=[Clock()],
         )
         trainer.train()
-    between = [last - first for first, last in zip(ends, ends[1:], strict=False)][WARM_UP:]
+    between = [last - first for first, last in itertools.pairwise(ends)][WARM_UP:]
     return {
         "cpu_seconds_a_step": statistics.median(between[:steps]),
         "versions": {"trl": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
