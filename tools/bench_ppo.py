@@ -176,7 +176,7 @@ def trl(steps: int) -> dict[str, Any]:
     rows = torch.randint(3, VOCAB_SIZE, (num_prompts, PROMPT_LENGTH), generator=draw).tolist()
     ends: list[float] = []
 
-    class Clock(transformers.TrainerCallback):
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]  # untyped where it is skipped
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.process_time())
 

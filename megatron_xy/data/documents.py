@@ -272,7 +272,8 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
 def _parse(raw: bytes, fields: _Fields) -> _Contents:
     """The contents of one line of JSON. Raises _BadLine."""
     try:
-        row = _load_json(raw)
+        # Of a conversation all that a template may print counts, and orjson makes floats of long integers.
+        row = json.loads(raw.decode("utf-8")) if fields.conversations else _load_json(raw)
     except UnicodeDecodeError as error:
         raise _BadLine(f"invalid UTF-8 at byte {error.start}") from error
     except RecursionError as error:

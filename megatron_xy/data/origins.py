@@ -9,7 +9,7 @@ Both are mapped and never loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -117,13 +117,15 @@ class TracedWriter(IndexedWriter):
         super().__exit__(kind, error, traceback)
 
     def _close(self, *, finish: bool) -> None:
-        try:
-            if finish:
-                assert self._trace.num_items == len(self._sequence_lengths), "every sequence has its row"
-                assert self._mask is None or self._mask.num_items == self.num_tokens, "every token has its mask"
-        finally:
+        with ExitStack() as stack:
             for file in self._side_files:
-                file.close(finish=finish)
+                stack.callback(file.take_back)
+            if not finish:
+                return
+            assert self._trace.num_items == len(self._sequence_lengths), "every sequence has its row"
+            assert self._mask is None or self._mask.num_items == self.num_tokens, "every token has its mask"
+            for file in self._side_files:
+                file.finish()
 
 
 class _SideFile:
@@ -144,13 +146,16 @@ class _SideFile:
             self._stream.write(np.ascontiguousarray(items).data)
         self.num_items += len(items)
 
-    def close(self, *, finish: bool) -> None:
-        """Gives the file its name, or takes it back."""
+    def finish(self) -> None:
+        """Gives the file its name."""
         assert self._stream is not None, "the writer is used inside its with block"
-        try:
-            with storage_errors(self._path) if finish else suppress(OSError):
+        with storage_errors(self._path):
+            self._stream.close()
+        replace(self._temporary, self._path)
+
+    def take_back(self) -> None:
+        """Takes back what has not got its name."""
+        if self._stream is not None:
+            with suppress(OSError):  # a full disk refuses the last buffered bytes too; the first refusal is reported
                 self._stream.close()
-            if finish:
-                replace(self._temporary, self._path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.small_corpus import train_tokenizer
+
 ROOT = Path(__file__).parents[2]
 VERBS = ("pretrain", "sft", "run", "check", "report", "convert", "doctor", "data", "checkpoint")
 
@@ -167,6 +169,26 @@ def test_check_paths_looks_at_files(run_yaml: Path) -> None:
     empty = command("check", run_yaml, "--paths")
     assert empty.returncode == 65
     assert "holds no manifest.json" in empty.stderr
+
+
+def test_check_paths_reads_conversations_and_leaves_nothing(run_yaml: Path) -> None:
+    folder = run_yaml.parent
+    train_tokenizer(folder / "tokenizer.model")
+    good_row = '{"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]}\n'
+    (folder / "chat.jsonl").write_text(good_row + '{"messages": []}\n')
+    options = ["task=sft", f"data.path={folder}/chat.jsonl", "data.chat_template=xuanyuan"]
+    missing = command("check", run_yaml, *options)
+    assert missing.returncode == 78 and "data.tokenizer is missing" in missing.stderr
+    options.append(f"data.tokenizer={folder}/tokenizer.model")
+    bad = command("check", run_yaml, "--paths", *options)
+    assert bad.returncode == 65 and "chat.jsonl:2: there are no messages" in bad.stderr
+    (folder / "chat.jsonl").write_text(good_row)
+    good = command("check", run_yaml, "--paths", "training.epochs=3", *options)
+    assert good.returncode == 0 and "3 epoch(s) in steps of 8192 tokens" in good.stdout
+    assert not (folder / "run").exists()
+    refused = command("check", run_yaml, *options, "task=pretrain", "training.epochs=3")
+    assert refused.returncode == 78
+    assert "task pretrain takes folders" in refused.stderr and "task pretrain counts in train_iters" in refused.stderr
 
 
 def test_run_of_a_bad_config_starts_nothing_and_leaves_its_code(run_yaml: Path) -> None:

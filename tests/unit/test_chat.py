@@ -53,6 +53,19 @@ CONVERSATIONS = {
         assistant("z"),
     ],
 }
+# As Llama-3 has it, and a template that drops what was thought in turns before the last one, as Qwen-3's.
+TRIMMED = (
+    "{{- bos_token }}{% for message in messages %}"
+    "{{ '<think>' + message['role'] + '\\n\\n' + message['content'] | trim + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<think>assistant\\n\\n' }}{% endif %}"
+)
+THOUGHT = "<think>well\n"
+THINKING = (
+    "{% for message in messages %}{{ '<|begin|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>well\\n' }}{% endif %}"
+    "{{ message['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|begin|>assistant\\n' }}{% endif %}"
+)
 CALLS = [
     user("the weather?"),
     assistant(None, tool_calls=[{"type": "function", "function": {"name": "weather", "arguments": {"at": "北京"}}}]),
@@ -89,6 +102,8 @@ def chats(folders):
         made[name, "unmarked"] = Chat(tokenizer, ChatTemplate(unmarked, name="unmarked", tokenizer=tokenizer))
     tokenizer = load_tokenizer(folders["bytes"])
     made["bytes", "its own"] = Chat(tokenizer, load_chat_template("tokenizer", tokenizer))
+    for template, source in (("trimmed", TRIMMED), ("thinking", THINKING)):
+        made["bytes", template] = Chat(tokenizer, ChatTemplate(source, name=template, tokenizer=tokenizer))
     own = BUILT_IN["chatml"].replace("<|im_start|>", "<|begin|>").replace("<|im_end|>", "<|end|>")
     made["bytes", "own chatml"] = Chat(tokenizer, ChatTemplate(own, name="own", tokenizer=tokenizer))
     return made
@@ -155,7 +170,7 @@ def behind_prompts(chat, messages, **options):
 @pytest.mark.parametrize("name", ["one turn", "system", "many turns", "last by the user", "unicode", "empty answer"])
 def test_exactly_the_ids_behind_each_generation_prompt_are_learned(chats, name):
     for (folder, template), chat in chats.items():
-        if template == "chatml":  # without control tokens nothing says where an answer ends but its text
+        if template in ("chatml", "thinking"):  # no control tokens; an answer that is rendered anew by what follows
             continue
         made = chat.conversation(CONVERSATIONS[name])
         assert made.learned.tolist() == behind_prompts(chat, CONVERSATIONS[name]).tolist(), (folder, template)
@@ -181,6 +196,13 @@ def test_the_leading_space_is_the_model_s_own_and_so_is_the_end_token(folders, c
     assert with_text.prompt([SYSTEM, user("dog")]).tolist() == chat.prompt([SYSTEM, user("dog")]).tolist()
 
 
+def test_a_template_that_renders_earlier_turns_otherwise_still_shows_where_each_answer_ends(chats):
+    chat = chats["bytes", "thinking"]
+    made = chat.conversation([user("dog"), assistant("lazy"), user("fox"), assistant("quick")])
+    learned = [text for text, is_learned in chat.tokenizer.decode_runs(made.ids, made.learned) if is_learned]
+    assert learned == ["lazy<|end|>", "<think>well\nquick<|end|>"]
+
+
 def test_tool_results_are_not_learned_and_calls_are(chats):
     chat = chats["bytes", "its own"]
     made = chat.conversation(CALLS, tools=[{"name": "weather"}])
@@ -197,7 +219,7 @@ def test_only_the_last_turn_or_those_with_weight(chats):
             [text.strip() for text, learned in chat.tokenizer.decode_runs(made.ids, made.learned) if learned]
             for made in (chat.conversation(messages), chat.conversation(messages, last_turn_only=True))
         ]
-        words = [[span.replace(" ", "").split("<")[0] for span in learned] for learned in spans]
+        words = [[span.removeprefix(THOUGHT).replace(" ", "").split("<")[0] for span in learned] for learned in spans]
         assert words == [["dog", "x"], ["x"]], (folder, template)
 
 
@@ -211,7 +233,7 @@ def test_a_control_token_in_a_message_stays_text(chats):
         decoded = "".join(text for text, _ in chat.tokenizer.decode_runs(made.ids, made.learned))
         assert decoded.count(said) == 2, (folder, template)
         learned = [text for text, known in chat.tokenizer.decode_runs(made.ids, made.learned) if known]
-        assert len(learned) == 1 and learned[0].strip().startswith(said), (folder, template)
+        assert len(learned) == 1 and learned[0].removeprefix(THOUGHT).strip().startswith(said), (folder, template)
 
 
 def test_what_merges_across_the_border_is_as_in_transformers_where_marked_else_prompt(folders):

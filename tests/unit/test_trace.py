@@ -159,4 +159,9 @@ def test_nothing_stays_of_a_writer_that_fails(tmp_path):
     unequal = pytest.raises(AssertionError, match="every sequence has its row")
     with unequal, TracedWriter(tmp_path / "shard", dtype="u2") as writer:
         writer.add_documents(np.zeros(3, dtype="u2"), lengths=np.array([3]))
+    unequal = pytest.raises(AssertionError, match="every token has its mask")
+    with unequal, TracedWriter(tmp_path / "shard", dtype="u2", masked=True) as writer:
+        writer.add_documents(np.zeros(3, dtype="u2"), lengths=np.array([3]))
+        writer.add_rows(document_rows([0], [1]))
+        writer.add_mask(np.ones(2, dtype=bool))
     assert not list(tmp_path.iterdir())
