@@ -184,8 +184,8 @@ def check(
 
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
-    """Draws a run: loss per bucket and source, learning rate, gradient norm, throughput, as PNG and one HTML page."""
-    from megatron_xy.report import make_report
+    """Draws a run: losses, evaluations, odd steps, speed, time by phase, the mixture, as PNG and one HTML page."""
+    from megatron_xy.report.verb import make_report
 
     print(make_report(run_dir))
 

@@ -277,6 +277,9 @@ class RuntimeConfig(Section):
     deterministic: bool = False
     profile: str | None = Field(None, description="A:B, iterations from A to B - 1, by torch's profiler")
     profile_ranks: list[Annotated[int, Field(ge=0)]] = [0]
+    wandb_project: str | None = Field(
+        None, min_length=1, description="Weights & Biases draws the scalars too, in this project; WANDB_MODE counts"
+    )
 
     @field_validator("profile")
     @classmethod

@@ -1,4 +1,4 @@
-"""What a run tells: a line and a metrics record each step, phases with their seconds, TensorBoard, a log file per rank.
+"""What a run tells: a line and a metrics record each step, phases with their seconds, boards, a log file per rank.
 
 RUN/metrics.jsonl holds one JSON object a step with floats unrounded, eval.jsonl one an evaluation, events.jsonl one a
 step that was skipped or stands out; after a resume each iteration still stands once.
@@ -13,16 +13,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
-
+from megatron_xy.boards import Board, open_boards
+from megatron_xy.errors import Stopped
 from megatron_xy.storage import write_text
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "eval.jsonl"
 EVENTS = "events.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 _SCALARS = (
     "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_wait_seconds", "padding_ratio", "mfu", "hfu",
     "consumed_tokens", "peak_memory_bytes",
@@ -30,15 +29,16 @@ _SCALARS = (
 
 
 class RunLog:
-    """This rank's voice: every rank writes its file in RUN/logs, the leader also terminal, metrics, TensorBoard."""
+    """This rank's voice: every rank writes its file in RUN/logs, the leader also terminal, metrics, boards."""
 
-    def __init__(self, run_dir: Path, *, rank: int, is_leader: bool) -> None:
+    def __init__(self, run_dir: Path, *, rank: int, is_leader: bool, wandb_project: str | None = None) -> None:
         self.run_dir = run_dir
+        self._wandb_project = wandb_project
         self.is_leader = is_leader
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         self._file: TextIO = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
         self._records: dict[str, TextIO] = {}  # open files of the leader by name
-        self._board: SummaryWriter | None = None
+        self._boards: list[Board] = []  # of the leader, once records are asked for
 
     def say(self, text: str) -> None:
         """One line to this rank's log file, and on the leader to the terminal."""
@@ -59,10 +59,10 @@ class RunLog:
             return
         for name in (METRICS, EVALUATIONS, EVENTS):
             cut_records(self.run_dir / name, iteration=iteration)
-        self._board = SummaryWriter(str(self.run_dir / TENSORBOARD_FOLDER), purge_step=iteration + 1)
+        self._boards = open_boards(self.run_dir, iteration=iteration, wandb_project=self._wandb_project, say=self.say)
 
     def step(self, record: dict[str, Any], *, train_iters: int) -> None:
-        """One finished step: a line on the terminal, an object in metrics.jsonl, scalars in TensorBoard."""
+        """One finished step: a line on the terminal, an object in metrics.jsonl, scalars on the boards."""
         self.say(step_line(record, train_iters=train_iters))
         self._write(METRICS, record)
         scalars = {name: record[name] for name in _SCALARS if record.get(name) is not None}
@@ -80,7 +80,7 @@ class RunLog:
         self._draw(scalars, record["iteration"])
 
     def evaluation(self, record: dict[str, Any], *, seconds: float) -> None:
-        """One evaluation: a line, an object in eval.jsonl, scalars in TensorBoard."""
+        """One evaluation: a line, an object in eval.jsonl, scalars on the boards."""
         by_source = ", ".join(f"{source} {loss:.4f}" for source, loss in record["loss_by_source"].items())
         self.say(
             f"evaluation after step {record['iteration']}: loss {record['loss']:.4f}, perplexity "
@@ -106,7 +106,7 @@ class RunLog:
     def has_evaluation(self, iteration: int) -> bool:
         """Whether eval.jsonl holds one of this iteration; only the leader can say yes."""
         path = self.run_dir / EVALUATIONS
-        if self._board is None or not path.exists():
+        if not self._boards or not path.exists():
             return False
         lines = path.read_text(encoding="utf-8").splitlines()
         return any(json.loads(line)["iteration"] == iteration for line in lines)
@@ -115,6 +115,12 @@ class RunLog:
         """A step that was skipped or stands out: a line that says why, an object in events.jsonl."""
         self.say(f"  step {record['iteration']}, data step {record['data_step']}: {'; '.join(record['reasons'])}")
         self._write(EVENTS, record)
+
+    def epochs(self, begun: Sequence[tuple[str, int, int]], *, data_step: int) -> None:
+        """A line where a data step went beyond the end of some data: (source, bucket, number of the new epoch)."""
+        if begun:
+            names = ", ".join(f"{number} of {source} in bucket {bucket}" for source, bucket, number in begun)
+            self.say(f"  data step {data_step} begins epoch {names}")
 
     def straggler(self, rank: int, factor: float, busy_seconds: float, *, iteration: int) -> None:
         """A rank that computes for much longer than the others: a line, and an object in events.jsonl."""
@@ -125,22 +131,28 @@ class RunLog:
         self._write(EVENTS, {"iteration": iteration, "straggler": rank, "factor": factor, "busy_seconds": busy_seconds})
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        if self._board is not None:  # on the leader, once records are asked for
+        if self._boards:
             if name not in self._records:
                 self._records[name] = (self.run_dir / name).open("a", encoding="utf-8")
             self._records[name].write(json.dumps(_without_non_finite(record)) + "\n")
             self._records[name].flush()
 
     def _draw(self, scalars: dict[str, float], iteration: int) -> None:
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, iteration)
+        for board in self._boards:
+            board.add(scalars, iteration=iteration)
 
-    def close(self) -> None:
-        """Closes all files."""
-        for stream in (*self._records.values(), self._board, self._file):
-            if stream is not None:
-                stream.close()
+    def close(self, *, at_once: bool = False) -> None:
+        """Closes all files; `at_once` where the run fails: no board is waited for."""
+        for board in self._boards:
+            board.close(at_once=at_once)
+        for stream in (*self._records.values(), self._file):
+            stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(at_once=not (error is None or isinstance(error, Stopped)))
 
 
 def step_line(record: dict[str, Any], *, train_iters: int) -> str:

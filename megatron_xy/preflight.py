@@ -14,6 +14,7 @@ from megatron_xy.config import (
     ModelConfig,
     Problem,
     RunConfig,
+    RuntimeConfig,
     check_buckets,
     check_shape,
     data_parallel_size,
@@ -61,6 +62,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
         findings.of("model", lambda: check_shape(completed))
     dataset = _look_at_data(completed, findings, build_into=build_into)
     findings.of("data.eval_path", lambda: _held_out(completed, dataset, build_into=build_into))
+    findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.end()
 
 
@@ -100,7 +102,17 @@ def _check_ppo_paths(config: RunConfig) -> None:
         problem = f"ppo.reward_function ({reward_function}): there is no such file"
         findings.problems.append(Problem("ppo.reward_function", problem))
         findings.only_data = False
+    findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.end()
+
+
+def check_boards(runtime: RuntimeConfig) -> None:
+    """Raises ConfigError where Weights & Biases is asked for and not installed."""
+    if runtime.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"runtime.wandb_project ({runtime.wandb_project}): wandb is not installed; pip install "
+            f"'megatron-xy[wandb]', or set it to null"
+        )
 
 
 def open_data(config: RunConfig) -> PackedDataset:

@@ -19,7 +19,7 @@ from megatron_xy.evaluation import HeldOutEvaluator
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
-from megatron_xy.preflight import open_data, open_held_out
+from megatron_xy.preflight import check_boards, open_data, open_held_out
 from megatron_xy.role import Role, build_role
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
@@ -43,7 +43,9 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})
-    log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
+    check_boards(config.runtime)
+    is_leader = rank == leader_rank(config, world_size=world_size)
+    log = RunLog(config.run_dir, rank=rank, is_leader=is_leader, wandb_project=config.runtime.wandb_project)
     log.say(headline(config, world_size=world_size))
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused

@@ -26,7 +26,7 @@ def session(config: RunConfig, *, log: RunLog, watchdog: Watchdog, began: float)
     rank, world_size = environment.rank(), environment.world_size()
     log.say(f"  {'import':<28} {time.monotonic() - began:6.1f} s")
     with contextlib.ExitStack() as stack:
-        stack.callback(log.close)
+        stack.enter_context(log)
         if rank == 0:
             stack.enter_context(run_folder.lock(config.run_dir))
             run_folder.clear_exit(config.run_dir, of_others_only=True)

@@ -62,6 +62,12 @@ class Loader(Protocol):
     def consumed_shares(self, data_step: int) -> dict[str, float]:
         """{source: its part of the tokens of all steps before `data_step`}."""
 
+    def epochs_by_source(self, data_step: int) -> dict[str, dict[str, float]]:
+        """{source: {bucket: how often its samples were drawn in all steps before `data_step`}}; {} where untold."""
+
+    def begun_epochs(self, data_step: int) -> list[tuple[str, int, int]]:
+        """(source, bucket, number) of every epoch but the first that `data_step` begins."""
+
     def ends_epoch(self, iteration: int) -> bool:
         """Whether an iteration is the last of an epoch that leaves a checkpoint."""
 
@@ -242,6 +248,7 @@ class Trainer:
         record, stopping = self._record(prepared, result, data_step=data_step, lr=lr, seconds=seconds, waited=waited)
         record["spike"] = bool(reasons)
         self.log.step(record, train_iters=self.config.training.train_iters)
+        self.log.epochs(self.loader.begun_epochs(data_step), data_step=data_step)
         for straggler in self.stragglers.add(busy):
             self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
         if trace := self.profile.after_step(iteration):
@@ -305,6 +312,7 @@ class Trainer:
             "consumed_samples": self.state.consumed_samples,
             "consumed_tokens": self.state.consumed_tokens,
             "consumed_share_by_source": self.loader.consumed_shares(self.state.data_step),
+            "epochs_by_source": self.loader.epochs_by_source(self.state.data_step),
             "padding_ratio": padding / room,
             "step_seconds": seconds,
             "data_wait_seconds": waited,

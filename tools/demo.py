@@ -23,7 +23,8 @@ from pathlib import Path
 
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.log import METRICS
-from megatron_xy.report import ReportSection, make_report
+from megatron_xy.report.page import ReportSection
+from megatron_xy.report.verb import make_report
 from megatron_xy.run_folder import read_heartbeats
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,27 +13,28 @@ ones) and score.py, whose function `true_score` is the rule, as `ppo.reward_func
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 WORDS = [f"w{number:02d}" for number in range(16)]
 KEYS = WORDS[:4]
 SPECIAL = ["<s>", "</s>"]
 
-RULE = '''"""The true score of the toy task "echo the key"."""
-
 MOST_TOKENS = 12  # the end token included; as many words are an answer that was cut
 
 
-def true_score(prompts, responses, rows):
-    return [score(prompt.split()[0], response.split()) for prompt, response in zip(prompts, responses, strict=True)]
+def true_score(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[object]) -> list[float]:
+    """The rule over a batch."""
+    return [score(prompt.split()[0], answer.split()) for prompt, answer in zip(prompts, responses, strict=True)]
 
 
-def score(key, words):
+def score(key: str, words: Sequence[str]) -> float:
+    """The share of words that equal the key, and 0.5 for an answer that stops by itself after at least 4 of them."""
     share = sum(word == key for word in words) / len(words) if words else 0.0
     return share + (0.5 if 4 <= len(words) < MOST_TOKENS else 0.0)
-'''
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def make(folder: Path, *, num_prompts: int, num_pairs: int, seed: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), indent=1), encoding="utf-8")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
-    (folder / "score.py").write_text(RULE, encoding="utf-8")
+    (folder / "score.py").write_text(rule(), encoding="utf-8")
     write_rows(folder / "prompts.jsonl", [{"prompt": prompt(chance)} for _ in range(num_prompts)])
     write_rows(folder / "pairs.jsonl", [pair(chance) for _ in range(num_pairs)])
 
@@ -73,16 +74,19 @@ def pair(chance: random.Random) -> dict[str, str]:
         repeated = key if chance.random() < 0.5 else chance.choice(WORDS)
         return [repeated if chance.random() < 0.7 else chance.choice(WORDS) for _ in range(chance.randint(1, 11))]
 
-    scope: dict[str, object] = {}
-    exec(compile(RULE, "score.py", "exec"), scope)  # noqa: S102 - the rule that is written, not a user's
-    score = scope["score"]
-    assert callable(score), "the rule has it"
     while True:
         first, second = answer(), answer()
         if abs(score(key, first) - score(key, second)) > 0.1:
             break
     better, worse = (first, second) if score(key, first) > score(key, second) else (second, first)
     return {"prompt": text, "chosen": " ".join(better), "rejected": " ".join(worse), "grade": "A2", "source": "echo"}
+
+
+def rule() -> str:
+    """The two functions above, as a file of their own."""
+    title = '"""The true score of the toy task "echo the key"."""'
+    head = f"{title}\n\nfrom collections.abc import Sequence\n\nMOST_TOKENS = {MOST_TOKENS}\n"
+    return "\n\n".join([head, inspect.getsource(true_score), inspect.getsource(score)])
 
 
 def tokenizer() -> dict[str, object]:

@@ -5,6 +5,7 @@ The batch of a step follows from the sampler alone; which rank gets which sample
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_xy.config import RunConfig
@@ -58,6 +59,22 @@ class StepLoader:
             drawn[stream.source] += epochs.get((stream.source, stream.bucket), 0) * stream.num_samples * stream.bucket
         total = sum(drawn.values())
         return {source: tokens / total for source, tokens in drawn.items()}
+
+    def epochs_by_source(self, data_step: int) -> dict[str, dict[str, float]]:
+        """{source: {bucket: how often its samples were drawn in all steps before `data_step`}}."""
+        epochs: dict[str, dict[str, float]] = {}
+        for (source, bucket), times in self.sampler.epochs(data_step).items():
+            epochs.setdefault(source, {})[str(bucket)] = times
+        return epochs
+
+    def begun_epochs(self, data_step: int) -> list[tuple[str, int, int]]:
+        """(source, bucket, number) of every epoch but the first that `data_step` begins: numbers count from 1."""
+        before, after = self.sampler.epochs(data_step), self.sampler.epochs(data_step + 1)
+        return [
+            (source, bucket, math.ceil(times))
+            for (source, bucket), times in after.items()
+            if math.ceil(times) > max(1, math.ceil(before[source, bucket]))
+        ]
 
     def close(self) -> None:
         """Ends the background thread."""

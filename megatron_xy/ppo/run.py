@@ -35,6 +35,7 @@ from megatron_xy.ppo.reward_function import FunctionScorer, load_reward_function
 from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel, RoleWorker
 from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAnswers
 from megatron_xy.ppo.trainer import Cast, PPOTrainer
+from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
@@ -62,8 +63,9 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     """
     rank, world_size = environment.rank(), environment.world_size()
     check_world(config, world_size=world_size)
+    check_boards(config.runtime)
     material = look_at(config, world_size=world_size)
-    log = RunLog(config.run_dir, rank=rank, is_leader=rank == 0)
+    log = RunLog(config.run_dir, rank=rank, is_leader=rank == 0, wandb_project=config.runtime.wandb_project)
     for line in told(material, world_size=world_size):
         log.say(line)
     with session(config, log=log, watchdog=watchdog, began=began):

@@ -42,6 +42,14 @@ class PairLoader:
         """Whether an iteration, from 1 on, is the last of its epoch."""
         return self._order.step(iteration - 1).ends_epoch
 
+    def epochs_by_source(self, data_step: int) -> dict[str, dict[str, float]]:
+        """Untold: an epoch of pairs goes through all sources at once, and its end leaves a checkpoint."""
+        return {}
+
+    def begun_epochs(self, data_step: int) -> list[tuple[str, int, int]]:
+        """None, as for `epochs_by_source`."""
+        return []
+
     def consumed_shares(self, data_step: int) -> dict[str, float]:
         """{source: its part of the tokens of all steps before `data_step`}, from step 1 on."""
         if data_step < self._drawn_until:

@@ -56,7 +56,25 @@ def rollout() -> Any:
     )
 
 
-def one_step(roles: dict[RoleName, PlacedRole], ppo: PPOConfig, plant: Callable[[], None] | None = None) -> Any:
+def generated(actor: Any, ppo: PPOConfig) -> Any:
+    """The same prompts, answered by the actor, whose logits are peaked."""
+    from megatron_xy.model.sampling import SamplingOptions
+    from megatron_xy.ppo.rollouts import GeneratedAnswers, as_rollout
+
+    given = rollout()
+    options = SamplingOptions(
+        temperature=ppo.temperature, max_response_length=9, stop_ids=tuple(range(3, 11)), seed=7
+    )  # fmt: skip
+    answers = GeneratedAnswers(actor, options).answers(given.drawn, given.prompts["actor"], first=0)
+    return as_rollout(given.drawn, given.prompts, answers)
+
+
+def one_step(
+    roles: dict[RoleName, PlacedRole],
+    ppo: PPOConfig,
+    plant: Callable[[], None] | None = None,
+    generates: bool = False,
+) -> Any:
     """Rewards, advantages, metrics of a step, and the trained weights after it, by their names (this rank's shards)."""
     from megatron_xy.parallel import build_groups
     from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
@@ -79,7 +97,8 @@ def one_step(roles: dict[RoleName, PlacedRole], ppo: PPOConfig, plant: Callable[
         scorer=RewardModel(roles["reward"], built["reward"]),
         state=PPOState(kl_coef=ppo.kl_coef),
     )
-    experience = engine.collect(rollout(), check=lambda experience: None)
+    answered = generated(engine.actor, ppo) if generates else rollout()
+    experience = engine.collect(answered, check=lambda experience: None)
     half = ANSWERS // 2
     rates = LearningRates(1e-3, 1e-3)
     batches = [list(range(ANSWERS))] if ppo.mini_batch_size == ANSWERS else [
@@ -97,4 +116,5 @@ def one_step(roles: dict[RoleName, PlacedRole], ppo: PPOConfig, plant: Callable[
                 )
     names = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns", "entropy")
     tensors = {name: getattr(experience, name).numpy().copy() for name in names}
-    return {"tensors": tensors, "metrics": metrics, "weights": weights, "rank": dist.get_rank()}
+    told = {"tensors": tensors, "metrics": metrics, "weights": weights, "rank": dist.get_rank()}
+    return {**told, "responses": answered.responses}

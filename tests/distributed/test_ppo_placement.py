@@ -88,6 +88,23 @@ def test_the_same_step_in_every_placement(placement: str, alone: Any) -> None:
         assert_same_step(result, alone)
 
 
+@pytest.fixture(scope="module")
+def alone_generating() -> Any:
+    """All roles on one rank, the actor answering."""
+    (result,) = run_ranks(one_step, everyone(), PPO, None, True, world_size=1)
+    return result
+
+
+@pytest.mark.parametrize("placement", list(PLACEMENTS)[1:])
+def test_the_same_answers_and_the_same_step_in_every_placement(placement: str, alone_generating: Any) -> None:
+    world_size, roles = PLACEMENTS[placement]
+    for result in run_ranks(one_step, roles, PPO, None, True, world_size=world_size):
+        assert result["responses"] == alone_generating["responses"]
+        assert_same_step(result, alone_generating)
+    lengths = set(map(len, alone_generating["responses"]))
+    assert len(lengths) > 2, "answers of several lengths, some of them cut"
+
+
 def test_the_step_does_something(alone: Any) -> None:
     metrics = alone["metrics"]
     assert metrics["actor_updates"] == metrics["critic_updates"] == 1

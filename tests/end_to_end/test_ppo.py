@@ -14,12 +14,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from megatron_xy.report.verb import make_report
 from megatron_xy.run_folder import read_exit
 from tests.end_to_end.tiny_run import (
     CLOCK_KEYS,
     hash_of,
     live_rank_at,
     metrics_of,
+    processes_naming,
     run_command,
     run_to_end,
     started,
@@ -135,6 +137,16 @@ def test_metrics_rollouts_and_checkpoints(unbroken: Path) -> None:
     assert "value_head.weight" in hash_of(unbroken / "checkpoints" / names[-1] / "critic")
 
 
+def test_the_report_has_pictures_and_a_summary(unbroken: Path) -> None:
+    page = make_report(unbroken)
+    assert {"scores.png", "policy.png", "losses.png", "time.png"} <= {path.name for path in page.parent.iterdir()}
+    summary = json.loads((page.parent / "summary.json").read_text())
+    assert summary["last_score_mean"] == pytest.approx(
+        sum(record["score_mean"] for record in metrics_of(unbroken)) / STEPS
+    )
+    assert "idle share of the critic" in page.read_text()
+
+
 def test_killed_and_resumed_equals_unbroken(unbroken: Path, folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = run_command(folder / "ppo.yaml", f"run_dir={run_dir}", ranks=4, restarts=1)
@@ -221,3 +233,17 @@ def test_a_score_that_is_no_number_ends_the_run_by_name(folder: Path, tmp_path: 
     assert code == 65 and record is not None, said
     assert "step 1: scores of 8 answer(s) are not finite" in record.message
     assert "prompts.jsonl on lines" in record.message
+
+
+def test_a_hung_role_ends_the_run_by_name(folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = write_ppo(folder, tmp_path / "hung.yaml", runtime={"timeout_seconds": 4})
+    with started(run_command(config, f"run_dir={run_dir}", "training.train_iters=5", ranks=4)) as process:
+        wait_until(lambda: live_rank_at(run_dir, rank=2, iteration=2), process=process)
+        os.kill(live_rank_at(run_dir, rank=2, iteration=2) or 0, signal.SIGSTOP)
+        ended = wait_for_end(process)
+    assert ended.code == 76, ended
+    record = read_exit(run_dir)
+    assert record is not None
+    assert "rank 2" in record.message
+    assert not processes_naming(str(config))

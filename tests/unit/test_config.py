@@ -89,8 +89,8 @@ runtime: {timeout_seconds: 120, num_threads: 1, deterministic: false}
 OF_OUR_OWN = {
     "init_method_std", "head", "add_qkv_bias", "allow_changes", "lr_warmup_tokens", "lr_warmup_init", "lr_decay_iters",
     "lr_decay_tokens", "lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style", "spike_policy",
-    "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks",
-    "chat_template", "chat_overflow", "last_turn_only",
+    "spike_sigmas", "max_skipped_in_a_row", "max_epochs", "profile", "profile_ranks", "chat_template",
+    "chat_overflow", "last_turn_only", "wandb_project",
 }  # fmt: skip
 
 ROLES = """\

@@ -62,3 +62,30 @@ def test_batches_shares_and_tokens_follow_the_phases(data):
     assert before == pytest.approx(0.5, abs=0.1) and after == pytest.approx(0.9, abs=0.04)
     for loader in ranks:
         loader.close()
+
+
+def test_epochs_are_counted_and_told_at_the_step_that_begins_them(data):
+    config = RunConfig.model_validate(
+        {
+            "data": {"path": str(data), "weights": {"a": 5, "b": 1}},
+            "training": {"global_batch_tokens": 1024, "micro_batch_tokens": 64},
+        }
+    )
+    dataset = PackedDataset(config.data.paths)
+    loader = StepLoader(config, dataset=dataset, dp_size=1, dp_rank=0)
+    sizes = {(stream.source, stream.bucket): stream.num_samples for stream in dataset.streams}
+    drawn = dict.fromkeys(sizes, 0)
+    told = 0
+    for step in range(200):
+        begun = {}  # the last one, where a step goes through few samples several times
+        for source, bucket, _ in loader.sampler.batch(step).samples:
+            drawn[source, bucket] += 1
+            if drawn[source, bucket] > 1 and drawn[source, bucket] % sizes[source, bucket] == 1 % sizes[source, bucket]:
+                begun[source, bucket] = -(-drawn[source, bucket] // sizes[source, bucket])
+        assert {(source, bucket): number for source, bucket, number in loader.begun_epochs(step)} == begun
+        told += len(begun)
+        for (source, bucket), count in drawn.items():
+            epochs = loader.epochs_by_source(step + 1)[source][str(bucket)]
+            assert epochs == pytest.approx(count / sizes[source, bucket], rel=1e-12)
+    assert told > 5
+    loader.close()

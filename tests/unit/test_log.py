@@ -2,13 +2,15 @@
 
 import json
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_xy.log import METRICS, TENSORBOARD_FOLDER, RunLog, cut_records, step_line
+from megatron_xy.boards import TENSORBOARD_FOLDER
+from megatron_xy.log import METRICS, RunLog, cut_records, step_line
 
 
 def record(iteration: int, **changes: object) -> dict[str, object]:
@@ -104,9 +106,17 @@ def test_purging_hides_the_scalars_of_an_abandoned_course(tmp_path):
         for step in range(iteration + 1, 5):
             log.step(record(step, loss=loss), train_iters=4)
         log.close()
+        time.sleep(1 - time.time() % 1)  # TensorBoard orders its files by the second
     board = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 5.0), (2, 5.0), (3, 1.0), (4, 1.0)]
     assert [json.loads(line)["loss"] for line in lines_of(tmp_path)] == [5.0, 5.0, 1.0, 1.0]
+
+
+def test_a_new_epoch_is_told_in_one_line(tmp_path, capsys):
+    with RunLog(tmp_path, rank=0, is_leader=True) as log:
+        log.epochs([], data_step=6)
+        log.epochs([("code", 128, 2), ("prose", 128, 3)], data_step=7)
+    assert capsys.readouterr().out == "  data step 7 begins epoch 2 of code in bucket 128, 3 of prose in bucket 128\n"
 
 
 def test_a_phase_is_told_with_its_seconds_and_not_where_it_fails(tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_xy.config import InvalidConfig, check_world, dump_config, load_config, placed_roles
+from megatron_xy.ppo.placement import drawn
 
 SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "vocab_size": 96}
 
@@ -123,3 +124,17 @@ def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], text: s
 def test_a_rank_beyond_the_world(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"names rank 2, and the world has 2, from 0 to 1"):
         check_world(config_of(tmp_path), world_size=2)
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(128, (2, 4, 1, 2)), (512, (8, 16, 4, 8))])
+def test_the_report_s_scale_fits_on_16_and_on_64_nodes(world_size: int, replicas: tuple[int, ...]) -> None:
+    path = Path(__file__).parents[2] / "examples" / "xuanyuan2_70b" / "ppo.yaml"
+    config = load_config(path, world_size=world_size)
+    roles = placed_roles(config, world_size=world_size)
+    assert tuple(len(role.ranks) // role.parallel.model_parallel_size for role in roles.values()) == replicas
+    lines = drawn(roles, world_size=world_size)
+    assert lines[0].startswith(
+        "  actor     ################################................................  tp 8 x pp 4"
+    )
+    assert sum(line.count("#") for line in lines[:4]) == 64
+    assert "a character stands for" in lines[4]

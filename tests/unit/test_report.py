@@ -5,12 +5,18 @@ import math
 import re
 from html.parser import HTMLParser
 
+import numpy
 import pytest
 
+from megatron_xy.config import RunConfig
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.report import ReportSection, make_report, read_metrics
+from megatron_xy.report.mixture import wanted_shares
+from megatron_xy.report.page import ReportSection
+from megatron_xy.report.records import read_metrics
+from megatron_xy.report.verb import make_report
 
 PICTURES = ("loss.png", "learning_rate_and_grad_norm.png", "throughput.png", "data.png")
+EVALUATION_PICTURE = "evaluation.png"
 RUN_YAML = """
 model:
   num_layers: 2
@@ -52,6 +58,38 @@ def write_run(folder, records, *, tail=""):
     (folder / "env.json").write_text(json.dumps({"world_size": 4, "host": "<b>"}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records) + tail)
     return folder
+
+
+def full_record(iteration, **changes):
+    """What a run of today notes, the mixture and the time by phase included."""
+    share = 0.25 + 0.01 * iteration
+    values = {
+        "spike": False,
+        "peak_memory_bytes": 2**30,
+        "consumed_share_by_source": {"code": share, "prose": 1 - share},
+        "epochs_by_source": {
+            "code": {"256": 0.1 * iteration, "512": 0.2 * iteration},
+            "prose": {"512": 0.01 * iteration},
+        },
+        "seconds_by_phase": {"data": 0.05, "forward_backward": 0.3, "optimizer": 0.15, "save": 0.2, "evaluate": 0.0},
+    }
+    return record(iteration, **values | changes)
+
+
+def evaluation(iteration):
+    return {
+        "iteration": iteration,
+        "loss": 5.0 - 0.1 * iteration,
+        "perplexity": math.exp(5.0 - 0.1 * iteration),
+        "num_loss_tokens": 100,
+        "loss_by_bucket": {"256": 4.5, "512": 5.5},
+        "loss_by_source": {"code": 4.0, "prose": 6.0},
+        "loss_by_position": {"0-2k": 5.0, "2-4k": 4.9},
+    }
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(row) + "\n" for row in records))
 
 
 class Page(HTMLParser):
@@ -100,6 +138,59 @@ def test_a_whole_run_gives_pictures_summary_and_one_page(tmp_path):
     assert summary["seconds_by_phase"] == {"train": 12.34}
 
 
+def test_evaluations_odd_steps_stragglers_and_epochs_are_shown(tmp_path):
+    records = [full_record(i) for i in range(1, 10)]
+    records += [full_record(10, spike=True), full_record(11, spike=True, skipped=True), full_record(12, skipped=True)]
+    run = write_run(tmp_path / "run", records)
+    write_lines(run / "eval.jsonl", [evaluation(6), evaluation(12)])
+    event = {"data_step": 9, "bucket": 256, "spike": True, "skipped": False, "reasons": ["loss 9.0 is <7> sigma above"]}
+    straggler = {"iteration": 11, "straggler": 3, "factor": 2.51, "busy_seconds": 0.75}
+    write_lines(run / "events.jsonl", [{"iteration": 10, **event}, straggler])
+    folder = make_report(run).parent
+    assert {path.name for path in folder.glob("*.png")} == {
+        *PICTURES, EVALUATION_PICTURE, "time_and_memory.png", "mixture.png"
+    }  # fmt: skip
+    page = Page((folder / "index.html").read_text())
+    for shown in (
+        "Evaluation after step 12", "positions 2-4k", "134.29",  # e to 4.9
+        "2 skipped, 2 spikes",
+        "data step 9, bucket 256: loss 9.0 is <7> sigma above",
+        "straggler: rank 3", "busy for 0.750 s a step, 2.5 times",
+        "Epochs", "bucket 512", "2.400", "no samples",
+    ):  # fmt: skip
+        assert shown in page.text, shown
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["last_evaluation"] == evaluation(12)
+    assert (summary["skipped_steps"], summary["spike_steps"]) == (2, 2)
+    assert summary["epochs_by_source"]["code"]["512"] == pytest.approx(2.4)
+    assert summary["peak_memory_bytes"] == 2**30
+
+    (run / "eval.jsonl").unlink()
+    (run / "events.jsonl").unlink()
+    make_report(run)
+    text = Page((folder / "index.html").read_text()).text
+    assert not (folder / EVALUATION_PICTURE).exists(), "of the earlier report"
+    assert "Evaluation" not in text and "held-out" not in text and "Odd steps and stragglers" not in text
+
+
+def test_the_mixture_asked_for_follows_the_phases():
+    config = RunConfig.model_validate(
+        {
+            "data": {"weights": {"code": 1, "prose": 3}},
+            "training": {
+                "global_batch_tokens": 4096,
+                "phases": [{"from_iter": 4, "weights": {"code": 1}}, {"from_iter": 6, "global_batch_tokens": 8192}],
+            },
+        }
+    )
+    wanted = wanted_shares(numpy.arange(8.0), config=config)
+    drawn = numpy.cumsum([4096] * 6 + [8192] * 2)
+    code = numpy.cumsum([1024] * 4 + [4096] * 2 + [8192] * 2)
+    assert wanted["code"] == pytest.approx(code / drawn)
+    assert wanted["prose"] == pytest.approx(1 - code / drawn)
+    assert wanted_shares(numpy.arange(8.0), config=RunConfig()) == {}, "as much as there is of each"
+
+
 @pytest.mark.parametrize(
     "records",
     [
@@ -108,6 +199,8 @@ def test_a_whole_run_gives_pictures_summary_and_one_page(tmp_path):
         [record(1, loss=None, grad_norm=None, mfu=None, tokens_per_second=None, loss_by_source={"code": None})],
         [record(i, loss=math.nan, grad_norm=math.inf, loss_by_source=None, skipped=True) for i in range(1, 4)],
         [record(1, step_seconds=90.0), *(record(i) for i in range(2, 5))],
+        [full_record(1), record(2), full_record(3, data_step=None, loss=None), {"iteration": 4}],
+        [full_record(i) for i in range(1, 400)],
     ],
 )
 def test_what_is_missing_or_not_finite_is_left_out(tmp_path, records):

@@ -1,0 +1,139 @@
+"""`megatron-xy report RUN`: from RUN/metrics.jsonl, eval.jsonl, events.jsonl, run.yaml and env.json to RUN/report/.
+
+That is PNG files, summary.json and index.html, which holds everything in itself and may be sent around. Without torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from megatron_xy.config import RunConfig, load_config
+from megatron_xy.errors import DataError, StorageError
+from megatron_xy.report.evaluation import draw_evaluation
+from megatron_xy.report.mixture import draw_mixture
+from megatron_xy.report.numbers import without_nan
+from megatron_xy.report.page import ReportSection, page
+from megatron_xy.report.pictures import draw_data, draw_loss, draw_schedule, draw_throughput, draw_time_and_memory
+from megatron_xy.report.ppo import draw_losses, draw_policy, draw_scores, draw_time, ppo_rows, summarise_ppo
+from megatron_xy.report.records import Metrics, read_metrics, read_records
+from megatron_xy.report.sections import own_sections
+from megatron_xy.report.summary import summarise, summary_rows
+
+
+class Picture(NamedTuple):
+    """One PNG of a report."""
+
+    draw: Callable[[Metrics], Figure]
+    caption: str
+    is_there: bool = True  # whether the run has noted what it shows
+
+
+def make_report(
+    run_dir: Path, *, timings: Mapping[str, float] | None = None, sections: Sequence[ReportSection] = ()
+) -> Path:
+    """Writes RUN/report/ and returns its index.html.
+
+    `timings` are phases and their seconds; `sections` come after the page's own, in order. Raises ConfigError where the
+    folder holds no run, DataError where its records are empty or damaged, StorageError where nothing can be written.
+    """
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    evaluations, events = read_records(run_dir / "eval.jsonl"), read_records(run_dir / "events.jsonl")
+    config = load_config(run_dir / "run.yaml")
+    environment = _read_environment(run_dir / "env.json")
+    if config.task == "ppo":
+        summary, rows = summarise_ppo(metrics, config=config, environment=environment), ppo_rows
+    else:
+        summary = summarise(metrics, config=config, environment=environment, evaluations=evaluations)
+        rows = summary_rows
+    if timings:
+        summary["seconds_by_phase"] = dict(timings)
+    folder = run_dir / "report"
+    images: list[tuple[bytes, str]] = []
+    for name, picture in _pictures(metrics, evaluations=evaluations, config=config).items():
+        if picture.is_there:
+            with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+                images.append((_png(picture.draw(metrics)), picture.caption))
+            _write(folder / f"{name}.png", images[-1][0])
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+    _write(folder / "summary.json", (json.dumps(without_nan(summary), indent=2) + "\n").encode())
+    own = own_sections(summary, rows(summary), events=events, run_dir=run_dir, timings=timings)
+    _write(folder / "index.html", page(run_dir.name, sections=[*own, *sections], pictures=images).encode())
+    return folder / "index.html"
+
+
+def _pictures(metrics: Metrics, *, evaluations: Metrics, config: RunConfig) -> dict[str, Picture]:
+    """By the names of their files, in the page's order."""
+    if config.task == "ppo":
+        return {
+            "scores": Picture(draw_scores, "Scores of the answers, and what they cost in divergence."),
+            "policy": Picture(draw_policy, "The policy: how far it went, how sure it is, how long its answers are."),
+            "losses": Picture(draw_losses, "What actor and critic learn."),
+            "time": Picture(draw_time, "Where a step's time goes, and how long each role waits for the others."),
+        }
+    return {
+        "loss": Picture(
+            draw_loss,
+            "Loss a step; a dot is a step in the colour of its bucket, a line a running mean. Odd steps on top.",
+        ),
+        "evaluation": Picture(
+            partial(draw_evaluation, evaluations=evaluations),
+            "Loss on held-out data beside the training's: in all, by bucket, by source, by position in the document.",
+            is_there=bool(evaluations.records),
+        ),
+        "learning_rate_and_grad_norm": Picture(
+            draw_schedule, "Learning rate and the gradient's norm before clipping. Odd steps on top."
+        ),
+        "throughput": Picture(draw_throughput, "Speed of all ranks together, and what a step spends waiting for data."),
+        "time_and_memory": Picture(
+            draw_time_and_memory,
+            "Where the time goes, saves and evaluations included (they stand at the step after), and peak memory.",
+            is_there=metrics.holds("seconds_by_phase"),
+        ),
+        "data": Picture(draw_data, "What was drawn, and how much of it was padding."),
+        "mixture": Picture(
+            partial(draw_mixture, config=config),
+            "Each source's part of all tokens so far beside what data.weights and training.phases ask for; its epochs.",
+            is_there=metrics.holds("consumed_share_by_source"),
+        ),
+    }
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, facecolor="white")
+    return image.getvalue()
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    """What the run noted of its machine; empty where it has noted nothing."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}; delete it, and the report leaves the machine out") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    temporary = file.with_name(f".tmp-{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise StorageError(f"{file} cannot be written: {error}; free space or make the folder writable") from error
