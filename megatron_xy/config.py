@@ -987,8 +987,15 @@ def _ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[s
             "ppo.reward_normalization",
             "ppo.reward_normalization (stored): a function has no stored statistics; take running or none",
         )
-    if config.training.eval_interval:
-        yield "training.eval_interval", "training.eval_interval: task ppo evaluates nothing by itself; leave it out"
+    training, runtime = config.training, config.runtime
+    for key, value, why in (  # refused, as nothing would come of them
+        ("training.eval_interval", training.eval_interval, "task ppo evaluates nothing by itself"),
+        ("training.epochs", training.epochs, "task ppo counts in train_iters"),
+        ("training.phases", training.phases, "task ppo has one phase"),
+        ("runtime.profile", runtime.profile, "task ppo is not profiled yet"),
+    ):
+        if value:
+            yield key, f"{key}: {why}; leave it out"
     names = role_names(config)
     for name in ROLE_NAMES:
         if name not in names and name in roles:

@@ -23,10 +23,15 @@ def temporary_name(name: str) -> str:
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Replaces `path` by `text` in one step; `durable` also waits for the disk. Raises StorageError."""
+    write_bytes(path, text.encode(), durable=durable)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replaces `path` by `content` in one step; `durable` also waits for the disk. Raises StorageError."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
     try:
         with storage_errors(path):
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
         replace(temporary, path, durable=durable)
     finally:
         temporary.unlink(missing_ok=True)

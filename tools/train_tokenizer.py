@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import sys
 import threading
 import time
@@ -22,7 +21,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError, StorageError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.storage import storage_errors, write_bytes
 
 HEARTBEAT_SECONDS = 3.0
 HELD_OUT_SHARE = 0.05  # of the sample, to count bytes per token on text that the tokenizer has not seen
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.monotonic()
         with _heartbeat():
             model = train(sample.training, vocab_size=options.vocab_size)
-        _write(options.output, model)
+        with storage_errors(options.output.parent):
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(options.output, model)
     except MegatronXYError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -170,20 +172,6 @@ def _heartbeat() -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = file.with_name(f".tmp-{file.name}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise StorageError(f"{file} cannot be written: {error}; choose another --output") from error
 
 
 if __name__ == "__main__":

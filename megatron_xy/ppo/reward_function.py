@@ -43,9 +43,8 @@ def load_reward_function(name: str) -> RewardFunction:
 class FunctionScorer:
     """Scores by a function, which rank 0 calls."""
 
-    def __init__(self, name: str, *, prompts: PromptFile, tokenizer: Tokenizer) -> None:
-        self._name, self._prompts, self._tokenizer = name, prompts, tokenizer
-        self._function = load_reward_function(name)
+    def __init__(self, function: RewardFunction, *, prompts: PromptFile, tokenizer: Tokenizer) -> None:
+        self._function, self._prompts, self._tokenizer = function, prompts, tokenizer
 
     def score(self, rollout: Rollout) -> Shipment:
         """`scores` [answers]. Raises DataError where the function fails or gives another number of scores."""
@@ -57,10 +56,12 @@ class FunctionScorer:
                 given = [float(score) for score in self._function([row["prompt"] for row in rows], texts, rows)]
             except Exception as error:  # whatever a user's function does
                 raise DataError(
-                    f"ppo.reward_function ({self._name}) failed on a batch of {len(texts)} answers: "
-                    f"{type(error).__name__}: {error}"
+                    f"ppo.reward_function failed on a batch of {len(texts)} answers: "
+                    f"{type(error).__name__}: {error}; mend the function and run again"
                 ) from error
             if len(given) != len(texts):
-                raise DataError(f"ppo.reward_function ({self._name}) gave {len(given)} scores for {len(texts)} answers")
+                raise DataError(
+                    f"ppo.reward_function gave {len(given)} scores for {len(texts)} answers; it must give one for each"
+                )
             scores = torch.tensor(given, device=device.current())
         return Shipment({"scores": scores})

@@ -142,12 +142,11 @@ class Actor(Policy):
     ) -> Shipment:
         """One update a mini-batch (indices of answers); ships ACTOR_METRICS: means over the updates."""
 
-        def losses(role: Role, packed: PackedBatch, scale: Scale, logits: torch.Tensor) -> Losses:
-            told = _logprobs(self.temperature, role, packed, logits)
-            logprobs, entropy = told["logprobs"], told["entropy"]
+        def losses(role: Role, packed: PackedBatch, weights: torch.Tensor, logits: torch.Tensor) -> Losses:
+            outputs = _logprobs(self.temperature, role, packed, logits)
+            logprobs, entropy = outputs["logprobs"], outputs["entropy"]
             place = packed.rows, packed.columns
             old, advantages = experience.logprobs[place], experience.advantages[place]
-            weights = scale.weights[place]
             loss, clipped = functional.policy_loss(
                 logprobs,
                 old,
@@ -161,16 +160,12 @@ class Actor(Policy):
             ratio = functional.log_ratio(logprobs, old).abs().detach()
             return Losses(
                 (weights * whole).sum(),
-                torch.stack([(weights * part).sum().detach().double() for part in (loss, clipped.float(), divergence)]),
+                _weighted(weights, actor_loss=loss, clip_fraction=clipped, kl_loss=divergence),
                 ratio.max() if len(ratio) else ratio.new_zeros(()),
             )
 
-        metrics = _updates(self, experience, mini_batches, experience.actor_mask, ppo, lr, losses)
-        if metrics is None:
-            return _shipped(ACTOR_METRICS, None)
-        loss, clip_fraction, kl_loss, _ = metrics.sums
-        told = (loss, metrics.grad_norm, clip_fraction, kl_loss, metrics.first_max, metrics.updates)
-        return _shipped(ACTOR_METRICS, told)
+        mask = experience.actor_mask
+        return _shipped(ACTOR_METRICS, _updates(self, ACTOR_METRICS, experience, mini_batches, mask, ppo, lr, losses))
 
 
 class Critic(RoleWorker):
@@ -211,21 +206,17 @@ class Critic(RoleWorker):
     ) -> Shipment:
         """One update a mini-batch (indices of answers); ships CRITIC_METRICS: means over the updates."""
 
-        def losses(role: Role, packed: PackedBatch, scale: Scale, output: torch.Tensor) -> Losses:
+        def losses(role: Role, packed: PackedBatch, weights: torch.Tensor, output: torch.Tensor) -> Losses:
             values = self._values(role, packed, output)["values"]
             place = packed.rows, packed.columns
-            weights = scale.weights[place]
             loss, clipped = functional.value_loss(
                 values, experience.values[place], experience.returns[place], clip=ppo.value_clip
             )
-            sums = [(weights * part).sum().detach().double() for part in (loss, clipped.float())]
-            return Losses((weights * loss).sum(), torch.stack(sums), values.new_zeros(()))
+            told = _weighted(weights, critic_loss=loss, value_clip_fraction=clipped)
+            return Losses((weights * loss).sum(), told, values.new_zeros(()))
 
-        metrics = _updates(self, experience, mini_batches, experience.rollout.mask, ppo, lr, losses)
-        if metrics is None:
-            return _shipped(CRITIC_METRICS, None)
-        loss, clip_fraction, _, _ = metrics.sums
-        return _shipped(CRITIC_METRICS, (loss, metrics.grad_norm, clip_fraction, metrics.updates))
+        mask = experience.rollout.mask
+        return _shipped(CRITIC_METRICS, _updates(self, CRITIC_METRICS, experience, mini_batches, mask, ppo, lr, losses))
 
 
 class RewardModel(RoleWorker):
@@ -240,94 +231,86 @@ class RewardModel(RoleWorker):
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What each response token of a mini-batch weighs, [answers, tokens], times the number of tokens learned from:
-    megatron-core divides gradients by that number."""
-
-    weights: torch.Tensor
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class Losses:
-    """Of one micro-batch: the weighted sum to learn from, weighted sums to tell, the largest |log ratio|."""
+    """Of one micro-batch: the weighted sum to learn from, weighted sums to tell by their metrics' names, the largest
+    |log ratio|."""
 
     loss: torch.Tensor
-    sums: torch.Tensor
+    told: dict[str, torch.Tensor]
     largest: torch.Tensor
 
 
-@dataclass
-class _Metrics:
-    sums: list[float]
-    grad_norm: float
-    first_max: float
-    updates: float
-
-
-LossesOf = Callable[[Role, PackedBatch, Scale, torch.Tensor], Losses]
+# Of a role, a micro-batch, what each of its response tokens weighs, and the last stage's output.
+LossesOf = Callable[[Role, PackedBatch, torch.Tensor, torch.Tensor], Losses]
 
 
 def _updates(
     worker: RoleWorker,
+    names: Sequence[str],
     experience: Experience,
     mini_batches: Sequence[Sequence[int]],
     mask: torch.Tensor,
     ppo: PPOConfig,
     lr: float,
     losses_of: LossesOf,
-) -> _Metrics | None:
-    """Updates the role on its ranks; None but on its leader. mask: of the tokens that are learned from."""
+) -> dict[str, float]:
+    """Updates the role on its ranks; metrics on its leader, none elsewhere. mask: of the tokens to learn from.
+
+    names: of the metrics; of those that the losses tell, and of the gradient norm, means over the updates.
+    """
     if worker.role is None or not mini_batches:
-        return None
+        return {}
     assert worker.placed.optimizer is not None, "a trained role has one"
     clip_grad = worker.placed.optimizer.clip_grad
-    told: list[tuple[torch.Tensor, float, bool]] = []
-    first_max = 0.0
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device.current())
+    norms: list[float] = []
+    num_updates, first_max = 0, 0.0
     with worker.working("update") as role:
         groups = role.groups
         for answers in mini_batches:
             chosen = torch.zeros_like(mask)
             chosen[list(answers)] = mask[list(answers)]
             num_tokens = max(1, int(chosen.sum()))
-            weights = functional.token_weights(chosen, aggregation=ppo.loss_aggregation)
-            scale = Scale(weights * num_tokens, num_tokens)
+            # Times the number of tokens, by which megatron-core divides the gradients.
+            weights = num_tokens * functional.token_weights(chosen, aggregation=ppo.loss_aggregation)
             role.zero_gradients()
             batches = worker.packed(role, experience.rollout, answers)
             outputs = forward_backward(
                 role,
                 [packed.batch for packed in batches],
-                forward_step=partial(_update_step, role, iter(batches), scale, mask, losses_of),
+                forward_step=partial(_update_step, role, iter(batches), weights, mask, losses_of),
             )
-            sums = torch.zeros(4, dtype=torch.float64, device=device.current())
             largest = torch.zeros(1, device=device.current())
-            for output in outputs:
-                sums[: len(output["sums"])] += output["sums"]
+            for output in outputs:  # none but on the last stage
+                for index, name in enumerate(names):
+                    sums[index] += output[name] / num_tokens if name in output else 0.0
                 largest = torch.maximum(largest, output["largest"].reshape(1))
-            sums = from_last_stage(sum_over(sums, groups.collection.dp), groups)
-            largest = from_last_stage(max_over(largest, groups.collection.dp), groups)
-            if not told:
+            if not norms:
+                largest = from_last_stage(max_over(largest, groups.collection.dp), groups)
                 first_max = float(largest.exp().item())
             grad_norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad)
-            told.append((sums / num_tokens, grad_norm, updated))
-        if not groups.is_leader:
-            return None
-    count = len(told)
-    means = (torch.stack([sums for sums, _, _ in told]).sum(dim=0) / count).tolist()
-    updates = float(sum(updated for _, _, updated in told))
-    return _Metrics(means, sum(norm for _, norm, _ in told) / count, first_max, updates)
+            norms.append(grad_norm)
+            num_updates += int(updated)
+        means = (sum_over(sums, groups.collection.dp) / len(norms)).tolist()  # the last stage's, where the leader is
+    if not groups.is_leader:
+        return {}
+    return {
+        **dict(zip(names, means, strict=True)),
+        f"{worker.name}_grad_norm": sum(norms) / len(norms),
+        f"{worker.name}_updates": float(num_updates),
+        "ratio_first_max": first_max,
+    }
 
 
-def _shipped(names: Sequence[str], values: Sequence[float] | None) -> Shipment:
-    """Metrics from the role's leader, by their names."""
-    given = values or [0.0] * len(names)
+def _weighted(weights: torch.Tensor, **parts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weighted sum of each part over a micro-batch's tokens, in fp64 and without gradients."""
+    return {name: (weights * part).sum().detach().double() for name, part in parts.items()}
+
+
+def _shipped(names: Sequence[str], metrics: dict[str, float]) -> Shipment:
+    """Metrics, from the role's leader, which alone has some."""
     where = device.current()
-    return Shipment(
-        {
-            name: torch.tensor([value], dtype=torch.float64, device=where)
-            for name, value in zip(names, given, strict=True)
-        }
-    )
+    return Shipment({name: torch.tensor([metrics.get(name, 0.0)], dtype=torch.float64, device=where) for name in names})
 
 
 def _logprobs(temperature: float, role: Role, packed: PackedBatch, logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -364,7 +347,7 @@ def _forward_step(
 def _update_step(
     role: Role,
     packed_batches: Iterator[PackedBatch],
-    scale: Scale,
+    weights: torch.Tensor,
     mask: torch.Tensor,
     losses_of: LossesOf,
     batches: Iterator[DeviceBatch],
@@ -373,9 +356,9 @@ def _update_step(
     output, packed = forward(module, next(batches)), next(packed_batches)
 
     def learn(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        losses = losses_of(role, packed, scale, last)
-        num_tokens = mask[packed.rows, packed.columns].sum().to(torch.int)
-        return losses.loss, num_tokens, {"sums": losses.sums, "largest": losses.largest}
+        place = packed.rows, packed.columns
+        losses = losses_of(role, packed, weights[place], last)
+        return losses.loss, mask[place].sum().to(torch.int), {**losses.told, "largest": losses.largest}
 
     return output, learn
 

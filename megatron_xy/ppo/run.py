@@ -31,7 +31,7 @@ from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
-from megatron_xy.ppo.reward_function import FunctionScorer, load_reward_function
+from megatron_xy.ppo.reward_function import FunctionScorer, RewardFunction, load_reward_function
 from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel, RoleWorker
 from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAnswers
 from megatron_xy.ppo.trainer import Cast, PPOTrainer
@@ -53,6 +53,7 @@ class Material:
     responses: GivenResponses | None
     tokenizer: Tokenizer
     renderers: dict[str, Renderer]
+    reward_function: RewardFunction | None
     stored_scores: tuple[float, float]  # mean and deviation, as the reward model's checkpoint keeps them
 
 
@@ -118,12 +119,11 @@ def look_at(config: RunConfig, *, world_size: int) -> Material:
         responses.check(num_drawn=num_drawn, most=ppo.max_response_length, vocab_size=vocab_size)
     elif not renderers["actor"].stop_ids:
         raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end")
-    if ppo.reward_function is not None:
-        load_reward_function(ppo.reward_function)
+    scores = None if ppo.reward_function is None else load_reward_function(ppo.reward_function)
     stored = (0.0, 1.0)
     if ppo.reward_normalization == "stored":
         stored = _stored_scores(roles["reward"])
-    return Material(roles, prompts, responses, tokenizer, renderers, stored)
+    return Material(roles, prompts, responses, tokenizer, renderers, scores, stored)
 
 
 def _check_vocabularies(roles: dict[RoleName, PlacedRole], tokenizer: Tokenizer) -> None:
@@ -205,8 +205,8 @@ def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watch
     actor, critic, reference = workers["actor"], workers["critic"], workers["reference"]
     assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made above"
     scorer: Scorer
-    if ppo.reward_function is not None:
-        scorer = FunctionScorer(ppo.reward_function, prompts=material.prompts, tokenizer=material.tokenizer)
+    if material.reward_function is not None:
+        scorer = FunctionScorer(material.reward_function, prompts=material.prompts, tokenizer=material.tokenizer)
     else:
         reward = workers["reward"]
         assert isinstance(reward, RewardModel), "made above"
@@ -227,7 +227,8 @@ def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watch
         source=_source(config, material, actor),
         prompts=material.prompts,
         renderers=material.renderers,
-        facts={"files": _fingerprints(config, material), "tokenizer": str(material.tokenizer.path)},
+        fingerprints=_fingerprints(config, material),
+        tokenizer=str(material.tokenizer.path),
         log=log,
         watchdog=watchdog,
         stop=stop,

@@ -61,15 +61,17 @@ class PPOTrainer:
         source: AnswerSource,
         prompts: PromptFile,
         renderers: dict[str, Renderer],
-        facts: dict[str, Any],
+        fingerprints: dict[str, str],
+        tokenizer: str,
         log: RunLog,
         watchdog: Watchdog,
         stop: StopRequest,
     ) -> None:
-        """renderers: of prompts, by role. facts: of the files that the run was given, for its checkpoints."""
+        """renderers: of prompts, by role. fingerprints: of the files that the run was given, by their keys."""
         assert config.ppo is not None and config.roles is not None, "the config's rules ask for both"
         self.config, self.ppo, self.cast, self.engine = config, config.ppo, cast, engine
-        self.source, self.prompts, self.renderers, self.facts = source, prompts, renderers, facts
+        self.source, self.prompts, self.renderers = source, prompts, renderers
+        self.fingerprints, self.tokenizer = fingerprints, tokenizer
         self.log, self.watchdog, self.stop = log, watchdog, stop
         self.states = {name: TrainingState() for name in TRAINED}
         self.checkpoints = config.run_dir / "checkpoints"
@@ -95,7 +97,13 @@ class PPOTrainer:
         origin = "starting from the weights that the roles name"
         if found is not None:
             folder, manifest = found
-            self._check_continuation(manifest.state, origin=str(folder))
+            course.check_continuation(
+                manifest.state,
+                self._facts("actor"),
+                allow_changes=self.config.checkpoint.allow_changes,
+                origin=folder,
+                say=self.log.say,
+            )
             kept = manifest.state["ppo"]
             self.engine.state = PPOState(kept["kl_coef"], RunningMoments(**kept["moments"]))
             for worker in self.cast.trained:
@@ -143,10 +151,11 @@ class PPOTrainer:
         size = self.ppo.rollout_batch_size
         spent.enter("generate")
         drawn = self.prompts.draw(first, size)
-        prompts = {
-            name: [self.prompts.tokens(draw.row, renderer) for draw in drawn]
-            for name, renderer in self.renderers.items()
+        rendered = {
+            renderer: [self.prompts.tokens(draw.row, renderer) for draw in drawn]
+            for renderer in set(self.renderers.values())  # roles of one template share one
         }
+        prompts = {name: rendered[renderer] for name, renderer in self.renderers.items()}
         answers = self.source.answers(drawn, prompts["actor"], first=first)
         rollout = as_rollout(drawn, prompts, answers)
         spent.enter("score")
@@ -171,13 +180,20 @@ class PPOTrainer:
             )
         stopping, idle = self._gather(seconds)
         record = self._record(rollout, metrics, rates, is_warmup=is_warmup)
+        num_updates = self.ppo.ppo_epochs * size // self.ppo.mini_batch_size
+        wanted = {"actor": 0 if is_warmup else num_updates, "critic": num_updates}
+        skipped = {name: count - int(metrics[f"{name}_updates"]) for name, count in wanted.items()}
         record |= {
+            "skipped": any(skipped.values()),
             "step_seconds": seconds,
             "seconds_by_phase": spent.seconds,
             "idle_share_by_role": idle,
             "tokens_per_second": rollout.num_tokens / seconds,
         }
         self.log.ppo_step(record, train_iters=self.config.training.train_iters)
+        for name, count in skipped.items():
+            if count:
+                self.log.say(f"  SKIPPED {count} of {wanted[name]} updates of the {name}: gradient not finite")
         self._watch_ratio(metrics, is_warmup=is_warmup)
         return stopping
 
@@ -298,12 +314,11 @@ class PPOTrainer:
             if worker.role is not None:
                 facts = {
                     "task": "ppo",
-                    "model": worker.role.model.model_dump(mode="json"),
+                    **self._facts(worker.name),
                     "ppo": {"kl_coef": self.engine.state.kl_coef, "moments": asdict(self.engine.state.moments)},
-                    "settings": self._settings(),
                     "megatron_core": mcore.VERSION,
                     "torch": torch.__version__,
-                    **self.facts,
+                    "tokenizer": self.tokenizer,
                 }
                 self.writers[worker.name].save(worker.role, self.states[worker.name], facts=facts)
         barrier(self.cast.world)
@@ -314,24 +329,15 @@ class PPOTrainer:
         self.watchdog.beat(iteration=self.state.iteration, phase="finish")
         barrier(self.cast.world)
 
-    def _settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common: what is drawn and what it is measured against."""
+    def _facts(self, name: str) -> dict[str, Any]:
+        """What a manifest keeps of the config, for course.check_continuation: what is drawn, and measured against."""
+        order = {"seed": self.config.seed, "ppo.rollout_batch_size": self.ppo.rollout_batch_size, **self.fingerprints}
+        settings = {f"ppo.{key}": value for key, value in self.ppo.model_dump(mode="json").items()}
         return {
-            "seed": self.config.seed,
-            "ppo.rollout_batch_size": self.ppo.rollout_batch_size,
-            **{f"files.{name}": value for name, value in self.facts.get("files", {}).items()},
+            "model": self.cast.workers[name].placed.model.model_dump(mode="json"),
+            "data_order": order,
+            "settings": {key: value for key, value in settings.items() if key not in order},
         }
-
-    def _check_continuation(self, stored: dict[str, Any], *, origin: str) -> None:
-        then, now = stored.get("settings", {}), self._settings()
-        changed = [name for name, value in now.items() if name in then and then[name] != value]
-        if changed and not self.config.checkpoint.allow_changes:
-            raise DataError(
-                f"{', '.join(changed)} changed since {origin} was written: prompts would be drawn twice or never, or "
-                f"the reference would move; put it back, or accept that with checkpoint.allow_changes=true"
-            )
-        for name in changed:
-            self.log.say(f"  changed since the checkpoint: {name}")
 
 
 class _Phases:

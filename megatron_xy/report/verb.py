@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from megatron_xy.config import RunConfig, load_config
-from megatron_xy.errors import DataError, StorageError
+from megatron_xy.errors import DataError
 from megatron_xy.report.evaluation import draw_evaluation
 from megatron_xy.report.mixture import draw_mixture
 from megatron_xy.report.numbers import without_nan
@@ -27,6 +26,7 @@ from megatron_xy.report.ppo import draw_losses, draw_policy, draw_scores, draw_t
 from megatron_xy.report.records import Metrics, read_metrics, read_records
 from megatron_xy.report.sections import own_sections
 from megatron_xy.report.summary import summarise, summary_rows
+from megatron_xy.storage import storage_errors, write_bytes
 
 
 class Picture(NamedTuple):
@@ -57,17 +57,19 @@ def make_report(
     if timings:
         summary["seconds_by_phase"] = dict(timings)
     folder = run_dir / "report"
+    with storage_errors(folder):
+        folder.mkdir(exist_ok=True)
     images: list[tuple[bytes, str]] = []
     for name, picture in _pictures(metrics, evaluations=evaluations, config=config).items():
         if picture.is_there:
             with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
                 images.append((_png(picture.draw(metrics)), picture.caption))
-            _write(folder / f"{name}.png", images[-1][0])
+            write_bytes(folder / f"{name}.png", images[-1][0])
         else:
             (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
-    _write(folder / "summary.json", (json.dumps(without_nan(summary), indent=2) + "\n").encode())
+    write_bytes(folder / "summary.json", (json.dumps(without_nan(summary), indent=2) + "\n").encode())
     own = own_sections(summary, rows(summary), events=events, run_dir=run_dir, timings=timings)
-    _write(folder / "index.html", page(run_dir.name, sections=[*own, *sections], pictures=images).encode())
+    write_bytes(folder / "index.html", page(run_dir.name, sections=[*own, *sections], pictures=images).encode())
     return folder / "index.html"
 
 
@@ -123,17 +125,3 @@ def _read_environment(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON: {error}; delete it, and the report leaves the machine out") from None
     return values if isinstance(values, dict) else {}
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = file.with_name(f".tmp-{file.name}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise StorageError(f"{file} cannot be written: {error}; free space or make the folder writable") from error

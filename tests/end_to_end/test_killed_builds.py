@@ -16,16 +16,15 @@ from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """(folder of texts, tokenizer, what a build that nothing disturbs makes of them, the seconds it takes)."""
+    """(folder of texts, tokenizer, what a build that nothing disturbs makes of them, the seconds it takes with one
+    worker and with two)."""
     base = tmp_path_factory.mktemp("killed")
     for number in range(4):
         rows = [{"text": text, "src": "ab"[n % 2]} for n, text in enumerate(texts(1500, seed=number // 2))]
         write_rows(base / f"corpus/{number}.jsonl", [*rows, b"{"])
     made = base / "corpus", train_tokenizer(base / "tokenizer.model")
-    process = start(made, base / "whole", "--deduplicate")
-    began = time.monotonic()
-    assert process.wait() == 0
-    return *made, content(base / "whole"), time.monotonic() - began
+    whole, seconds = undisturbed(made, base)
+    return *made, whole, seconds
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +40,22 @@ def conversations(tmp_path_factory):
             base / f"corpus/{number}.jsonl", [*rows, *({"text": text, "src": "t"} for text in words[:300]), b"{"]
         )
     made = base / "corpus", train_tokenizer(base / "tokenizer.model")
-    process = start(made, base / "whole", "--deduplicate", "--chat")
-    began = time.monotonic()
-    assert process.wait() == 0
-    whole = content(base / "whole")
+    whole, seconds = undisturbed(made, base, "--chat")
     assert sum(name.endswith(".mask") for name in whole) > 4
-    return *made, whole, time.monotonic() - began
+    return *made, whole, seconds
+
+
+def undisturbed(made, base, *options):
+    """What a build that nothing disturbs makes, and the seconds that it takes with one worker and with two."""
+    seconds = []
+    for workers in (1, 2):
+        process = start(made, base / f"whole-{workers}", "--deduplicate", *options, "--workers", str(workers))
+        began = time.monotonic()
+        assert process.wait() == 0
+        seconds.append(time.monotonic() - began)
+    whole = content(base / "whole-1")
+    assert content(base / "whole-2") == whole
+    return whole, seconds
 
 
 def start(made, output, *options):
@@ -64,10 +73,15 @@ def kill_and_resume(corpus, output, *options, kills, seed):
 
     One that is through before it is killed begins anew.
     """
-    choose, killed = random.Random(seed), 0
+    choose, killed, starts = random.Random(seed), 0, 0
+    alone, together = corpus[3]
     while killed < kills:
-        process = start(corpus, output, "--deduplicate", *options, "--workers", str(1 + killed % 2))
-        time.sleep(choose.uniform(0, 1.4 * corpus[3] / kills) + killed % 2)  # a second for two workers to start
+        starts += 1
+        assert starts <= 20 * kills, "builds are through before they can be killed"
+        workers = 1 + killed % 2
+        process = start(corpus, output, "--deduplicate", *options, "--workers", str(workers))
+        starting = max(0.0, together - alone) if workers == 2 else 0.0  # what two workers take to start
+        time.sleep(starting + choose.uniform(0, 1.4 * alone / kills))
         if process.poll() is None:
             (os.killpg if choose.random() < 0.5 else os.kill)(process.pid, signal.SIGKILL)
             killed += 1
@@ -96,7 +110,7 @@ def test_killed_ten_times_and_started_again_is_the_same(corpus, tmp_path, seed):
 def test_builds_at_once_share_the_work_and_take_over_from_a_dead_one(corpus, tmp_path):
     output = tmp_path / "out"
     killed, *others = (start(corpus, output, "--deduplicate") for _ in range(3))
-    time.sleep(corpus[3] / 4)
+    time.sleep(corpus[3][0] / 4)
     killed.kill()
     assert [process.communicate()[0].split("\n")[0] for process in others] == ["finished"] * 2
     assert [process.returncode for process in others] == [0, 0]

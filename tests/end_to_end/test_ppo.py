@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -116,6 +117,7 @@ def test_metrics_rollouts_and_checkpoints(unbroken: Path) -> None:
         "score_mean", "reward_mean", "kl", "entropy", "actor_loss", "critic_loss", "actor_grad_norm",
         "critic_grad_norm", "ratio_first_max", "clip_fraction", "value_clip_fraction", "explained_variance",
         "response_length_mean", "end_rate", "seconds_by_phase", "idle_share_by_role", "lr", "consumed_samples",
+        "skipped",
     }  # fmt: skip
     assert wanted <= set(records[0])
     assert abs(records[0]["kl"]) < 1e-5  # the reference starts as the actor does
@@ -123,6 +125,7 @@ def test_metrics_rollouts_and_checkpoints(unbroken: Path) -> None:
     assert all(abs(record["ratio_first_max"] - 1) < 1e-5 for record in records)
     assert all(record["actor_grad_norm"] > 0 for record in records)
     assert len({record["kl_coef"] for record in records}) > 1
+    assert not any(record["skipped"] for record in records)
     assert set(records[0]["idle_share_by_role"]) == {"actor", "critic", "reference", "reward"}
     dump = load_file(unbroken / "rollouts" / "iter_0000001.safetensors")
     assert set(dump) == {
@@ -219,6 +222,24 @@ def test_bad_input_is_named_before_anything_starts(folder: Path, tmp_path: Path)
     assert code == 78 and "roles.reward has a vocabulary of 500, the actor one of 400" in said, said
     code, said = refused(folder / "ppo.yaml", run_dir, "ppo.prompts=none.jsonl")
     assert code == 78 and "none.jsonl is not there" in said, said
+
+
+def test_a_run_goes_on_with_what_it_draws_and_learns(unbroken: Path, folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken / "checkpoints", run_dir / "checkpoints")
+    longer = (f"run_dir={run_dir}", "training.train_iters=7", "ppo.rollout_batch_size=4")
+    code, said = refused(folder / "ppo.yaml", *longer)
+    assert code == 78 and "ppo.rollout_batch_size (4) is 8 in" in said, said
+    assert "checkpoint.allow_changes=true" in said
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_told(folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    given = (f"run_dir={run_dir}", "training.train_iters=1", "ppo.entropy_coef=1.0e+300", "ppo.missing_end_penalty=0")
+    ended = run_to_end(run_command(folder / "ppo.yaml", *given, ranks=4))
+    assert ended.code == 0, ended
+    assert metrics_of(run_dir)[0]["skipped"] is True
+    assert "SKIPPED 4 of 4 updates of the actor: gradient not finite" in ended.out
 
 
 def test_a_score_that_is_no_number_ends_the_run_by_name(folder: Path, tmp_path: Path) -> None:
