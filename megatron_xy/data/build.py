@@ -167,10 +167,11 @@ def _check_output(folder: Path, inputs: Sequence[Path | str], *, held_out: float
         raise ConfigError(f"output ({folder}) is a file; name a folder")
     if not held_out and (folder / HELD_OUT_NAME).exists():
         raise ConfigError(f"output ({folder}) holds a {HELD_OUT_NAME} of a build with held_out; name another folder")
-    begun = [folder / name for name in (MANIFEST_NAME, WORK_FOLDER)]
-    begun += [folder / HELD_OUT_NAME / name for name in (MANIFEST_NAME, WORK_FOLDER)]
-    ours = any(path.exists() for path in begun)
-    if folder.is_dir() and not ours and any(folder.iterdir()):
+    # Listed before it is asked whose it is: another process may just be beginning the same build, or ending it.
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    holds = any(entry.name != HELD_OUT_NAME or not entry.is_dir() or any(entry.iterdir()) for entry in entries)
+    begun = [side / name for name in (WORK_FOLDER, MANIFEST_NAME) for side in (folder / HELD_OUT_NAME, folder)]
+    if holds and not any(path.exists() for path in begun):
         raise ConfigError(f"output ({folder}) holds other files; name a new or empty folder")
 
 

@@ -30,7 +30,8 @@ def wait_in_c() -> None:
 
 
 def wait_in_c_with_the_interpreter() -> None:
-    """No other thread of this process runs any more, its watchdog included."""
+    """No other thread of this process runs any more, its watchdog included, which has just told where the rank is."""
+    time.sleep(0.5)
     ctypes.PyDLL(None).sleep(600)
 
 
