@@ -296,6 +296,8 @@ def _generate_in_this_rank(work: Work, arguments: GenerateArguments, *, beat: Ca
             if progress is not None:
                 progress(f"generate{replica}", ended, total, "answers")
 
+        if progress is not None:
+            progress(f"generate{replica}", 0, total, "answers")  # from here on the rate counts
         began = time.monotonic()
         generate_share(role, wanted, work.options, on_answer=keep, max_sequences=arguments.max_sequences)
         if groups.is_leader and ended:
