@@ -26,13 +26,18 @@ def spin_for_ever() -> None:
 
 def wait_in_c() -> None:
     """As in a driver's call: the interpreter is free, the main thread never comes back to it."""
-    ctypes.CDLL(None).sleep(600)
+    ctypes.CDLL(None).read(*an_endless_read())
 
 
 def wait_in_c_with_the_interpreter() -> None:
     """No other thread of this process runs any more, its watchdog included, which has just told where the rank is."""
     time.sleep(0.5)
-    ctypes.PyDLL(None).sleep(600)
+    ctypes.PyDLL(None).read(*an_endless_read())
+
+
+def an_endless_read() -> tuple[object, ...]:
+    """The arguments of read(2) for a pipe that nobody writes to; unlike sleep(3), it goes on after a signal."""
+    return os.pipe()[0], ctypes.create_string_buffer(1), 1
 
 
 def block_the_data() -> None:
