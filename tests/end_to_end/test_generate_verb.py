@@ -21,8 +21,9 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.hf.config import hf_config
-from megatron_xy.hf.convert import hf_to_checkpoint
-from megatron_xy.hf.names import global_names, hf_names, hf_shapes
+from megatron_xy.hf.convert import to_checkpoint
+from megatron_xy.hf.names import global_names, hf_shards
+from megatron_xy.hf.source import open_source
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from tests.end_to_end.tiny_run import flip_bit, processes_naming, run_to_end, started, wait_until
 from tools.train_tokenizer import train
@@ -49,15 +50,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_hf_tokenizer(root / "tokenizer.model", hf, model_max_length=128)
     generator = torch.Generator().manual_seed(0)
+    shapes = {
+        hf_name: shard.local_shape for name in global_names(MODEL) for hf_name, shard in hf_shards(name, MODEL).items()
+    }
     tensors = {
-        hf_name: torch.randn(shape, generator=generator) * 0.3 if len(shape) > 1 else torch.ones(shape)
-        for name in global_names(MODEL)
-        for hf_name, shape in zip(hf_names(name), hf_shapes(name, MODEL), strict=True)
+        name: torch.randn(shape, generator=generator) * 0.3 if len(shape) > 1 else torch.ones(shape)
+        for name, shape in shapes.items()
     }
     save_file(tensors, hf / "model.safetensors")
     (hf / "config.json").write_text(json.dumps(hf_config(MODEL, dtype="float32", token_ids={"eos_token_id": 2})))
     (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
-    hf_to_checkpoint(hf, root / "ckpt", dtype=None, say=lambda text: None)
+    to_checkpoint(open_source("hf", hf), root / "ckpt", dtype=None, say=lambda text: None)
     write_rows(root / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     return root
 
