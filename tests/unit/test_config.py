@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_xy.config import (
-    OTHER_SPELLINGS,
-    SECTIONS,
     InvalidConfig,
     ParallelConfig,
     RunConfig,
@@ -22,6 +20,8 @@ from megatron_xy.config import (
     load_config,
     run_dir_of,
 )
+from megatron_xy.config.sections import SECTIONS
+from megatron_xy.config.unknown_keys import OTHER_SPELLINGS
 from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError
 
 SMALLEST = """\

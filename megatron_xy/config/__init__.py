@@ -1,0 +1,58 @@
+"""A run's config: from a YAML file and overrides to a `RunConfig`, with defaults, units and checks.
+
+Nothing here imports torch: `check` and `--help` answer in under a second. What other files take from here stands below;
+start with `sections`, which has every key.
+"""
+
+from megatron_xy.config.data_rules import FILES_OF_ROWS, check_buckets, is_file_of_rows
+from megatron_xy.config.loading import dump_config, load_config, load_model_options, run_dir_of
+from megatron_xy.config.model_rules import check_shape, data_parallel_size, shape_problems
+from megatron_xy.config.problems import InvalidConfig, Problem
+from megatron_xy.config.roles import PlacedRole, placed_roles, role_names, role_sections
+from megatron_xy.config.rules import check_world
+from megatron_xy.config.sections import (
+    DataConfig,
+    Head,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Phase,
+    PPOConfig,
+    RewardConfig,
+    RoleName,
+    RunConfig,
+    RuntimeConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "FILES_OF_ROWS",
+    "DataConfig",
+    "Head",
+    "InvalidConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "ParallelConfig",
+    "Phase",
+    "PlacedRole",
+    "Problem",
+    "RewardConfig",
+    "RoleName",
+    "RunConfig",
+    "RuntimeConfig",
+    "TrainingConfig",
+    "check_buckets",
+    "check_shape",
+    "check_world",
+    "data_parallel_size",
+    "dump_config",
+    "is_file_of_rows",
+    "load_config",
+    "load_model_options",
+    "placed_roles",
+    "role_names",
+    "role_sections",
+    "run_dir_of",
+    "shape_problems",
+]

@@ -1,0 +1,53 @@
+"""What every section of a run's config shares: the kinds of values that a key takes, and that no other key is taken.
+
+What YAML reads as a number, a flag or a path and nobody means as one is refused here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+
+LARGEST_INTEGER = 2**63 - 1
+
+
+def _plain_number(value: Any) -> Any:
+    """Refuses what pydantic would read as a number and nobody means as one."""
+    if isinstance(value, bool):
+        raise ValueError("must not be true or false")
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise ValueError("must fit in 64 bits")
+    return value
+
+
+def _plain_flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _path_text(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        raise ValueError("must be a path; put it in quotes if it is one")
+    if not str(value) or "\0" in str(value):
+        raise ValueError("must be a path; it is empty or holds a NUL character")
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path_text)]
+Weight = Annotated[float, BeforeValidator(_plain_number)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "a field's validator knows its field"
+        is_flag = cls.model_fields[info.field_name].annotation is bool
+        return _plain_flag(value) if is_flag else _plain_number(value)

@@ -1,0 +1,95 @@
+"""From a YAML file and overrides to a checked `RunConfig`, and back to YAML.
+
+All problems come in one report, each with its line, value, rule and remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_xy.config.model_rules import model_verb_rules
+from megatron_xy.config.problems import InvalidConfig, Problem
+from megatron_xy.config.rules import head_of, run_rules
+from megatron_xy.config.sections import RunConfig
+from megatron_xy.config.validation import validate
+from megatron_xy.errors import ConfigError
+from megatron_xy.yaml_file import Lines, apply_overrides, read_yaml
+
+
+def load_config(path: Path, *, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:
+    """Reads `path`, applies `section.key=value` overrides in order and returns the checked config.
+
+    Raises InvalidConfig with every problem at once, ConfigError where `path` is no YAML file at all. With `world_size`
+    the rules that need the number of ranks are among them; without, `check_world` checks these.
+    """
+    values, lines = read_yaml(path)
+    problems = [Problem(where, text) for where, text in apply_overrides(values, lines, overrides)]
+    _let_ranks_replace_shares(values, overrides)
+    config, refused = validate(values)
+    problems += [Problem(lines.where(name, path), text) for name, text in refused.items()]
+    for name, text in run_rules(config, world_size=world_size):
+        if not any(_depends_on(name, text, key) for key in refused):
+            problems.append(Problem(lines.where(name, path), text))
+    if problems:
+        raise InvalidConfig(problems)
+    return config.model_copy(update={"model": config.model.model_copy(update={"head": head_of(config)})})
+
+
+def load_model_options(origin: str, *, overrides: Sequence[str], world_size: int) -> RunConfig:
+    """For a verb over the model in `origin` (ckpt:DIR or hf:DIR): a config of its `model.load`, `parallel`, `runtime`.
+
+    overrides: of the sections parallel and runtime, whose keys are as in a RUN.yaml; the rest is defaults. Raises
+    InvalidConfig with every problem at once.
+    """
+    values: dict[str, Any] = {"model": {"load": origin}}
+    lines = Lines()
+    problems = [Problem(where, text) for where, text in apply_overrides(values, lines, overrides)]
+    for name in sorted(values.keys() - {"model", "parallel", "runtime"}) + (
+        ["model"] if len(values["model"]) > 1 else []
+    ):
+        problems.append(Problem(lines.where(name, Path(name)), f"{name}: this verb takes keys of parallel and runtime"))
+    config, refused = validate({name: values[name] for name in ("model", "parallel", "runtime") if name in values})
+    problems += [Problem(lines.where(name, Path(name)), text) for name, text in refused.items()]
+    if not refused:
+        for name, text in model_verb_rules(config.parallel, world_size=world_size):
+            problems.append(Problem(lines.where(name, Path(name)), text))
+    if problems:
+        raise InvalidConfig(problems)
+    return config
+
+
+def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
+    """The run folder that a config names, even where the rest of it is wrong; None if it names none."""
+    try:
+        values, lines = read_yaml(path)
+    except ConfigError:
+        return None
+    apply_overrides(values, lines, overrides)
+    value = values.get("run_dir", RunConfig.model_fields["run_dir"].default)
+    return Path(value) if isinstance(value, str | Path) and str(value) and "\0" not in str(value) else None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole config as YAML, defaults included: what RUN/run.yaml holds."""
+    return yaml.safe_dump(json.loads(config.model_dump_json(exclude_none=False)), sort_keys=False)
+
+
+def _let_ranks_replace_shares(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """An override that names a role's ranks means them in place of the share that the file gives."""
+    for override in overrides:
+        match = re.match(r"roles\.(\w+)\.ranks=", override)
+        role = match and isinstance(values.get("roles"), dict) and values["roles"].get(match[1])
+        if isinstance(role, dict):
+            role.pop("share", None)
+
+
+def _depends_on(name: str, text: str, refused: str) -> bool:
+    """Whether a rule speaks of a key that was refused, and so of a default that stands in its place."""
+    key = ".".join(refused.split(".")[:2])
+    return name.startswith(f"{key}.") or re.search(rf"\b{re.escape(key.split('.')[-1])}\b", text) is not None

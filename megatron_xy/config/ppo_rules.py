@@ -1,0 +1,123 @@
+"""What a PPO run must hold: its algorithm's numbers, each role's model, and where the roles stand.
+
+Rules yield (key, sentence) of whatever does not hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from megatron_xy.config.model_rules import layout_rules, schedule_rules, shape_rules
+from megatron_xy.config.problems import nearest_divisors, nearest_multiples
+from megatron_xy.config.roles import ROLE_NAMES, TRAINED_ROLES, merged, ranks_of_roles, role_names, role_sections
+from megatron_xy.config.sections import PPOConfig, RoleName, RunConfig
+
+
+def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
+    """What a PPO run needs, role by role."""
+    ppo, roles = config.ppo or PPOConfig(), config.roles or {}
+    if ppo.prompts is None:
+        yield "ppo.prompts", "ppo.prompts is missing; name a jsonl file of rows with a prompt"
+    if config.data.tokenizer is None:
+        yield "data.tokenizer", "data.tokenizer is missing; prompts are text, and answers end with its end token"
+    if ppo.rollout_batch_size % ppo.mini_batch_size:
+        yield (
+            "ppo.mini_batch_size",
+            f"ppo.mini_batch_size ({ppo.mini_batch_size}) must divide rollout_batch_size ({ppo.rollout_batch_size}); "
+            f"nearest: {nearest_divisors(ppo.mini_batch_size, ppo.rollout_batch_size)}",
+        )
+    if ppo.kl_loss_coef and ppo.kl_coef:
+        yield (
+            "ppo.kl_loss_coef",
+            f"ppo.kl_loss_coef ({ppo.kl_loss_coef}) and ppo.kl_coef ({ppo.kl_coef}) would count the divergence twice; "
+            f"set one of them to 0",
+        )
+    if ppo.kl_target is not None and not ppo.kl_coef:
+        yield "ppo.kl_target", f"ppo.kl_target ({ppo.kl_target:g}) adapts kl_coef, which is 0; give it a start above 0"
+    if ppo.reward_function is not None and not re.fullmatch(r"[^\0:]+\.py:[A-Za-z_]\w*", ppo.reward_function):
+        yield "ppo.reward_function", f"ppo.reward_function ({ppo.reward_function}) must be FILE.py:FUNCTION"
+    if ppo.reward_function is not None and ppo.reward_normalization == "stored":
+        yield (
+            "ppo.reward_normalization",
+            "ppo.reward_normalization (stored): a function has no stored statistics; take running or none",
+        )
+    training, runtime = config.training, config.runtime
+    for key, value, why in (  # refused, as nothing would come of them
+        ("training.eval_interval", training.eval_interval, "task ppo evaluates nothing by itself"),
+        ("training.epochs", training.epochs, "task ppo counts in train_iters"),
+        ("training.phases", training.phases, "task ppo has one phase"),
+        ("runtime.profile", runtime.profile, "task ppo is not profiled yet"),
+    ):
+        if value:
+            yield key, f"{key}: {why}; leave it out"
+    names = role_names(config)
+    for name in ROLE_NAMES:
+        if name not in names and name in roles:
+            yield f"roles.{name}", "roles.reward: ppo.reward_function stands in for it; leave one of them out"
+        elif name in names and name not in roles:
+            yield f"roles.{name}", f"roles.{name} is missing; task ppo has the roles {', '.join(names)}"
+    for name in (name for name in names if name in roles):
+        yield from _role_rules(config, name)
+    if all(name in roles and (roles[name].ranks is None) != (roles[name].share is None) for name in names):
+        yield from _placement_rules(config, world_size=world_size)
+
+
+def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
+    assert config.roles is not None, "it has this role"
+    role = config.roles[name]
+    if (role.ranks is None) == (role.share is None):
+        yield f"roles.{name}", f"roles.{name} needs either ranks or a share of the world"
+    model, parallel = role_sections(config, name)
+    if role.model.load is None and config.model.load is None and model.num_layers is None:
+        yield f"roles.{name}.model.load", f"roles.{name}.model.load is missing; name the weights that it starts from"
+    rules = [*shape_rules(model, parallel), *layout_rules(parallel)]
+    if name in TRAINED_ROLES:
+        rules += schedule_rules(merged(config.optimizer, role.optimizer))
+    for key, text in rules:
+        yield f"roles.{name}.{key}", f"roles.{name}: {text}"
+    if parallel.context_parallel_size != 1:
+        yield (
+            f"roles.{name}.parallel.context_parallel_size",
+            f"roles.{name}: context_parallel_size ({parallel.context_parallel_size}): only 1 is supported",
+        )
+    if parallel.num_chunks > 1:
+        yield (
+            f"roles.{name}.parallel.virtual_pipeline_model_parallel_size",
+            f"roles.{name}: virtual_pipeline_model_parallel_size ({parallel.num_chunks}): only null is supported",
+        )
+
+
+def _placement_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
+    """Ranks are there, used, and as many as the layouts need. Without a world size: as far as ranks are named."""
+    assert config.roles is not None, "it has roles"
+    names = role_names(config)
+    shares = [config.roles[name].share for name in names]
+    if sum(filter(None, shares)) > 1 + 1e-9:
+        yield "roles", f"roles: shares sum to {sum(filter(None, shares)):g}, at most 1; name ranks that roles share"
+        return
+    if world_size is None and any(share is not None for share in shares):
+        return
+    try:
+        ranks = ranks_of_roles(config.roles, names, world_size=world_size or 0)
+    except ValueError as error:
+        yield str(error).split(" ", 1)[0], str(error)
+        return
+    for name in names:
+        unit = role_sections(config, name)[1].model_parallel_size
+        if len(ranks[name]) % unit:
+            yield (
+                f"roles.{name}",
+                f"roles.{name} has {len(ranks[name])} ranks, which must be a multiple of its tensor x pipeline "
+                f"parallel size ({unit}); nearest: {nearest_multiples(len(ranks[name]), unit)}",
+            )
+        if world_size is not None and (beyond := [rank for rank in ranks[name] if rank >= world_size]):
+            yield (
+                f"roles.{name}.ranks",
+                f"roles.{name}.ranks ({config.roles[name].ranks}) names rank {beyond[0]}, and the world has "
+                f"{world_size}, from 0 to {world_size - 1}",
+            )
+    used = {rank for of_role in ranks.values() for rank in of_role}
+    idle = sorted(set(range(world_size if world_size is not None else max(used) + 1)) - used)
+    if idle:
+        yield "roles", f"roles: no role has rank {', '.join(map(str, idle[:8]))}; every rank of the world needs one"

@@ -1,0 +1,117 @@
+"""Where the roles of a PPO run stand, and their sections: what a role leaves out is the run's.
+
+From a config and a world size to `PlacedRole`s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, get_args
+
+from megatron_xy.config.fields import Section
+from megatron_xy.config.problems import as_written
+from megatron_xy.config.sections import (
+    Head,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RoleConfig,
+    RoleName,
+    RunConfig,
+)
+
+ROLE_NAMES: tuple[RoleName, ...] = get_args(RoleName)
+TRAINED_ROLES: tuple[RoleName, ...] = ("actor", "critic")
+HEAD_OF_ROLE: dict[RoleName, Head] = {
+    "actor": "language_model", "critic": "value", "reference": "language_model", "reward": "value",
+}  # fmt: skip
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+@dataclass(frozen=True)
+class PlacedRole:
+    """One PPO role, settled: its sections with what they leave out filled in, and its ranks in their order."""
+
+    name: RoleName
+    ranks: tuple[int, ...]
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig | None  # None where the weights stay as they are
+    micro_batch_tokens: int
+    chat_template: str | None = None
+
+
+def role_names(config: RunConfig) -> tuple[RoleName, ...]:
+    """The roles that a PPO run has; a function may stand in for the reward model."""
+    has_function = config.ppo is not None and config.ppo.reward_function is not None
+    return ROLE_NAMES[:-1] if has_function else ROLE_NAMES
+
+
+def placed_roles(config: RunConfig, *, world_size: int) -> dict[RoleName, PlacedRole]:
+    """The roles of a checked config over a world of `world_size` ranks."""
+    assert config.roles is not None, "the config's rules ask for roles"
+    ranks = ranks_of_roles(config.roles, role_names(config), world_size=world_size)
+    return {
+        name: PlacedRole(
+            name,
+            tuple(ranks[name]),
+            *role_sections(config, name),
+            optimizer=merged(config.optimizer, config.roles[name].optimizer) if name in TRAINED_ROLES else None,
+            micro_batch_tokens=config.roles[name].micro_batch_tokens or config.training.micro_batch_tokens,
+            chat_template=config.roles[name].chat_template or config.data.chat_template,
+        )
+        for name in role_names(config)
+    }
+
+
+def role_sections(config: RunConfig, name: RoleName) -> tuple[ModelConfig, ParallelConfig]:
+    """A role's model and layout: its own keys, the run's sections for the rest."""
+    role = (config.roles or {}).get(name, RoleConfig())
+    model = merged(config.model, role.model).model_copy(update={"head": HEAD_OF_ROLE[name]})
+    return model, merged(config.parallel, role.parallel)
+
+
+def merged(section: SectionType, changes: SectionType) -> SectionType:
+    """The section with the keys that `changes` was given."""
+    return section.model_copy(update={name: getattr(changes, name) for name in changes.model_fields_set})
+
+
+def ranks_of_roles(
+    roles: dict[RoleName, RoleConfig], names: Sequence[RoleName], *, world_size: int
+) -> dict[RoleName, list[int]]:
+    """Global ranks of each role; shares follow one another. Raises ValueError whose text begins with the key."""
+    ranks: dict[RoleName, list[int]] = {}
+    taken = 0.0
+    for name in names:
+        role = roles[name]
+        if role.ranks is not None:
+            ranks[name] = parsed_ranks(role.ranks, key=f"roles.{name}.ranks")
+            continue
+        assert role.share is not None, "a role has ranks or a share"
+        first, taken = taken * world_size, taken + role.share
+        last = taken * world_size
+        if abs(first - round(first)) > 1e-6 * world_size or abs(last - round(last)) > 1e-6 * world_size:
+            raise ValueError(
+                f"roles.{name}.share ({role.share:g}) of {world_size} ranks is no whole number of ranks from "
+                f"{first:g} to {last:g}; give shares that are, or ranks"
+            )
+        ranks[name] = list(range(round(first), round(last)))
+    return ranks
+
+
+def parsed_ranks(value: int | str, *, key: str) -> list[int]:
+    """[0, 2, 3] of 0, "0-1" or "0,2-3". Raises ValueError whose text begins with the key."""
+    ranks: list[int] = []
+    for part in str(value).replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(
+                f'{key} ({as_written(value)}) must be a rank or ranges of ranks, such as 0, "0-1" or "0,2-3"'
+            )
+        ranks += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"{key} ({as_written(value)}) names a rank twice")
+    return ranks

@@ -1,0 +1,122 @@
+"""What the keys of a whole run must hold together, whatever its task; the parts that have files of their own included.
+
+Rules yield (key, sentence) of whatever does not hold, and of what is not built yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_xy.config.data_rules import conversation_rules, phase_rules, reward_rules, weight_rules
+from megatron_xy.config.model_rules import layout_rules, schedule_rules, shape_rules, world_rule
+from megatron_xy.config.ppo_rules import ppo_rules
+from megatron_xy.config.problems import InvalidConfig, Problem, nearest_multiples
+from megatron_xy.config.sections import Head, RunConfig
+
+
+def check_world(config: RunConfig, *, world_size: int) -> None:
+    """The rules between keys, those that need the number of ranks included; raises InvalidConfig."""
+    problems = [Problem(name, text) for name, text in run_rules(config, world_size=world_size)]
+    if problems:
+        raise InvalidConfig(problems)
+
+
+def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
+    """(key, sentence) of every rule between keys that does not hold, and of what is not built yet."""
+    yield from _not_built(config)
+    if config.task == "ppo":
+        yield from ppo_rules(config, world_size=world_size)
+        return
+    if "head" in config.model.model_fields_set and config.model.head != head_of(config):
+        yield "model.head", f"model.head ({config.model.head}): task {config.task} has {head_of(config)}; leave it out"
+    yield from shape_rules(config.model, config.parallel)
+    yield from _batch_rules(config, world_size=world_size)
+    training, data, parallel = config.training, config.data, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and training.micro_batch_tokens % tp:
+        yield (
+            "training.micro_batch_tokens",
+            f"training.micro_batch_tokens ({training.micro_batch_tokens}) must be a multiple of "
+            f"tensor_model_parallel_size ({tp}) under sequence_parallel; nearest: "
+            f"{nearest_multiples(training.micro_batch_tokens, tp)}",
+        )
+    yield from layout_rules(parallel)
+    saved, exported = config.checkpoint.save_interval, config.checkpoint.hf_interval
+    if exported % saved:
+        yield (
+            "checkpoint.hf_interval",
+            f"checkpoint.hf_interval ({exported}) must be a multiple of save_interval ({saved}): an HF folder is made "
+            f"of a checkpoint; nearest: {nearest_multiples(exported, saved)}",
+        )
+    yield from schedule_rules(config.optimizer)
+    if training.eval_interval and data.eval_path is None and config.task != "reward":
+        yield (
+            "data.eval_path",
+            f"data.eval_path is missing; training.eval_interval ({training.eval_interval}) needs held-out data, such "
+            f"as the held_out folder of `megatron-xy data build --held-out`",
+        )
+    yield from weight_rules(data.weights, key="data.weights")
+    yield from phase_rules(training.phases)
+    if not data.paths:
+        yield "data.path", "data.path is missing; name a folder that `megatron-xy data build` wrote"
+    yield from reward_rules(config) if config.task == "reward" else conversation_rules(config)
+    if config.model.load is None:
+        for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+            if getattr(config.model, key) is None:
+                yield f"model.{key}", f"model.{key} is missing; give it, or model.load: hf:DIR that has it"
+
+
+def head_of(config: RunConfig) -> Head:
+    """The task's: what `model.load` names may have another one, which is then left out or made anew."""
+    return "value" if config.task == "reward" else "language_model"
+
+
+def _batch_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
+    """The world divides into replicas, and a step's tokens into their micro-batches; pairs are packed as they come."""
+    training, parallel = config.training, config.parallel
+    factors = {"micro_batch_tokens": training.micro_batch_tokens}
+    if parallel.num_chunks > 1:  # the interleaved schedule takes them in rounds of as many as there are stages
+        factors["pipeline_model_parallel_size"] = parallel.pipeline_model_parallel_size
+    if world_size is not None and world_size % parallel.model_parallel_size:
+        yield "parallel", world_rule(parallel, world_size)
+    elif world_size is not None:
+        factors["data parallel size"] = world_size // parallel.model_parallel_size
+    if config.task == "reward":
+        return
+    unit = math.prod(factors.values())
+    unit_name = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))}"
+    unit_name += f" = {unit})" if len(factors) > 1 else ")"
+    sizes = [("training", training.global_batch_tokens)]
+    for number, phase in enumerate(training.phases):
+        if phase.global_batch_tokens is not None:
+            sizes.append((f"training.phases[{number}]", phase.global_batch_tokens))
+    for key, tokens in sizes:
+        if tokens % unit:
+            name = f"{key}.global_batch_tokens"
+            rule = f"{name} ({tokens}) must be a multiple of {unit_name}; nearest: {nearest_multiples(tokens, unit)}"
+            yield name.split("[")[0], rule
+
+
+def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What the config format has a place for and the code does not do yet: refused, never ignored."""
+    parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
+    if parallel.context_parallel_size != 1:
+        value = parallel.context_parallel_size
+        yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
+    for number, phase in enumerate(training.phases):
+        if phase.train_only is not None and config.task == "ppo":
+            names = ", ".join(phase.train_only)
+            yield (
+                "training.phases",
+                f"training.phases[{number}].train_only ({names}): only null is supported in task ppo",
+            )
+    if checkpoint.hf_interval and config.task == "ppo":
+        yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): task ppo supports 0 only"
+    if config.task != "ppo":
+        if config.roles is not None:
+            yield "roles", f"roles: only task ppo has roles, and task is {config.task}; leave them out"
+        if config.ppo is not None:
+            yield "ppo", f"ppo: only task ppo has this section, and task is {config.task}; leave it out"
+    if config.task != "reward" and config.reward is not None:
+        yield "reward", f"reward: only task reward has this section, and task is {config.task}; leave it out"
