@@ -1,0 +1,228 @@
+"""The verbs over data folders: building one, and looking at one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from megatron_xy.cli.options import AsJson, Overrides, say, verified
+
+data_app = typer.Typer(no_args_is_help=True, help="Build, look at and verify bucketed datasets.")
+
+
+@data_app.command("build")
+def data_build(
+    inputs: Annotated[
+        list[str], typer.Option("--input", metavar="PATH...", help="files, folders or globs; repeat, or list them")
+    ],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="a SentencePiece tokenizer.model")],
+    output: Annotated[Path, typer.Option("--output", help="the data folder to make")],
+    more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="further inputs")] = None,
+    buckets: Annotated[str, typer.Option("--buckets", help="tokens, ascending, by commas")] = "2048,4096,8192,16384",
+    source_field: Annotated[
+        str | None, typer.Option("--source-field", help="the row's field that names its source")
+    ] = None,
+    text_field: Annotated[str, typer.Option("--text-field", help="the row's field that holds the text")] = "text",
+    append_eod: Annotated[
+        bool, typer.Option("--append-eod", help="end every document with the end-of-document token")
+    ] = False,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="processes")] = 1,
+    bad_lines: Annotated[
+        Literal["limit", "fail", "skip"],
+        typer.Option("--bad-lines", help="limit: leave out up to 0.1% of the lines; fail: none; skip: any number"),
+    ] = "limit",
+    packing: Annotated[
+        Literal["best_fit", "concatenate"],
+        typer.Option("--packing", help="concatenate: Megatron's fixed-length samples, of --seq-length tokens"),
+    ] = "best_fit",
+    seq_length: Annotated[int | None, typer.Option("--seq-length", min=1, help="with --packing concatenate")] = None,
+    overflow: Annotated[
+        Literal["split", "drop", "truncate", "truncate_left"],
+        typer.Option("--overflow", help="what becomes of documents longer than the largest bucket"),
+    ] = "split",
+    deduplicate: Annotated[
+        bool, typer.Option("--deduplicate", help="of documents with the same text only the first stays")
+    ] = False,
+    held_out: Annotated[
+        float, typer.Option("--held-out", metavar="FRACTION", help="this share of the documents goes into DIR/held_out")
+    ] = 0.0,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template",
+            metavar="NAME|FILE",
+            help="take conversations: xuanyuan, xuanyuan-70b, llama-2, chatml, tokenizer (its own), or a Jinja file",
+        ),
+    ] = None,
+    chat_overflow: Annotated[
+        Literal["refuse", "truncate_left", "split"],
+        typer.Option("--chat-overflow", help="what becomes of conversations longer than the largest bucket"),
+    ] = "refuse",
+    last_turn_only: Annotated[
+        bool, typer.Option("--last-turn-only", help="of a conversation only the last answer is learned")
+    ] = False,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="this share only; the last one to end finishes")
+    ] = None,
+    executor: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--executor", help="where the workers are: processes here, or tasks of the running Ray cluster"),
+    ] = "local",
+    as_json: AsJson = False,
+) -> None:
+    """Tokenises a corpus, texts or conversations, and packs it into buckets, as Megatron's .bin/.idx.
+
+    The same command on several machines that share the folders does the work together.
+    """
+    from megatron_xy.data.build import build_dataset
+    from megatron_xy.data.build_folder import Share
+    from megatron_xy.data.progress import showing_progress
+
+    if (packing == "concatenate") != (seq_length is not None):
+        raise typer.BadParameter("--packing concatenate and --seq-length go together", param_hint="--seq-length")
+    with showing_progress() as progress:
+        stats = build_dataset(
+            [*inputs, *(more_inputs or [])],
+            tokenizer=tokenizer,
+            output=output,
+            buckets=_numbers(buckets, option="--buckets") if seq_length is None else [seq_length],
+            source_field=source_field,
+            text_field=text_field,
+            append_eod=append_eod,
+            workers=workers,
+            bad_lines=bad_lines,
+            packing=packing,
+            overflow=overflow,
+            deduplicate=deduplicate,
+            held_out=held_out,
+            chat_template=chat_template,
+            chat_overflow=chat_overflow,
+            last_turn_only=last_turn_only,
+            shard=Share.parse(shard) if shard is not None else None,
+            executor=executor,
+            progress=progress,
+        )
+    if stats["finished"]:
+        _show_stats(stats, output, as_json=as_json)
+    elif as_json:
+        print(json.dumps(stats))
+    else:
+        print(f"share {shard} is done; {stats['missing']} token shard(s) of others are not there yet")
+
+
+@data_app.command("stats")
+def data_stats(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    pictures: Annotated[
+        Path | None, typer.Option("--pictures", metavar="FOLDER", help="also histograms, as PNG")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Documents, tokens, samples, shares and the three ratios of a data folder."""
+    from megatron_xy.data.examine import dataset_stats
+
+    if pictures is not None:
+        from megatron_xy.data.pictures import draw_statistics
+
+        for path in draw_statistics(directory, pictures):
+            say(f"wrote {path}")
+    _show_stats(dataset_stats(directory), directory, as_json=as_json)
+
+
+@data_app.command("show")
+def data_show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    source: Annotated[str | None, typer.Option("--source", help="of this source only")] = None,
+    bucket: Annotated[int | None, typer.Option("--bucket", help="of this bucket only")] = None,
+    index: Annotated[int, typer.Option("--index", min=0, help="number of the first sample")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, help="samples of each source and bucket")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Samples as text: a colour a document, a bar between two, tokens that the loss leaves out reversed or dim."""
+    from megatron_xy.data.show import shown_samples
+
+    samples = shown_samples(directory, source=source, bucket=bucket, index=index, count=count)
+    if as_json:
+        rows = [{"sample": each.heading, "text": each.plain, "learned": each.learned} for each in samples]
+        print(json.dumps(rows))
+        return
+    console = Console()
+    for sample in samples:
+        console.rule(escape(sample.heading), align="left")
+        console.print(sample.coloured, soft_wrap=True)
+
+
+@data_app.command("verify")
+def data_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+    """Checks sizes, checksums, sample lengths and token ids of a data folder."""
+    from megatron_xy.data.examine import verify_dataset
+
+    verified(lambda: verify_dataset(directory), directory, as_json=as_json)
+
+
+@data_app.command("plan-steps")
+def data_plan_steps(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    config: Annotated[Path, typer.Option("--config", metavar="RUN.yaml")],
+    steps: Annotated[str, typer.Option("--steps", metavar="A:B", help="data steps, half-open, from 0")],
+    data_parallel_size: Annotated[int, typer.Option("--data-parallel-size", min=1)] = 1,
+    data_parallel_rank: Annotated[int, typer.Option("--data-parallel-rank", min=0)] = 0,
+    overrides: Overrides = None,
+) -> None:
+    """Which samples a data parallel rank draws at which step: JSON lines, one a (step, source)."""
+    from megatron_xy.data.plan_steps import plan_steps
+
+    rows = plan_steps(
+        directory,
+        config_path=config,
+        overrides=overrides or [],
+        steps=_steps(steps),
+        data_parallel_size=data_parallel_size,
+        data_parallel_rank=data_parallel_rank,
+    )
+    for row in rows:
+        print(json.dumps(row))
+
+
+@data_app.command("trace")
+def data_trace(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    config: Annotated[Path, typer.Option("--config", metavar="RUN.yaml")],
+    steps: Annotated[str, typer.Option("--steps", metavar="A:B", help="data steps, half-open, from 0")],
+    overrides: Overrides = None,
+) -> None:
+    """The documents (file, line) that were drawn at these steps: JSON lines, one a sample."""
+    from megatron_xy.data.trace import trace_steps
+
+    for row in trace_steps(directory, config_path=config, overrides=overrides or [], steps=_steps(steps)):
+        print(json.dumps(row))
+
+
+def _steps(text: str) -> range:
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit()):
+        raise typer.BadParameter(f"{text!r} is not A:B", param_hint="--steps")
+    if int(first) >= int(last):
+        raise typer.BadParameter(f"{text!r} holds no step: A must be below B", param_hint="--steps")
+    return range(int(first), int(last))
+
+
+def _numbers(text: str, *, option: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise typer.BadParameter(f"{text!r} is no list of numbers by commas", param_hint=option)
+    return [int(part) for part in parts]
+
+
+def _show_stats(stats: Any, directory: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(stats))
+        return
+    from megatron_xy.data.progress import stats_table
+
+    Console().print(stats_table(stats, title=str(directory)))

@@ -1,0 +1,96 @@
+"""The verbs that look: at a config before a run, at a run after it, at this machine and its speed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from megatron_xy.cli.options import AsJson, Overrides, RunYaml, say
+from megatron_xy.errors import EXIT_COMPARISON_FAILED, MegatronXYError
+
+
+def check(
+    run_yaml: RunYaml,
+    overrides: Overrides = None,
+    world_size: Annotated[int | None, typer.Option("--world-size", min=1, help="ranks it will run on")] = None,
+    paths: Annotated[bool, typer.Option("--paths", help="also look at the files that it names")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Checks a config without starting anything: all problems at once, with lines, rules and nearest valid values."""
+    from megatron_xy.config import InvalidConfig, load_config
+    from megatron_xy.preflight import check_paths, describe
+
+    try:
+        config = load_config(run_yaml, overrides=overrides or [], world_size=world_size)
+        if paths:
+            check_paths(config)
+    except MegatronXYError as error:
+        if as_json:
+            problems = (
+                [str(problem) for problem in error.problems] if isinstance(error, InvalidConfig) else [str(error)]
+            )
+            print(json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems}))
+        raise
+    if as_json:
+        print(json.dumps({"ok": True, "exit_code": 0, "problems": [], "config": config.model_dump(mode="json")}))
+    else:
+        print(describe(config, path=run_yaml, world_size=world_size))
+
+
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
+    """Draws a run: losses, evaluations, odd steps, speed, time by phase, the mixture, as PNG and one HTML page."""
+    from megatron_xy.report.verb import make_report
+
+    print(make_report(run_dir))
+
+
+def select(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a reward run's folder")], as_json: AsJson = False
+) -> None:
+    """Names the epoch of a reward run that meets the criteria of its config best; ends with 1 where none does."""
+    from megatron_xy.reward.select import select as selected
+
+    selection = selected(run_dir)
+    print(json.dumps(selection.to_json()) if as_json else "\n".join(selection.lines()))
+    if selection.chosen is None:
+        sys.exit(EXIT_COMPARISON_FAILED)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Says what this machine has, what would be used and why, and what is patched."""
+    from megatron_xy import device
+
+    device.start()
+    from megatron_xy.doctor import diagnose, told
+
+    findings = diagnose()
+    print(json.dumps(findings) if as_json else told(findings))
+
+
+def bench(
+    suite: Annotated[Literal["cpu", "gpu"], typer.Argument(metavar="cpu|gpu")],
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="PART", help="this part; may be repeated")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the JSON file; ./bench-SUITE-DATE.json unless given")
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="sizes that show that it runs, not how fast")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measures fixed models and buckets: tokens/s, MFU, memory, recomputation, attention, a resume, a plain loop."""
+    from megatron_xy.bench import verb
+
+    target = output or Path(f"bench-{suite}-{time.strftime('%Y-%m-%d')}.json")
+    results = verb.run(suite, only=only or [], output=target, tiny=tiny, say=say)
+    if as_json:
+        print(json.dumps(results))
+    else:
+        for table in verb.tables(results):
+            Console(width=max(Console().width, 170)).print(table)
+    if not all(part["ok"] for part in results["parts"].values()):
+        sys.exit(EXIT_COMPARISON_FAILED)

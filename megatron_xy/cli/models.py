@@ -1,0 +1,220 @@
+"""The verbs over a model in a folder: converting, answering, scoring, comparing, and extending its vocabulary."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_xy.cli.options import say
+from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError
+
+vocab_app = typer.Typer(no_args_is_help=True, help="Extend a model's vocabulary.")
+
+
+def convert(
+    source: Annotated[str, typer.Option("--from", metavar="ckpt:DIR|hf:DIR")],
+    target: Annotated[str, typer.Option("--to", metavar="hf:DIR|ckpt:DIR")],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="the source's unless given")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="a tokenizer.model; the run's own unless given")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", metavar="5GB", help="of a file of weights; 5GB unless given")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="compare weights and logits with transformers'")] = False,
+) -> None:
+    """Converts a checkpoint or an HF folder into either; the same command goes on where a killed one stopped."""
+    from megatron_xy.hf import verb
+
+    if verify and find_spec("transformers") is None:
+        raise ConfigError("--verify needs transformers; it comes with the extra: pip install 'megatron-xy[hf]'")
+    verb.convert(source, target, dtype=dtype, tokenizer=tokenizer, max_shard_size=max_shard_size, say=say)
+    if not verify:
+        return
+    from megatron_xy import device
+
+    device.start()
+    from megatron_xy.hf.verify import verify as agrees
+
+    if not agrees(source, target, say=say):
+        sys.exit(EXIT_COMPARISON_FAILED)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="the model")],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", metavar="F.jsonl", help='rows {"prompt": a string, or messages}')
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="F.jsonl", help="the answers, in the prompts' order")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+    ] = None,
+    num_answers: Annotated[int, typer.Option("-n", min=1, help="answers to each prompt")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: greedy")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", max=1, help="of the most likely tokens this share; 1: all")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="this many of the most likely tokens; 0: all")] = 0,
+    max_response_length: Annotated[
+        int, typer.Option("--max-response-length", min=1, help="tokens, the stop token included")
+    ] = 512,
+    min_response_length: Annotated[
+        int, typer.Option("--min-response-length", min=0, help="no stop token before as many tokens are there")
+    ] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TOKEN", help="a control token or a token id that ends an answer; repeat"),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 1234,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of messages; the model's unless given")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, help="of a replica at a time")] = 64,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+) -> None:
+    """Answers prompts: sampled or greedy, n answers each, under any layout; goes on where a killed run stopped."""
+    from megatron_xy.model_job import ModelJob, leave_on_signals
+    from megatron_xy.partial_results import PartialResults
+
+    if not top_p > 0:
+        raise typer.BadParameter(f"{top_p} must be above 0", param_hint="--top-p")
+    if nproc_per_node == 1:
+        leave_on_signals("; the answers that had ended are kept, and the same command goes on")
+    arguments = {
+        "prompts": str(prompts), "output": str(output), "num_answers": num_answers, "temperature": temperature,
+        "top_p": top_p, "top_k": top_k, "min_response_length": min_response_length,
+        "max_response_length": max_response_length, "max_sequences": max_sequences, "seed": seed, "stop": stop or [],
+        "tokenizer": str(tokenizer) if tokenizer else None, "chat_template": chat_template,
+    }  # fmt: skip
+    run_dir = str(PartialResults(output).run_dir)
+    job = ModelJob("generate", model, nproc_per_node, overrides or [], run_dir, arguments)
+    options = job.options()  # of the command alone: no need to wait for torch
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
+    from megatron_xy.answers import generate_file
+
+    sys.exit(generate_file(job, say=say))
+
+
+def score(
+    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="a reward model")],
+    input_file: Annotated[
+        Path, typer.Option("--input", metavar="F.jsonl", help="rows with prompt and response or response_tokens")
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="F.jsonl", help="the rows with their scores, in order")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of messages; the model's unless given")
+    ] = None,
+    micro_batch_tokens: Annotated[
+        int, typer.Option("--micro-batch-tokens", min=1, help="of a replica at a time; longer answers widen it")
+    ] = 4096,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+) -> None:
+    """Scores answers by a reward model, under any layout; goes on where a killed run stopped."""
+    from megatron_xy.model_job import ModelJob, leave_on_signals
+    from megatron_xy.partial_results import PartialResults
+
+    if nproc_per_node == 1:
+        leave_on_signals("; the scores that were there are kept, and the same command goes on")
+    arguments = {
+        "input": str(input_file), "output": str(output), "micro_batch_tokens": micro_batch_tokens,
+        "tokenizer": str(tokenizer) if tokenizer else None, "chat_template": chat_template,
+    }  # fmt: skip
+    job = ModelJob("score", model, nproc_per_node, overrides or [], str(PartialResults(output).run_dir), arguments)
+    options = job.options()  # of the command alone: no need to wait for torch
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
+    from megatron_xy.scores import score_file
+
+    sys.exit(score_file(job, say=say))
+
+
+def logprobs(
+    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="the model")],
+    input_file: Annotated[Path, typer.Option("--input", metavar="IDS.jsonl", help='rows {"tokens": [...]}')],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="F.safetensors", help='row i as tensor "i", one number a token but one')
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+    ] = None,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+) -> None:
+    """Log-probabilities of given token rows under any layout, to compare with other implementations."""
+    from megatron_xy.model_job import ModelJob, leave_on_signals
+
+    if nproc_per_node == 1:
+        leave_on_signals("; nothing is kept, and the same command starts afresh")
+    arguments = {"input": str(input_file), "output": str(output)}
+    run_dir = str(output.with_name(f"{output.name}.work"))
+    job = ModelJob("logprobs", model, nproc_per_node, overrides or [], run_dir, arguments)
+    options = job.options()  # of the command alone: no need to wait for torch
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
+    from megatron_xy.logprobs import logprobs_file
+
+    sys.exit(logprobs_file(job, say=say))
+
+
+def model_rank(job_file: Path) -> None:
+    """One rank of a verb over a model, started by that verb."""
+    from megatron_xy.model_job import read_job
+    from megatron_xy.worker import run_model_rank
+
+    job = read_job(job_file)
+
+    def work(config: Any, stop: Any, watchdog: Any) -> None:
+        from megatron_xy import device, environment
+
+        device.start(
+            local_rank=environment.local_rank(),
+            num_threads=config.runtime.num_threads,
+            deterministic=config.runtime.deterministic,
+        )
+        module, function = {
+            "generate": ("megatron_xy.answers", "generate_in_rank"),
+            "score": ("megatron_xy.scores", "score_in_rank"),
+            "logprobs": ("megatron_xy.logprobs", "logprobs_in_rank"),
+        }[job.verb]
+        getattr(importlib.import_module(module), function)(job, config, stop, watchdog)
+
+    run_model_rank(job, work=work)
+
+
+@vocab_app.command("extend")
+def vocab_extend(
+    source: Annotated[str, typer.Option("--from", metavar="hf:DIR")],
+    target: Annotated[str, typer.Option("--to", metavar="hf:DIR")],
+    size: Annotated[int, typer.Option("--size", min=1, help="pieces in the end")],
+    characters: Annotated[
+        str | None,
+        typer.Option("--characters", metavar="FILE|corpus:PATH", help="a text file's, in its order; or a corpus's"),
+    ] = None,
+    pieces: Annotated[
+        str | None,
+        typer.Option("--pieces", metavar="FILE|corpus:PATH", help="of several characters, a line each; or a corpus's"),
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", metavar="PATH", help="count its tokens before and after")
+    ] = None,
+) -> None:
+    """Adds characters, then pieces, to a SentencePiece tokenizer, and a row for each to embedding and output layer.
+
+    Old ids stay, and so does the encoding of text in which no new piece applies.
+    """
+    from megatron_xy.hf.extend import extend
+
+    extend(source, target, characters=characters, pieces=pieces, size=size, corpus=corpus, say=say)

@@ -1,0 +1,34 @@
+"""What verbs have in common: arguments of the same meaning, and how they say how it goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_xy.errors import DataError
+
+RunYaml = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run's config")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of RUN.yaml")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
+
+
+def say(text: str) -> None:
+    """Tells how long work goes, on stderr: stdout has the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def verified(verify: Any, directory: Path, *, as_json: bool) -> None:
+    """Calls `verify`, which raises DataError, and says what came of it."""
+    try:
+        verify()
+    except DataError as error:
+        if as_json:
+            print(json.dumps({"ok": False, "exit_code": error.exit_code, "problem": str(error)}))
+        raise
+    print(json.dumps({"ok": True, "exit_code": 0}) if as_json else f"{directory}: whole and as it was written")
