@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_xy import device
-from megatron_xy.checkpoint import iteration_folder, saved_iterations
+from megatron_xy.checkpoint_folders import iteration_folder, saved_iterations
 from megatron_xy.config import InvalidConfig, ModelConfig, Problem, RunConfig
 from megatron_xy.hf.config import SHAPE_KEYS
 from megatron_xy.parallel import Groups, sum_over

@@ -18,15 +18,11 @@ from typing import Any, Protocol
 import torch
 
 from megatron_xy import course, device, mcore, waits
-from megatron_xy.checkpoint import (
-    FROZEN_UPDATES,
-    CheckpointWriter,
-    find_resumable,
-    iteration_folder,
-    load_state,
-    sweep,
-)
+from megatron_xy.checkpoint import CheckpointWriter
+from megatron_xy.checkpoint_choice import find_resumable
 from megatron_xy.checkpoint_files import TrainingState, amend_state
+from megatron_xy.checkpoint_folders import iteration_folder, sweep
+from megatron_xy.checkpoint_state import FROZEN_UPDATES, load_state
 from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.data.loader import PreparedStep
 from megatron_xy.errors import DataError, Stopped

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from megatron_xy import checkpoint_files as files
-from megatron_xy.checkpoint import load_weights, shared_problem
+from megatron_xy.checkpoint_choice import shared_problem
+from megatron_xy.checkpoint_state import load_weights
 from megatron_xy.config import Head, ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import complete_model, read_hf_config

@@ -13,8 +13,11 @@ import numpy as np
 import torch
 
 from megatron_xy import course, device, mcore
-from megatron_xy.checkpoint import CheckpointWriter, find_resumable, iteration_folder, load_state, sweep
+from megatron_xy.checkpoint import CheckpointWriter
+from megatron_xy.checkpoint_choice import find_resumable
 from megatron_xy.checkpoint_files import TrainingState, read_manifest, write_shard
+from megatron_xy.checkpoint_folders import iteration_folder, sweep
+from megatron_xy.checkpoint_state import load_state
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import DataError, Stopped
 from megatron_xy.liveness import went_forward

@@ -43,7 +43,7 @@ def save_fresh(checkpoints: Path) -> None:
 
 def curves(folder: Path, shape: Layout, switches: list[tuple[bool, bool, str]]) -> list[Curve]:
     """(loss, gradient norm) of every step, for each (distributed optimizer, overlap, recomputation)."""
-    from megatron_xy.checkpoint import load_state
+    from megatron_xy.checkpoint_state import load_state
     from megatron_xy.train_step import train_step
 
     result = []

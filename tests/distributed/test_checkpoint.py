@@ -50,7 +50,7 @@ def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, asynch
 
 def load_and_train(layout: Layout, model: ModelConfig, folder: Path) -> list[tuple[float, float]]:
     """Opens a checkpoint into a role with other fresh weights and takes the next three steps."""
-    from megatron_xy.checkpoint import load_state
+    from megatron_xy.checkpoint_state import load_state
 
     role = models.make_role(layout, model=model, optimizer=OPTIMIZER, seed=99)
     assert role is not None
@@ -61,7 +61,8 @@ def load_and_train(layout: Layout, model: ModelConfig, folder: Path) -> list[tup
 
 def load_and_save(layout: Layout, model: ModelConfig, folder: Path, checkpoints: Path) -> None:
     """Opens a checkpoint under `layout` and writes it again as it is."""
-    from megatron_xy.checkpoint import CheckpointWriter, load_state
+    from megatron_xy.checkpoint import CheckpointWriter
+    from megatron_xy.checkpoint_state import load_state
 
     role = models.make_role(layout, model=model, optimizer=OPTIMIZER, seed=99)
     assert role is not None
