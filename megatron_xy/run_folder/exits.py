@@ -1,0 +1,103 @@
+"""How a run ended: exit.json, which every process may write and whose cause outweighs what followed from it."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_xy.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_BAD_DATA,
+    EXIT_BUG,
+    EXIT_COMPARISON_FAILED,
+    EXIT_DONE,
+    EXIT_IO,
+    EXIT_PEER_LOST,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+)
+from megatron_xy.run_folder.files import now, read_json
+from megatron_xy.run_folder.locks import exit_lock, foreign_lock
+from megatron_xy.run_folder.starts import current_attempt, this_start
+from megatron_xy.storage import write_json
+
+EXIT_NAMES = {
+    EXIT_DONE: "done",
+    EXIT_COMPARISON_FAILED: "comparison_failed",
+    EXIT_USAGE: "usage",
+    EXIT_BAD_DATA: "bad_data",
+    EXIT_BUG: "bug",
+    EXIT_IO: "io",
+    EXIT_STOPPED: "stopped",
+    EXIT_PEER_LOST: "peer_lost",
+    EXIT_BAD_CONFIG: "bad_config",
+}
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """RUN/exit.json: how the run ended. `rank` is None where no rank could say so itself."""
+
+    code: int
+    name: str
+    message: str
+    rank: int | None
+    host: str
+    time: str
+    attempt: int
+    start: str  # which start of the run wrote it
+
+
+def record_exit(
+    run_dir: Path, *, code: int, message: str, rank: int | None, attempt: int | None = None
+) -> ExitRecord | None:
+    """Writes exit.json unless what stands there weighs as much; returns what stands then.
+
+    Of several ranks the cause stands: an error of its own, over a lost peer, over a clean stop, over the end; the
+    first of equals. What another start or attempt wrote weighs nothing; `attempt` is this process's own unless given.
+    Where another start is at work in the folder nothing is written, and None returned.
+    Not for a signal's handler: the record it interrupts may hold the lock that it would wait for.
+    """
+    record = ExitRecord(
+        code=code,
+        name=EXIT_NAMES[code],
+        message=message,
+        rank=rank,
+        host=socket.gethostname(),
+        time=now(),
+        attempt=current_attempt() if attempt is None else attempt,
+        start=this_start(),
+    )
+    if foreign_lock(run_dir) is not None:
+        return None
+    with exit_lock(run_dir):
+        standing = read_exit(run_dir)
+        is_ours = standing is not None and (standing.start, standing.attempt) == (record.start, record.attempt)
+        if standing and is_ours and _weight(standing.code) >= _weight(code):
+            return standing
+        write_json(run_dir / "exit.json", asdict(record))
+        return record
+
+
+def read_exit(run_dir: Path) -> ExitRecord | None:
+    """How the run ended, as far as anyone has said."""
+    try:
+        return ExitRecord(**read_json(run_dir / "exit.json"))
+    except FileNotFoundError:
+        return None
+
+
+def clear_exit(run_dir: Path, *, of_others_only: bool = False) -> None:
+    """Removes exit.json: before a start, by whoever starts the ranks, so that no rank's early end is lost.
+
+    `of_others_only` leaves what a rank of this very start wrote: for a rank 0 that nobody cleared it for.
+    """
+    with exit_lock(run_dir):
+        standing = read_exit(run_dir) if of_others_only else None
+        if standing is None or standing.start != this_start():
+            (run_dir / "exit.json").unlink(missing_ok=True)
+
+
+def _weight(code: int) -> int:
+    return {EXIT_DONE: 0, EXIT_STOPPED: 1, EXIT_PEER_LOST: 2}.get(code, 3)

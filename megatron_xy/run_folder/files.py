@@ -1,0 +1,46 @@
+"""A run's folder is made, and what its small files have in common: JSON, and times with their zone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_xy.errors import ConfigError, DataError, StorageError
+
+FOLDERS = ("logs", "checkpoints", "report", "heartbeats")
+
+
+def prepare(run_dir: Path) -> None:
+    """Makes `run_dir` and its folders, open to their owner only, or finds them there; raises ConfigError if it cannot.
+
+    A file is written and removed again: neither permission bits nor root's rights tell of a read-only file system.
+    """
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in FOLDERS:
+            (run_dir / name).mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise StorageError(f"run_dir ({run_dir}) cannot be written: {error.strerror}; make room there") from None
+        raise ConfigError(
+            f"run_dir ({run_dir}) must be a folder that can be made and written: {error.strerror}; choose another"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """What a file of the run holds. Raises DataError where it is no JSON; FileNotFoundError as it comes."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} must be JSON as the run wrote it: {error}; remove it") from None
+
+
+def now() -> str:
+    """The time with its zone, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
