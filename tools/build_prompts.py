@@ -73,7 +73,7 @@ def main() -> int:
 def build(
     preferences: Sequence[Path], new: Sequence[Path], output: Path, *, ratio: float, most: int | None, seed: int
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """Writes the file and its report, {kind: {source: {outcome: number}}}; outcomes are read = same + alike + left + written.
+    """Writes the file and its report, {kind: {source: {outcome: number}}}; read = same + alike + left + written.
 
     Raises ConfigError or DataError.
     """
@@ -107,7 +107,7 @@ def table_of(report: dict[str, dict[str, dict[str, int]]]) -> Table:
     table = Table(title="prompts", title_justify="left")
     for name in ("kind", "source"):
         table.add_column(name)
-    for name in ("read", "the same", "nearly the same", "left out for the ratio", "written"):
+    for name in ("read", "same", "alike", "left out", "written"):
         table.add_column(name, justify="right")
     lines = [(kind, source, number) for kind, sources in report.items() for source, number in sources.items()]
     for kind, source, number in lines:
