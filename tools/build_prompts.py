@@ -3,10 +3,11 @@
     python tools/build_prompts.py --preferences PAIRS.jsonl... [--new PROMPTS.jsonl...] --output prompts.jsonl
                                   [--ratio 1.0] [--most N] [--seed 0]
 
-Rows of all files hold a `prompt`, a text or messages, of which the system's is not compared. Of prompts that are the same, or nearly (as the split of a reward
-model's pairs has it), the first stays, those of the preferences before new ones. Then as many are kept as the ratio of
-new to preference prompts lets stand, at most N in all, chosen by the seed; they are written in the order of the files,
-each with its `source` and its `kind`, preference or new. The report is printed, and written as prompts.report.json.
+Rows of all files hold a `prompt`, a text or messages, of which the system's is not compared. Of prompts that are the
+same, or nearly (as the split of a reward model's pairs has it), the first stays, those of the preferences before new
+ones. Then as many are kept as the ratio of new to preference prompts lets stand, at most N in all, chosen by the seed;
+they are written in the order of the files, each with its `source` and its `kind`, preference or new. The report is
+printed, and written as prompts.report.json.
 """
 
 from __future__ import annotations

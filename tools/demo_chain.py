@@ -126,7 +126,9 @@ class Chain(Steps):
         losses = [(row["iteration"], row["loss"]) for row in rows(sft, EVALUATIONS)]
         accuracy = rows(reward, EVALUATIONS)[-1]["held_out"]["accuracy"]
         self.statements[:0] = [
-            f"pre-training: loss {rows(base)[0]['loss']:.3f} at the first step, {rows(base)[-1]['loss']:.3f} at the last",
+            "pre-training: loss {:.3f} at the first step, {:.3f} at the last".format(
+                *(rows(base)[place]["loss"] for place in (0, -1))
+            ),
             "fine-tuning: loss on held-out answers " + ", ".join(f"{loss:.3f} after {n}" for n, loss in losses),
             f"reward model: {accuracy:.1%} of the held-out pairs in the right order",
         ]

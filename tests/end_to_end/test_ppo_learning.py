@@ -1,4 +1,4 @@
-"""PPO visibly learns on a CPU: "echo the key" over four ranks, by its rule and by what a reward model made of pairs of answers."""
+"""PPO visibly learns on a CPU: "echo the key" over four ranks, by its rule and by a reward model of it."""
 
 from __future__ import annotations
 
