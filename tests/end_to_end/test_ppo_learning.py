@@ -11,17 +11,17 @@ from torch import Tensor
 
 from tests.end_to_end.tiny_run import metrics_of, run_command, started, wait_for_end
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from make_echo_task import KEYS, WORDS, make, score
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "echo"
 WINDOW = 10
 SEEDS = [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 
 
 def run_example(name: str, folder: Path, *overrides: str, seed: int) -> None:
     """The example as it stands, but for its folder and seed."""
-    text = (ROOT / "examples" / "echo" / f"{name}.yaml").read_text().replace("runs/echo", str(folder))
+    text = (EXAMPLES / f"{name}.yaml").read_text().replace("runs/echo", str(folder))
     (folder / f"{name}.yaml").write_text(text)
     with started(run_command(folder / f"{name}.yaml", f"seed={seed}", *overrides, ranks=4)) as process:
         ended = wait_for_end(process, seconds=300)
