@@ -111,6 +111,16 @@ def test_golden_value_loss(golden: dict[str, torch.Tensor]) -> None:
     assert float(F.masked_mean(clipped.double(), golden["mask"])) == pytest.approx(0.25, abs=TOLERANCE)
 
 
+def test_no_value_counts_as_clipped_that_has_moved_by_rounding_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    old, returns = (torch.randn(10_000, generator=draw) for _ in range(2))
+    values = (old * (1 + 1e-7 * torch.randn(10_000, generator=draw))).requires_grad_()
+    loss, clipped = F.value_loss(values, old, returns, clip=0.2)
+    assert not clipped.any() and bool((values != old).any())
+    (gradient,) = torch.autograd.grad(loss.sum(), values)
+    torch.testing.assert_close(gradient, (values - returns).detach())
+
+
 def test_golden_divergences(golden: dict[str, torch.Tensor]) -> None:
     means = [
         float(F.masked_mean(estimate(golden["new"], golden["ref"]), golden["mask"]))
