@@ -1,4 +1,4 @@
-# setup: a virtual environment with everything. demo: the main job end to end. test: what CI runs. See README.md.
+# setup: a virtual environment with everything. demo: the main job end to end. demo-chain: all stages, from pre-training to PPO. test: what CI runs. See README.md.
 #
 #   PYTHON=python3.12     another interpreter (3.11 or 3.12)
 #   TORCH=torch==2.13.0   another torch; TORCH=system takes the one that PYTHON already has
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS = 1
 
-.PHONY: setup demo test test-full test-latest lint bench clean
+.PHONY: setup demo demo-chain test test-full test-latest lint bench clean
 
 setup: $(READY)
 
@@ -31,6 +31,9 @@ $(READY): pyproject.toml setup.py Makefile
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
+
+demo-chain: $(READY)
+	$(BIN)/python tools/demo_chain.py
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

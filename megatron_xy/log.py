@@ -1,7 +1,7 @@
 """What a run tells: a line and a metrics record each step, phases with their seconds, boards, a log file per rank.
 
 RUN/metrics.jsonl holds one JSON object a step with floats unrounded, eval.jsonl one an evaluation, events.jsonl one a
-step that was skipped or stands out; after a resume each iteration still stands once.
+step that was skipped or stands out, samples.jsonl answers of PPO; after a resume each iteration still stands once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_xy.storage import write_text
 METRICS = "metrics.jsonl"
 EVALUATIONS = "eval.jsonl"
 EVENTS = "events.jsonl"
+SAMPLES = "samples.jsonl"
 _SCALARS = (
     "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_wait_seconds", "padding_ratio", "mfu", "hfu",
     "consumed_tokens", "peak_memory_bytes",
@@ -57,7 +58,7 @@ class RunLog:
         """Makes ready to add records after `iteration`: what an abandoned course wrote beyond it is cut off."""
         if not self.is_leader:
             return
-        for name in (METRICS, EVALUATIONS, EVENTS):
+        for name in (METRICS, EVALUATIONS, EVENTS, SAMPLES):
             cut_records(self.run_dir / name, iteration=iteration)
         self._boards = open_boards(self.run_dir, iteration=iteration, wandb_project=self._wandb_project, say=self.say)
 
@@ -78,6 +79,11 @@ class RunLog:
         for field in ("seconds_by_phase", "idle_share_by_role"):
             scalars |= {f"{field}/{name}": value for name, value in record[field].items()}
         self._draw(scalars, record["iteration"])
+
+    def samples(self, samples: Sequence[dict[str, Any]], *, iteration: int) -> None:
+        """Answers of a PPO step, an object each in samples.jsonl."""
+        for sample in samples:
+            self._write(SAMPLES, {"iteration": iteration, **sample})
 
     def evaluation(self, record: dict[str, Any], *, seconds: float) -> None:
         """One evaluation: a line, an object in eval.jsonl, scalars on the boards."""

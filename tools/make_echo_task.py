@@ -4,7 +4,7 @@ A prompt has 4 words of a vocabulary of 16, the first is one of the 4 keys. The 
 tokens: the share of its words that equal the key, and 0.5 more where it stops by itself after at least 4 of them. An
 untrained model scores about 0.27, the best answer 1.5.
 
-    python tools/make_echo_task.py DIR [--prompts 512] [--pairs 2000] [--seed 0]
+    python tools/make_echo_task.py DIR [--prompts 512] [--pairs 6000] [--seed 0]
 
 writes DIR/tokenizer.json and tokenizer_config.json, prompts.jsonl, pairs.jsonl (half of whose repeated words are wrong
 ones) and score.py, whose function `true_score` is the rule, as `ppo.reward_function` takes it.
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     make(options.folder, num_prompts=options.prompts, num_pairs=options.pairs, seed=options.seed)

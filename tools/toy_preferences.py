@@ -5,8 +5,9 @@ asked colour is the better one.
 
 writes DIR/tokenizer.json and tokenizer_config.json, train.jsonl and held_out.jsonl: rows with prompt, chosen, rejected,
 grade, source and model. `--flipped` is the share of the training pairs whose answers change places; those held out are
-always right. A held-out prompt is none of the training's. `--messages`: prompts as messages, for a chat model; its
-tokenizer is then that of the model, and the one written here is not used.
+always right. A held-out prompt is none of the training's. `--messages`: prompts as messages, for a chat model, whose
+tokenizer goes before the one written here; then also answers.jsonl, conversations that answer well and badly, for a
+model to be fine-tuned on before its answers are judged, and new_prompts.jsonl, as many prompts that no pair has.
 """
 
 from __future__ import annotations
@@ -70,10 +71,29 @@ def make(
         if chance.random() < flipped:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
     if as_messages:
+        new: list[str] = []
+        while len(new) < num_pairs:
+            text = pair(chance)["prompt"]
+            if text not in prompts:
+                prompts.add(text)
+                new.append(text)
         for row in rows:
-            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            row["prompt"] = asked(row["prompt"])
+        write_rows(folder / "new_prompts.jsonl", [{"prompt": asked(text), "source": "new"} for text in new])
+        write_rows(folder / "answers.jsonl", [conversation(row, chance) for row in training])
     write_rows(folder / "train.jsonl", training)
     write_rows(folder / "held_out.jsonl", held_out)
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    """A prompt as messages."""
+    return [{"role": "user", "content": text}]
+
+
+def conversation(row: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    """A pair's prompt with one of its answers, whichever."""
+    answer = row[chance.choice(("chosen", "rejected"))]
+    return {"messages": [*row["prompt"], {"role": "assistant", "content": answer}], "source": "colours"}
 
 
 def true_score(prompt: str, answer: str) -> float:

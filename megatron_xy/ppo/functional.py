@@ -129,12 +129,17 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip: float | None
 ) -> TokenLoss:
-    """Half the squared error, the larger one of the value and of the value kept within `clip` of the old one."""
+    """Half the squared error, the larger one of the value and of the value kept within `clip` of the old one.
+
+    It is the bounded one where that is larger: for moves within the clip both are the same.
+    """
     plain = (values - returns).square()
     if clip is None:
         return TokenLoss(0.5 * plain, torch.zeros_like(plain, dtype=torch.bool))
-    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-    return TokenLoss(0.5 * torch.maximum(plain, bounded), bounded > plain)
+    moved = values - old_values
+    bounded = (old_values + moved.clamp(-clip, clip) - returns).square()
+    clipped = (moved.abs() > clip) & (bounded > plain)  # within the clip, rounding alone tells the two apart
+    return TokenLoss(0.5 * torch.where(clipped, bounded, plain), clipped)
 
 
 def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from megatron_xy.ppo.experience import Experience, Rollout
 from megatron_xy.ppo.prompts import PromptFile, Renderer
 from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout, dumped
+from megatron_xy.ppo.samples import sample_line, samples
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import storage_errors
@@ -127,12 +128,11 @@ class PPOTrainer:
 
     def train(self) -> None:
         """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
-        train_iters, checkpoint = self.config.training.train_iters, self.config.checkpoint
+        train_iters = self.config.training.train_iters
         self.log.open_metrics(iteration=self.state.iteration)
         for iteration in range(self.state.iteration + 1, train_iters + 1):
             stopping = self._step(iteration)
-            is_due = iteration % checkpoint.save_interval == 0 or self._is_snapshot(iteration)
-            if is_due or iteration == train_iters or stopping:
+            if self._is_due(iteration) or stopping:
                 self._save(iteration)
             if stopping and iteration < train_iters:
                 self._finish()
@@ -141,6 +141,11 @@ class PPOTrainer:
                 )
         self._finish()
         self.log.say(f"done: {self.state.iteration} iterations")
+
+    def _is_due(self, iteration: int) -> bool:
+        """Whether a checkpoint is written after an iteration, stop or not."""
+        is_last = iteration == self.config.training.train_iters
+        return is_last or iteration % self.config.checkpoint.save_interval == 0 or self._is_snapshot(iteration)
 
     def _is_snapshot(self, iteration: int) -> bool:
         """Whether the checkpoint of an iteration is never let go of."""
@@ -194,6 +199,11 @@ class PPOTrainer:
             "tokens_per_second": rollout.num_tokens / seconds,
         }
         self.log.ppo_step(record, train_iters=self.config.training.train_iters)
+        chosen = samples(experience, self.prompts, self.renderers["actor"])
+        self.log.samples(chosen, iteration=iteration)
+        if iteration == 1 or self._is_due(iteration):
+            for sample in chosen:
+                self.log.say(sample_line(sample))
         for name, count in skipped.items():
             if count:
                 self.log.say(f"  SKIPPED {count} of {wanted[name]} updates of the {name}: gradient not finite")

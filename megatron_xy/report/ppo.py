@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from megatron_xy.config import RunConfig
 from megatron_xy.report.axes import COLOURS, colour_of, finish
 from megatron_xy.report.numbers import last, mean, number, shown, smooth
+from megatron_xy.report.page import ReportSection
 from megatron_xy.report.records import Metrics
 
 FIRST_AND_LAST = 10  # steps whose means are compared
@@ -117,6 +118,21 @@ def _signs(told: Mapping[str, Any]) -> list[str]:
         signs.append(f"answers that end by themselves fell from {told['first_end_rate']:.0%} to "
                      f"{told['last_end_rate']:.0%}")  # fmt: skip
     return signs
+
+
+def answer_sections(samples: Sequence[Mapping[str, Any]]) -> list[ReportSection]:
+    """The best and the worst answer of the first and of the last step, as rows of samples.jsonl."""
+    sections = []
+    for title, iterations in (("first", samples[:1]), ("last", samples[-1:])):
+        for iteration in (row["iteration"] for row in iterations):
+            lines = [
+                f"{row['prompt']}\n{row['kind']}, score {row['score']:+.4f}, {row['num_tokens']} tokens"
+                f"{'' if row['has_ended'] else ', cut'}: {row['response']}"
+                for row in samples
+                if row["iteration"] == iteration
+            ]
+            sections.append(ReportSection(f"Answers of the {title} step", text="\n\n".join(lines)))
+    return sections
 
 
 def ppo_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

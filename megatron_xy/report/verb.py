@@ -22,7 +22,15 @@ from megatron_xy.report.mixture import draw_mixture
 from megatron_xy.report.numbers import without_nan
 from megatron_xy.report.page import ReportSection, page
 from megatron_xy.report.pictures import draw_data, draw_loss, draw_schedule, draw_throughput, draw_time_and_memory
-from megatron_xy.report.ppo import draw_losses, draw_policy, draw_scores, draw_time, ppo_rows, summarise_ppo
+from megatron_xy.report.ppo import (
+    answer_sections,
+    draw_losses,
+    draw_policy,
+    draw_scores,
+    draw_time,
+    ppo_rows,
+    summarise_ppo,
+)
 from megatron_xy.report.records import Metrics, read_metrics, read_records
 from megatron_xy.report.sections import own_sections
 from megatron_xy.report.summary import summarise, summary_rows
@@ -68,6 +76,8 @@ def make_report(
         else:
             (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
     write_bytes(folder / "summary.json", (json.dumps(without_nan(summary), indent=2) + "\n").encode())
+    if config.task == "ppo":
+        sections = [*answer_sections(read_records(run_dir / "samples.jsonl").records), *sections]
     own = own_sections(summary, rows(summary), events=events, run_dir=run_dir, timings=timings)
     write_bytes(folder / "index.html", page(run_dir.name, sections=[*own, *sections], pictures=images).encode())
     return folder / "index.html"

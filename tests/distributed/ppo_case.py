@@ -19,6 +19,7 @@ CRITIC = ACTOR.model_copy(update={"hidden_size": 16, "head": "value"})
 OPTIMIZER = OptimizerConfig(lr=1e-3, lr_decay_style="constant", adam_eps=1e-6, weight_decay=0.0, clip_grad=0.0)
 SEEDS: dict[str, int] = {"actor": 1, "reference": 2, "critic": 3, "reward": 4}
 ANSWERS = 12
+STOP_IDS = tuple(range(3, 11))  # none of them the end token that a tokenizer would name
 
 
 def placed(name: RoleName, ranks: list[int], *, tp: int = 1, pp: int = 1, tokens: int = 64, sp: bool = False) -> Any:
@@ -63,7 +64,7 @@ def generated(actor: Any, ppo: PPOConfig) -> Any:
 
     given = rollout()
     options = SamplingOptions(
-        temperature=ppo.temperature, max_response_length=9, stop_ids=tuple(range(3, 11)), seed=7
+        temperature=ppo.temperature, max_response_length=9, stop_ids=STOP_IDS, seed=7
     )  # fmt: skip
     answers = GeneratedAnswers(actor, options).answers(given.drawn, given.prompts["actor"], first=0)
     return as_rollout(given.drawn, given.prompts, answers)

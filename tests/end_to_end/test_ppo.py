@@ -110,7 +110,7 @@ def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
 
 
-def test_metrics_rollouts_and_checkpoints(unbroken: Path) -> None:
+def test_metrics_rollouts_samples_and_checkpoints(unbroken: Path, folder: Path) -> None:
     records = metrics_of(unbroken)
     assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
     wanted = {
@@ -134,6 +134,13 @@ def test_metrics_rollouts_and_checkpoints(unbroken: Path) -> None:
     assert dump["scores"].shape == (ANSWERS,)
     assert dump["logprobs"].shape == dump["rewards"].shape == dump["response_mask"].shape
     assert dump["response_mask"].sum(dim=1).tolist() == [1 + number % 7 for number in range(ANSWERS)]
+    told = [json.loads(line) for line in (unbroken / "samples.jsonl").read_text().splitlines()]
+    assert [(row["iteration"], row["kind"]) for row in told] == [
+        (iteration, kind) for iteration in range(1, STEPS + 1) for kind in ("best", "worst")
+    ]
+    assert [row["score"] for row in told[:2]] == [float(dump["scores"].max()), float(dump["scores"].min())]
+    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert all(row["prompt"] == prompts[row["line"] - 1] and row["response"] for row in told if row["num_tokens"] > 1)
     names = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
     assert names == ["iter_0000004", "iter_0000006"]
     assert hash_of(unbroken / "checkpoints" / names[-1] / "actor")
@@ -148,6 +155,7 @@ def test_the_report_has_pictures_and_a_summary(unbroken: Path) -> None:
         sum(record["score_mean"] for record in metrics_of(unbroken)) / STEPS
     )
     assert "idle share of the critic" in page.read_text()
+    assert "Answers of the last step" in page.read_text()
 
 
 def test_killed_and_resumed_equals_unbroken(unbroken: Path, folder: Path, tmp_path: Path) -> None:

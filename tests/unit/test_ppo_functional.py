@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -110,6 +111,16 @@ def test_golden_value_loss(golden: dict[str, torch.Tensor]) -> None:
     assert float(F.masked_mean(clipped.double(), golden["mask"])) == pytest.approx(0.25, abs=TOLERANCE)
 
 
+def test_no_value_counts_as_clipped_that_has_moved_by_rounding_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    old, returns = (torch.randn(10_000, generator=draw) for _ in range(2))
+    values = (old * (1 + 1e-7 * torch.randn(10_000, generator=draw))).requires_grad_()
+    loss, clipped = F.value_loss(values, old, returns, clip=0.2)
+    assert not clipped.any() and bool((values != old).any())
+    (gradient,) = torch.autograd.grad(loss.sum(), values)
+    torch.testing.assert_close(gradient, (values - returns).detach())
+
+
 def test_golden_divergences(golden: dict[str, torch.Tensor]) -> None:
     means = [
         float(F.masked_mean(estimate(golden["new"], golden["ref"]), golden["mask"]))
@@ -131,6 +142,48 @@ def test_only_k2_has_the_gradient_of_the_true_divergence() -> None:
     torch.testing.assert_close(gradients["k2"], true)
     assert not torch.allclose(gradients["k1"], true, atol=1e-3)
     assert not torch.allclose(gradients["k3"], true, atol=1e-3)
+
+
+def gae_that_looks_at_padding(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The value behind the last token is what happens to stand there."""
+    advantage, advantages = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards)
+    after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    for t in range(rewards.size(1) - 1, -1, -1):
+        delta = rewards[:, t] + gamma * after[:, t] - values[:, t]
+        advantage = (delta + gamma * gae_lambda * advantage) * mask[:, t]
+        advantages[:, t] = advantage
+    return advantages, (advantages + values) * mask
+
+
+def rewards_one_token_late(
+    scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, *, kl_coef: float
+) -> torch.Tensor:
+    """The score stands on the first pad."""
+    rewards = -kl_coef * torch.where(mask.bool(), logprobs - ref_logprobs, 0.0)
+    late = mask.long().sum(dim=1).clamp(max=mask.size(1) - 1)
+    return rewards.scatter_add(1, late.unsqueeze(1), scores.unsqueeze(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake", "test"),
+    [
+        ("gae", gae_that_looks_at_padding, test_golden_advantages_and_returns),
+        ("shape_rewards", rewards_one_token_late, test_rewards_sum_to_score_minus_the_penalty),
+        ("shape_rewards", rewards_one_token_late, test_golden_advantages_and_returns),
+    ],
+)
+def test_a_planted_mistake_shows(
+    golden: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    mistake: Callable[..., torch.Tensor],
+    test: Callable[[dict[str, torch.Tensor]], None],
+) -> None:
+    monkeypatch.setattr(F, name, mistake)
+    with pytest.raises(AssertionError):
+        test(golden)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
