@@ -106,8 +106,11 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for source, loss in summary["last_loss_by_source"].items():
         rows.append((f"loss on {source}, last 10 steps", shown(loss, "{:.4f}")))
     if evaluation := summary["last_evaluation"]:
+        of_pairs = evaluation.get("held_out") or {}
         what = f"held-out loss after step {evaluation['iteration']:,}"
-        rows.append((what, shown(number(evaluation.get("loss")), "{:.4f}")))
+        rows.append((what, shown(number(evaluation.get("loss", of_pairs.get("loss"))), "{:.4f}")))
+        if of_pairs:
+            rows.append(("held-out pairs in the right order", shown(number(of_pairs.get("accuracy")), "{:.2%}")))
     rows.append(("tokens consumed", shown(summary["consumed_tokens"], "{:,.0f}")))
     for bucket, speed in summary["median_tokens_per_second_by_bucket"].items():
         rows.append((f"median tokens/s, bucket {bucket:,}", shown(speed, "{:,.0f}")))

@@ -32,6 +32,7 @@ from megatron_xy.report.ppo import (
     summarise_ppo,
 )
 from megatron_xy.report.records import Metrics, read_metrics, read_records
+from megatron_xy.report.reward import draw_pairs, epoch_section, has_epochs
 from megatron_xy.report.sections import own_sections
 from megatron_xy.report.summary import summarise, summary_rows
 from megatron_xy.storage import storage_errors, write_bytes
@@ -78,6 +79,8 @@ def make_report(
     write_bytes(folder / "summary.json", (json.dumps(without_nan(summary), indent=2) + "\n").encode())
     if config.task == "ppo":
         sections = [*answer_sections(read_records(run_dir / "samples.jsonl").records), *sections]
+    if config.task == "reward" and has_epochs(evaluations):
+        sections = [epoch_section(run_dir), *sections]
     own = own_sections(summary, rows(summary), events=events, run_dir=run_dir, timings=timings)
     write_bytes(folder / "index.html", page(run_dir.name, sections=[*own, *sections], pictures=images).encode())
     return folder / "index.html"
@@ -92,7 +95,13 @@ def _pictures(metrics: Metrics, *, evaluations: Metrics, config: RunConfig) -> d
             "losses": Picture(draw_losses, "What actor and critic learn."),
             "time": Picture(draw_time, "Where a step's time goes, and how long each role waits for the others."),
         }
+    is_of_pairs = config.task == "reward"
     return {
+        "pairs": Picture(
+            partial(draw_pairs, evaluations=evaluations, reward=config.reward_section),
+            "How often the better answer wins, what both score, on what scale, and for whom.",
+            is_there=is_of_pairs and bool(evaluations.records),
+        ),
         "loss": Picture(
             draw_loss,
             "Loss a step; a dot is a step in the colour of its bucket, a line a running mean. Odd steps on top.",
@@ -100,7 +109,7 @@ def _pictures(metrics: Metrics, *, evaluations: Metrics, config: RunConfig) -> d
         "evaluation": Picture(
             partial(draw_evaluation, evaluations=evaluations),
             "Loss on held-out data beside the training's: in all, by bucket, by source, by position in the document.",
-            is_there=bool(evaluations.records),
+            is_there=not is_of_pairs and bool(evaluations.records),
         ),
         "learning_rate_and_grad_norm": Picture(
             draw_schedule, "Learning rate and the gradient's norm before clipping. Odd steps on top."

@@ -56,7 +56,7 @@ def command(source: str, target: str) -> list[str]:
     return [sys.executable, "-m", "megatron_xy", "convert", *options]
 
 
-# A process's peak begins with that of the one that started it, here that of all tests so far: a small one stands between.
+# A process's peak begins with that of the one that started it, here of all tests so far: a small one stands between.
 MEASURED = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])

@@ -22,6 +22,7 @@ from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.model_job import ModelJob
 from megatron_xy.partial_results import PartialResults
+from megatron_xy.report.verb import make_report
 from tests.end_to_end.tiny_run import (
     Ended,
     hash_of,
@@ -97,6 +98,16 @@ def test_a_known_rule_is_learned_from_toy_preferences(trained: tuple[Path, Ended
         records[-1]["accuracy"] > records[0]["accuracy"]
         and sum(record["num_loss_tokens"] for record in records) == 2 * 1500
     )
+
+
+def test_the_report_shows_pairs_and_which_epoch_to_take(trained: tuple[Path, Ended, float]) -> None:
+    folder, _, _ = trained
+    page = make_report(folder / "run")
+    assert (page.parent / "pairs.png").is_file() and not (page.parent / "evaluation.png").exists()
+    text = page.read_text()
+    assert "Epochs, and the one to take" in text and text.count("<td>selected</td>") == 1
+    accuracy = evaluations_of(folder / "run")[-1]["held_out"]["accuracy"]
+    assert "held-out pairs in the right order" in text and f"{accuracy:.2%}" in text
 
 
 def test_the_epochs_checkpoints_stay_and_keep_their_scores(trained: tuple[Path, Ended, float]) -> None:
