@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -25,7 +25,6 @@ from megatron_xy.role import Role
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 Judge = Callable[[float, float], bool]
-ForwardStep = Callable[[Iterator["DeviceBatch"], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,16 @@ class DeviceBatch:
     pairs: DevicePairs | None = None
 
 
+class Batch(Protocol):
+    """What a schedule takes one micro-batch as; all of a pass are as long."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[1, tokens]."""
+
+
+BatchType = TypeVar("BatchType", bound=Batch)
+ForwardStep = Callable[[Iterator[BatchType], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
 # Of the role and the number of sources: the forward pass of one micro-batch, and its loss. What the loss function
 # tells, {"totals": [sources, 2 + measures]} fp64, are sums by source of losses, their number, and the measures.
 ObjectiveStep = Callable[[Role, int, Iterator[DeviceBatch], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
@@ -150,7 +159,7 @@ def _mean_loss(totals: Sequence[Sequence[float]]) -> float:
 
 
 def forward_backward(
-    role: Role, batches: Sequence[DeviceBatch], *, forward_step: ForwardStep, forward_only: bool = False
+    role: Role, batches: Sequence[BatchType], *, forward_step: ForwardStep[BatchType], forward_only: bool = False
 ) -> list[dict[str, torch.Tensor]]:
     """The micro-batches through megatron-core's schedule; gradients end reduced and divided by the global token count.
 
@@ -165,7 +174,7 @@ def forward_backward(
         pipeline["p2p_communicator"] = mcore.P2PCommunicator(groups.collection.pp, config)
     num_wanted = len(batches)
     if num_chunks > 1:  # in rounds of as many micro-batches as there are stages
-        assert forward_only or num_wanted % groups.pp_size == 0, "the config refuses other numbers of micro-batches"
+        assert forward_only or num_wanted % groups.pp_size == 0, "who trains plans whole rounds"
         batches = [*batches, *[batches[-1]] * (-num_wanted % groups.pp_size)]
     outputs: list[dict[str, torch.Tensor]] = schedule(
         forward_step_func=forward_step,

@@ -81,11 +81,6 @@ def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
             f"roles.{name}.parallel.context_parallel_size",
             f"roles.{name}: context_parallel_size ({parallel.context_parallel_size}): only 1 is supported",
         )
-    if parallel.num_chunks > 1:
-        yield (
-            f"roles.{name}.parallel.virtual_pipeline_model_parallel_size",
-            f"roles.{name}: virtual_pipeline_model_parallel_size ({parallel.num_chunks}): only null is supported",
-        )
 
 
 def _placement_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:

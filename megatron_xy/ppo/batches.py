@@ -29,11 +29,12 @@ class AnswerBatch:
     columns: NDArray[np.int64]
 
 
-def plan_answers(lengths: Sequence[int], *, budget: int, dp_size: int) -> list[list[list[int]]]:
+def plan_answers(lengths: Sequence[int], *, budget: int, dp_size: int, multiple: int = 1) -> list[list[list[int]]]:
     """Which answers each micro-batch of each data parallel rank takes: [dp_size][micro-batches][answers].
 
     Longest first, each into the micro-batch with the least work that has room; work is what attention and the rest
-    cost together. A rank may have empty micro-batches, all have the same number. Depends on the arguments alone.
+    cost together. A rank may have empty micro-batches; all have the same number, a multiple of `multiple`. Depends on
+    the arguments alone.
     Raises ValueError where an answer is longer than the budget.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
@@ -41,7 +42,7 @@ def plan_answers(lengths: Sequence[int], *, budget: int, dp_size: int) -> list[l
         raise ValueError(f"{lengths[order[0]]} tokens do not fit into {budget}")
     num_bins = max(1, -(-sum(lengths) // budget))
     while True:  # best fit needs a bin or two more than the sum says
-        num_bins += -num_bins % dp_size
+        num_bins += -num_bins % (dp_size * multiple)
         bins: list[list[int]] = [[] for _ in range(num_bins)]
         room, work = [budget] * num_bins, [0.0] * num_bins
         for index in order:

@@ -40,6 +40,11 @@ class PackedBatch:
     rows: torch.Tensor
     columns: torch.Tensor
 
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[1, tokens]."""
+        return self.batch.tokens
+
 
 class RoleWorker:
     """One role as seen from one rank, which need not be one of the role's: then `role` is None and nothing is done.
@@ -49,6 +54,7 @@ class RoleWorker:
 
     def __init__(self, placed: PlacedRole, role: Role | None, *, beat: Callable[[str], None] = lambda phase: None):
         self.placed, self.role = placed, role
+        self.before_update: Callable[[], object] = lambda: None  # called right before weights change
         self._beat = beat
         self._busy_seconds = 0.0
 
@@ -78,7 +84,9 @@ class RoleWorker:
         prompts, responses = rollout.prompts[self.name], rollout.responses
         lengths = [len(prompts[answer]) + len(responses[answer]) for answer in answers]
         groups = role.groups
-        plan = plan_answers(lengths, budget=self.placed.micro_batch_tokens, dp_size=groups.dp_size)
+        rounds = groups.pp_size if len(role.chunks) > 1 else 1  # as an interleaved schedule has them
+        budget = self.placed.micro_batch_tokens
+        plan = plan_answers(lengths, budget=budget, dp_size=groups.dp_size, multiple=rounds)
         width = width_of(plan, lengths, multiple=groups.tp_size)
         mine = [[answers[index] for index in batch] for batch in plan[groups.dp_rank]]
         return [_on_device(batch) for batch in pack_answers(mine, prompts, responses, width=width)]
@@ -96,8 +104,8 @@ class RoleWorker:
             batches = self.packed(role, rollout, range(len(rollout.responses)))
             outputs = forward_backward(
                 role,
-                [packed.batch for packed in batches],
-                forward_step=partial(_forward_step, role, iter(batches), outputs_of),
+                batches,
+                forward_step=partial(_forward_step, role, outputs_of),
                 forward_only=True,
             )
             if role.groups.is_last_stage and role.groups.tp_rank == 0:
@@ -277,8 +285,8 @@ def _updates(
             batches = worker.packed(role, experience.rollout, answers)
             outputs = forward_backward(
                 role,
-                [packed.batch for packed in batches],
-                forward_step=partial(_update_step, role, iter(batches), weights, mask, losses_of),
+                batches,
+                forward_step=partial(_update_step, role, weights, mask, losses_of),
             )
             largest = torch.zeros(1, device=device.current())
             for output in outputs:  # none but on the last stage
@@ -288,7 +296,9 @@ def _updates(
             if not norms:
                 largest = from_last_stage(max_over(largest, groups.collection.dp), groups)
                 first_max = float(largest.exp().item())
-            grad_norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad)
+            grad_norm, updated = apply_gradients(
+                role.optimizer, lr=lr, clip_grad=clip_grad, before_update=worker.before_update
+            )
             norms.append(grad_norm)
             num_updates += int(updated)
         means = (sum_over(sums, groups.collection.dp) / len(norms)).tolist()  # the last stage's, where the leader is
@@ -330,13 +340,10 @@ def _values_at_tokens(role: Role, packed: PackedBatch, output: torch.Tensor) -> 
 
 
 def _forward_step(
-    role: Role,
-    packed_batches: Iterator[PackedBatch],
-    outputs_of: OutputsOf,
-    batches: Iterator[DeviceBatch],
-    module: torch.nn.Module,
+    role: Role, outputs_of: OutputsOf, batches: Iterator[PackedBatch], module: torch.nn.Module
 ) -> tuple[torch.Tensor, LossFunction]:
-    output, packed = forward(module, next(batches)), next(packed_batches)
+    packed = next(batches)
+    output = forward(module, packed.batch)
 
     def collect(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         return last.sum(), torch.tensor(1, dtype=torch.int, device=last.device), outputs_of(role, packed, last)
@@ -346,14 +353,14 @@ def _forward_step(
 
 def _update_step(
     role: Role,
-    packed_batches: Iterator[PackedBatch],
     weights: torch.Tensor,
     mask: torch.Tensor,
     losses_of: LossesOf,
-    batches: Iterator[DeviceBatch],
+    batches: Iterator[PackedBatch],
     module: torch.nn.Module,
 ) -> tuple[torch.Tensor, LossFunction]:
-    output, packed = forward(module, next(batches)), next(packed_batches)
+    packed = next(batches)
+    output = forward(module, packed.batch)
 
     def learn(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         place = packed.rows, packed.columns

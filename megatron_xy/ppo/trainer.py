@@ -16,7 +16,7 @@ from megatron_xy import course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter
 from megatron_xy.checkpoint_choice import find_resumable
 from megatron_xy.checkpoint_files import TrainingState, read_manifest, write_shard
-from megatron_xy.checkpoint_folders import iteration_folder, sweep
+from megatron_xy.checkpoint_folders import sweep
 from megatron_xy.checkpoint_state import load_state
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import DataError, Stopped
@@ -80,6 +80,8 @@ class PPOTrainer:
         self.states = {name: TrainingState() for name in TRAINED}
         self.checkpoints = config.run_dir / "checkpoints"
         self.writers = {name: self._writer(name) for name in TRAINED}
+        for worker in cast.trained:
+            worker.before_update = self.writers[worker.name].before_update
 
     @property
     def state(self) -> TrainingState:
@@ -311,7 +313,7 @@ class PPOTrainer:
         return CheckpointWriter(
             self.checkpoints,
             keep_latest=checkpoint.keep_latest,
-            asynchronous=False,
+            asynchronous=checkpoint.async_save,
             timeout_seconds=self.config.runtime.timeout_seconds,
             on_progress=lambda num_bytes: went_forward(),
             on_written=self.log.say,
@@ -321,7 +323,7 @@ class PPOTrainer:
         )
 
     def _save(self, iteration: int) -> None:
-        """Actor first, then the critic, whose leader gives the whole its name. Collective over the world."""
+        """Actor first, then the critic, whose leader gives the whole its name once both are there."""
         self.watchdog.beat(iteration=iteration, phase="save")
         for worker in self.cast.trained:
             if worker.role is not None:
@@ -334,12 +336,13 @@ class PPOTrainer:
                     "tokenizer": self.tokenizer,
                 }
                 self.writers[worker.name].save(worker.role, self.states[worker.name], facts=facts)
-        barrier(self.cast.world)
-        if not iteration_folder(self.checkpoints, iteration).is_dir():
-            raise DataError(f"the checkpoint of step {iteration} is not there after it was written")
 
     def _finish(self) -> None:
+        """Waits until the last checkpoint is whole on disk. Collective over the world."""
         self.watchdog.beat(iteration=self.state.iteration, phase="finish")
+        for worker in self.cast.trained:
+            if worker.role is not None:
+                self.writers[worker.name].wait()
         barrier(self.cast.world)
 
     def _facts(self, name: str) -> dict[str, Any]:

@@ -12,22 +12,24 @@ from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig, Pla
 
 VOCAB_SIZE = 40
 ACTOR = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
+    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
     vocab_size=VOCAB_SIZE, max_position_embeddings=64, init_method_std=0.3,
 )  # fmt: skip
 CRITIC = ACTOR.model_copy(update={"hidden_size": 16, "head": "value"})
 OPTIMIZER = OptimizerConfig(lr=1e-3, lr_decay_style="constant", adam_eps=1e-6, weight_decay=0.0, clip_grad=0.0)
 SEEDS: dict[str, int] = {"actor": 1, "reference": 2, "critic": 3, "reward": 4}
 ANSWERS = 12
-STOP_IDS = tuple(range(3, 11))  # none of them the end token that a tokenizer would name
+STOP_IDS = tuple(range(3, 7))  # none of them the end token that a tokenizer would name
 
 
-def placed(name: RoleName, ranks: list[int], *, tp: int = 1, pp: int = 1, tokens: int = 64, sp: bool = False) -> Any:
+def placed(
+    name: RoleName, ranks: list[int], *, tp: int = 1, pp: int = 1, vp: int = 1, tokens: int = 64, sp: bool = False
+) -> Any:
     """A role on its ranks."""
     model = ACTOR if name in ("actor", "reference") else CRITIC
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp,
-        use_distributed_optimizer=len(ranks) > tp * pp,
+        use_distributed_optimizer=len(ranks) > tp * pp, virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
     )  # fmt: skip
     optimizer = OPTIMIZER if name in ("actor", "critic") else None
     return PlacedRole(name, tuple(ranks), model, parallel, optimizer, tokens)

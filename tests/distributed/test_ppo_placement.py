@@ -50,6 +50,15 @@ PLACEMENTS: dict[str, tuple[int, dict[Any, Any]]] = {
             "reward": placed("reward", [0, 1, 2, 3], pp=2, tokens=28),
         },
     ),
+    "interleaved stages": (
+        4,
+        {
+            "actor": placed("actor", [0, 1], pp=2, vp=2, tokens=40),
+            "critic": placed("critic", [0, 1, 2, 3], pp=2, vp=2, tokens=24),
+            "reference": placed("reference", [2], tokens=50),
+            "reward": placed("reward", [2, 3], pp=2, vp=2, tokens=24),
+        },
+    ),
 }
 
 

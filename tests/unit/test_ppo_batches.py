@@ -16,14 +16,16 @@ from megatron_xy.ppo.batches import pack_answers, plan_answers, width_of
     budget=st.integers(21, 60),
     dp_size=st.integers(1, 5),
     multiple=st.integers(1, 4),
+    rounds=st.integers(1, 3),
 )
-def test_every_answer_once_and_every_token_at_its_place(sizes, budget, dp_size, multiple):
+def test_every_answer_once_and_every_token_at_its_place(sizes, budget, dp_size, multiple, rounds):
     prompts = [[100 + index] * prompt for index, (prompt, _) in enumerate(sizes)]
     responses = [list(range(1000 * index, 1000 * index + length)) for index, (_, length) in enumerate(sizes)]
     lengths = [sum(pair) for pair in sizes]
-    plan = plan_answers(lengths, budget=budget, dp_size=dp_size)
+    plan = plan_answers(lengths, budget=budget, dp_size=dp_size, multiple=rounds)
     assert len(plan) == dp_size
     assert len({len(rank) for rank in plan}) == 1
+    assert len(plan[0]) % rounds == 0
     assert sorted(answer for rank in plan for batch in rank for answer in batch) == list(range(len(sizes)))
     width = width_of(plan, lengths, multiple=multiple)
     assert width % multiple == 0
