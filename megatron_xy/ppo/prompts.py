@@ -6,7 +6,6 @@ The order is a function of (seed, position): nothing is carried along, and a res
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from megatron_xy.data.chat import Chat, answer_tokens
 from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.conversations import BadConversation, Message, parse_messages
 from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
+from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.data.tokenizer import Tokenizer
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PromptFile:
 
     def __init__(self, path: Path, *, seed: int) -> None:
         self.path, self._seed = path, seed
-        self.rows = read_rows(path, wanted="prompt", kinds=(str, list))
+        self.rows = _read(path, option="ppo.prompts", wanted="prompt", kinds=(str, list))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,7 +114,7 @@ class GivenResponses:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows = read_rows(path, wanted="response_tokens", kinds=(list,))
+        self.rows = _read(path, option="ppo.responses", wanted="response_tokens", kinds=(list,))
 
     def check(self, *, num_drawn: int, most: int, vocab_size: int) -> None:
         """Raises DataError where an answer cannot be one, or where there are fewer than are drawn."""
@@ -139,32 +139,17 @@ class GivenResponses:
         return [self.rows[place]["response_tokens"] for place in range(first, first + count)]
 
 
-def read_rows(path: Path, *, wanted: str, kinds: tuple[type, ...]) -> list[dict[str, Any]]:
-    """The rows of a jsonl file, each with its `line`. Raises ConfigError, and DataError that names all bad rows."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is not there; name a jsonl file of rows with {wanted}")
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for line, raw in enumerate(path.read_bytes().splitlines(), start=1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw)
-        except ValueError as error:
-            problems.append(f"{path}:{line}: invalid JSON: {error}")
-            continue
-        value = row.get(wanted) if isinstance(row, dict) else None
+def _read(path: Path, *, option: str, wanted: str, kinds: tuple[type, ...]) -> list[dict[str, Any]]:
+    """The rows that hold `wanted`, each with its `line`."""
+
+    def parse(row: dict[str, Any]) -> dict[str, Any]:
+        value = row.get(wanted)
         if not isinstance(value, kinds) or not value:
             hint = "; an answer that says nothing is the end token alone" if wanted == "response_tokens" else ""
-            problems.append(f"{path}:{line}: {wanted} is missing, empty or of a wrong type{hint}")
-            continue
-        rows.append({**row, "line": line})
-    if problems:
-        more = f"\n... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise DataError("\n".join(problems[:20]) + more)
-    if not rows:
-        raise DataError(f"{path} holds no rows; give rows with {wanted}")
-    return rows
+            raise BadRow(f"{wanted} is missing, empty or of a wrong type{hint}")
+        return row
+
+    return [{**row.value, "line": row.line} for row in read_rows(path, option=option, parse=parse)]
 
 
 def padded(rows: Sequence[Sequence[int]], *, width: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -229,7 +229,7 @@ def test_bad_input_is_named_before_anything_starts(folder: Path, tmp_path: Path)
     code, said = refused(folder / "ppo.yaml", run_dir, "roles.reward.model.vocab_size=500")
     assert code == 78 and "roles.reward has a vocabulary of 500, the actor one of 400" in said, said
     code, said = refused(folder / "ppo.yaml", run_dir, "ppo.prompts=none.jsonl")
-    assert code == 78 and "none.jsonl is not there" in said, said
+    assert code == 78 and "ppo.prompts (none.jsonl): there is no such file" in said, said
 
 
 def test_a_run_goes_on_with_what_it_draws_and_learns(unbroken: Path, folder: Path, tmp_path: Path) -> None:
