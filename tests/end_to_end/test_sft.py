@@ -92,6 +92,7 @@ def test_conversations_and_text_are_learned_each_with_its_own_loss(unbroken, job
     assert folders == ["held_out", "open"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_unbroken(unbroken, job, tmp_path):
     run_dir = tmp_path / "run"
     with started(run_command(job, f"run_dir={run_dir}", ranks=4, restarts=1)) as process:
