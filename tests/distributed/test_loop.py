@@ -176,8 +176,7 @@ def test_evaluation_leaves_no_trace_and_a_resumed_run_evaluates_the_same(data, t
 
 
 def test_every_layout_evaluates_to_the_same_numbers(data, tmp_path):
-    layouts = {"alone": (1, {}), "dp": (2, {}), "tp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-               "pp": (2, {"pipeline_model_parallel_size": 2}),
+    layouts = {"alone": (1, {}), "tp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
                "vp": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
                "overlap": (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
                                "overlap_param_gather": True})}  # fmt: skip
