@@ -72,13 +72,30 @@ def generated(actor: Any, ppo: PPOConfig) -> Any:
     return as_rollout(given.drawn, given.prompts, answers)
 
 
+def weights_of(built: dict[str, Any], *, gradients: bool = False) -> dict[str, Any]:
+    """Of what is trained, by name: where this rank's shard begins, its values, its number of boxes.
+
+    gradients: those of the last update in place of the weights; where a rank has all of a shard's.
+    """
+    found = {}
+    for name in ("actor", "critic"):
+        role = built[name]
+        if role is None or (gradients and role.parallel.use_distributed_optimizer):
+            continue
+        for named in role.named_parameters():
+            tensor = named.parameter.main_grad if gradients else named.parameter.detach()
+            values = named.shard.trim(tensor).float().numpy().copy()
+            found[f"{name}.{named.name}"] = (named.shard.boxes[0].start, values, len(named.shard.boxes))
+    return found
+
+
 def one_step(
     roles: dict[RoleName, PlacedRole],
     ppo: PPOConfig,
     plant: Callable[[], None] | None = None,
     generates: bool = False,
 ) -> Any:
-    """Rewards, advantages, metrics of a step, and the trained weights after it, by their names (this rank's shards)."""
+    """Rewards, advantages, metrics of a step, and the updates and gradients of what is trained (this rank's shards)."""
     from megatron_xy.parallel import build_groups
     from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
     from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel
@@ -107,17 +124,11 @@ def one_step(
     batches = [list(range(ANSWERS))] if ppo.mini_batch_size == ANSWERS else [
         list(range(half)), list(range(half, ANSWERS))
     ]  # fmt: skip
+    before = weights_of(built)
     metrics = engine.learn(experience, batches, rates, is_warmup=False)
-    weights = {}
-    for name in ("actor", "critic"):
-        if built[name] is not None:
-            for named in built[name].named_parameters():
-                weights[f"{name}.{named.name}"] = (
-                    named.shard.boxes[0].start,
-                    named.shard.trim(named.parameter.detach()).numpy().copy(),
-                    len(named.shard.boxes),
-                )
+    updates = {key: (start, after - before[key][1], boxes) for key, (start, after, boxes) in weights_of(built).items()}
+    gradients = weights_of(built, gradients=True)
     names = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns", "entropy")
     tensors = {name: getattr(experience, name).numpy().copy() for name in names}
-    told = {"tensors": tensors, "metrics": metrics, "weights": weights, "rank": dist.get_rank()}
+    told = {"tensors": tensors, "metrics": metrics, "updates": updates, "gradients": gradients, "rank": dist.get_rank()}
     return {**told, "responses": answered.responses}
