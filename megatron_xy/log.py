@@ -76,7 +76,7 @@ class RunLog:
         self.say(ppo_line(record, train_iters=train_iters))
         self._write(METRICS, record)
         scalars = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        for field in ("seconds_by_phase", "idle_share_by_role"):
+        for field in ("seconds_by_phase", "seconds_by_role", "idle_share_by_role", "tokens_per_second_by_phase"):
             scalars |= {f"{field}/{name}": value for name, value in record[field].items()}
         self._draw(scalars, record["iteration"])
 

@@ -188,7 +188,7 @@ class PPOTrainer:
                 consumed_tokens=before.consumed_tokens + rollout.num_tokens,
                 optimizer_steps=before.optimizer_steps + int(metrics[f"{name}_updates"]),
             )
-        stopping, idle = self._gather(seconds)
+        stopping, busy = self._gather()
         record = self._record(rollout, metrics, rates, is_warmup=is_warmup)
         num_updates = self.ppo.ppo_epochs * size // self.ppo.mini_batch_size
         wanted = {"actor": 0 if is_warmup else num_updates, "critic": num_updates}
@@ -197,8 +197,14 @@ class PPOTrainer:
             "skipped": any(skipped.values()),
             "step_seconds": seconds,
             "seconds_by_phase": spent.seconds,
-            "idle_share_by_role": idle,
+            "seconds_by_role": busy,
+            "idle_share_by_role": {name: max(0.0, 1 - worked / seconds) for name, worked in busy.items()},
             "tokens_per_second": rollout.num_tokens / seconds,
+            "tokens_per_second_by_phase": {
+                "generate": sum(map(len, rollout.responses)) / spent.seconds["generate"],
+                "score": rollout.num_tokens / spent.seconds["score"],
+                "update": self.ppo.ppo_epochs * rollout.num_tokens / spent.seconds["update"],
+            },
         }
         self.log.ppo_step(record, train_iters=self.config.training.train_iters)
         chosen = samples(experience, self.prompts, self.renderers["actor"])
@@ -261,21 +267,18 @@ class PPOTrainer:
                 f"gave the old log-probabilities are not those that are updated"
             )
 
-    def _gather(self, seconds: float) -> tuple[bool, dict[str, float]]:
-        """Whether any rank was asked to stop, and the share of its ranks' time that each role idles. Collective."""
+    def _gather(self) -> tuple[bool, dict[str, float]]:
+        """Whether any rank was asked to stop; the seconds that each role has worked, mean of its ranks. Collective."""
         world = self.cast.world
-        names = list(self.cast.workers)
         busy = [worker.take_busy_seconds() for worker in self.cast.workers.values()]
-        told = torch.tensor([*busy, seconds], dtype=torch.float64, device=device.current())
+        told = torch.tensor(busy, dtype=torch.float64, device=device.current())
         total = sum_over(told, world.all_ranks).tolist()
         asked = torch.tensor([int(self.stop.requested)], device=device.current())
         stopping = bool(max_over(asked, world.all_ranks).item())
-        mean_step = total[-1] / len(world.ranks)
-        idle = {
-            name: max(0.0, 1 - total[index] / (len(self.cast.workers[name].placed.ranks) * mean_step))
-            for index, name in enumerate(names)
+        workers = self.cast.workers.items()
+        return stopping, {
+            name: worked / len(worker.placed.ranks) for (name, worker), worked in zip(workers, total, strict=True)
         }
-        return stopping, idle
 
     def _record(
         self, rollout: Rollout, metrics: dict[str, float], rates: LearningRates, *, is_warmup: bool

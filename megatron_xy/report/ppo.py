@@ -97,7 +97,10 @@ def summarise_ppo(metrics: Metrics, *, config: RunConfig, environment: Mapping[s
         "consumed_samples": last(metrics.column("consumed_samples")),
         "consumed_tokens": last(metrics.column("consumed_tokens")),
         "step_seconds": float(numpy.nansum(metrics.column("step_seconds"))),
-        "idle_share_by_role": {role: mean(share) for role, share in metrics.parts("idle_share_by_role").items()},
+        **{
+            name: {part: mean(values) for part, values in metrics.parts(name).items()}
+            for name in ("seconds_by_role", "idle_share_by_role", "tokens_per_second_by_phase")
+        },
     }
     for name in ("score_mean", "kl", "entropy", "response_length_mean", "end_rate", "critic_loss"):
         values = metrics.column(name)
@@ -151,6 +154,9 @@ def ppo_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"{title}, first and last {FIRST_AND_LAST} steps", f"{first} -> {now}"))
     rows.append(("signs of reward hacking", "; ".join(summary["signs_of_reward_hacking"]) or "none seen"))
     for role, share in summary["idle_share_by_role"].items():
-        rows.append((f"idle share of the {role}", shown(number(share), "{:.0%}")))
+        worked = shown(number(summary["seconds_by_role"].get(role)), "{:.3f}")
+        rows.append((f"the {role}: idle share, seconds of work a step", f"{shown(number(share), '{:.0%}')}, {worked}"))
+    for phase, speed in summary["tokens_per_second_by_phase"].items():
+        rows.append((f"tokens/s of phase {phase}, mean", shown(number(speed), "{:,.0f}")))
     rows.append(("seconds in steps", shown(summary["step_seconds"], "{:,.1f}")))
     return rows + [(key.replace("_", " "), str(value)) for key, value in summary["environment"].items()]

@@ -51,6 +51,7 @@ def test_cpu_suite_measures_speed_beside_a_plain_loop(tmp_path: Path) -> None:
     assert all(row["ratio"] == row["tokens_per_second"] / row["plain_tokens_per_second"] for row in baseline)
 
 
+@pytest.mark.slow
 def test_gpu_suite_without_a_gpu_reports_what_is_missing_and_goes_on(tmp_path: Path) -> None:
     results = bench("gpu", "--only", "parity", "--only", "layer_specs", folder=tmp_path)["parts"]
     assert all(part["ok"] for part in results.values())

@@ -117,7 +117,7 @@ def unbroken(folder: Path) -> list[dict[str, Any]]:
     return generate(f"hf:{folder / 'hf'}", prompts, folder / "unbroken.jsonl", "--max-response-length", "60")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_goes_on(folder: Path, tmp_path: Path, unbroken: list[dict[str, Any]], ranks: int) -> None:
     prompts, output, model = folder / "many.jsonl", tmp_path / "answers.jsonl", f"hf:{folder / 'hf'}"
     options = ("--max-sequences", "4", "--max-response-length", "60", "--nproc-per-node", str(ranks))

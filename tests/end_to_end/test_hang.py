@@ -69,7 +69,7 @@ def the_report(ended: Ended, run_dir: Path) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("supervised", [True, False])
+@pytest.mark.parametrize("supervised", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_and_all_processes_are_gone_soon(config, tmp_path, supervised):
     run_dir = tmp_path / "run"
     command = run_command(config, *options(run_dir), ranks=2) if supervised else torchrun(config, *options(run_dir))
@@ -88,7 +88,14 @@ def test_a_stopped_rank_is_named_and_all_processes_are_gone_soon(config, tmp_pat
     assert re.search(silent, read_exit(run_dir).message) and read_exit(run_dir).rank == 1
 
 
-@pytest.mark.parametrize("kind", ["spin_for_ever", "wait_in_c", "wait_in_c_with_the_interpreter"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("spin_for_ever", marks=pytest.mark.slow),
+        pytest.param("wait_in_c", marks=pytest.mark.slow),
+        "wait_in_c_with_the_interpreter",
+    ],
+)
 def test_a_rank_that_stands_still_shows_where(config, tmp_path, monkeypatch, kind):
     """In Python; in C code that never comes back, as a hung GPU's calls do; and there with the interpreter's lock."""
     ended = faulty(config, tmp_path / "run", monkeypatch, f"1:step:3:{kind}")

@@ -61,13 +61,10 @@ def unbroken(config, tmp_path_factory):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "number"),
-    [
-        pytest.param(layout, number, marks=[] if (layout, number) == ("tp2-dp2", 0) else pytest.mark.slow)
-        for layout in LAYOUTS
-        for number in range(KILLS)
-    ],
+    [(layout, number) for layout in LAYOUTS for number in range(KILLS)],
 )
 def test_killed_at_a_random_moment_equals_unbroken(layout, number, config, unbroken, tmp_path):
     chance = random.Random(f"{layout}/{number}")
