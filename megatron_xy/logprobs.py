@@ -19,6 +19,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.model.logits import logprobs_of
 from megatron_xy.model_job import ModelJob, run_job
 from megatron_xy.model_ranks import complete_options, joined
+from megatron_xy.run_folder import RunDirBusy
 from megatron_xy.safetensors_file import SafetensorsFile, write_safetensors
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import replace, storage_errors, temporary_name
@@ -45,9 +46,13 @@ def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
         if code == 0:
             _join(folder, output)
             say(f"wrote {output}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")
-        return code
-    finally:
+    except RunDirBusy:  # the folder is another's, who is at work in it
+        raise
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return code
 
 
 def logprobs_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:

@@ -15,7 +15,7 @@ from megatron_xy.report.axes import COLOURS, finish
 from megatron_xy.report.numbers import number, smooth
 from megatron_xy.report.page import ReportSection
 from megatron_xy.report.records import Metrics
-from megatron_xy.reward.select import select
+from megatron_xy.reward.select import select, written
 
 PARTS = {"held_out": "held out", "training": "training, as many"}
 
@@ -64,8 +64,8 @@ def epoch_section(run_dir: Path) -> ReportSection:
                 f"{epoch.iteration:,}",
                 f"{epoch.accuracy:.2%}",
                 f"{epoch.training_accuracy:.2%}",
-                f"{epoch.margin:.3f}",
-                f"{epoch.score_mean:.3f} +- {epoch.score_std:.3f}",
+                written(epoch.margin),
+                f"{written(epoch.score_mean)} +- {written(epoch.score_std)}",
                 verdict,
             )
         )

@@ -136,7 +136,7 @@ class _Reader:
             raise BadRow("chosen and rejected are the same: an identical pair has nothing to learn")
         pair = Pair(
             where="",
-            text=prompt if isinstance(prompt, str) else "\n".join(str(turn["content"] or "") for turn in prompt),
+            text=prompt if isinstance(prompt, str) else _asked(prompt),
             prompt=asked,
             chosen=chosen,
             rejected=rejected,
@@ -205,6 +205,12 @@ def _whole(text: str, name: str) -> str:
     except UnicodeEncodeError:
         raise BadRow(f"{name} has a lone surrogate") from None
     return text
+
+
+def _asked(prompt: Sequence[Message]) -> str:
+    """By what prompts are compared: a system text that all of them share makes no two alike."""
+    turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
+    return "\n".join(str(turn["content"] or "") for turn in turns)
 
 
 def _strength(grade: Any) -> int:

@@ -25,9 +25,9 @@ class Epoch:
     checkpoint: str
     accuracy: float
     training_accuracy: float
-    margin: float
-    score_mean: float
-    score_std: float
+    margin: float | None  # None, as the two below, where scores are not finite
+    score_mean: float | None
+    score_std: float | None
     problems: tuple[str, ...]
 
 
@@ -55,13 +55,18 @@ class Selection:
             mark = "  <- selected" if epoch is self.chosen else "".join(f"\n      {text}" for text in epoch.problems)
             lines.append(
                 f"{epoch.epoch:>5} {epoch.iteration:>8} {epoch.accuracy:>9.2%} {epoch.training_accuracy:>9.2%} "
-                f"{epoch.margin:>8.3f} {epoch.score_mean:>8.3f} {epoch.score_std:>8.3f}{mark}"
+                f"{written(epoch.margin):>8} {written(epoch.score_mean):>8} {written(epoch.score_std):>8}{mark}"
             )
         if self.chosen is None:
             lines.append("no epoch meets the criteria of the run's section reward")
         else:
             lines.append(f"ckpt:{self.chosen.checkpoint}")
         return lines
+
+
+def written(value: float | None) -> str:
+    """A number with three places, or a dash."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def select(run_dir: Path) -> Selection:
@@ -84,7 +89,7 @@ def select(run_dir: Path) -> Selection:
         )
     epochs = [_epoch(record, run_dir, config.reward_section) for record in records]
     fit = [epoch for epoch in epochs if not epoch.problems]
-    chosen = max(fit, key=lambda epoch: (epoch.accuracy, epoch.margin, -epoch.iteration), default=None)
+    chosen = max(fit, key=lambda epoch: (epoch.accuracy, epoch.margin or 0.0, -epoch.iteration), default=None)
     return Selection(epochs, chosen)
 
 

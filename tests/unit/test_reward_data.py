@@ -16,7 +16,7 @@ from megatron_xy.config import RunConfig
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.preflight import open_pairs
 from megatron_xy.reward.batches import PairOrder, compared_columns, pair_micro_batches
-from megatron_xy.reward.pairs import PairData, load_pairs
+from megatron_xy.reward.pairs import PairData, _asked, load_pairs
 from megatron_xy.reward.split import clusters_of, split_by_cluster
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -194,3 +194,11 @@ def test_places_at_which_a_pair_is_compared(toy: Path) -> None:
     assert batch.pairs.rejected.tolist() == [11, 12, 12]
     assert batch.tokens[6] == batch.tokens[12] == pair.chosen[-1] == pair.rejected[-1]
     assert batch.pairs.weights.tolist() == pytest.approx([1 / 3] * 3) and batch.pairs.margins.tolist() == [0.5]
+
+
+def test_a_system_text_that_all_prompts_share_makes_no_two_alike() -> None:
+    system = {"role": "system", "content": "You are a careful assistant that answers questions about money. " * 3}
+    questions = ["What is a bond?", "How do I pay taxes abroad?", "Name three banks of Peru.", "Why do prices rise?"]
+    texts = [_asked([system, {"role": "user", "content": question}]) for question in questions]
+    assert clusters_of(texts) == [0, 1, 2, 3]
+    assert _asked([system]) == system["content"]

@@ -114,3 +114,10 @@ def test_select_refuses_what_is_no_reward_run(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["select", str(tmp_path)]).exception.exit_code == 78  # type: ignore[union-attr]
     folder = run_of(tmp_path)
     assert "has no epoch yet" in str(CliRunner().invoke(app, ["select", str(folder)]).exception)
+
+
+def test_select_writes_scores_that_are_not_finite_as_dashes(tmp_path: Path) -> None:
+    nothing = {"loss": None, "margin": None, "score_mean": None, "score_std": None}
+    result = CliRunner().invoke(app, ["select", str(run_of(tmp_path, nothing))])
+    assert result.exit_code == 1 and "its scores are not finite" in result.output
+    assert any(line.split() == ["1", "10", "60.00%", "65.00%", "-", "-", "-"] for line in result.output.splitlines())
