@@ -25,14 +25,13 @@ from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, read_rows
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, Tokenizer, load_tokenizer
-from megatron_xy.errors import ConfigError, MegatronXYError
+from megatron_xy.errors import ConfigError
 from megatron_xy.hf.folder import read_object
 from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model_job import ModelJob, run_job
 from megatron_xy.model_ranks import complete_options, joined
 from megatron_xy.partial_results import PartialResults
-from megatron_xy.run_folder import RunDirBusy
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog
@@ -94,22 +93,13 @@ def generate_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
     arguments = GenerateArguments(**job.arguments)
     work = prepare(job)
     results = PartialResults(Path(arguments.output))
-    results.begin(work.facts)
     wanted = len(work.prompts) * arguments.num_answers
-    if there := len(results.done()):
-        say(f"going on: {there:,} of {wanted:,} answers are there")
-    if there < wanted:
-        try:
-            code = run_job(job, in_this_process=lambda job: _generate_in_this_rank(work, arguments, beat=lambda: None))
-        except RunDirBusy:
-            raise  # the folder is another run's
-        except MegatronXYError:
-            results.discard_if_empty()
-            raise
-        if code:
-            results.discard_if_empty()
-            return code
-    results.finish(wanted)
+
+    def generate() -> int:
+        return run_job(job, in_this_process=lambda job: _generate_in_this_rank(work, arguments, beat=lambda: None))
+
+    if code := results.complete(work.facts, wanted=wanted, what="answers", work=generate, say=say):
+        return code
     say(f"wrote {arguments.output}: {wanted:,} answers to {len(work.prompts):,} prompts")
     return 0
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.run_folder import RunDirBusy
 from megatron_xy.storage import replace, storage_errors, temporary_name, write_json
 
 FACTS = "facts.json"
@@ -59,6 +60,30 @@ class PartialResults:
                 f"{self.folder} holds results of a run that was not finished and differs in {', '.join(changed)}; give "
                 f"the same options to go on, or remove the folder to start afresh"
             )
+
+    def complete(
+        self, facts: dict[str, Any], *, wanted: int, what: str, work: Callable[[], int], say: Callable[[str], None]
+    ) -> int:
+        """Has `work` make what is missing of `wanted` results, then writes them whole; returns its exit code.
+
+        what: the results' name. `work` returns an exit code or raises; what was done until then is kept.
+        """
+        self.begin(facts)
+        if there := len(self.done()):
+            say(f"going on: {there:,} of {wanted:,} {what} are there")
+        if there < wanted:
+            try:
+                code = work()
+            except RunDirBusy:
+                raise  # the folder is another run's
+            except MegatronXYError:
+                self.discard_if_empty()
+                raise
+            if code:
+                self.discard_if_empty()
+                return code
+        self.finish(wanted)
+        return 0
 
     def done(self) -> set[int]:
         """The numbers of the results that are there."""

@@ -22,13 +22,12 @@ from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, read_rows
 from megatron_xy.data.tokenizer import Tokenizer
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.evaluation import untouched
 from megatron_xy.model_job import ModelJob, run_job
 from megatron_xy.model_ranks import complete_options, joined
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.reward.scoring import MICRO_BATCHES_A_PASS, passes, score_pass
-from megatron_xy.run_folder import RunDirBusy
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog
@@ -72,22 +71,13 @@ def score_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
     """
     work = prepare(job)
     results = PartialResults(Path(job.arguments["output"]))
-    results.begin(work.facts)
     wanted = len(work.rows)
-    if there := len(results.done()):
-        say(f"going on: {there:,} of {wanted:,} scores are there")
-    if there < wanted:
-        try:
-            code = run_job(job, in_this_process=lambda job: _score_in_this_rank(work, results, beat=lambda: None))
-        except RunDirBusy:
-            raise  # the folder is another run's
-        except MegatronXYError:
-            results.discard_if_empty()
-            raise
-        if code:
-            results.discard_if_empty()
-            return code
-    results.finish(wanted)
+
+    def score() -> int:
+        return run_job(job, in_this_process=lambda job: _score_in_this_rank(work, results, beat=lambda: None))
+
+    if code := results.complete(work.facts, wanted=wanted, what="scores", work=score, say=say):
+        return code
     say(f"wrote {results.output}: {wanted:,} scores")
     return 0
 

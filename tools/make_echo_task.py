@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from toy_files import write_rows, write_tokenizer
+
 WORDS = [f"w{number:02d}" for number in range(16)]
 KEYS = WORDS[:4]
-SPECIAL = ["<s>", "</s>"]
 
 MOST_TOKENS = 12  # the end token included; as many words are an answer that was cut
 
@@ -52,9 +52,7 @@ def make(folder: Path, *, num_prompts: int, num_pairs: int, seed: int) -> None:
     """The task's files in `folder`."""
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), indent=1), encoding="utf-8")
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    write_tokenizer(folder, WORDS)
     (folder / "score.py").write_text(rule(), encoding="utf-8")
     write_rows(folder / "prompts.jsonl", [{"prompt": prompt(chance)} for _ in range(num_prompts)])
     write_rows(folder / "pairs.jsonl", [pair(chance) for _ in range(num_pairs)])
@@ -87,30 +85,6 @@ def rule() -> str:
     title = '"""The true score of the toy task "echo the key"."""'
     head = f"{title}\n\nfrom collections.abc import Sequence\n\nMOST_TOKENS = {MOST_TOKENS}\n"
     return "\n\n".join([head, inspect.getsource(true_score), inspect.getsource(score)])
-
-
-def tokenizer() -> dict[str, object]:
-    """A tokenizer.json of one token a word; the special ones are no words, so that no text spells them."""
-    vocabulary = {token: index for index, token in enumerate(["<unk>", *WORDS])}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": index, "content": token, **flags} for index, token in enumerate(SPECIAL, start=len(vocabulary))
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ model to be fine-tuned on before its answers are judged, and new_prompts.jsonl, 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 from typing import Any
 
+from toy_files import write_rows, write_tokenizer
+
 COLOURS = ("red", "blue", "green", "white")
 THINGS = tuple(f"{first}{second}" for first in "bdfgklmnprst" for second in ("apo", "eki", "ilu", "oma", "usa"))
-SPECIAL = ("<s>", "</s>")
 MOST_WORDS = 10
 
 
@@ -56,9 +56,7 @@ def make(
     """The files in `folder`."""
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), indent=1), encoding="utf-8")
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    write_tokenizer(folder, [*COLOURS, *THINGS])
     prompts: set[str] = set()
     rows: list[dict[str, Any]] = []
     while len(rows) < num_pairs + num_test_pairs:
@@ -131,30 +129,6 @@ def pair(chance: random.Random) -> dict[str, Any]:
         "source": source,
         "model": models,
     }
-
-
-def tokenizer() -> dict[str, Any]:
-    """A tokenizer.json of one token a word; the special ones are no words, so that no text spells them."""
-    vocabulary = {token: index for index, token in enumerate(("<unk>", *COLOURS, *THINGS))}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": index, "content": token, **flags} for index, token in enumerate(SPECIAL, start=len(vocabulary))
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
