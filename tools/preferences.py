@@ -6,6 +6,7 @@
 export takes what `megatron-xy generate` writes, each file under the name of its model, and writes pairs.jsonl and
 pairs.csv: id, prompt, answers A and B, and an empty grade; which model said what is in key.jsonl alone, and its place
 is drawn. Grades are A3 A2 A1 A0 B0 B1 B2 B3: which is better, and how clearly. Sources come from the file of prompts.
+In pairs.csv a ' stands before a text that a spreadsheet would take for a formula.
 
 import takes a file of id and grade from each annotator (the pairs' files, filled in; rows without a grade are passed
 over) and writes rows with prompt, chosen, rejected, grade, source and model. Grades of several annotators are averaged;
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import random
@@ -30,14 +32,14 @@ from typing import Any
 
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
-from megatron_xy.storage import write_text
+from megatron_xy.storage import storage_errors, write_text
 
 COLUMNS = ("id", "prompt", "A", "B", "grade")
 Answers = dict[str, list[tuple[str, str]]]  # by prompt, as JSON: (model, response)
 
 
 def main() -> int:
-    """The exit code: 0, 65 (bad rows) or 78 (no such file)."""
+    """The exit code: 0, 65 (bad rows), 74 (a file cannot be written) or 78 (no such file, wrong option)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     export = verbs.add_parser("export")
@@ -82,7 +84,12 @@ def sources_in(prompts: Path) -> dict[str, str]:
 def export_pairs(
     files: Sequence[tuple[str, Path]], folder: Path, *, sources: dict[str, str], per_prompt: int, seed: int
 ) -> int:
-    """Writes the pairs of (model, file of answers) and returns their number. Raises ConfigError or DataError."""
+    """Writes the pairs of (model, file of answers) and returns their number.
+
+    Raises ConfigError, DataError or StorageError.
+    """
+    if per_prompt < 1:
+        raise ConfigError(f"--pairs-per-prompt ({per_prompt}) must be 1 or more")
     answers: Answers = {}
     for model, path in files:
         for answer in read_rows(path, option="--answers", parse=_answer):
@@ -100,14 +107,16 @@ def export_pairs(
     if not key:
         raise DataError("no prompt has two different answers; generate more of them (-n 2)")
     random.Random(seed).shuffle(key)
-    key = [{"id": f"{number:06d}", **row} for number, row in enumerate(key, start=1)]
-    folder.mkdir(parents=True, exist_ok=True)
+    key = [{"id": f"p{number:06d}", **row} for number, row in enumerate(key, start=1)]
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     blinded = [{**{name: row[name] for name in COLUMNS[:-1]}, "grade": None} for row in key]
     write_text(folder / "pairs.jsonl", _lines(blinded))
-    with (folder / "pairs.csv").open("w", encoding="utf-8-sig", newline="") as stream:  # as spreadsheets know UTF-8
-        writer = csv.writer(stream)
-        writer.writerow(COLUMNS)
-        writer.writerows([row["id"], _shown(row["prompt"]), row["A"], row["B"], ""] for row in blinded)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(COLUMNS)
+    writer.writerows([row["id"], *map(_cell, (_shown(row["prompt"]), row["A"], row["B"])), ""] for row in blinded)
+    write_text(folder / "pairs.csv", "\ufeff" + table.getvalue())  # the mark by which spreadsheets know UTF-8
     write_text(folder / "key.jsonl", _lines(key))
     return len(key)
 
@@ -223,16 +232,22 @@ def _grades_in(path: Path, *, known: dict[str, Any]) -> dict[str, int]:
 def _read_csv(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
     if not path.is_file():
         raise ConfigError(f"--grades ({path}): there is no such file")
-    problems = []
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
+    content, problems = path.read_bytes(), []
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("gb18030", errors="replace")  # of a Chinese spreadsheet; ids and grades are ASCII
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         if not {"id", "grade"} <= set(reader.fieldnames or ()):
-            raise DataError(f"{path} has no columns id and grade; fill in pairs.csv as it is")
+            raise DataError(f"{path} has no columns id and grade; fill in pairs.csv as it is, with commas between")
         for row in reader:
             try:
                 take(row)
             except BadRow as problem:
                 problems.append(f"{path}:{reader.line_num}: {problem}")
+    except csv.Error as error:
+        raise DataError(f"{path} is no table: {error}; save it as CSV") from error
     if problems:
         raise DataError("\n".join(problems[:20]))
 
@@ -270,6 +285,11 @@ def _named(text: str) -> tuple[str, Path]:
 def _shown(prompt: Any) -> str:
     """A prompt as annotators read it in a table."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:
