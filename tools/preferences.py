@@ -17,18 +17,18 @@ and how far annotators agree, in all, by source and by models.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import itertools
 import json
 import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from annotation import lines_of, named_file, prompt_of, read_sheet, response_of, write_sheet
 
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
@@ -55,7 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.verb == "export":
-            files = [_named(text) for text in options.answers]
+            files = [named_file(text) for text in options.answers]
             sources = {} if options.prompts is None else sources_in(options.prompts)
             count = export_pairs(
                 files, options.output, sources=sources, per_prompt=options.pairs_per_prompt, seed=options.seed
@@ -76,7 +76,7 @@ def sources_in(prompts: Path) -> dict[str, str]:
     def parse(row: dict[str, Any]) -> tuple[str, str]:
         if not isinstance(row.get("source"), str):
             raise BadRow("source is missing or no name")
-        return _prompt(row), row["source"]
+        return prompt_of(row), row["source"]
 
     return dict(row.value for row in read_rows(prompts, option="--prompts", parse=parse))
 
@@ -111,13 +111,8 @@ def export_pairs(
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     blinded = [{**{name: row[name] for name in COLUMNS[:-1]}, "grade": None} for row in key]
-    write_text(folder / "pairs.jsonl", _lines(blinded))
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(COLUMNS)
-    writer.writerows([row["id"], *map(_cell, (_shown(row["prompt"]), row["A"], row["B"])), ""] for row in blinded)
-    write_text(folder / "pairs.csv", "\ufeff" + table.getvalue())  # the mark by which spreadsheets know UTF-8
-    write_text(folder / "key.jsonl", _lines(key))
+    write_sheet(folder, "pairs", blinded)
+    write_text(folder / "key.jsonl", lines_of(key))
     return len(key)
 
 
@@ -152,7 +147,7 @@ def import_grades(key: Path, grades: Sequence[Path], output: Path) -> list[Grade
     graded = [GradedPair(row, tuple(given[number])) for number, row in rows.items() if number in given]
     if not graded:
         raise DataError("no pair has a grade; fill in the column grade with A3 to B3")
-    write_text(output, _lines(_pair_row(pair) for pair in graded if pair.strength))
+    write_text(output, lines_of(_pair_row(pair) for pair in graded if pair.strength))
     return graded
 
 
@@ -222,78 +217,22 @@ def _grades_in(path: Path, *, known: dict[str, Any]) -> dict[str, int]:
         wanted = str(grade).strip().upper()
         seen[number] = int(wanted[1]) * (1 if wanted[0] == "A" else -1)
 
-    if path.suffix == ".csv":
-        _read_csv(path, take)
-    else:
-        read_rows(path, option="--grades", parse=take)
+    read_sheet(path, take, columns=("id", "grade"))
     return seen
-
-
-def _read_csv(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
-    if not path.is_file():
-        raise ConfigError(f"--grades ({path}): there is no such file")
-    content, problems = path.read_bytes(), []
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("gb18030", errors="replace")  # of a Chinese spreadsheet; ids and grades are ASCII
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        if not {"id", "grade"} <= set(reader.fieldnames or ()):
-            raise DataError(f"{path} has no columns id and grade; fill in pairs.csv as it is, with commas between")
-        for row in reader:
-            try:
-                take(row)
-            except BadRow as problem:
-                problems.append(f"{path}:{reader.line_num}: {problem}")
-    except csv.Error as error:
-        raise DataError(f"{path} is no table: {error}; save it as CSV") from error
-    if problems:
-        raise DataError("\n".join(problems[:20]))
 
 
 def _answer(row: dict[str, Any]) -> tuple[str, str]:
     """(prompt as JSON, response) of a row that `generate` wrote."""
-    prompt, response = _prompt(row), row.get("response")
-    if not isinstance(response, str):
-        raise BadRow("response is missing or no string")
+    prompt, response = prompt_of(row), response_of(row)
     if not response.strip():
         raise BadRow("response is an empty answer, which nobody can grade; leave the row out")
     return prompt, response
-
-
-def _prompt(row: dict[str, Any]) -> str:
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str | list):
-        raise BadRow("prompt is missing, or neither a string nor messages")
-    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
 def _key_row(row: dict[str, Any]) -> dict[str, Any]:
     if not {"id", "prompt", "A", "B", "model"} <= row.keys():
         raise BadRow("is no row of a key.jsonl that `export` wrote")
     return row
-
-
-def _named(text: str) -> tuple[str, Path]:
-    name, separator, path = text.partition("=")
-    if not (separator and name and path):
-        raise ConfigError(f"--answers ({text}): must be MODEL=FILE, such as small=runs/answers.jsonl")
-    return name, Path(path)
-
-
-def _shown(prompt: Any) -> str:
-    """A prompt as annotators read it in a table."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-
-
-def _cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

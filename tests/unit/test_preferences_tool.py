@@ -141,7 +141,7 @@ def test_tables_survive_spreadsheets(folder: Path, tmp_path: Path) -> None:
     found = preferences.import_grades(tmp_path / "sums" / "key.jsonl", [tmp_path / "grades.csv"], tmp_path / "p.jsonl")
     assert [pair.strength for pair in found] == [2]
     (tmp_path / "semicolons.csv").write_text("id;grade\np000001;A1\n")
-    with pytest.raises(DataError, match="no columns id and grade"):
+    with pytest.raises(DataError, match="no column id, grade"):
         preferences.import_grades(folder / "out" / "key.jsonl", [tmp_path / "semicolons.csv"], tmp_path / "p.jsonl")
 
 
