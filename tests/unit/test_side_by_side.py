@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import http.server
 import json
 import os
 import select
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_xy.errors import ConfigError, DataError, StorageError
+from tests.unit.chat_server import endpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from side_by_side import export_pairs, kinds_in
@@ -210,32 +208,6 @@ def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> N
     told = problem_of(*sheets).splitlines()
     assert "grade (better) must be one of good, same, bad" in told[0]
     assert "annotator (4) was not asked" in told[1] and "id (9) is none of the key's" in told[2]
-
-
-@contextmanager
-def endpoint(reply_to: Any) -> Iterator[tuple[str, list[str]]]:
-    """A chat-completions server on this machine, and the questions that it was asked."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(question["messages"][0]["content"])
-            body = json.dumps({"choices": [{"message": {"content": reply_to(asked[-1])}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-        server.shutdown()
-        thread.join()
 
 
 def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(tmp_path: Path) -> None:
