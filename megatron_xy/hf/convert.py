@@ -49,7 +49,7 @@ def to_hf(
     names = [f"model-{number:05d}-of-{len(planned):05d}.safetensors" for number in range(1, len(planned) + 1)]
     shards = dict(zip(names if len(planned) > 1 else [SINGLE], planned, strict=True))
     dtype_name = files.DTYPE_NAMES[dtype] if dtype else manifest.tensors[EMBEDDING].dtype
-    with whole_or_absent(target, work=_work("hf", source, shards)) as folder:
+    with whole_or_absent(target, work={**_work("hf", source, shards), "tokenizer": str(tokenizer)}) as folder:
         token_ids = write_release_files(folder, source, tokenizer=tokenizer, dtype=dtype_name, say=say)
         write_json(folder / CONFIG, hf_config(model, dtype=dtype_name, token_ids=token_ids))
         facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata={"format": "pt"}, say=say)

@@ -16,7 +16,7 @@ import torch
 from megatron_xy.data import vocabulary
 from megatron_xy.data.sentencepiece_json import inexact_reasons, parse_model
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import CHECKSUMS
 from megatron_xy.hf.folder import file_inside, read_object
@@ -46,15 +46,15 @@ def extend(
     """Writes `hf:DIR` anew with a vocabulary of exactly `size` pieces.
 
     characters, pieces: FILE, or corpus:PATH for its most frequent ones; characters come first. corpus: what the report
-    counts tokens of, if not what pieces come from. Raises ConfigError, DataError or StorageError.
+    counts tokens of, if not what pieces come from. Raises UsageError, ConfigError, DataError or StorageError.
     """
     (from_kind, from_path), (to_kind, to_path) = place(source, "--from"), place(target, "--to")
     if from_kind != "hf" or to_kind != "hf":
-        raise ConfigError(
+        raise UsageError(
             f"--from {source} --to {target}: a vocabulary is extended from hf:DIR to hf:DIR; convert first"
         )
     if characters is None and pieces is None:
-        raise ConfigError("name what to add: --characters FILE|corpus:PATH, --pieces FILE|corpus:PATH, or both")
+        raise UsageError("name what to add: --characters FILE|corpus:PATH, --pieces FILE|corpus:PATH, or both")
     opened = open_source("hf", from_path)
     old = _tokenizer_of(opened, size=size)
     serialized = old.SerializeToString()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.errors import DataError
+from megatron_xy.hf import verb
 from megatron_xy.hf.convert import to_checkpoint, to_hf
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import TOLERANCE, transformers_logits
@@ -180,8 +182,8 @@ from megatron_xy import device
 device.start()
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import largest_logit_difference
-source = open_source("hf", Path(sys.argv[1]))
-print(*(largest_logit_difference(source, max_bytes=size) for size in (10**9, 520_000)))
+source, rows = open_source("hf", Path(sys.argv[1])), [list(range(length)) for length in (1, 17, 128)]
+print(*(largest_logit_difference(source, rows, max_bytes=size) for size in (10**9, 520_000)))
 """
 
 
@@ -241,11 +243,15 @@ def convert(source: str, target: str, *options: str) -> subprocess.CompletedProc
 def test_the_command_converts_both_ways_and_verifies(
     trained: tuple[Path, list[NDArray[np.float32]]], tokenizer: Path, tmp_path: Path
 ) -> None:
+    """As if an earlier start had been killed while it verified: its target is there, and is gone on with."""
     checkpoint, ours = trained
     exported, imported = tmp_path / "exported", tmp_path / "imported"
-    answer = convert(f"ckpt:{checkpoint}", f"hf:{exported}", "--verify")
+    verb.convert(f"ckpt:{checkpoint}", f"hf:{exported}", dtype=None, tokenizer=None, say=print)
+    answer = convert(f"ckpt:{checkpoint}", f"hf:{exported}", "--verify", "--verify-text", __file__)
     assert answer.returncode == 0, answer.stderr
-    assert "every tensor is the same, bit for bit" in answer.stderr and "largest difference" in answer.stderr
+    assert f"{exported} is there, as this command has written it before" in answer.stderr
+    assert re.search(r"every tensor is the same, bit for bit: \d+, sha256 of all [0-9a-f]{64}\n", answer.stderr)
+    assert f"4,096 tokens of {__file__}: largest difference" in answer.stderr
     assert largest_difference(ours, [row.numpy() for row in transformers_logits(exported, ROWS)]) < TOLERANCE
     assert AutoTokenizer.from_pretrained(exported)("import torch").input_ids[0] == 1
     assert (exported / "tokenizer.model").read_bytes() == tokenizer.read_bytes()

@@ -3,6 +3,7 @@
 import json
 import re
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_xy import checkpoint_files as files
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import ModelConfig
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf import convert, release, verb
 from megatron_xy.hf import target as hf_target
 from megatron_xy.hf.config import hf_config
@@ -242,7 +243,7 @@ def test_two_commands_do_not_write_one_target(tmp_path):
         pytest.raises(ConfigError, match="another command is writing it at this moment"),
     ):
         hf_to_checkpoint(folder, tmp_path / "ckpt")
-    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == []
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == [".conversion.json"]
 
 
 def test_what_another_conversion_has_left_is_not_gone_on_with(tmp_path, monkeypatch):
@@ -270,19 +271,47 @@ def test_an_existing_target_is_refused(tmp_path):
         hf_to_checkpoint(folder, tmp_path / "there")
 
 
+def test_a_finished_target_is_known_by_the_command_that_wrote_it(tmp_path):
+    source, target = f"hf:{hf_folder(tmp_path / 'hf')}", f"ckpt:{tmp_path / 'ckpt'}"
+
+    def command(**options):
+        verb.convert(source, target, **{"dtype": None, "tokenizer": None, "say": said.append, **options})
+
+    said = []
+    command()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ckpt").iterdir()}
+    with pytest.raises(ConfigError, match="exists, written by this command"):
+        command()
+    command(may_be_there=True)
+    assert said[-1] == f"{tmp_path / 'ckpt'} is there, as this command has written it before"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ckpt").iterdir()} == before
+    with pytest.raises(ConfigError, match="exists; name a folder that does not"):  # what it would write is another
+        command(may_be_there=True, dtype="bf16")
+
+
 @pytest.mark.parametrize(
-    ("source", "target", "dtype", "text"),
+    ("options", "text"),
     [
-        ("hf:", "ckpt:b", None, "--from hf:: must be ckpt:DIR or hf:DIR"),
-        ("hf:a", "b", None, "--to b: must be ckpt:DIR or hf:DIR"),
-        ("hf:a", "ckpt:b", "fp8", "--dtype fp8: must be one of fp32, bf16, fp16"),
-        ("hf:/nowhere/a", "ckpt:b", None, "/nowhere/a: there is no such folder"),
-        ("ckpt:/nowhere/a", "hf:b", None, "/nowhere/a: there is no such folder"),
+        ({"source": "hf:"}, "--from hf:: must be ckpt:DIR or hf:DIR"),
+        ({"target": "b"}, "--to b: must be ckpt:DIR or hf:DIR"),
+        ({"dtype": "fp8"}, "--dtype fp8: must be one of fp32, bf16, fp16"),
+        ({"max_shard_size": "5 GiB"}, "--max-shard-size 5 GiB: must be a number of bytes, KB, MB or GB"),
+        ({"tokenizer": Path("tokenizer.model")}, "--tokenizer goes with --to hf:DIR"),
     ],
 )
-def test_arguments_that_do_not_fit_are_bad_config(source, target, dtype, text):
-    with pytest.raises(ConfigError, match=text):
-        verb.convert(source, target, dtype=dtype, tokenizer=None, say=print)
+def test_malformed_options_are_bad_usage(options, text):
+    with pytest.raises(UsageError, match=text) as caught:
+        verb.convert(
+            **{"source": "hf:a", "target": "ckpt:b", "dtype": None, "tokenizer": None, "say": print, **options}
+        )
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("source", "target"), [("hf:/nowhere/a", "ckpt:b"), ("ckpt:/nowhere/a", "hf:b")])
+def test_a_path_that_is_not_there_is_bad_config(source, target):
+    with pytest.raises(ConfigError, match="/nowhere/a: there is no such folder") as caught:
+        verb.convert(source, target, dtype=None, tokenizer=None, say=print)
+    assert caught.value.exit_code == 78
 
 
 def refused(folder, text):
@@ -415,4 +444,4 @@ def test_one_changed_weight_does_not_agree(tmp_path):
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = -tensors["model.layers.1.mlp.down_proj.weight"][3, 5]
     save_file(tensors, back / SINGLE, metadata={"format": "pt"})
     assert not tensors_agree(open_source("ckpt", tmp_path / "ckpt"), open_source("hf", back), say=said.append)
-    assert said[-1] == "1 tensors differ, the first is decoder.layers.1.mlp.linear_fc2.weight"
+    assert said[-1] == "1 of 15 tensors differ, the first is decoder.layers.1.mlp.linear_fc2.weight"
