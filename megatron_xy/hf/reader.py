@@ -14,6 +14,7 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, PLAIN, global_names, global_shape, hf_shards
+from megatron_xy.hf.values import Values
 from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor, memory_of
 from megatron_xy.shards import whole
 from megatron_xy.tensor_reader import TensorReader
@@ -111,9 +112,9 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
                 f"transformers' save_pretrained, which writes safetensors"
             )
         raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise DataError(f"{directory / INDEX} has no weight_map; copy it again")
+    values = Values(directory / INDEX, index)
+    values.object("metadata")
+    weight_map = dict(values.object("weight_map").values)
     for file in set(map(str, weight_map.values())):
         if not file.endswith(".safetensors"):
             raise DataError(f"{directory / INDEX} names {file}, which is no .safetensors file; it is refused")

@@ -76,7 +76,7 @@ def verify(source: str, target: str, *, text: Path | None, say: Callable[[str], 
     difference = largest_logit_difference(folders[0], rows)
     what = f"{sum(map(len, rows)):,} {f'tokens of {text}' if text else 'drawn tokens'}"
     say(
-        f"logits of transformers and ours, fp32, {what}: largest difference {difference:.2e}, {TOLERANCE:.0e} is allowed"
+        f"logits of transformers and ours, fp32, {what}: largest difference {difference:.2e} (allowed: {TOLERANCE:.0e})"
     )
     return same and difference <= TOLERANCE
 

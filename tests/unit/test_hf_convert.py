@@ -338,11 +338,15 @@ def test_pickles_are_never_opened(tmp_path):
         ("sub/model.safetensors", "no plain name"),
         ("model.bin", "which is no .safetensors file"),
         (7, "which is no .safetensors file"),
+        ("a\0b.safetensors", "cannot be opened: .*null"),
+        (f"{'a' * 300}.safetensors", "cannot be opened: .*too long"),
+        ("circle.safetensors", "cannot be opened: .*loop"),
         ("model-00001-of-00002.safetensors", "is named by model.safetensors.index.json and is not there"),
     ],
 )
 def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
     folder = hf_folder(tmp_path / "hf")
+    (folder / "circle.safetensors").symlink_to("circle.safetensors")
     weight_map = dict.fromkeys(random_tensors(MODEL), SINGLE) | {"model.norm.weight": file}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     refused(folder, text)
@@ -350,7 +354,13 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
 
 @pytest.mark.parametrize(
     ("index", "text"),
-    [("{", "is damaged"), ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {}}', "holds no model.embed")],
+    [
+        ("{", "is damaged"),
+        ("[]", "holds a list instead of a JSON object"),
+        ('{"weight_map": []}', r"weight_map \(\[\]\) must be an object"),
+        ('{"weight_map": {}, "metadata": 7}', r"metadata \(7\) must be an object"),
+        ('{"weight_map": {}}', "holds no model.embed"),
+    ],
 )
 def test_a_damaged_index_is_bad_data(tmp_path, index, text):
     folder = hf_folder(tmp_path / "hf")
