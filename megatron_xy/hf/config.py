@@ -45,6 +45,7 @@ FAMILIES = {
     "mistral": Family(
         "Mistral",
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        constants={"sliding_window": None},  # none as short as the context, which is what is read
     ),
     "qwen2": Family(
         "Qwen2",
@@ -91,15 +92,23 @@ def read_hf_config(directory: Path) -> ModelConfig:
     )
 
 
+def read_model_type(directory: Path) -> str:
+    """The family of DIR/config.json. Raises as `read_hf_config`."""
+    return _model_type(_read(directory))
+
+
 def read_token_ids(directory: Path) -> dict[str, Any]:
     """bos_token_id, eos_token_id (one or several) and pad_token_id of DIR/config.json, where given."""
     return dict(_read(directory).token_ids(*TOKEN_IDS))
 
 
-def hf_config(model: ModelConfig, *, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig, *, dtype: str, token_ids: dict[str, Any], model_type: str | None = None
+) -> dict[str, Any]:
     """The config.json of `model`, in the spellings of transformers 4 and 5: each of them reads only its own.
 
-    dtype: torch's name of the weights' type; token_ids: bos_token_id, eos_token_id, pad_token_id where known.
+    dtype: torch's name of the weights' type; token_ids: bos_token_id, eos_token_id, pad_token_id where known;
+    model_type: the family that the model came from, if it came from one.
     """
     scaling = None
     parameters: dict[str, Any] = {"rope_type": "default"}
@@ -107,7 +116,8 @@ def hf_config(model: ModelConfig, *, dtype: str, token_ids: dict[str, Any]) -> d
         kind = model.rope_scaling.get("rope_type", model.rope_scaling.get("type"))
         parameters = {name: value for name, value in model.rope_scaling.items() if name != "type"} | {"rope_type": kind}
         scaling = {**parameters, "type": kind}
-    model_type = "qwen2" if model.add_qkv_bias else "llama"
+    if model_type is None:
+        model_type = "qwen2" if model.add_qkv_bias else "llama"
     family = FAMILIES[model_type]
     return {
         "architectures": [f"{family.name}{_FOR_HEAD[model.head]}"],
