@@ -21,6 +21,7 @@ from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf import verb
 from megatron_xy.hf.convert import to_checkpoint, to_hf
+from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import TOLERANCE, transformers_logits
 from megatron_xy.tensor_reader import tensor_hashes
@@ -167,6 +168,8 @@ def test_every_family_comes_back_as_it_was(folders: dict[str, Path], tmp_path: P
             load_file(tmp_path / f"{name}-back/model.safetensors"),
         )
         assert original.keys() == again.keys()
+        before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / f"{name}-back"))
+        assert before["architectures"] == after["architectures"] and before["model_type"] == after["model_type"]
         assert all(
             torch.equal(tensor.view(torch.uint8), again[key].view(torch.uint8)) for key, tensor in original.items()
         )
@@ -198,6 +201,17 @@ def test_verification_in_blocks_of_layers(folders: dict[str, Path]) -> None:
     assert not list(folder.parent.glob(".tmp-*"))
 
 
+def padding_of(role: Any) -> set[float]:
+    """The numbers in the rows of this rank's embedding and output layer that pad the vocabulary."""
+    found = set()
+    for named in role.named_parameters():
+        if named.name in (EMBEDDING, OUTPUT_LAYER):
+            num_rows = named.shard.local_shape[0]
+            assert num_rows < len(named.parameter) or role.groups.tp_rank < role.groups.tp_size - 1
+            found |= set(named.parameter[num_rows:].flatten().tolist())
+    return found or {0.0}
+
+
 def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, tokenizer: Path) -> Any:
     from megatron_xy.checkpoint import CheckpointWriter, TrainingState
     from megatron_xy.train_step import train_step
@@ -209,6 +223,7 @@ def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, tokeni
         with role.active():
             train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
     writer = CheckpointWriter(checkpoints, keep_latest=1, asynchronous=False, timeout_seconds=30)
+    assert padding_of(role) == {0.0}, "rows that pad the vocabulary stay as they began"
     facts = {"model": model.model_dump(mode="json"), "tokenizer": str(tokenizer)}
     writer.save(role, TrainingState(iteration=2, data_step=2, optimizer_steps=2), facts=facts)
     writer.finish(role.groups)
@@ -273,6 +288,7 @@ def weights_of(layout: Layout, loads: list[str]) -> list[dict[str, tuple[Any, An
     for load in loads:
         role = load_role(layout, load, optimizer=OPTIMIZER, params_dtype="bf16")
         assert {named.parameter.dtype for named in role.named_parameters()} == {torch.bfloat16}
+        assert padding_of(role) == {0.0}
         found.append(
             {
                 named.name: (named.parameter.detach().float().numpy(), named.parameter.main_param.detach().numpy())

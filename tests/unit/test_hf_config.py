@@ -7,7 +7,7 @@ import pytest
 
 from megatron_xy.config import InvalidConfig, ModelConfig
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.hf.config import complete_model, hf_config, read_hf_config, read_token_ids
+from megatron_xy.hf.config import complete_model, hf_config, read_hf_config, read_model_type, read_token_ids
 from megatron_xy.weights import resolve_model
 
 MODEL = ModelConfig(
@@ -83,6 +83,13 @@ def test_what_transformers_leaves_out_has_its_defaults(tmp_path):
     assert (model.rotary_base, model.rope_scaling, model.norm_epsilon) == (10000.0, None, 1e-6)
     assert (model.num_query_groups, model.max_position_embeddings) == (4, 2048)
     assert model.untie_embeddings_and_output_weights
+
+
+def test_a_family_that_is_known_is_written_again(tmp_path):
+    values = hf_config(MODEL, dtype="float32", token_ids={}, model_type="mistral")
+    assert (values["architectures"], values["sliding_window"]) == (["MistralForCausalLM"], None)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_hf_config(tmp_path).model_dump() == MODEL.model_dump() and read_model_type(tmp_path) == "mistral"
 
 
 LLAMA3_ORDER = {

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_xy import checkpoint_files as files
+from megatron_xy import model_ranks
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError, DataError, UsageError
@@ -179,6 +180,36 @@ def test_the_tokenizer_is_the_named_one_or_that_of_the_run(tmp_path):
     checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "without", dtype=None, tokenizer=None, say=said.append)
     assert said[0].startswith("warning: no tokenizer found")
     assert json.loads((tmp_path / "without" / "config.json").read_text())["eos_token_id"] == [6, 7]
+
+
+def test_a_trained_checkpoint_is_released_as_the_family_that_it_comes_from(tmp_path):
+    """With all end tokens of its source, and that of the template that it has learned, here <s>."""
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
+    tokenizer = tmp_path / "some.model"
+    tokenizer.write_bytes(train(["some text to train on"], vocab_size=290))
+    for name in FILES:
+        (tmp_path / "ckpt" / name).unlink()
+    template = (
+        "{% for turn in messages %}{% generation %}{{ turn['content'] + bos_token }}{% endgeneration %}{% endfor %}"
+    )
+    generation = {"eos_token_id": [2, 9, 11], "temperature": 0.6}
+    facts = {"model_type": "mistral", "token_ids": {"eos_token_id": [2, 9]}, "generation_config": generation}
+    files.amend_state(tmp_path / "ckpt", {**facts, "tokenizer": str(tokenizer), "chat_template": template})
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (values["architectures"], values["eos_token_id"]) == (["MistralForCausalLM"], [2, 9])
+    released = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert released == {"eos_token_id": [2, 9, 11, 1], "temperature": 0.6}
+    hf_to_checkpoint(tmp_path / "out", tmp_path / "again")
+    assert files.read_manifest(tmp_path / "again").state["generation_config"] == released
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_a_model_is_computed_in_the_type_of_its_weights(tmp_path, dtype, computed):
+    """config.json says fp32; a converted checkpoint's model section says nothing."""
+    folder = hf_folder(tmp_path / "hf", tensors=random_tensors(MODEL, DTYPES[dtype]))
+    hf_to_checkpoint(folder, tmp_path / "ckpt")
+    assert model_ranks.stored_dtype(f"hf:{folder}") == model_ranks.stored_dtype(f"ckpt:{tmp_path / 'ckpt'}") == computed
 
 
 def test_a_tokenizer_that_is_missing_or_too_large_is_refused(tmp_path):
