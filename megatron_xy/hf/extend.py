@@ -22,7 +22,7 @@ from megatron_xy.hf.convert import CHECKSUMS
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, PLAIN
 from megatron_xy.hf.reader import INDEX
-from megatron_xy.hf.release import copy_side_files
+from megatron_xy.hf.release import TOKENIZER_CONFIG, copy_side_files
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
@@ -33,7 +33,6 @@ from megatron_xy.storage import write_json, write_text
 
 CORPUS = "corpus:"
 TOKENIZER = "tokenizer.model"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 WITH_ROWS_BY_PIECE = (PLAIN[EMBEDDING], PLAIN[OUTPUT_LAYER])
 ROWS_AT_A_TIME = 256
 _KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "pad_token")

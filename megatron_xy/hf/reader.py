@@ -42,7 +42,8 @@ def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
             wanted = shard.local_shape
             if tensor.shape != wanted:
                 raise DataError(
-                    f"{directory / file}: {part} is {list(tensor.shape)}, but config.json makes it {list(wanted)}"
+                    f"{directory / file}: {part} is {list(tensor.shape)}, but config.json makes it {list(wanted)}; "
+                    f"there {_explained(part, model)}"
                 )
             if tensor.dtype not in DTYPES.values():
                 raise DataError(
@@ -55,6 +56,18 @@ def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
         manifest.tensors[name] = TensorEntry(shape, DTYPE_NAMES[dtypes[0]], pieces)
     _refuse_unused(directory, manifest, stored, model=model)
     return manifest
+
+
+def _explained(part: str, model: ModelConfig) -> str:
+    """The values of config.json that make up the shape of an HF tensor."""
+    values = {"hidden_size": model.hidden_size}
+    if ".self_attn." in part:
+        values |= {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.num_query_groups}
+    elif ".mlp." in part:
+        values |= {"intermediate_size": model.ffn_hidden_size}
+    elif part in (PLAIN[EMBEDDING], _HEAD):
+        values |= {"vocab_size": model.vocab_size}
+    return ", ".join(f"{name} is {value}" for name, value in values.items())
 
 
 def _refuse_unused(

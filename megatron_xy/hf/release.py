@@ -20,11 +20,12 @@ from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.storage import storage_errors, write_json, write_text
 
 MODEL_CARD = "README.md"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_FILE,
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -77,13 +78,14 @@ def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, sa
     """Tokenizer files where there is a tokenizer; returns what of the source's kept facts goes with it."""
     if tokenizer is None and not any(file_inside(source.folder, name) for name in TOKENIZER_FILES):
         named = source.manifest.state.get("tokenizer")
-        if named is None or not Path(named).is_file():
+        if named is None or not Path(named).exists():
             say("warning: no tokenizer found, neither beside the weights nor where their run had it; name --tokenizer")
             copy_side_files(source.folder, folder)
             return source.kept
         tokenizer = Path(named)
     if tokenizer is None:
         copy_side_files(source.folder, folder)
+        _spell_for_both_versions(folder)
         return source.kept
     loaded = load_tokenizer(tokenizer)
     model = source.model
@@ -98,12 +100,25 @@ def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, sa
             for name in {loaded.path.name, *TOKENIZER_FILES}:
                 if (path := loaded.path.with_name(name)).is_file():
                     shutil.copyfile(path, folder / name)
+        _spell_for_both_versions(folder)
     else:
         write_hf_tokenizer(loaded.path, folder, model_max_length=model.max_position_embeddings)
     if loaded.eos_id in end_ids({"token_ids": source.kept.get("token_ids", {})}):
         return source.kept  # the source's own tokenizer, of which the source may name more end tokens
     ids = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id, "pad_token_id": loaded.pad_id}
     return {"token_ids": {name: value for name, value in ids.items() if value is not None}}
+
+
+def _spell_for_both_versions(folder: Path) -> None:
+    """What transformers 5 writes into tokenizer_config.json and version 4 does not open, in words that both have."""
+    values = read_object(folder, TOKENIZER_CONFIG) or {}
+    spelt = dict(values)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        spelt["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        spelt["additional_special_tokens"] = spelt.pop("extra_special_tokens")
+    if spelt != values:
+        write_json(folder / TOKENIZER_CONFIG, spelt)
 
 
 def _model_card(source: Source, *, dtype: str) -> str:

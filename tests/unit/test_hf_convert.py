@@ -204,6 +204,16 @@ def test_a_trained_checkpoint_is_released_as_the_family_that_it_comes_from(tmp_p
     assert files.read_manifest(tmp_path / "again").state["generation_config"] == released
 
 
+def test_tokenizer_settings_of_transformers_5_are_written_so_that_version_4_opens_them(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    settings = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"], "pad_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    back = there_and_back(folder, tmp_path)
+    assert json.loads((back / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"], "pad_token": "</s>",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("dtype", "computed"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
 def test_a_model_is_computed_in_the_type_of_its_weights(tmp_path, dtype, computed):
     """config.json says fp32; a converted checkpoint's model section says nothing."""
@@ -455,7 +465,8 @@ def test_a_wrong_shape_is_told_with_both_shapes(tmp_path):
     tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(32, 32)
     refused(
         hf_folder(tmp_path / "hf", tensors=tensors),
-        r"model\.layers\.0\.self_attn\.k_proj\.weight is \[32, 32\], but config\.json makes it \[16, 32\]",
+        r"model\.layers\.0\.self_attn\.k_proj\.weight is \[32, 32\], but config\.json makes it \[16, 32\]; there "
+        r"hidden_size is 32, num_attention_heads is 4, num_key_value_heads is 2",
     )
 
 
