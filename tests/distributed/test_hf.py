@@ -108,6 +108,13 @@ def largest_difference(ours: list[NDArray[np.float32]], theirs: list[NDArray[np.
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
+def assert_same_weights(folder: Path, other: Path) -> None:
+    original, again = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert original.keys() == again.keys()
+    for name, tensor in original.items():
+        assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), name
+
+
 def saved_logits(folder: Path) -> list[NDArray[np.float32]]:
     saved = load_file(folder / "logits.safetensors")
     return [saved[str(number)].numpy() for number in range(len(ROWS))]
@@ -129,8 +136,20 @@ def logits(role: Any) -> list[NDArray[np.float32]]:
     return [output.numpy() for output in logits_of(role, ROWS)]
 
 
-def logits_of_folders(layout: Layout, loads: list[str]) -> list[list[NDArray[np.float32]]]:
-    return [logits(load_role(layout, load)) for load in loads]
+def logits_of_folders(layout: Layout, loads: list[str], saved: Path) -> list[list[NDArray[np.float32]]]:
+    """Of every load; the HF folders' weights are saved as well, as this layout's ranks do it."""
+    from megatron_xy.checkpoint import CheckpointWriter, TrainingState
+
+    found = []
+    for load in loads:
+        role = load_role(layout, load)
+        found.append(logits(role))
+        if load.startswith("hf:"):
+            folder = saved / Path(load).name
+            writer = CheckpointWriter(folder, keep_latest=1, asynchronous=False, timeout_seconds=30)
+            writer.save(role, TrainingState(iteration=1), facts={"model": role.model.model_dump(mode="json")})
+            writer.finish(role.groups)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +162,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in SHAPES}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_folder_of_transformers_gives_its_logits_in_every_layout(
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(Layout(tp=2, pp=2, vp=2), marks=pytest.mark.slow)], ids=str)
+def test_a_folder_of_transformers_gives_its_logits_in_every_layout_and_comes_back_byte_for_byte(
     layout: Layout, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     theirs = {name: saved_logits(folder) for name, folder in folders.items()}
@@ -152,7 +171,13 @@ def test_a_folder_of_transformers_gives_its_logits_in_every_layout(
     loads += [f"ckpt:{tmp_path / name}" for name in folders]
     for name, folder in folders.items():
         hf_to_checkpoint(folder, tmp_path / name)
-    results = run_ranks(logits_of_folders, layout, loads, world_size=layout.world_size)
+    saved = tmp_path / "saved"
+    results = run_ranks(logits_of_folders, layout, loads, saved, world_size=layout.world_size)
+    for name, folder in folders.items():
+        back, checkpoint = tmp_path / f"{name}-back", open_source("ckpt", saved / name / "iter_0000001")
+        dtype = torch.bfloat16 if name.endswith("bf16") else None  # the run computes in fp32
+        to_hf(checkpoint, back, dtype=dtype, tokenizer=None, say=lambda text: None)
+        assert_same_weights(folder, back)
     for load, ours in zip(loads, results[-1], strict=True):
         assert largest_difference(ours, theirs[Path(load).name]) < TOLERANCE, load
     if layout.pp > 1:
@@ -163,16 +188,9 @@ def test_every_family_comes_back_as_it_was(folders: dict[str, Path], tmp_path: P
     for name, folder in folders.items():
         hf_to_checkpoint(folder, tmp_path / name)
         to_hf(open_source("ckpt", tmp_path / name), tmp_path / f"{name}-back", dtype=None, tokenizer=None, say=print)
-        original, again = (
-            load_file(folder / "model.safetensors"),
-            load_file(tmp_path / f"{name}-back/model.safetensors"),
-        )
-        assert original.keys() == again.keys()
+        assert_same_weights(folder, tmp_path / f"{name}-back")
         before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / f"{name}-back"))
         assert before["architectures"] == after["architectures"] and before["model_type"] == after["model_type"]
-        assert all(
-            torch.equal(tensor.view(torch.uint8), again[key].view(torch.uint8)) for key, tensor in original.items()
-        )
     back = transformers_logits(tmp_path / "reward-qwen2-back", ROWS)
     assert largest_difference([row.numpy() for row in back], saved_logits(folders["reward-qwen2"])) == 0.0
 
