@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.names import EMBEDDING, global_names, hf_shards
 from megatron_xy.hf.reader import INDEX, SINGLE
 from megatron_xy.hf.release import TOKENIZER_FILES, copy_side_files, write_release_files
-from megatron_xy.hf.source import Source
+from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import Output, plan_files, stored_dtype, whole_or_absent, write_files
 from megatron_xy.shards import whole
 from megatron_xy.storage import write_json
@@ -49,9 +50,10 @@ def to_hf(
     names = [f"model-{number:05d}-of-{len(planned):05d}.safetensors" for number in range(1, len(planned) + 1)]
     shards = dict(zip(names if len(planned) > 1 else [SINGLE], planned, strict=True))
     dtype_name = files.DTYPE_NAMES[dtype] if dtype else manifest.tensors[EMBEDDING].dtype
-    with whole_or_absent(target, work=_work("hf", source, shards)) as folder:
+    with whole_or_absent(target, work={**_work("hf", source, shards), "tokenizer": str(tokenizer)}) as folder:
         token_ids = write_release_files(folder, source, tokenizer=tokenizer, dtype=dtype_name, say=say)
-        write_json(folder / CONFIG, hf_config(model, dtype=dtype_name, token_ids=token_ids))
+        values = hf_config(model, dtype=dtype_name, token_ids=token_ids, model_type=source.kept.get("model_type"))
+        write_json(folder / CONFIG, values)
         facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata={"format": "pt"}, say=say)
         if len(shards) > 1:
             weight_map = {output.name: file for file, held in shards.items() for output in held}
@@ -60,6 +62,14 @@ def to_hf(
         lines = [f"{told['sha256']}  {file}\n" for file, told in sorted(facts.items())]
         (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     say(f"wrote {target}: {len(shards)} safetensors file(s), {dtype_name}")
+
+
+def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
+    """RUN/hf/NAME of a run's whole checkpoint, block by block out of its shards: nothing is gathered."""
+    target = run_dir / "hf" / name
+    if target.exists():  # an older run's, or of an abandoned course
+        shutil.rmtree(target)
+    to_hf(open_source("ckpt", checkpoint, verify=False), target, dtype=None, tokenizer=None, say=say)
 
 
 def to_checkpoint(
@@ -87,7 +97,7 @@ def to_checkpoint(
             **asdict(files.TrainingState()),
             "world_size": 1,
             "model": source.model.model_dump(mode="json", exclude_unset=True),
-            "token_ids": source.token_ids,
+            **source.kept,
             "origin": f"hf:{source.folder}",
         }
     with whole_or_absent(target, work=_work("ckpt", source, shards)) as folder:

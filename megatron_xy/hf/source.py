@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
-from megatron_xy.hf.config import read_hf_config, read_token_ids
+from megatron_xy.hf.config import read_hf_config
+from megatron_xy.hf.kept import kept_facts
 from megatron_xy.hf.names import global_names
 from megatron_xy.hf.reader import hf_manifest
 
@@ -24,7 +25,7 @@ class Source:
     folder: Path
     manifest: files.Manifest
     model: ModelConfig
-    token_ids: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any]  # of the HF folder that it is or comes from
 
     def fingerprint(self) -> dict[str, Any]:
         """What changes when the folder's contents do: of a checkpoint checksums, of an HF folder times."""
@@ -44,7 +45,7 @@ def open_source(kind: str, folder: Path, *, verify: bool = True) -> Source:
     """
     if kind == "hf":
         model = read_hf_config(folder)
-        return Source(kind, folder, hf_manifest(folder, model=model), model, read_token_ids(folder))
+        return Source(kind, folder, hf_manifest(folder, model=model), model, kept_facts(kind, folder))
     manifest = files.read_manifest(folder)
     if verify:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -53,4 +54,4 @@ def open_source(kind: str, folder: Path, *, verify: bool = True) -> Source:
     model = ModelConfig.model_validate(manifest.state["model"])
     if missing := [name for name in global_names(model) if name not in manifest.tensors]:
         raise DataError(f"{folder}: the checkpoint holds no {missing[0]}, which its model section calls for")
-    return Source(kind, folder, manifest, model, dict(manifest.state.get("token_ids", {})))
+    return Source(kind, folder, manifest, model, kept_facts(kind, folder))

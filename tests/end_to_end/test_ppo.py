@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_xy.checkpoint_files import read_manifest, write_manifest
+from megatron_xy.hf.source import open_source
+from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.report.verb import make_report
 from megatron_xy.run_folder import read_exit
 from tests.end_to_end.tiny_run import (
@@ -103,7 +105,7 @@ def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run."""
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
     config = write_ppo(folder, folder / "ppo.yaml")
-    ended = run_to_end(run_command(config, f"run_dir={run_dir}", ranks=4))
+    ended = run_to_end(run_command(config, f"run_dir={run_dir}", "checkpoint.hf_interval=4", ranks=4))
     assert ended.code == 0, ended
     return run_dir
 
@@ -146,6 +148,10 @@ def test_metrics_rollouts_samples_and_checkpoints(unbroken: Path, folder: Path) 
     names = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
     assert names == ["iter_0000004", "iter_0000006"]
     assert hash_of(unbroken / "checkpoints" / names[-1] / "actor")
+    assert [path.name for path in (unbroken / "hf").iterdir()] == ["iter_0000004"]
+    actor, released = unbroken / "checkpoints" / "iter_0000004" / "actor", unbroken / "hf" / "iter_0000004"
+    assert tensors_agree(open_source("ckpt", actor), open_source("hf", released), say=print)
+    assert "| score mean of the last step |" in (released / "README.md").read_text()
     assert "value_head.weight" in hash_of(unbroken / "checkpoints" / names[-1] / "critic")
 
 
