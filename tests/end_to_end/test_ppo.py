@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from megatron_xy.checkpoint_files import read_manifest, write_manifest
+from megatron_xy.hf.convert import to_hf
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.report.verb import make_report
@@ -235,6 +237,27 @@ def test_another_placement_goes_on_with_the_same_numbers(unbroken: Path, folder:
     for found, wanted in zip(metrics_of(run_dir), metrics_of(unbroken), strict=True):
         for name in ("critic_loss", "critic_grad_norm", "actor_grad_norm", "kl", "entropy"):
             assert found[name] == pytest.approx(wanted[name], rel=2e-3, abs=2e-5), (found["iteration"], name)
+
+
+@pytest.mark.slow
+def test_roles_begin_as_hf_folders_as_they_do_as_checkpoints(unbroken: Path, folder: Path, tmp_path: Path) -> None:
+    last, dumps = unbroken / "checkpoints" / f"iter_{STEPS:07d}", []
+    for name in ("actor", "critic"):
+        to_hf(open_source("ckpt", last / name), tmp_path / name, dtype=None, tokenizer=None, say=print)
+    of = {"actor": "actor", "reference": "actor", "critic": "critic", "reward": "critic"}
+    for kind, origin in (("ckpt", last), ("hf", tmp_path)):
+        run_dir = tmp_path / f"run-{kind}"
+        loads = [f"roles.{role}.model={{load: {kind}:{origin / name}}}" for role, name in of.items()]
+        command = run_command(folder / "ppo.yaml", f"run_dir={run_dir}", "training.train_iters=1", *loads, ranks=4)
+        ended = run_to_end(command)
+        assert ended.code == 0, ended
+        assert abs(metrics_of(run_dir)[0]["kl"]) < 1e-4  # the reference is what the actor begins as
+        dumps.append(load_file(run_dir / "rollouts" / "iter_0000001.safetensors"))
+    assert dumps[0].keys() == dumps[1].keys()
+    for name, tensor in dumps[0].items():
+        assert torch.equal(tensor, dumps[1][name]), name
+    fresh = load_file(unbroken / "rollouts" / "iter_0000001.safetensors")
+    assert not torch.equal(fresh["values"], dumps[0]["values"]), "what is loaded is not what a fresh run draws"
 
 
 def test_a_rule_in_place_of_the_reward_model_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:
