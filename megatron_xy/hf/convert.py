@@ -34,11 +34,13 @@ def to_hf(
     tokenizer: Path | None,
     say: Say,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool = False,
 ) -> None:
     """Writes an HF folder: safetensors, their checksums, configs, tokenizer files, a model card.
 
     dtype: the source's own if None. tokenizer: a SentencePiece model; if None, the files that lie beside the source, or
-    else the tokenizer that its run named. Raises ConfigError, DataError or StorageError.
+    else the tokenizer that its run named. verify: compares the source's checksums beside the writing. Raises
+    ConfigError, DataError or StorageError.
     """
     manifest, model = source.manifest, source.model
     outputs = [
@@ -54,7 +56,15 @@ def to_hf(
         token_ids = write_release_files(folder, source, tokenizer=tokenizer, dtype=dtype_name, say=say)
         values = hf_config(model, dtype=dtype_name, token_ids=token_ids, model_type=source.kept.get("model_type"))
         write_json(folder / CONFIG, values)
-        facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata={"format": "pt"}, say=say)
+        facts = write_files(
+            folder,
+            shards,
+            source=source.folder,
+            manifest=manifest,
+            metadata={"format": "pt"},
+            say=say,
+            checks=source.checks() if verify else (),
+        )
         if len(shards) > 1:
             weight_map = {output.name: file for file, held in shards.items() for output in held}
             total = sum(output.num_bytes for output in outputs)
@@ -73,12 +83,18 @@ def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
 
 
 def to_checkpoint(
-    source: Source, target: Path, *, dtype: torch.dtype | None, say: Say, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Source,
+    target: Path,
+    *,
+    dtype: torch.dtype | None,
+    say: Say,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool = False,
 ) -> None:
     """Writes a checkpoint, opened by any layout: the weights, of a checkpoint also the optimizer's state.
 
-    dtype: of the weights; each tensor's own if None. Tokenizer files come along. Raises ConfigError, DataError or
-    StorageError.
+    dtype: of the weights; each tensor's own if None. Tokenizer files come along. verify: as `to_hf`. Raises
+    ConfigError, DataError or StorageError.
     """
     manifest = source.manifest
     weights = list(global_names(source.model))
@@ -102,7 +118,15 @@ def to_checkpoint(
         }
     with whole_or_absent(target, work=_work("ckpt", source, shards)) as folder:
         copied = copy_side_files(source.folder, folder)
-        facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata=files.METADATA, say=say)
+        facts = write_files(
+            folder,
+            shards,
+            source=source.folder,
+            manifest=manifest,
+            metadata=files.METADATA,
+            say=say,
+            checks=source.checks() if verify else (),
+        )
         entries = {
             output.tensor: files.TensorEntry(
                 output.shard.local_shape, files.DTYPE_NAMES[output.dtype], [files.Piece(file, output.shard)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,13 @@ class Source:
     model: ModelConfig
     kept: dict[str, Any]  # of the HF folder that it is or comes from
 
+    def checks(self) -> list[Callable[[], None]]:
+        """Of a checkpoint one for each file: it compares the file with its checksum, and raises DataError."""
+        return [
+            partial(files.verify_files, self.folder, self.manifest, files=[file])
+            for file in sorted(self.manifest.files)
+        ]
+
     def fingerprint(self) -> dict[str, Any]:
         """What changes when the folder's contents do: of a checkpoint checksums, of an HF folder times."""
         if self.kind == "ckpt":
@@ -39,7 +48,7 @@ class Source:
 
 
 def open_source(kind: str, folder: Path, *, verify: bool = True) -> Source:
-    """The folder's tensors and model; `verify` compares its checksums.
+    """The folder's tensors and model; `verify` compares its checksums, which whoever reads it all may do beside that.
 
     Raises ConfigError where it is not there, DataError where it is no whole model.
     """
@@ -47,11 +56,12 @@ def open_source(kind: str, folder: Path, *, verify: bool = True) -> Source:
         model = read_hf_config(folder)
         return Source(kind, folder, hf_manifest(folder, model=model), model, kept_facts(kind, folder))
     manifest = files.read_manifest(folder)
+    model = ModelConfig.model_validate(manifest.state["model"])
+    source = Source(kind, folder, manifest, model, kept_facts(kind, folder))
     if verify:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda file: files.verify_files(folder, manifest, files=[file]), sorted(manifest.files)))
+            list(pool.map(lambda check: check(), source.checks()))
     files.verify_coverage(folder, manifest)
-    model = ModelConfig.model_validate(manifest.state["model"])
     if missing := [name for name in global_names(model) if name not in manifest.tensors]:
         raise DataError(f"{folder}: the checkpoint holds no {missing[0]}, which its model section calls for")
-    return Source(kind, folder, manifest, model, kept_facts(kind, folder))
+    return source

@@ -36,13 +36,13 @@ def convert(
     max_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
     if tokenizer is not None and to_kind == "ckpt":
         raise UsageError("--tokenizer goes with --to hf:DIR; a checkpoint takes the files that lie beside its source")
-    opened = open_source(from_kind, from_path)
+    opened = open_source(from_kind, from_path, verify=False)
     wanted = DTYPES[dtype] if dtype else None
     try:
         if to_kind == "hf":
-            to_hf(opened, to_path, dtype=wanted, tokenizer=tokenizer, max_shard_bytes=max_bytes, say=say)
+            to_hf(opened, to_path, dtype=wanted, tokenizer=tokenizer, max_shard_bytes=max_bytes, say=say, verify=True)
         else:
-            to_checkpoint(opened, to_path, dtype=wanted, max_shard_bytes=max_bytes, say=say)
+            to_checkpoint(opened, to_path, dtype=wanted, max_shard_bytes=max_bytes, say=say, verify=True)
     except AlreadyWritten:
         if not may_be_there:
             raise

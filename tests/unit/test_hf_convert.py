@@ -484,7 +484,12 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     shard.write_bytes(content)
     with pytest.raises(DataError, match="do not match the checksum"):
         checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for target in ("hf:{}", "ckpt:{}"):  # the command compares checksums beside the writing
+        with pytest.raises(DataError, match="do not match the checksum"):
+            verb.convert(
+                f"ckpt:{tmp_path / 'ckpt'}", target.format(tmp_path / "out"), dtype=None, tokenizer=None, say=print
+            )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
 
 
 def test_one_changed_weight_does_not_agree(tmp_path):
