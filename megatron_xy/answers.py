@@ -222,10 +222,6 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: Chats) -> lis
             raise BadRow(f"prompt: {problem}") from None
     if not isinstance(prompt, str):
         raise BadRow(f"prompt is {'missing' if prompt is None else 'neither a string nor a list of messages'}")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow("the prompt has a lone surrogate") from None
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return [*begin, *tokenizer.encode(prompt).tolist()]
 

@@ -6,12 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
-
 from megatron_xy import checkpoint_files as files
 from megatron_xy import device, environment, parallel, waits
 from megatron_xy.config import Head, RunConfig, check_shape
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import DataError
 from megatron_xy.hf.config import read_hf_config
 from megatron_xy.hf.names import EMBEDDING
 from megatron_xy.hf.reader import hf_manifest
@@ -47,7 +45,7 @@ def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
     config: of `complete_options`. Raises DataError for damaged weights, PeerLost, ConfigError where memory runs out.
     """
     timeout = backend_timeout(config.runtime.timeout_seconds)
-    try:
+    with parallel.errors_told(when_memory_runs_out="split the model further, or take fewer sequences at a time"):
         if environment.is_set():
             waits.install()
             parallel.start_distributed(timeout_seconds=timeout)
@@ -63,13 +61,3 @@ def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
         load_initial_weights(role, seed=config.seed)
         yield role
         parallel.stop_distributed()
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"rank {environment.rank()} ran out of device memory ({str(error).splitlines()[0]}); split the model "
-            f"further, or take fewer sequences at a time"
-        ) from error
-    except RuntimeError as error:
-        lost = parallel.as_peer_lost(error)
-        if lost is None:
-            raise
-        raise lost from error

@@ -26,7 +26,8 @@ def convert(
         Path | None, typer.Option("--tokenizer", help="a tokenizer.model; the run's own unless given")
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option("--max-shard-size", metavar="5GB", help="of a file of weights; 5GB unless given")
+        str | None,
+        typer.Option("--max-shard-size", metavar="5GB", help="of a file of weights; 5GB, or 1GB of a checkpoint's"),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="compare weights and logits with transformers'")] = False,
     verify_text: Annotated[

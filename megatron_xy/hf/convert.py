@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from megatron_xy.hf.target import Output, plan_files, stored_dtype, whole_or_abs
 from megatron_xy.shards import whole
 from megatron_xy.storage import write_json
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
+MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, two at a time
 CHECKSUMS = "checksums.sha256"
 Say = Callable[[str], None]
 
@@ -33,14 +35,14 @@ def to_hf(
     dtype: torch.dtype | None,
     tokenizer: Path | None,
     say: Say,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    verify: bool = False,
+    max_shard_bytes: int | None = None,
+    verify: bool = True,
 ) -> None:
     """Writes an HF folder: safetensors, their checksums, configs, tokenizer files, a model card.
 
     dtype: the source's own if None. tokenizer: a SentencePiece model; if None, the files that lie beside the source, or
-    else the tokenizer that its run named. verify: compares the source's checksums beside the writing. Raises
-    ConfigError, DataError or StorageError.
+    else the tokenizer that its run named. verify: the source's checksums are compared meanwhile. Raises ConfigError,
+    DataError or StorageError.
     """
     manifest, model = source.manifest, source.model
     outputs = [
@@ -48,23 +50,16 @@ def to_hf(
         for name in global_names(model)
         for part, shard in hf_shards(name, model).items()
     ]
-    planned = plan_files(outputs, max_bytes=max_shard_bytes)
+    planned = plan_files(outputs, max_bytes=max_shard_bytes or MAX_SHARD_BYTES)
     names = [f"model-{number:05d}-of-{len(planned):05d}.safetensors" for number in range(1, len(planned) + 1)]
     shards = dict(zip(names if len(planned) > 1 else [SINGLE], planned, strict=True))
     dtype_name = files.DTYPE_NAMES[dtype] if dtype else manifest.tensors[EMBEDDING].dtype
-    with whole_or_absent(target, work={**_work("hf", source, shards), "tokenizer": str(tokenizer)}) as folder:
+    work = {**_work("hf", source, shards), "tokenizer": str(tokenizer)}
+    with whole_or_absent(target, work=work) as folder, source.verified() if verify else nullcontext():
         token_ids = write_release_files(folder, source, tokenizer=tokenizer, dtype=dtype_name, say=say)
         values = hf_config(model, dtype=dtype_name, token_ids=token_ids, model_type=source.kept.get("model_type"))
         write_json(folder / CONFIG, values)
-        facts = write_files(
-            folder,
-            shards,
-            source=source.folder,
-            manifest=manifest,
-            metadata={"format": "pt"},
-            say=say,
-            checks=source.checks() if verify else (),
-        )
+        facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata={"format": "pt"}, say=say)
         if len(shards) > 1:
             weight_map = {output.name: file for file, held in shards.items() for output in held}
             total = sum(output.num_bytes for output in outputs)
@@ -79,22 +74,16 @@ def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
     target = run_dir / "hf" / name
     if target.exists():  # an older run's, or of an abandoned course
         shutil.rmtree(target)
-    to_hf(open_source("ckpt", checkpoint, verify=False), target, dtype=None, tokenizer=None, say=say)
+    to_hf(open_source("ckpt", checkpoint), target, dtype=None, tokenizer=None, verify=False, say=say)
 
 
 def to_checkpoint(
-    source: Source,
-    target: Path,
-    *,
-    dtype: torch.dtype | None,
-    say: Say,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    verify: bool = False,
+    source: Source, target: Path, *, dtype: torch.dtype | None, say: Say, max_shard_bytes: int | None = None
 ) -> None:
     """Writes a checkpoint, opened by any layout: the weights, of a checkpoint also the optimizer's state.
 
-    dtype: of the weights; each tensor's own if None. Tokenizer files come along. verify: as `to_hf`. Raises
-    ConfigError, DataError or StorageError.
+    dtype: of the weights; each tensor's own if None. Tokenizer files come along. Raises ConfigError, DataError or
+    StorageError.
     """
     manifest = source.manifest
     weights = list(global_names(source.model))
@@ -104,7 +93,7 @@ def to_checkpoint(
         for names, wanted in ((weights, dtype), (others, None))
         for name in names
     ]
-    planned = plan_files(outputs, max_bytes=max_shard_bytes)
+    planned = plan_files(outputs, max_bytes=max_shard_bytes or MAX_CHECKPOINT_BYTES)
     shards = {f"rank-{number:05d}-of-{len(planned):05d}.safetensors": held for number, held in enumerate(planned)}
     if source.kind == "ckpt":
         state = manifest.state
@@ -116,17 +105,9 @@ def to_checkpoint(
             **source.kept,
             "origin": f"hf:{source.folder}",
         }
-    with whole_or_absent(target, work=_work("ckpt", source, shards)) as folder:
+    with whole_or_absent(target, work=_work("ckpt", source, shards)) as folder, source.verified():
         copied = copy_side_files(source.folder, folder)
-        facts = write_files(
-            folder,
-            shards,
-            source=source.folder,
-            manifest=manifest,
-            metadata=files.METADATA,
-            say=say,
-            checks=source.checks() if verify else (),
-        )
+        facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata=files.METADATA, say=say)
         entries = {
             output.tensor: files.TensorEntry(
                 output.shard.local_shape, files.DTYPE_NAMES[output.dtype], [files.Piece(file, output.shard)]

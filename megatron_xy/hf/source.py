@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,13 @@ from megatron_xy.hf.reader import hf_manifest
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of weights; its files are whole as far as there are checksums."""
+    """A folder of weights, looked at but for their contents."""
 
     kind: str  # ckpt | hf
     folder: Path
     manifest: files.Manifest
     model: ModelConfig
     kept: dict[str, Any]  # of the HF folder that it is or comes from
-
-    def checks(self) -> list[Callable[[], None]]:
-        """Of a checkpoint one for each file: it compares the file with its checksum, and raises DataError."""
-        return [
-            partial(files.verify_files, self.folder, self.manifest, files=[file])
-            for file in sorted(self.manifest.files)
-        ]
 
     def fingerprint(self) -> dict[str, Any]:
         """What changes when the folder's contents do: of a checkpoint checksums, of an HF folder times."""
@@ -46,9 +39,27 @@ class Source:
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         }
 
+    @contextmanager
+    def verified(self) -> Iterator[None]:
+        """Compares the checksums that a checkpoint has beside the work of the block.
 
-def open_source(kind: str, folder: Path, *, verify: bool = True) -> Source:
-    """The folder's tensors and model; `verify` compares its checksums, which whoever reads it all may do beside that.
+        Raises DataError, at the block's end, where they differ.
+        """
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            checks = [
+                pool.submit(files.verify_files, self.folder, self.manifest, files=[file])
+                for file in sorted(self.manifest.files)
+            ]
+            try:
+                yield
+                for check in checks:
+                    check.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def open_source(kind: str, folder: Path) -> Source:
+    """The folder's tensors and model.
 
     Raises ConfigError where it is not there, DataError where it is no whole model.
     """
@@ -56,12 +67,8 @@ def open_source(kind: str, folder: Path, *, verify: bool = True) -> Source:
         model = read_hf_config(folder)
         return Source(kind, folder, hf_manifest(folder, model=model), model, kept_facts(kind, folder))
     manifest = files.read_manifest(folder)
-    model = ModelConfig.model_validate(manifest.state["model"])
-    source = Source(kind, folder, manifest, model, kept_facts(kind, folder))
-    if verify:
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda check: check(), source.checks()))
     files.verify_coverage(folder, manifest)
+    model = ModelConfig.model_validate(manifest.state["model"])
     if missing := [name for name in global_names(model) if name not in manifest.tensors]:
         raise DataError(f"{folder}: the checkpoint holds no {missing[0]}, which its model section calls for")
-    return source
+    return Source(kind, folder, manifest, model, kept_facts(kind, folder))

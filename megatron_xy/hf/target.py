@@ -103,12 +103,10 @@ def write_files(
     manifest: Manifest,
     metadata: dict[str, str],
     say: Callable[[str], None],
-    checks: Sequence[Callable[[], None]] = (),
 ) -> dict[str, dict[str, Any]]:
     """Writes safetensors files out of the source's pieces, two at a time; returns {file: {bytes, sha256}}.
 
-    Files that an earlier command has done are left as they are. checks: of the source, made beside the writing; what
-    they raise is raised.
+    Files that an earlier command has done are left as they are.
     """
     total = sum(output.num_bytes for outputs in files.values() for output in outputs)
     progress = _Progress(total, say)
@@ -123,12 +121,8 @@ def write_files(
         progress.add(sum(output.num_bytes for output in outputs))
         return file, facts
 
-    num_threads = min(MAX_WRITERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(num_threads) as pool, ThreadPoolExecutor(num_threads) as checking:
-        made = checking.map(lambda check: check(), checks)
-        facts = dict(pool.map(write, files.items()))
-        list(made)
-    return facts
+    with ThreadPoolExecutor(min(MAX_WRITERS, os.cpu_count() or 1)) as pool:
+        return dict(pool.map(write, files.items()))
 
 
 def _write_file(

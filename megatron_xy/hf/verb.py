@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_xy.errors import UsageError
-from megatron_xy.hf.convert import MAX_SHARD_BYTES, to_checkpoint, to_hf
+from megatron_xy.hf.convert import to_checkpoint, to_hf
 from megatron_xy.hf.reader import DTYPES
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.target import AlreadyWritten
@@ -33,16 +33,16 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     (from_kind, from_path), (to_kind, to_path) = place(source, "--from"), place(target, "--to")
-    max_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
+    max_bytes = None if max_shard_size is None else _bytes(max_shard_size)
     if tokenizer is not None and to_kind == "ckpt":
         raise UsageError("--tokenizer goes with --to hf:DIR; a checkpoint takes the files that lie beside its source")
-    opened = open_source(from_kind, from_path, verify=False)
+    opened = open_source(from_kind, from_path)
     wanted = DTYPES[dtype] if dtype else None
     try:
         if to_kind == "hf":
-            to_hf(opened, to_path, dtype=wanted, tokenizer=tokenizer, max_shard_bytes=max_bytes, say=say, verify=True)
+            to_hf(opened, to_path, dtype=wanted, tokenizer=tokenizer, max_shard_bytes=max_bytes, say=say)
         else:
-            to_checkpoint(opened, to_path, dtype=wanted, max_shard_bytes=max_bytes, say=say, verify=True)
+            to_checkpoint(opened, to_path, dtype=wanted, max_shard_bytes=max_bytes, say=say)
     except AlreadyWritten:
         if not may_be_there:
             raise

@@ -68,7 +68,8 @@ def verify(source: str, target: str, *, text: Path | None, say: Callable[[str], 
     where there is no tokenizer, DataError where one of them is bad or transformers does not open the folder.
     """
     opened = [open_source(*place(text, option)) for text, option in ((source, "--from"), (target, "--to"))]
-    same = tensors_agree(*opened, say=say)
+    with opened[0].verified(), opened[1].verified():
+        same = tensors_agree(*opened, say=say)
     folders = [side for side in reversed(opened) if side.kind == "hf"]
     if not folders:
         return same

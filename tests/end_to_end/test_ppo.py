@@ -15,12 +15,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from megatron_xy.checkpoint_files import read_manifest, write_manifest
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.report.verb import make_report
 from megatron_xy.run_folder import read_exit
 from tests.end_to_end.tiny_run import (
     CLOCK_KEYS,
+    copy_run,
     hash_of,
     live_rank_at,
     metrics_of,
@@ -176,6 +178,48 @@ def test_killed_and_resumed_equals_unbroken(unbroken: Path, folder: Path, tmp_pa
     for role in ("actor", "critic"):
         last = Path("checkpoints", f"iter_{STEPS:07d}", role)
         assert hash_of(run_dir / last) == hash_of(unbroken / last)
+
+
+def lose(checkpoint: Path, *keys: str, value: Any) -> None:
+    """Sets what a checkpoint keeps in its state under `keys` to what a fresh run has."""
+    manifest = read_manifest(checkpoint)
+    state = manifest.state
+    for key in keys[:-1]:
+        state = state[key]
+    assert state[keys[-1]] != value, "what is lost was there"
+    state[keys[-1]] = value
+    write_manifest(checkpoint, manifest)
+
+
+LOST: dict[str, tuple[str, tuple[str, ...], Any]] = {
+    "the adapted coefficient": ("actor", ("ppo", "kl_coef"), 0.05),
+    "the running statistics of rewards": ("actor", ("ppo", "moments", "count"), 0.0),
+    "the place in the prompts and the sampling": ("actor", ("consumed_samples",), 0),
+    "how often the actor's optimizer stepped": ("actor", ("optimizer_steps",), 0),
+    "how often the critic's optimizer stepped": ("critic", ("optimizer_steps",), 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [None, *LOST, "the reference moved along"])
+def test_whatever_is_lost_on_resume_shows(lost: str | None, unbroken: Path, folder: Path, tmp_path: Path) -> None:
+    run_dir = copy_run(unbroken, tmp_path / "run", iterations=[4])
+    checkpoint = run_dir / "checkpoints" / "iter_0000004"
+    overrides = [f"run_dir={run_dir}"]
+    if lost in LOST:
+        part, keys, value = LOST[lost]
+        lose(checkpoint / part, *keys, value=value)
+    elif lost is not None:
+        overrides.append(f"roles.reference.model={{load: ckpt:{checkpoint / 'actor'}}}")
+        overrides.append("checkpoint.allow_changes=true")
+    ended = run_to_end(run_command(folder / "ppo.yaml", *overrides, ranks=4))
+    assert ended.code == 0, ended
+    assert "resuming from" in ended.out
+    is_same = without_clock(metrics_of(run_dir)) == without_clock(metrics_of(unbroken)) and all(
+        hash_of(run_dir / last) == hash_of(unbroken / last)
+        for last in (Path("checkpoints", f"iter_{STEPS:07d}", role) for role in ("actor", "critic"))
+    )
+    assert is_same is (lost is None)
 
 
 @pytest.mark.slow
