@@ -204,7 +204,7 @@ def _write_tokenizer(folder: Path, source: Path, serialized: bytes, opened: Sour
     kept = {name: before[name] for name in _KEPT_SETTINGS if before.get(name) is not None}
     pad = kept.get("pad_token")
     spelling = pad.get("content") if isinstance(pad, dict) else pad
-    if spelling is not None and spelling not in {piece.piece for piece in parse_model(serialized).pieces}:
+    if spelling is not None and str(spelling) not in {piece.piece for piece in parse_model(serialized).pieces}:
         say(f"warning: pad_token {spelling} is no piece of the tokenizer and is left out")
         del kept["pad_token"]
     write_json(folder / TOKENIZER_CONFIG, {**written, **kept})

@@ -68,7 +68,7 @@ def open_source(kind: str, folder: Path) -> Source:
         return Source(kind, folder, hf_manifest(folder, model=model), model, kept_facts(kind, folder))
     manifest = files.read_manifest(folder)
     files.verify_coverage(folder, manifest)
-    model = ModelConfig.model_validate(manifest.state["model"])
+    model = files.stored_model(folder, manifest)
     if missing := [name for name in global_names(model) if name not in manifest.tensors]:
         raise DataError(f"{folder}: the checkpoint holds no {missing[0]}, which its model section calls for")
     return Source(kind, folder, manifest, model, kept_facts(kind, folder))

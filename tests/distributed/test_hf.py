@@ -297,6 +297,9 @@ def test_the_command_converts_both_ways_and_verifies(
     original = dict(tensor_hashes(checkpoint, files.read_manifest(checkpoint)))
     weights = {name: facts for name, facts in original.items() if not name.startswith("optimizer.")}
     assert dict(tensor_hashes(imported, manifest)) == weights
+    verb.convert(f"ckpt:{checkpoint}", f"ckpt:{tmp_path / 'copy'}", dtype=None, tokenizer=None, say=print)
+    copied = dict(tensor_hashes(tmp_path / "copy", files.read_manifest(tmp_path / "copy")))
+    assert copied == original, "the optimizer's state comes along"
     assert (imported / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
 
 

@@ -484,7 +484,31 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     shard.write_bytes(content)
     with pytest.raises(DataError, match="do not match the checksum"):
         checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for target in ("hf:{}", "ckpt:{}"):  # the command compares checksums beside the writing
+        with pytest.raises(DataError, match="do not match the checksum"):
+            verb.convert(
+                f"ckpt:{tmp_path / 'ckpt'}", target.format(tmp_path / "out"), dtype=None, tokenizer=None, say=print
+            )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"num_layers": "x"}, "manifest.json: num_layers of its model section: "),
+        ({"num_experts": 8}, "manifest.json: num_experts of its model section: "),
+        ([], "its model section is no object"),
+    ],
+)
+def test_a_model_section_of_another_version_is_bad_data(tmp_path, section, text):
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
+    files.amend_state(tmp_path / "ckpt", {"model": section})
+    for read in (
+        lambda: open_source("ckpt", tmp_path / "ckpt"),
+        lambda: resolve_model(ModelConfig(load=f"ckpt:{tmp_path / 'ckpt'}")),
+    ):
+        with pytest.raises(DataError, match=text):
+            read()
 
 
 def test_one_changed_weight_does_not_agree(tmp_path):
