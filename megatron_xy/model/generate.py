@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_xy import device
 from megatron_xy.errors import DataError
 from megatron_xy.liveness import went_forward
-from megatron_xy.model.cached_attention import KeyValueCache, Pass, rotation
+from megatron_xy.model.cached_attention import KeyValueCache, Pass, attend_with_cache, rotation
 from megatron_xy.model.inference import ChunkForward
 from megatron_xy.model.layer_spec import DTYPES
 from megatron_xy.model.noise import position_keys, sequence_key
@@ -309,7 +309,12 @@ class _Replica:
             hidden = torch.empty(len(now.tokens), self._hidden_size, dtype=self._dtype, device=device.current())
             receive_onward(hidden, groups)
         cos, sin = rotation(now.positions, self._frequencies)
-        output = part(now, hidden, cache=group.caches[chunk], cos=cos, sin=sin)
+
+        def read(layer: int, projected: torch.Tensor) -> torch.Tensor:
+            cached = group.caches[chunk].layer(layer)
+            return attend_with_cache(projected, cached, now, cos=cos, sin=sin, attend=part.attend)
+
+        output = part(now.tokens, hidden, read=read, outputs=now.outputs)
         if part.is_last:
             self._draw(group, output)
         else:
