@@ -163,13 +163,13 @@ def standing(questions: Sequence[Question]) -> Standing:
 
 
 def alpha(questions: Sequence[Question]) -> float:
-    """Krippendorff's alpha of the grades as an ordinal scale; NaN where all grades are the same."""
+    """Krippendorff's alpha of the grades as an ordinal scale; NaN where all are the same, or none is a second one."""
     annotators = sorted({name for question in questions for name in question.grades})
     places = {grade: float(place) for place, grade in enumerate(GRADES)}
     table = numpy.array(
         [[places.get(question.grades.get(name, ""), math.nan) for question in questions] for name in annotators]
     )
-    if len(numpy.unique(table[numpy.isfinite(table)])) < 2:
+    if len(numpy.unique(table[numpy.isfinite(table)])) < 2 or len(questions[0].grades) < 2:
         return math.nan
     return float(krippendorff.alpha(reliability_data=table, level_of_measurement="ordinal"))
 
@@ -213,7 +213,7 @@ def draw_bars(standings: dict[tuple[str, str], Standing]) -> bytes:
             left = left + widths
         names = [" ".join(dict.fromkeys(name)) for name, _ in bars]
         axes.set_yticks(places, names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(bars) - 0.4, -0.6)  # from the top down
         axes.set_xlim(0, 100)
         finish(axes, title="good, same, bad by category", ylabel="", xlabel="% of the grades")
         image = io.BytesIO()
@@ -254,7 +254,9 @@ def _key_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _agreement_told(agreement: float, questions: Iterable[Question]) -> str:
     agreed = [len(set(question.grades.values())) == 1 for question in questions]
-    value = f"{agreement:.3f}" if math.isfinite(agreement) else "none, as all grades are the same"
+    value = (
+        f"{agreement:.3f}" if math.isfinite(agreement) else "none, as all grades are the same or each question has one"
+    )
     share = 100 * sum(agreed) / len(agreed)
     return f"annotators agree in {share:.1f}% of the questions; Krippendorff's alpha (ordinal): {value}"
 

@@ -197,6 +197,7 @@ def model_rank(job_file: Path) -> None:
             "generate": ("megatron_xy.answers", "generate_in_rank"),
             "score": ("megatron_xy.scores", "score_in_rank"),
             "logprobs": ("megatron_xy.logprobs", "logprobs_in_rank"),
+            "evaluate": ("megatron_xy.benchmarks.answering", "answer_in_rank"),
         }[job.verb]
         getattr(importlib.import_module(module), function)(job, config, stop, watchdog)
 

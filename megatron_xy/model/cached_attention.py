@@ -92,7 +92,7 @@ def attend_with_cache(
     """
     groups, head_dim = cached.size(1), cached.size(-1)
     heads = projected.view(len(projected), groups, -1, head_dim)
-    turned = _turned(heads[:, :, :-1], cos, sin)
+    turned = turned_by(heads[:, :, :-1], cos, sin)
     queries, keys_values = turned[:, :, :-1], torch.stack([turned[:, :, -1], heads[:, :, -1]], dim=2)
     cached[now.rows, :, now.positions] = keys_values
     if now.copies is not None:
@@ -121,7 +121,7 @@ def rotation(positions: torch.Tensor, inverse_frequencies: torch.Tensor) -> tupl
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def turned_by(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE in the halves convention, as in training; a third of its calls, since no gradient is wanted."""
     first, second = heads.chunk(2, dim=-1)
     return torch.addcmul(heads * cos, torch.cat([second, first], dim=-1), sin).to(heads.dtype)

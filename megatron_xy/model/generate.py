@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_xy import device
 from megatron_xy.errors import DataError
 from megatron_xy.liveness import went_forward
-from megatron_xy.model.cached_attention import KeyValueCache, Pass, rotation
+from megatron_xy.model.cached_attention import KeyValueCache, Pass, attend_with_cache, rotation
 from megatron_xy.model.inference import ChunkForward
 from megatron_xy.model.layer_spec import DTYPES
 from megatron_xy.model.noise import position_keys, sequence_key
@@ -33,6 +33,7 @@ MAX_SEQUENCES = 64  # of a replica at a time
 MAX_PROMPT_TOKENS = 4096  # that begin in one pass, beside the sequences that go on
 
 OnAnswer = Callable[[int, "Answer"], None]
+EndsAt = Callable[[int, Sequence[int]], bool]  # a request's place, its tokens so far: whether they end the answer
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,15 @@ def generate_share(
     options: SamplingOptions,
     *,
     on_answer: OnAnswer,
+    ends_at: EndsAt | None = None,
     max_sequences: int = MAX_SEQUENCES,
 ) -> None:
     """Generates this replica's share of the answers and hands each, as it ends, to `on_answer` with its place.
 
     All ranks of the replica are told the same, in the same order; replicas do not wait for each other. An answer ends
-    with a stop token ("stop"), or at max_response_length or the model's longest sequence ("length"). max_sequences: of
-    this replica at a time. Raises DataError where a prompt has no room, or a token that the model does not know.
+    with a stop token, or where `ends_at` says so ("stop"), or at max_response_length or the model's longest sequence
+    ("length"). max_sequences: of this replica at a time. Raises DataError where a prompt has no room, or a token that
+    the model does not know.
     """
     assert role.model.head == "language_model", "a value model says nothing"
     check_requests(requests, longest=role.model.max_position_embeddings, vocab_size=role.model.vocab_size or 0)
@@ -88,7 +91,10 @@ def generate_share(
     mine = share_of(requests, dp_size=groups.dp_size, dp_rank=groups.dp_rank)
     if mine:
         with torch.inference_mode():
-            _Replica(role, requests, mine, options, on_answer=on_answer, max_sequences=max_sequences).run()
+            replica = _Replica(
+                role, requests, mine, options, on_answer=on_answer, ends_at=ends_at, max_sequences=max_sequences
+            )
+            replica.run()
 
 
 def check_requests(requests: Iterable[Request], *, longest: int, vocab_size: int) -> None:
@@ -162,9 +168,11 @@ class _Replica:
         options: SamplingOptions,
         *,
         on_answer: OnAnswer,
+        ends_at: EndsAt | None,
         max_sequences: int,
     ) -> None:
-        self._groups, self._options, self._on_answer = role.groups, options, on_answer
+        self._groups, self._options = role.groups, options
+        self._on_answer, self._ends_at = on_answer, ends_at
         longest = role.model.max_position_embeddings
         self._waiting = deque(
             _Sequence(
@@ -228,6 +236,8 @@ class _Replica:
             sequence.tokens.append(int(token))
             sequence.logprobs.append(logprob)
             has_stopped = sequence.tokens[-1] in self._stops
+            if self._ends_at is not None:
+                has_stopped = has_stopped or self._ends_at(sequence.place, sequence.tokens)
             is_over.append(has_stopped or len(sequence.tokens) >= sequence.limit)
             if is_over[-1]:
                 reason = "stop" if has_stopped else "length"
@@ -309,7 +319,12 @@ class _Replica:
             hidden = torch.empty(len(now.tokens), self._hidden_size, dtype=self._dtype, device=device.current())
             receive_onward(hidden, groups)
         cos, sin = rotation(now.positions, self._frequencies)
-        output = part(now, hidden, cache=group.caches[chunk], cos=cos, sin=sin)
+
+        def read(layer: int, projected: torch.Tensor) -> torch.Tensor:
+            cached = group.caches[chunk].layer(layer)
+            return attend_with_cache(projected, cached, now, cos=cos, sin=sin, attend=part.attend)
+
+        output = part(now.tokens, hidden, read=read, outputs=now.outputs)
         if part.is_last:
             self._draw(group, output)
         else:

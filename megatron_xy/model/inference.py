@@ -7,6 +7,7 @@ activations are split, not of weights: a model trained with it generates without
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +15,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_xy import device
+from megatron_xy.model.attention_backends import Attend
 from megatron_xy.model.build import EMBEDDING, OUTPUT_LAYER, named_parameters
-from megatron_xy.model.cached_attention import KeyValueCache, Pass, attend_with_cache
+from megatron_xy.model.cached_attention import KeyValueCache
 from megatron_xy.model.kernels import rms_norm, swiglu
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.parallel import sum_over
 from megatron_xy.role import Role
 
 FINAL_NORM = "decoder.final_layernorm.weight"
+Read = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,15 @@ class ChunkForward:
         ]
         self._epsilon = role.model.norm_epsilon
         self._tp: dist.ProcessGroup = groups.collection.tp
-        self._attend = choose_layers(role.model).attention.attend
+        self.attend: Attend = choose_layers(role.model).attention.attend
         assert role.model.num_attention_heads, "the shape is complete once a run starts"
-        self._num_groups = (role.model.num_query_groups or role.model.num_attention_heads) // groups.tp_size
-        self._head_dim = role.model.head_dim
+        self.num_groups = (role.model.num_query_groups or role.model.num_attention_heads) // groups.tp_size
+        self.head_dim = role.model.head_dim
+
+    @property
+    def num_layers(self) -> int:
+        """Of this chunk."""
+        return len(self._layers)
 
     @property
     def columns(self) -> int:
@@ -87,39 +95,42 @@ class ChunkForward:
     def new_cache(self, num_rows: int, *, dtype: torch.dtype) -> KeyValueCache:
         """An empty cache for these layers."""
         return KeyValueCache(
-            num_layers=len(self._layers),
+            num_layers=self.num_layers,
             num_rows=num_rows,
-            num_groups=self._num_groups,
-            head_dim=self._head_dim,
+            num_groups=self.num_groups,
+            head_dim=self.head_dim,
             dtype=dtype,
             device=device.current(),
         )
 
     def __call__(
         self,
-        now: Pass,
+        tokens: torch.Tensor,
         hidden: torch.Tensor | None,
         *,
-        cache: KeyValueCache,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        read: Read,
+        outputs: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Hidden states [tokens, hidden] of the pass, from those of the chunk before (None on the first one); on the
-        last chunk the logits [outputs, padded vocabulary / tp]."""
+        """Hidden states [tokens, hidden] of a pass over `tokens` int64 [tokens], from those of the chunk before (None
+        on the first one); on the last chunk the logits [outputs, padded vocabulary / tp].
+
+        read: of a layer's number on this chunk and its projections [tokens, groups x (queries a group + 2) x head_dim]
+        what its queries read, [tokens, heads x head_dim]. outputs: places of the tokens whose logits are wanted, None:
+        of all.
+        """
         if hidden is None:
-            hidden = self._embedded(now.tokens)
+            hidden = self._embedded(tokens)
         for index, weights in enumerate(self._layers):
             normed = rms_norm(hidden, weights.input_norm, eps=self._epsilon)
             qkv = F.linear(normed, weights.qkv, weights.qkv_bias)
-            read = attend_with_cache(qkv, cache.layer(index), now, cos=cos, sin=sin, attend=self._attend)
-            hidden = hidden + sum_over(F.linear(read, weights.proj), self._tp)
+            hidden = hidden + sum_over(F.linear(read(index, qkv), weights.proj), self._tp)
             normed = rms_norm(hidden, weights.mlp_norm, eps=self._epsilon)
             hidden = hidden + sum_over(F.linear(swiglu(F.linear(normed, weights.fc1)), weights.fc2), self._tp)
         if not self.is_last:
             return hidden
         assert self._final_norm is not None and self._output is not None, "the last chunk has a head"
-        if now.outputs is not None:
-            hidden = hidden[now.outputs]
+        if outputs is not None:
+            hidden = hidden[outputs]
         return F.linear(rms_norm(hidden, self._final_norm, eps=self._epsilon), self._output)
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:

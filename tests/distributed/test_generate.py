@@ -213,7 +213,7 @@ def test_logprobs_are_the_trainers(folder: Path, sampled: list[list[dict[str, An
 
 def with_a_fault(folder: Path, fault: str) -> list[list[int]]:
     """Greedy answers, and sampled ones, of a generator in which one thing is wrong."""
-    from megatron_xy.model import cached_attention, generate, inference
+    from megatron_xy.model import cached_attention, generate
 
     if fault == "a position too far":
         plain_rotation = cached_attention.rotation
@@ -221,8 +221,8 @@ def with_a_fault(folder: Path, fault: str) -> list[list[int]]:
     elif fault == "a stale row of the cache":
         cached_attention.KeyValueCache.move = lambda *_, **__: None
     elif fault == "copies of a prompt without its keys":
-        plain_attend = inference.attend_with_cache
-        inference.attend_with_cache = lambda projected, cached, now, **rest: plain_attend(
+        plain_attend = generate.attend_with_cache
+        generate.attend_with_cache = lambda projected, cached, now, **rest: plain_attend(
             projected, cached, dataclasses.replace(now, copies=None), **rest
         )
     elif fault == "noise by row of the batch":

@@ -1,0 +1,140 @@
+"""`megatron-xy evaluate RUN --watch`: each new checkpoint of a run -> one line in RUN/evaluations.jsonl.
+
+A job of its own beside the training, which it neither waits for nor holds up. A checkpoint is evaluated once, however
+often the watch is killed and started: what it had answered of one is kept in RUN/.evaluations until its line is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_xy import checkpoint_files as files
+from megatron_xy import run_folder
+from megatron_xy.benchmarks.answering import JobEnded
+from megatron_xy.benchmarks.verb import Benchmarks, Placement, evaluate
+from megatron_xy.checkpoint_folders import iteration_folder, saved_iterations
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import storage_errors, sync_folder
+
+EVALUATIONS = "evaluations.jsonl"
+LOCK = ".evaluate.lock"
+WORK = ".evaluations"
+POLL_SECONDS = 2.0
+ACTOR = "actor"  # whose checkpoint of a PPO run is evaluated
+Say = Callable[[str], None]
+
+
+def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: Say) -> int:
+    """Evaluates every verified checkpoint as it comes, until the run is done; returns the exit code.
+
+    Raises ConfigError where there is no run, RunDirBusy where another watch is at it.
+    """
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: there is no such run; name the run_dir of one that has begun")
+    passed_over: set[int] = set()
+    with run_folder.lock(run_dir, name=LOCK):
+        _mend(run_dir / EVALUATIONS)
+        while True:
+            is_over = _is_done(run_dir)  # looked at first: what is saved before the end is there then
+            done = _done(run_dir / EVALUATIONS, benchmarks)
+            left = sorted(set(saved_iterations(run_dir / "checkpoints")) - done - passed_over)
+            for iteration in left:
+                code = _evaluate_one(run_dir, iteration, benchmarks, placement, passed_over=passed_over, say=say)
+                if code:
+                    return code
+            if is_over and not left:
+                say(f"{run_dir}: the run is done, and its checkpoints are evaluated")
+                return 0
+            if not left:
+                time.sleep(POLL_SECONDS)
+
+
+def _evaluate_one(
+    run_dir: Path, iteration: int, benchmarks: Benchmarks, placement: Placement, *, passed_over: set[int], say: Say
+) -> int:
+    """One checkpoint's line, or why there is none; returns the exit code of ranks that ended badly."""
+    folder = iteration_folder(run_dir / "checkpoints", iteration)
+    if (folder / ACTOR).is_dir():
+        folder = folder / ACTOR
+    work = run_dir / WORK / f"{iteration:07d}-{_digest(benchmarks)}"
+    try:
+        manifest = files.read_manifest(folder)
+        files.verify_files(folder, manifest, files=sorted(manifest.files))
+        with storage_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+        say(f"iteration {iteration}: evaluating")
+        began = time.monotonic()
+        metrics = evaluate(f"ckpt:{folder}", benchmarks, placement, folder=work)
+    except (ConfigError, DataError, JobEnded) as error:
+        if folder.exists() and isinstance(error, JobEnded):
+            return error.code
+        if folder.exists() and isinstance(error, ConfigError):
+            raise
+        why = str(error) if folder.exists() else "it was removed meanwhile (checkpoint.keep_latest)"
+        say(f"iteration {iteration} is passed over: {why}")
+        passed_over.add(iteration)
+        return 0
+    record = {
+        "iteration": iteration,
+        **benchmarks.facts,
+        "results": metrics,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    _append(run_dir / EVALUATIONS, record)
+    shutil.rmtree(work)
+    shown = {f"{task} {name}": value for task, of_task in metrics.items() for name, value in of_task.items()}
+    first = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if name.endswith(" acc"))
+    say(f"iteration {iteration}: {first or 'done'}")
+    return 0
+
+
+def _is_done(run_dir: Path) -> bool:
+    ended = run_folder.read_exit(run_dir)
+    return ended is not None and ended.code == 0
+
+
+def _done(path: Path, benchmarks: Benchmarks) -> set[int]:
+    """The iterations whose lines are there, of these benchmarks."""
+    facts = benchmarks.facts
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise DataError(
+                f"{path}:{number}: no JSON; delete the line, and the checkpoint is evaluated again"
+            ) from None
+    return {record["iteration"] for record in records if all(record.get(name) == facts[name] for name in facts)}
+
+
+def _mend(path: Path) -> None:
+    """Takes away a last line that a kill left half-written."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with storage_errors(path):
+            os.truncate(path, whole)
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """One line, on the disk when this returns."""
+    with storage_errors(path):
+        with path.open("ab") as stream:
+            stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        sync_folder(path.parent)
+
+
+def _digest(benchmarks: Benchmarks) -> str:
+    return hashlib.sha256(json.dumps(benchmarks.facts).encode()).hexdigest()[:12]

@@ -1,0 +1,83 @@
+"""The verbs that judge a model: benchmarks, of one model or of a run's checkpoints as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_xy.cli.options import AsJson, say
+from megatron_xy.errors import ConfigError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR|RUN", help="the model; with --watch a run's folder")],
+    tasks: Annotated[str, typer.Option("--tasks", metavar="NAME,...", help="financeiq, or any of lm-eval's")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="examples; each task's own, financeiq's 5, unless given")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="questions of each task, for trying")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="of financeiq; of other tasks' data sets, as OWNER/NAME in it")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="every checkpoint of RUN as it comes, until it is done")
+    ] = False,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="ask as in a conversation")
+    ] = False,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="the model's unless given")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")] = None,
+    as_json: AsJson = False,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+) -> None:
+    """Benchmarks by lm-eval, of a model under any layout, or of every checkpoint of a run as it comes."""
+    if find_spec("lm_eval") is None:
+        raise ConfigError("evaluate needs lm-eval; it comes with the extra: pip install 'megatron-xy[evaluate]'")
+    from megatron_xy.config import load_model_options
+    from megatron_xy.model_job import leave_on_signals
+
+    if watch == model.startswith(("ckpt:", "hf:")):
+        raise ConfigError(f"{model}: must be {'a run_dir, with --watch' if watch else 'ckpt:DIR or hf:DIR'}")
+    if nproc_per_node == 1:
+        leave_on_signals("; the same command goes on" if watch else "; nothing is kept")
+    # Before lm-eval is imported: data are what is there, and nothing is fetched behind anyone's back.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars for each task; ours say how far the model is
+    options = load_model_options(
+        f"ckpt:{model}" if watch else model, overrides=overrides or [], world_size=nproc_per_node
+    )
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
+    from megatron_xy.benchmarks import verb
+    from megatron_xy.benchmarks.answering import JobEnded
+    from megatron_xy.benchmarks.watch import watch as watch_run
+
+    benchmarks = verb.load_benchmarks(
+        tasks,
+        data_dir=data_dir,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template or chat_template is not None,
+        say=say,
+    )
+    placement = verb.Placement(nproc_per_node, overrides or [], str(tokenizer) if tokenizer else None, chat_template)
+    if watch:
+        sys.exit(watch_run(Path(model), benchmarks, placement, say=say))
+    try:
+        metrics = verb.evaluate(model, benchmarks, placement)
+    except JobEnded as ended:
+        sys.exit(ended.code)
+    print(json.dumps(metrics, ensure_ascii=False) if as_json else "\n".join(verb.rows_of(metrics)))
