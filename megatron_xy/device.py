@@ -6,12 +6,15 @@ reaches: streams and events (CPU operations are synchronous, so these do nothing
 the device argument of the factory functions, and torch.compile (it would want a C++ compiler, and megatron-core's
 decorators alone cost a second of imports). The factories are wrapped rather than watched by a TorchFunctionMode, which
 would cost about 12 us in every torch call; a wrapped one costs a dictionary look-up.
+
+A dry run has the same stand-in over torch's meta device, whose tensors have shapes and no data: `start_dry`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
 import os
 import resource
@@ -25,6 +28,7 @@ import torch
 from megatron_xy.errors import ConfigError
 
 _CPU = torch.device("cpu")
+_META = torch.device("meta")
 _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn",
     "tensor", "zeros", "zeros_like",
@@ -70,6 +74,23 @@ def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = Fa
     return _device
 
 
+def start_dry(*, num_threads: int = 1) -> torch.device:
+    """Settles this process on tensors that have shapes and no data, where a job's ranks have a GPU's: for a dry run.
+
+    On any machine, in place of `start`.
+    """
+    global _device
+    assert _device is None, "a process has one device"
+    torch.set_num_threads(num_threads)
+    _device = _META
+    _install_stand_in()
+    # torch's one-kernel AdamW gives shapes on this device, which its list of devices leaves out.
+    optimizers: Any = importlib.import_module("torch.optim.optimizer")
+    optimizers._get_fused_kernels_supported_devices = lambda: [_META.type]
+    _patched.append("torch.optim.optimizer._get_fused_kernels_supported_devices")
+    return _device
+
+
 def is_settled() -> bool:
     """Whether a verb has called `start`."""
     return _device is not None
@@ -87,12 +108,14 @@ def is_cpu() -> bool:
 
 
 def patched() -> list[str]:
-    """The names that `start` replaced in this process; none where CUDA is."""
+    """The names that `start` or `start_dry` replaced in this process; none where the device is a GPU."""
     return list(_patched)
 
 
 def backend() -> str:
-    """torch.distributed's backend for this device."""
+    """torch.distributed's backend for this device; a dry run's carries nothing anywhere."""
+    if current() == _META:
+        return "cpu:fake,meta:fake"  # the plain name has none for this device
     return "gloo" if is_cpu() else "nccl"
 
 
@@ -102,8 +125,8 @@ def name() -> str:
 
 
 def compute_capability() -> tuple[int, int]:
-    """The GPU's architecture, such as (9, 0) for Hopper; (0, 0) on a CPU."""
-    return (0, 0) if is_cpu() else torch.cuda.get_device_capability(current())
+    """The GPU's architecture, such as (9, 0) for Hopper; (0, 0) where there is none."""
+    return (0, 0) if _patched else torch.cuda.get_device_capability(current())
 
 
 def synchronize() -> None:
@@ -196,7 +219,7 @@ def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
 
 def adapt_megatron_random(module: Any) -> None:
     """Points megatron.core.tensor_parallel.random's own generator access, which goes past torch.cuda, to the CPU."""
-    if is_cpu():
+    if _patched:
         module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
@@ -239,7 +262,7 @@ def _install_stand_in() -> None:
     cuda = torch.cuda
     # One function object per name: torch._dynamo refuses one object that stands under two.
     replacements: dict[str, Any] = {
-        "current_device": lambda: _CPU,
+        "current_device": current,
         "set_device": lambda device: None,
         "device_count": lambda: 1,
         "synchronize": lambda device=None: None,
@@ -267,7 +290,7 @@ def _install_stand_in() -> None:
     _patched.extend(f"torch.cuda.random.{name}" for name in ("get_rng_state", "set_rng_state"))
     _patched.extend(f"torch.cuda.nvtx.{name}" for name in ("range_push", "range_pop"))
     for factory in _FACTORIES:
-        setattr(torch, factory, _on_cpu(getattr(torch, factory)))
+        setattr(torch, factory, _on_current(getattr(torch, factory)))
         _patched.append(f"torch.{factory}")
     torch.compile = _left_as_it_is  # type: ignore[assignment]
     _patched.extend(("torch.compile", "torch.Tensor.cuda", "torch.Tensor.type"))
@@ -283,14 +306,14 @@ def _zero_counter() -> Callable[..., int]:
     return lambda device=None: 0
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`factory` with a CUDA device read as the CPU and without pinned memory."""
+def _on_current(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`factory` with a CUDA device read as this process's and without pinned memory."""
 
     @functools.wraps(factory)
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs:
             if _names_cuda(kwargs.get("device")):
-                kwargs["device"] = _CPU
+                kwargs["device"] = _device
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
         return factory(*args, **kwargs)
@@ -312,7 +335,9 @@ def _install_tensor_methods() -> None:
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = plain_type(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        if not isinstance(result, str):
+            return result
+        return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

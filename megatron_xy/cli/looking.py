@@ -43,6 +43,36 @@ def check(
         print(describe(config, path=run_yaml, world_size=world_size))
 
 
+def dryrun(
+    run_yaml: RunYaml,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="ranks of the job")],
+    overrides: Overrides = None,
+    rank: Annotated[list[int] | None, typer.Option("--rank", help="build this one; may be repeated; else 0")] = None,
+    all_stages: Annotated[
+        bool, typer.Option("--all-stages", help="one rank of each pipeline stage (and role)")
+    ] = False,
+    bucket: Annotated[
+        int | None, typer.Option("--bucket", min=1, help="tokens of every sample; micro_batch_tokens unless given")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Builds here what a rank of any job would, without its tensors' data, and runs a step: memory, collectives."""
+    from megatron_xy import device
+    from megatron_xy.config import load_config
+
+    config = load_config(run_yaml, overrides=overrides or [], world_size=world_size)
+    device.start_dry()
+    from megatron_xy.dryrun import verb
+
+    ranks = verb.chosen_ranks(config, ranks=rank or [], all_stages=all_stages, world_size=world_size)
+    result = verb.run(config, ranks=ranks, world_size=world_size, bucket=bucket, say=say)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for table in verb.tables(result):
+            Console(width=max(Console().width, 150)).print(table)
+
+
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
     """Draws a run: losses, evaluations, odd steps, speed, time by phase, the mixture, as PNG and one HTML page."""
     from megatron_xy.report.verb import make_report
