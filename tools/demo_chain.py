@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from demo_steps import RANKS, ROOT, Failed, Steps, new_folder, rows, run, tool, verb
 from toy_preferences import true_score
@@ -26,6 +27,7 @@ EXAMPLES = Path("examples/tiny")
 PRETRAIN_ITERS, SFT_ITERS, PPO_ITERS = 100, 150, 40  # as in these files
 ASKED = 100  # prompts on which the actor before and after PPO are compared
 LONGEST = 24  # tokens of an answer
+TIE_BAND = 0.05  # scores that far apart are the same
 
 
 def main() -> int:
@@ -73,6 +75,10 @@ class Chain(Steps):
         taught = f"ckpt:{ppo}/checkpoints/iter_{PPO_ITERS:07d}/actor"
         with self.step("comparison", "the model before and after PPO, by the rule that nobody told it"):
             samples = self._compare(actor, taught, preferences / "held_out.jsonl")
+        with self.step(
+            "side by side", "both models' answers, blinded, in the eyes of the reward model and of the rule"
+        ):
+            self._side_by_side(selected)
         with self.step("export", "the actor to HF format, opened by transformers in a process of its own"):
             released = self.folder / "hf-ppo"
             options = ["--tokenizer", tokenizer, "--verify"]
@@ -122,6 +128,26 @@ class Chain(Steps):
             for prompt, one, other in list(zip(prompts, *answers, strict=True))[:5]
         )
 
+    def _side_by_side(self, reward_model: str) -> None:
+        """Grades of both models' answers by two annotators, apart; says how often the model after PPO wins or ties."""
+        named = [f"{name}={self.folder / f'answers-{name}.jsonl'}" for name in ("after", "before")]
+        for annotator in ("reward", "rule"):
+            folder = self.folder / f"side_by_side-{annotator}"
+            sheet, grades = folder / f"{annotator}.jsonl", folder / "grades.jsonl"
+            alone = ["--annotators", annotator, "--annotators-a-question", 1]
+            run(tool("side_by_side"), "export", "--answers", *named, *alone, "--output", folder)
+            if annotator == "reward":
+                by = ["--reward-model", reward_model, "--tie-band", TIE_BAND]
+                run(tool("side_by_side"), "grade", "--sheet", sheet, *by, "--output", grades)
+            else:
+                graded = [graded_by_the_rule(json.loads(line)) for line in sheet.read_text("utf-8").splitlines()]
+                grades.write_text("".join(json.dumps(row) + "\n" for row in graded), encoding="utf-8")
+            files = ["--key", folder / "key.jsonl", "--grades", grades]
+            run(tool("side_by_side"), "report", *files, "--output", folder / "report")
+            in_all = json.loads((folder / "report" / "report.json").read_text("utf-8"))["groups"][0]
+            shares = ", ".join(f"{name} {in_all[name]['percent']:.0f} %" for name in ("good", "same", "bad"))
+            self.statements.append(f"after PPO beside before, in the eyes of the {annotator}: {shares}")
+
     def _report(self, base: Path, sft: Path, reward: Path, ppo: Path, released: Path, samples: str) -> None:
         losses = [(row["iteration"], row["loss"]) for row in rows(sft, EVALUATIONS)]
         accuracy = rows(reward, EVALUATIONS)[-1]["held_out"]["accuracy"]
@@ -140,6 +166,8 @@ class Chain(Steps):
             ("reward model, with its report", str(reward)),
             ("PPO: metrics, checkpoints of actor and critic", str(ppo)),
             ("the actor in HF format", str(released)),
+            ("side by side with the model before PPO, by the reward model", str(self.folder / "side_by_side-reward")),
+            ("the same by the rule", str(self.folder / "side_by_side-rule")),
         ]
         steps = [
             "examples/tiny's files run as they stand now, from what lies in runs/demo/latest: megatron-xy run "
@@ -158,6 +186,13 @@ class Chain(Steps):
             ],
         )
         self.end(places=[*places[1:], ("the report, with pictures", str(page))], next_steps=steps)
+
+
+def graded_by_the_rule(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a sheet with the grade that the toy preferences' rule gives: which answer has more right words."""
+    prompt = row["prompt"][-1]["content"]
+    first, second = (true_score(prompt, row[side]) if row[side].split() else 0.0 for side in "AB")
+    return {**row, "grade": "same" if first == second else "good" if first > second else "bad"}
 
 
 if __name__ == "__main__":
