@@ -1,12 +1,15 @@
-"""The verbs that bring a run onto a cluster."""
+"""The verbs that bring a run onto a cluster, or one of Megatron-LM's here."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from megatron_xy.cli.options import Overrides, RunYaml, say
+from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError
 
 
 def launch(
@@ -108,3 +111,23 @@ def launch(
         print(submitted(job))
     else:
         print(script(job), end="")
+
+
+def import_args(
+    script: Annotated[
+        Path, typer.Argument(metavar="LAUNCH.sh", help="a script that starts Megatron-LM; it is not run")
+    ],
+) -> None:
+    """Prints a Megatron-LM launch script as a commented RUN.yaml; ends with 78 where that lacks what a run needs."""
+    from megatron_xy.import_args.convert import import_args as imported_from
+
+    if not script.is_file():
+        raise ConfigError(f"{script}: there is no such file")
+    imported = imported_from(script)
+    print(imported.text(), end="")
+    for entry in imported.left_out:
+        say(f"no counterpart: {entry}")
+    for entry in imported.problems:
+        say(f"still needed: {entry}")
+    if imported.problems:
+        sys.exit(EXIT_BAD_CONFIG)

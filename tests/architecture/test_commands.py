@@ -13,8 +13,9 @@ from tests.unit.small_corpus import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 VERBS = (
-    "pretrain", "sft", "reward", "run", "check", "launch", "select", "report", "convert", "generate", "logprobs", "score",
-    "doctor", "data", "checkpoint", "vocab",
+    "pretrain", "sft", "reward", "run", "check", "launch", "import-args", "select",
+    "report", "convert", "generate",
+    "logprobs", "score", "doctor", "data", "checkpoint", "vocab",
 )  # fmt: skip
 
 # `python -m megatron_xy`, and at its very end one line on stderr: which heavy packages it has imported.
