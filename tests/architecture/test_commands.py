@@ -13,8 +13,8 @@ from tests.unit.small_corpus import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 VERBS = (
-    "pretrain", "sft", "reward", "run", "check", "dryrun", "select", "report", "convert", "generate", "logprobs",
-    "score", "evaluate", "doctor", "data", "checkpoint", "vocab",
+    "pretrain", "sft", "reward", "run", "check", "dryrun", "launch", "import-args", "select", "report", "convert",
+    "generate", "logprobs", "score", "evaluate", "doctor", "data", "checkpoint", "vocab",
 )  # fmt: skip
 
 # `python -m megatron_xy`, and at its very end one line on stderr: which heavy packages it has imported.
@@ -81,6 +81,7 @@ def test_help_names_every_verb_and_the_exit_codes() -> None:
         ("check", "--help"),
         ("pretrain", "--help"),
         ("generate", "--help"),
+        ("launch", "--help"),
         ("data", "build", "--help"),
         ("--version",),
     ],
@@ -207,6 +208,12 @@ def test_run_of_a_bad_config_starts_nothing_and_leaves_its_code(run_yaml: Path) 
     assert "world size (3)" in result.stderr
     left = json.loads((run_yaml.parent / "run" / "exit.json").read_text())
     assert left["code"] == 78 and "world size (3)" in left["message"]
+
+
+def test_launch_prints_and_starts_nothing(run_yaml: Path) -> None:
+    result = command("launch", run_yaml, "--on", "slurm", "--nodes", "1", "--gpus-per-node", "4", cwd=run_yaml.parent)
+    assert result.returncode == 0 and result.stdout.startswith("#!/bin/bash\n") and not result.stderr
+    assert [path.name for path in run_yaml.parent.iterdir()] == ["run.yaml"]
 
 
 def test_report_of_what_is_not_there(tmp_path: Path) -> None:

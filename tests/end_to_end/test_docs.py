@@ -20,8 +20,11 @@ RUN_BY_CI = {"make demo", "make test"}
 
 
 def commands_of(document: Path) -> list[str]:
-    """The lines of its bash blocks, without comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    """The lines of its bash blocks, without comments; of blocks marked `cluster` what they would start is printed."""
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    on_clusters = re.findall(r"^```bash cluster\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks += [block.replace("--submit", "--dry-run") for block in on_clusters]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 

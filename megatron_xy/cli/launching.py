@@ -1,0 +1,133 @@
+"""The verbs that bring a run onto a cluster, or one of Megatron-LM's here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megatron_xy.cli.options import Overrides, RunYaml, say
+from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError
+
+
+def launch(
+    run_yaml: RunYaml,
+    overrides: Overrides = None,
+    target: Annotated[
+        Literal["local", "slurm", "kubernetes"], typer.Option("--on", help="what starts the ranks")
+    ] = "local",
+    nodes: Annotated[int, typer.Option("--nodes", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="ranks a node")] = 8,
+    submit: Annotated[bool, typer.Option("--submit", help="start it: torchrun here, sbatch, kubectl apply")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print it only, which is the default")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="of the job; the run folder's unless given")] = None,
+    workdir: Annotated[
+        str | None, typer.Option("--workdir", help="relative paths start there, on every node; here unless given")
+    ] = None,
+    venv: Annotated[
+        str | None, typer.Option("--venv", metavar="DIR", help="whose torchrun; this one's unless given")
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option("--container", metavar="IMAGE", help="slurm: by pyxis; kubernetes: the pods'")
+    ] = None,
+    mount: Annotated[
+        list[str] | None, typer.Option("--mount", metavar="SOURCE:TARGET", help="slurm: into the container; repeatable")
+    ] = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="HH:MM:SS", help="the job's time limit")] = None,
+    save_seconds: Annotated[
+        int, typer.Option("--save-seconds", min=1, help="before the limit, for the last step and its checkpoint")
+    ] = 300,
+    restarts: Annotated[
+        int, typer.Option("--restarts", min=0, help="after a lost node or failed storage; a clean stop goes on always")
+    ] = 3,
+    exclude: Annotated[str | None, typer.Option("--exclude", metavar="NODES", help="bad nodes, by commas")] = None,
+    spare_nodes: Annotated[
+        int, typer.Option("--spare-nodes", min=0, help="slurm: more nodes, in place of those whose GPUs do not answer")
+    ] = 0,
+    partition: Annotated[str | None, typer.Option("--partition", help="slurm")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="slurm")] = None,
+    qos: Annotated[str | None, typer.Option("--qos", help="slurm")] = None,
+    reservation: Annotated[str | None, typer.Option("--reservation", help="slurm")] = None,
+    namespace: Annotated[str | None, typer.Option("--namespace", help="kubernetes")] = None,
+    volume_claim: Annotated[
+        str | None,
+        typer.Option("--volume-claim", metavar="NAME", help="kubernetes: shared storage, mounted at --workdir"),
+    ] = None,
+    rdma_resource: Annotated[
+        str | None, typer.Option("--rdma-resource", metavar="NAME", help="kubernetes: the fabric's device plugin")
+    ] = None,
+    network_interface: Annotated[
+        str | None, typer.Option("--network-interface", metavar="NAME", help="where NCCL and gloo meet")
+    ] = None,
+    ib_hca: Annotated[
+        str | None, typer.Option("--ib-hca", metavar="NAMES", help="InfiniBand adapters of the compute fabric")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="of the rendezvous")] = 29500,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="local, several nodes: where they meet")
+    ] = None,
+) -> None:
+    """Prints, or starts, what runs RUN.yaml on a cluster: torchrun, an sbatch script or a Kubernetes JobSet."""
+    from megatron_xy.launch.scripts import script
+    from megatron_xy.launch.submit import submit as submitted
+    from megatron_xy.launch.verb import prepare_job
+
+    if submit and dry_run:
+        raise typer.BadParameter("--submit and --dry-run exclude each other", param_hint="--submit")
+    job = prepare_job(
+        run_yaml,
+        overrides=overrides or [],
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        options={
+            "target": target,
+            "name": name,
+            "workdir": workdir,
+            "venv": venv,
+            "container": container,
+            "mounts": tuple(mount or ()),
+            "time": time,
+            "save_seconds": save_seconds,
+            "restarts": restarts,
+            "exclude": exclude,
+            "spare_nodes": spare_nodes,
+            "partition": partition,
+            "account": account,
+            "qos": qos,
+            "reservation": reservation,
+            "namespace": namespace,
+            "volume_claim": volume_claim,
+            "rdma_resource": rdma_resource,
+            "network_interface": network_interface,
+            "ib_hca": ib_hca,
+            "port": port,
+            "rdzv_endpoint": rdzv_endpoint,
+        },
+    )
+    if submit:
+        say(f"{job.task} on {nodes} x {gpus_per_node} ranks, in {job.run_dir}")
+        print(submitted(job))
+    else:
+        print(script(job), end="")
+
+
+def import_args(
+    script: Annotated[
+        Path, typer.Argument(metavar="LAUNCH.sh", help="a script that starts Megatron-LM; it is not run")
+    ],
+) -> None:
+    """Prints a Megatron-LM launch script as a commented RUN.yaml; ends with 78 where that lacks what a run needs."""
+    from megatron_xy.import_args.convert import import_args as imported_from
+
+    if not script.is_file():
+        raise ConfigError(f"{script}: there is no such file")
+    imported = imported_from(script)
+    print(imported.text(), end="")
+    for entry in imported.left_out:
+        say(f"no counterpart: {entry}")
+    for entry in imported.problems:
+        say(f"still needed: {entry}")
+    if imported.problems:
+        sys.exit(EXIT_BAD_CONFIG)

@@ -1,0 +1,25 @@
+# One node's share: torchrun and its ranks. USR1 or TERM goes to the ranks themselves, which save and leave with 75; through
+# torchrun a save would have 30 s. torchrun ignores USR1, which a scheduler may send to every process.
+train_node() {
+    mkdir -p {{ (job.log_dir / "torchrun") | quoted }}
+    (
+        trap '' USR1
+        exec {{ launcher }} \
+            --nnodes={{ job.nodes }} --nproc-per-node={{ job.gpus_per_node }} \
+            --rdzv-backend=c10d --rdzv-id="$rendezvous_id" --rdzv-endpoint="$head_node:{{ job.port }}" \
+            --log-dir={{ (job.log_dir / "torchrun") | quoted }} --tee=3 \
+            {{ worker }}
+    ) &
+    torchrun=$!
+    trap 'kill -USR1 $(cat /proc/"$torchrun"/task/*/children)' USR1 TERM
+    while kill -0 "$torchrun" 2> /dev/null; do
+        wait "$torchrun"  # ends early when a signal comes
+        status=$?
+    done
+    return "$status"
+}
+
+# What ended the run, by RUN/exit.json: torchrun itself says 0 or 1 only.
+exit_code() {
+    sed -n 's/^ *"code": *\([0-9]*\),*$/\1/p' {{ (job.run_dir / "exit.json") | quoted }} 2> /dev/null
+}

@@ -1,0 +1,272 @@
+"""`launch`: what it writes is what the programs of a cluster take, run here by stand-ins for them."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from megatron_xy.cli import app
+from megatron_xy.config import InvalidConfig
+from megatron_xy.errors import ConfigError
+from megatron_xy.launch.job import _RULES
+from tests.unit.fake_cluster import cluster_environment, make_cluster
+
+ROOT = Path(__file__).parents[2]
+PPO = ROOT / "examples" / "xuanyuan2_70b" / "ppo.yaml"
+CONFIG = """\
+run_dir: run
+model: {num_layers: 4, hidden_size: 128, ffn_hidden_size: 352, num_attention_heads: 4, vocab_size: 4096}
+parallel: {tensor_model_parallel_size: 2}
+data: {path: data}
+training: {global_batch_tokens: 8192, micro_batch_tokens: 2048}
+"""
+KUBERNETES = ("--on", "kubernetes", "--container", "image:1", "--volume-claim", "claim", "--workdir", "/data")
+ODD = "data.tokenizer=a b'c\"$(touch x)`;&#é"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a RUN.yaml and a cluster's programs, to stand in."""
+    make_cluster(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def launched(*arguments: str | Path) -> str:
+    """What `megatron-xy launch ARGUMENTS` prints."""
+    result = CliRunner().invoke(app, ["launch", *map(str, arguments)])
+    if result.exception is not None:
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def slurm_script(*arguments: str | Path) -> str:
+    """For 2 nodes of 4 in the cluster, one node to spare."""
+    sizes = ("--nodes", "2", "--gpus-per-node", "4", "--spare-nodes", "1")
+    return launched("run.yaml", "--on", "slurm", *sizes, "--venv", ".", *arguments)
+
+
+def run_script(cluster: Path, text: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = cluster_environment(cluster, FAKE_RUN=str(cluster / "run"), **variables)
+    return subprocess.run(
+        ["bash", "-c", text], env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def recorded(cluster: Path, name: str) -> list[str]:
+    path = cluster / "record" / name
+    return path.read_text().split("\0")[:-1] if path.exists() else []
+
+
+def test_local_is_one_torchrun(cluster: Path) -> None:
+    lines = launched("run.yaml", "--gpus-per-node", "4", "training.train_iters=7", "data.tokenizer=a b").splitlines()
+    assert lines[-1].endswith(
+        "torchrun --standalone --nproc-per-node=4 --log-dir=run/logs/torchrun --tee=3 "
+        "-m megatron_xy pretrain run.yaml training.train_iters=7 'data.tokenizer=a b'"
+    )
+    several = launched("run.yaml", "--nodes", "2", "--gpus-per-node", "4", "--rdzv-endpoint", "h1:29500")
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-id=run --rdzv-endpoint=h1:29500 --nproc-per-node=4" in several
+    with pytest.raises(InvalidConfig, match="needs --rdzv-endpoint HOST:PORT"):
+        launched("run.yaml", "--nodes", "2", "--gpus-per-node", "4")
+
+
+@pytest.mark.parametrize("target", ["local", "slurm", "kubernetes"])
+def test_the_config_is_checked_for_the_exact_world(cluster: Path, target: str) -> None:
+    with pytest.raises(InvalidConfig, match=r"world size \(9\) must be a multiple") as caught:
+        launched("run.yaml", "--on", target, "--nodes", "3", "--gpus-per-node", "3")
+    assert caught.value.exit_code == 78
+
+
+def test_every_variable_has_its_reason(cluster: Path) -> None:
+    for arguments in (("--on", "slurm"), KUBERNETES):
+        text = launched("run.yaml", *arguments, "--network-interface", "eth0", "--ib-hca", "mlx5_0,mlx5_1")
+        for name in (
+            "CUDA_DEVICE_MAX_CONNECTIONS",
+            "NCCL_DEBUG",
+            "NCCL_SOCKET_IFNAME",
+            "GLOO_SOCKET_IFNAME",
+            "NCCL_IB_HCA",
+        ):
+            before, line = re.findall(rf"(.*)\n(.*\b{name}\b.*)", text)[0]
+            assert re.match(r" *# \w.{20}", before), (name, line)
+
+
+def test_slurm_directives(cluster: Path) -> None:
+    text = launched(
+        PPO, "--on", "slurm", "--nodes", "16", "--time", "1-00:00:00", "--partition", "h100", "--account", "lab",
+        "--exclude", "node[07-08],node11", "--spare-nodes", "2", "--save-seconds", "600",
+    )  # fmt: skip
+    directives = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
+    expected = {
+        "job-name": "xuanyuan2-70b-ppo", "nodes": "18", "ntasks-per-node": "1", "gpus-per-node": "8", "requeue": "",
+        "time": "1-00:00:00", "signal": "B:USR1@600", "partition": "h100", "account": "lab", "chdir": str(cluster),
+        "exclude": "node[07-08],node11", "output": "runs/xuanyuan2-70b-ppo/logs/slurm-%j.log",
+    }  # fmt: skip
+    assert expected.items() <= dict(directives).items()
+    first_command = text.index("\nset -u")
+    assert text.rindex("#SBATCH") < first_command, "Slurm reads no directive after the first command"
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_slurm_starts_one_torchrun_a_good_node_with_the_words_as_given(cluster: Path) -> None:
+    answer = run_script(cluster, slurm_script(ODD), FAKE_CODE="0", FAKE_BAD_NODE="node02")
+    assert answer.returncode == 0, answer.stderr
+    assert "all 4 GPUs answer: node02;" in answer.stdout
+    assert not recorded(cluster, "torchrun-node02") and not (cluster / "record" / "scontrol").exists()
+    for node in ("node01", "node03"):
+        assert recorded(cluster, f"torchrun-{node}") == [
+            "--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-id=7-0", "--rdzv-endpoint=node01:29500",
+            "--log-dir=run/logs/torchrun", "--tee=3", "-m", "megatron_xy", "pretrain", "run.yaml", ODD,
+        ]  # fmt: skip
+    assert not (cluster / "x").exists()
+
+
+def test_slurm_without_enough_good_nodes(cluster: Path) -> None:
+    script = slurm_script("--spare-nodes", "0")
+    answer = run_script(cluster, script, FAKE_NODES="node01 node02", FAKE_BAD_NODE="node02")
+    assert answer.returncode == 76
+    assert "too few good nodes" in answer.stdout and not recorded(cluster, "torchrun-node01")
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        ("75", "9", True),
+        ("76", "0", True),
+        ("74", "2", True),
+        ("76", "3", False),
+        ("65", "0", False),
+        ("78", "0", False),
+    ],
+)
+def test_slurm_goes_on_after_codes_that_are_worth_it(cluster: Path, code: str, restarts: str, requeued: bool) -> None:
+    answer = run_script(cluster, slurm_script(), FAKE_CODE=code, SLURM_RESTART_COUNT=restarts)
+    assert answer.returncode == int(code)
+    record = cluster / "record" / "scontrol"
+    assert (record.read_text() == "requeue 7\n") if requeued else not record.exists()
+
+
+def test_slurm_forgets_the_last_try_and_takes_silence_for_a_lost_peer(cluster: Path) -> None:
+    (cluster / "run").mkdir()
+    (cluster / "run" / "exit.json").write_text('{\n "code": 75,\n}\n')
+    answer = run_script(cluster, slurm_script(), SLURM_RESTART_COUNT="3")
+    assert answer.returncode == 1 and "no exit.json" in answer.stdout
+    assert not (cluster / "record" / "scontrol").exists()
+
+
+def test_slurm_passes_usr1_to_the_ranks_and_requeues(cluster: Path) -> None:
+    environment = cluster_environment(cluster, FAKE_RUN=str(cluster / "run"), FAKE_CODE="wait")
+    with subprocess.Popen(["bash", "-c", slurm_script()], env=environment, stdout=subprocess.PIPE, text=True) as script:
+        deadline = time.monotonic() + 20
+        while not all((cluster / "record" / f"waiting-node0{number}").exists() for number in (1, 2)):
+            assert time.monotonic() < deadline and script.poll() is None
+            time.sleep(0.02)
+        script.send_signal(signal.SIGUSR1)
+        assert script.wait(timeout=30) == 75  # the ranks wait for 20 s
+    assert (cluster / "record" / "scontrol").read_text() == "requeue 7\n"
+
+
+def test_jobset_fields(cluster: Path) -> None:
+    arguments = ("--nodes", "16", "--exclude", "a,b", "--time", "24:00:00", "--rdma-resource", "rdma/hca", *KUBERNETES)
+    manifest = yaml.safe_load(launched(PPO, *arguments))
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert manifest["metadata"]["name"] == "xuanyuan2-70b-ppo"
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 3
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["completionMode"], job["completions"], job["parallelism"], job["backoffLimit"]) == (
+        "Indexed",
+        16,
+        16,
+        0,
+    )
+    assert job["activeDeadlineSeconds"] == 24 * 3600 - 300
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 65, 70, 78]
+    pod: dict[str, Any] = job["template"]["spec"]
+    assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 300)
+    container = pod["containers"][0]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8, "rdma/hca": 1}
+    assert {"name": "NCCL_DEBUG", "value": "WARN"} in container["env"]
+    assert all(isinstance(entry["value"], str) for entry in container["env"])
+    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert terms[0]["matchExpressions"][0]["values"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("code", ["0", "65", "75"])
+def test_pod_leaves_with_the_runs_code(cluster: Path, code: str) -> None:
+    manifest = yaml.safe_load(launched("run.yaml", "--nodes", "2", "--gpus-per-node", "4", *KUBERNETES, ODD))
+    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    answer = run_script(cluster, container["args"][0], FAKE_CODE=code)
+    assert answer.returncode == int(code), answer.stderr
+    argv = recorded(cluster, "torchrun-here")
+    assert "--rdzv-endpoint=run-node-0-0.run:29500" in argv and argv[-1] == ODD
+
+
+def test_kubernetes_needs(cluster: Path) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        launched("run.yaml", "--on", "kubernetes", "--name", "Big_Run", "--workdir", "here")
+    assert [problem.where for problem in caught.value.problems] == [
+        "--name",
+        "--container",
+        "--volume-claim",
+        "--workdir",
+    ]
+
+
+@pytest.mark.parametrize(("target", "program"), [(("--on", "slurm"), "sbatch"), (KUBERNETES, "kubectl")])
+def test_submit_hands_over_what_is_printed(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch, target: tuple[str, ...], program: str
+) -> None:
+    for name, value in cluster_environment(cluster).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("FAKE_CODE")
+    printed = launched("run.yaml", *target)
+    answer = launched("run.yaml", *target, "--submit")
+    assert answer.strip() in ("Submitted batch job 7", "jobset created")
+    assert (cluster / "record" / "stdin").read_text() == printed
+    assert [word for word in recorded(cluster, "argv") if word] == (
+        [] if program == "sbatch" else ["apply", "--filename", "-"]
+    )
+    monkeypatch.setenv("FAKE_CODE", "1")
+    with pytest.raises(ConfigError, match=r"refused the job \(1\)"):
+        launched("run.yaml", *target, "--submit")
+    monkeypatch.setenv("PATH", str(cluster))
+    with pytest.raises(ConfigError, match=f"needs {program}, which is not on PATH"):
+        launched("run.yaml", *target, "--submit")
+
+
+def test_all_texts_that_are_not_allowed_are_told_at_once(cluster: Path) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        launched(
+            "run.yaml", "--on", "slurm", "--name", "", "--partition", "a;b", "--mount", "$(x)", "data.tokenizer=a\nb"
+        )
+    assert {problem.where for problem in caught.value.problems} == {"--name", "--partition", "--mount", "an override"}
+    assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize("character", " \t\n\r\0;&|<>$`\\\"'(){}*?!")
+def test_no_allowed_text_means_anything_to_a_shell(character: str) -> None:
+    for option, (pattern, _) in _RULES.items():
+        for text in ("", character, f"a{character}", f"a{character}a:a/a", f"a:a{character}", f"1{character}1:00"):
+            if option != "an override":
+                assert not re.fullmatch(pattern, text), (option, text)
+
+
+def test_example_script_is_one_torchrun(cluster: Path) -> None:
+    script = ROOT / "examples" / "xuanyuan2_70b" / "launch.sh"
+    environment = cluster_environment(cluster, SLURM_NNODES="3", FAKE_RUN=str(cluster / "run"), FAKE_CODE="0")
+    (cluster / "run").mkdir()
+    subprocess.run([script, "ppo", "run.yaml", ODD], env=environment, check=True)
+    assert recorded(cluster, "torchrun-here") == [
+        "--nnodes=3", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-id=7", "--rdzv-endpoint=node01:29500",
+        "-m", "megatron_xy", "ppo", "run.yaml", ODD,
+    ]  # fmt: skip
