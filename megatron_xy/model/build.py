@@ -6,7 +6,6 @@ no trace in checkpoints.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +28,8 @@ from megatron_xy.model.layer_spec import (
 from megatron_xy.model.norm import RMSNorm
 from megatron_xy.parallel import Groups
 from megatron_xy.shards import Box, ParameterShard
-from megatron_xy.stages import layers_per_chunk
+from megatron_xy.stages import layers_per_chunk, padded_vocab_size
 
-VOCABULARY_MULTIPLE = 128  # rows of the padded vocabulary a tensor parallel rank, as Megatron's default
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
@@ -43,13 +41,6 @@ class NamedParameter:
     name: str
     parameter: torch.nn.Parameter
     shard: ParameterShard
-
-
-def padded_vocab_size(model: ModelConfig, *, tensor_model_parallel_size: int) -> int:
-    """Rows of embedding and output layer over all tensor parallel ranks."""
-    assert model.vocab_size, "the shape is complete once a run starts"
-    unit = VOCABULARY_MULTIPLE * tensor_model_parallel_size
-    return math.ceil(model.vocab_size / unit) * unit
 
 
 def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups) -> list[torch.nn.Module]:
@@ -169,14 +160,14 @@ def _gpt_model(
 ) -> mcore.GPTModel:
     choice = choose_layers(model)
     layer = layer_submodules(choice)
-    assert model.num_layers, "the shape is complete once a run starts"
+    assert model.num_layers and model.vocab_size, "the shape is complete once a run starts"
     layers = layers_per_chunk(model.num_layers, num_chunks=groups.pp_size * num_chunks)
     num_layers = layers[chunk * groups.pp_size + groups.pp_rank]
     block = mcore.TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
     gpt = mcore.GPTModel(
         config,
         block,
-        vocab_size=padded_vocab_size(model, tensor_model_parallel_size=groups.tp_size),
+        vocab_size=padded_vocab_size(model.vocab_size, tensor_model_parallel_size=groups.tp_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=groups.is_first_stage and chunk == 0,
         post_process=groups.is_last_stage and chunk == num_chunks - 1,

@@ -1,12 +1,7 @@
 """What a dry run says of a rank, against the same rank of a real world of four: sizes and collectives to the byte."""
 
-import json
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +11,9 @@ from megatron_xy import device, environment, pretrain
 from megatron_xy.config import RunConfig
 from megatron_xy.dryrun.ledger import Ledger
 from megatron_xy.dryrun.training import micro_batches, note_training_step
+from tests.distributed.dry_runs import dry_runs
 from tests.distributed.spawn import run_ranks
 
-ROOT = Path(__file__).parents[2]
 WORLD_SIZE = 4
 MODEL = {
     "num_layers": 8,
@@ -112,16 +107,11 @@ def on_real_ranks() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]:
     """By config: (dry, real) of every rank."""
-    lines = "\n".join(chosen.model_dump_json() for chosen in CONFIGS.values())
-    dry = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.dryrun_process", str(WORLD_SIZE)],
-        input=lines, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert dry.returncode == 0, dry.stderr
+    dry = dry_runs([(chosen, WORLD_SIZE, list(range(WORLD_SIZE))) for chosen in CONFIGS.values()])
     real = run_ranks(on_real_ranks, world_size=WORLD_SIZE, timeout_seconds=300)
     return {
         name: list(zip(ranks, (rank[number] for rank in real), strict=True))
-        for number, (name, ranks) in enumerate(zip(CONFIGS, json.loads(dry.stdout), strict=True))
+        for number, (name, ranks) in enumerate(zip(CONFIGS, dry, strict=True))
     }
 
 

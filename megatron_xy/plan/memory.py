@@ -1,0 +1,281 @@
+"""What one rank of a job holds, in bytes: weights, gradients, optimizer, and activations at the peak of a step.
+
+From a checked config with complete shapes to `RoleMemory`, without torch. It follows what the code allocates tensor by
+tensor (model/, losses.py, megatron-core's layers and schedules) as a GPU's fused kernels do; what an allocator, CUDA
+and NCCL take besides is no part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_xy.config import ModelConfig, ParallelConfig, PlacedRole, RunConfig, data_parallel_size, placed_roles
+from megatron_xy.plan.parameters import DTYPE_BYTES, chunk_buffers, chunk_parameters, stage_layers
+from megatron_xy.stages import padded_vocab_size
+
+FP32 = DTYPE_BYTES["fp32"]
+# Of a micro-batch on the device: tokens, labels, positions, sources as 64-bit integers, the loss mask in fp32.
+BATCH_BYTES_A_TOKEN = 4 * 8 + 4
+LOGPROBS_CHUNK_TOKENS = 1024  # of PPO's log-probabilities, which work on so many tokens' logits at a time
+LOGPROBS_TENSORS = 5  # fp32 tensors of a chunk's logits that live at once in their backward pass
+
+
+@dataclass(frozen=True)
+class Job:
+    """One role as the planner sees it: what is the same on all its ranks."""
+
+    role: str  # "model" for pretrain, sft and reward
+    model: ModelConfig
+    parallel: ParallelConfig
+    dp_size: int
+    micro_batch_tokens: int
+    num_micro_batches: int  # a step and replica
+    is_trained: bool = True
+    has_logprobs: bool = False  # PPO's loss of the actor, in place of the cross-entropy
+    ranks: tuple[int, ...] = ()  # global, in placement order
+
+    def stage_of(self, rank: int) -> int:
+        """The pipeline stage of a global rank of the role."""
+        return self.ranks.index(rank) * self.parallel.pipeline_model_parallel_size // len(self.ranks)
+
+    def replica_of(self, rank: int) -> int:
+        """The data parallel rank of a global rank of the role."""
+        return self.ranks.index(rank) // self.parallel.tensor_model_parallel_size % self.dp_size
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """One role on one rank; sizes in bytes."""
+
+    role: str
+    stage: int
+    num_layers: int
+    parameters: int  # elements
+    weights: int
+    gradients: int
+    optimizer: int  # main weights in fp32 and both moments
+    in_flight: float  # micro-batches whose activations a layer holds at the peak, on average over the stage's layers
+    kept: int  # activations that wait for their backward passes, at the peak
+    working: int  # besides, of the forward or backward pass of one layer or of the head
+    buffers: int  # gathered hidden states, the step's batches
+
+    @property
+    def static(self) -> int:
+        """What a rank holds between two steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def activations(self) -> int:
+        """At the peak of a step, all that is not static."""
+        return self.kept + self.working + self.buffers
+
+    @property
+    def total(self) -> int:
+        """At the peak of a step."""
+        return self.static + self.activations
+
+
+def rank_memory(config: RunConfig, *, world_size: int, rank: int) -> list[RoleMemory]:
+    """What `rank` of a job holds, one entry a role that it has. The config is checked, its shapes complete.
+
+    A micro-batch has `micro_batch_tokens` tokens whatever its bucket: the figures are the same for all buckets.
+    """
+    return [
+        stage_memory(job, stage=job.stage_of(rank), replica=job.replica_of(rank))
+        for job in jobs(config, world_size=world_size)
+        if rank in job.ranks
+    ]
+
+
+def jobs(config: RunConfig, *, world_size: int) -> list[Job]:
+    """The roles of a run over `world_size` ranks; one, named model, but for task ppo."""
+    if config.task == "ppo":
+        assert config.ppo is not None, "the config's rules ask for it"
+        placed = placed_roles(config, world_size=world_size)
+        return [_job_of_role(config, role) for role in placed.values()]
+    dp_size = data_parallel_size(config.parallel, world_size=world_size)
+    training = config.training
+    return [
+        Job(
+            "model", config.model, config.parallel, dp_size, training.micro_batch_tokens,
+            max(1, training.global_batch_tokens // (training.micro_batch_tokens * dp_size)),
+            ranks=tuple(range(world_size)),
+        )
+    ]  # fmt: skip
+
+
+def stage_memory(job: Job, *, stage: int, replica: int = 0) -> RoleMemory:
+    """What a rank of this stage and replica holds; tensor parallel ranks hold the same."""
+    parallel = job.parallel
+    weights = gradients = optimizer = elements = 0
+    for chunk in range(parallel.num_chunks):
+        parameters = chunk_parameters(job.model, parallel, stage=stage, chunk=chunk)
+        elements += sum(parameter.num_elements for parameter in parameters)
+        weights += sum(parameter.num_elements * parameter.num_bytes for parameter in parameters)
+        if not job.is_trained:
+            continue
+        buffers = chunk_buffers(parameters, parallel=parallel, stage=stage, chunk=chunk, dp_size=job.dp_size)
+        if parallel.use_distributed_optimizer:
+            weights += sum(buffer.num_elements * buffer.num_bytes for buffer in buffers)
+            weights -= sum(parameter.num_elements * parameter.num_bytes for parameter in parameters)
+        gradients += sum(buffer.num_elements * FP32 for buffer in buffers)
+        for buffer in buffers:
+            main_and_moments = 3 if buffer.num_bytes < FP32 else 2  # fp32 weights are their own main weights
+            optimizer += main_and_moments * FP32 * buffer.owned_by_replica[replica]
+    layers = stage_layers(job.model, parallel, stage=stage)
+    sizes = _Sizes(job)
+    passes = _passes_in_flight(job, stage=stage)
+    layers_in_flight = sum(layers[chunk] for chunk in passes)
+    is_last = stage == parallel.pipeline_model_parallel_size - 1
+    kept = layers_in_flight * sizes.kept_by_layer + len(passes) * sizes.kept_by_pass
+    return RoleMemory(
+        role=job.role,
+        stage=stage,
+        num_layers=sum(layers),
+        parameters=elements,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        in_flight=layers_in_flight / sum(layers),
+        kept=kept + (sizes.kept_by_head if is_last and job.is_trained else 0),
+        working=sizes.working(is_last=is_last),
+        buffers=sizes.gathered + BATCH_BYTES_A_TOKEN * job.micro_batch_tokens * job.num_micro_batches,
+    )
+
+
+def _job_of_role(config: RunConfig, role: PlacedRole) -> Job:
+    """A role of PPO at its updates, whose answers are as long as they may be and their prompts as long again."""
+    assert config.ppo is not None, "task ppo has it"
+    dp_size = len(role.ranks) // role.parallel.model_parallel_size
+    tokens = -(-config.ppo.mini_batch_size // dp_size) * 2 * config.ppo.max_response_length
+    return Job(
+        role.name,
+        role.model,
+        role.parallel,
+        dp_size,
+        role.micro_batch_tokens,
+        num_micro_batches=max(1, -(-tokens // role.micro_batch_tokens)),
+        is_trained=role.optimizer is not None,
+        has_logprobs=role.name == "actor",
+        ranks=role.ranks,
+    )
+
+
+def _passes_in_flight(job: Job, *, stage: int) -> list[int]:
+    """The chunk of each forward pass whose backward pass is still to come, when most are; 1F1B or interleaved."""
+    stages, chunks = job.parallel.pipeline_model_parallel_size, job.parallel.num_chunks
+    if not job.is_trained:
+        return []
+    total = job.num_micro_batches * chunks
+    warm_up = stages - stage - 1
+    if chunks > 1:  # megatron-core's schedules.py: rounds of as many micro-batches as there are stages
+        warm_up = 2 * warm_up + (chunks - 1) * stages
+    return [number // stages % chunks if chunks > 1 else 0 for number in range(min(warm_up + 1, total))]
+
+
+class _Sizes:
+    """Bytes of one micro-batch on one rank. Hidden states are split over tensor parallel ranks by sequence parallelism,
+    everything inside a block always."""
+
+    def __init__(self, job: Job) -> None:
+        model, parallel = job.model, job.parallel
+        assert model.hidden_size and model.ffn_hidden_size and model.num_attention_heads and model.vocab_size
+        self.job, self.model = job, model
+        self.tp = parallel.tensor_model_parallel_size
+        self.is_sequence_parallel = parallel.sequence_parallel and self.tp > 1
+        self.tokens = job.micro_batch_tokens
+        self.rows = self.tokens // self.tp if self.is_sequence_parallel else self.tokens
+        self.width = DTYPE_BYTES[model.params_dtype]
+        self.hidden_size, self.ffn_size = model.hidden_size, model.ffn_hidden_size
+        self.hidden = self.width * self.hidden_size * self.rows  # one hidden state
+        self.whole_hidden = self.width * self.hidden_size * self.tokens  # gathered
+        self.ffn = self.width * self.ffn_size * self.tokens // self.tp
+
+    @cached_property
+    def attention(self) -> int:
+        """Kept inside an attention block: queries, keys and values in one, rotated queries and keys, the output, and
+        the logarithm of each row's sum."""
+        model = self.model
+        assert model.num_attention_heads, "the shape is complete"
+        kv_size = (model.num_query_groups or model.num_attention_heads) * model.head_dim
+        q_size = model.num_attention_heads * model.head_dim
+        values = (q_size + 2 * kv_size) + (q_size + kv_size) + q_size
+        return (self.width * values + FP32 * model.num_attention_heads) * self.tokens // self.tp
+
+    @cached_property
+    def mlp(self) -> int:
+        """Kept inside an MLP: gate and up projection, and their product."""
+        return 3 * self.ffn
+
+    @cached_property
+    def whole_layer(self) -> int:
+        """What a layer's forward pass makes that its backward pass needs: beside the blocks, input, output and scale
+        of both norms."""
+        return 2 * (2 * self.hidden + FP32 * self.rows) + self.attention + self.mlp
+
+    @cached_property
+    def recomputed(self) -> int:
+        """What of it the backward pass makes anew."""
+        granularity = self.model.recompute_granularity
+        return {"none": 0, "selective": self.mlp, "full": self.whole_layer - self.hidden}[granularity]
+
+    @property
+    def kept_by_layer(self) -> int:
+        """Until its backward pass."""
+        return self.whole_layer - self.recomputed
+
+    @property
+    def kept_by_pass(self) -> int:
+        """By a chunk's forward pass: cos and sin of all positions in fp32, which its layers share."""
+        return 0 if self.model.recompute_granularity == "full" else FP32 * self.model.head_dim * self.tokens
+
+    @property
+    def kept_by_head(self) -> int:
+        """The final norm's input, output and scale; a value head's copy of the output in fp32."""
+        value_head = FP32 * self.hidden_size * self.rows if self.model.head == "value" else 0
+        return 2 * self.hidden + FP32 * self.rows + value_head
+
+    @property
+    def gathered(self) -> int:
+        """megatron-core's one buffer for the hidden states of all tensor parallel ranks."""
+        return self.whole_hidden if self.is_sequence_parallel else 0
+
+    def working(self, *, is_last: bool) -> int:
+        """The most that a layer's backward pass, or the head's passes, hold beside what is kept."""
+        passing = 2 * self.hidden  # received and sent
+        if not self.job.is_trained:
+            widest = self.whole_hidden + max(self.attention, self.mlp)
+            return passing + max(widest, self._head_forward if is_last else 0)
+        weights = self.width * self.hidden_size * self.ffn_size // self.tp
+        down = self.whole_hidden + self.ffn + weights  # gradients of fc2's output, input and weight
+        product = 2 * self.ffn  # of gate and up beside that of their product, which is gone itself
+        up = -self.ffn + self.whole_hidden + 2 * weights  # of fc1's input and weight; gate and up are gone
+        layer = self.recomputed + self.hidden + max(down, product, up)
+        return passing + max(layer, self._head if is_last else 0)
+
+    @property
+    def _vocabulary(self) -> int:
+        assert self.model.vocab_size, "the shape is complete"
+        return padded_vocab_size(self.model.vocab_size, tensor_model_parallel_size=self.tp) // self.tp
+
+    @property
+    def _head_forward(self) -> int:
+        if self.model.head == "value":
+            return FP32 * self.hidden_size * self.rows
+        logits = self.width * self._vocabulary * self.tokens
+        return logits + 3 * FP32 * self._vocabulary * min(self.tokens, LOGPROBS_CHUNK_TOKENS)
+
+    @property
+    def _head(self) -> int:
+        """Logits and what the loss makes of them; a value head's gradients."""
+        if self.model.head == "value":
+            return FP32 * self.hidden_size * self.rows + self.hidden
+        logits, wide = self.width * self._vocabulary * self.tokens, FP32 * self._vocabulary * self.tokens
+        output_layer = logits + self.whole_hidden + self.width * self._vocabulary * self.hidden_size
+        if self.job.has_logprobs:
+            chunk = LOGPROBS_TENSORS * FP32 * self._vocabulary * min(self.tokens, LOGPROBS_CHUNK_TOKENS)
+            return max(2 * logits + chunk, output_layer)
+        forward = logits + wide + (wide if self.width < FP32 else 0)  # as they are, in fp32, less their largest
+        backward = wide + (logits if self.width < FP32 else 0)
+        return max(forward, backward, output_layer)

@@ -1,0 +1,83 @@
+"""The planner's parameters and memory: against what dry runs counted, against sums over ranks, and by layout."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_xy.config import ModelConfig, ParallelConfig, load_config
+from megatron_xy.flops import num_parameters
+from megatron_xy.plan.memory import jobs, rank_memory, stage_memory
+from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PRETRAIN_70B = EXAMPLES / "xuanyuan2_70b" / "pretrain.yaml"
+LAYOUT = ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=5"]
+MODEL = ModelConfig(
+    num_layers=7, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4, vocab_size=1024
+)
+
+
+@pytest.mark.parametrize(
+    ("rank", "parameters", "weights", "gradients", "optimizer", "activations"),
+    [  # of `megatron-xy dryrun`, which builds the ranks' modules
+        (0, 2_180_317_184, 4_360_634_368, 8_721_268_736, 1_635_237_952, 24_404_102_000),
+        (500, 2_180_325_376, 4_360_650_752, 8_721_301_504, 1_635_244_052, 18_467_588_772),
+    ],
+)
+def test_a_rank_of_the_70b_holds_what_a_dry_run_of_it_counted(
+    rank, parameters, weights, gradients, optimizer, activations
+):
+    changes = [*LAYOUT, "model.recompute_granularity=selective", "training.micro_batch_tokens=16384"]
+    config = load_config(PRETRAIN_70B, overrides=[*changes, "training.global_batch_tokens=4194304"], world_size=512)
+    (memory,) = rank_memory(config, world_size=512, rank=rank)
+    assert (memory.parameters, memory.weights, memory.gradients) == (parameters, weights, gradients)
+    assert memory.optimizer == pytest.approx(optimizer, rel=1e-6)  # without the step counters, 4 bytes a parameter
+    assert memory.activations == pytest.approx(activations, rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", ["language_model", "value"])
+@pytest.mark.parametrize(("tp", "pp", "vp"), [(1, 1, None), (2, 1, None), (4, 3, None), (2, 3, 2), (1, 7, None)])
+def test_stages_hold_the_model_once(tied, head, tp, pp, vp):
+    model = MODEL.model_copy(update={"untie_embeddings_and_output_weights": not tied, "head": head})
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vp
+    )
+    held = 0
+    for stage in range(pp):
+        for chunk in range(vp or 1):
+            for parameter in chunk_parameters(model, parallel, stage=stage, chunk=chunk):
+                is_whole = "layernorm" in parameter.name or parameter.name == "value_head"
+                held += parameter.num_elements * (1 if is_whole else tp)
+    copies = model.vocab_size * model.hidden_size if model.has_tied_output_layer and pp > 1 else 0
+    assert held == num_parameters(model) + copies
+
+
+@pytest.mark.parametrize("dp_size", [1, 3, 8])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_replicas_own_every_parameter_once(dp_size, overlap):
+    parallel = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=overlap)
+    parameters = chunk_parameters(MODEL, parallel, stage=0, chunk=0)
+    (buffer,) = chunk_buffers(parameters, parallel=parallel, stage=0, chunk=0, dp_size=dp_size)
+    assert sum(buffer.owned_by_replica) == sum(parameter.num_elements for parameter in parameters)
+    assert buffer.num_elements % dp_size == 0
+
+
+def test_first_stages_hold_more_micro_batches_and_fewer_with_recomputation():
+    config = load_config(PRETRAIN_70B, overrides=[*LAYOUT, "parallel.virtual_pipeline_model_parallel_size=null"])
+    (job,) = jobs(config, world_size=512)
+    stages = [stage_memory(job, stage=stage) for stage in range(4)]
+    assert [memory.in_flight for memory in stages] == [4, 3, 2, 1]
+    by_mode = {}
+    for mode in ("none", "selective", "full"):
+        model = config.model.model_copy(update={"recompute_granularity": mode})
+        (job,) = jobs(config.model_copy(update={"model": model}), world_size=512)
+        by_mode[mode] = stage_memory(job, stage=0).activations
+    assert by_mode["none"] > 1.5 * by_mode["selective"] > 3 * by_mode["full"]
+
+
+def test_every_rank_of_a_stage_holds_the_same_but_for_the_optimizer():
+    config = load_config(PRETRAIN_70B, overrides=LAYOUT, world_size=512)
+    ranks = [rank_memory(config, world_size=512, rank=rank)[0] for rank in (128, 129, 255)]
+    assert len({(memory.stage, memory.parameters, memory.activations) for memory in ranks}) == 1
+    assert ranks[0].optimizer == ranks[1].optimizer != 0
