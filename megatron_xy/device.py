@@ -87,8 +87,30 @@ def start_dry(*, num_threads: int = 1) -> torch.device:
     # torch's one-kernel AdamW gives shapes on this device, which its list of devices leaves out.
     optimizers: Any = importlib.import_module("torch.optim.optimizer")
     optimizers._get_fused_kernels_supported_devices = lambda: [_META.type]
-    _patched.append("torch.optim.optimizer._get_fused_kernels_supported_devices")
+    torch.nn.functional.scaled_dot_product_attention = _flash_attention  # type: ignore[assignment]
+    _patched.extend(
+        (
+            "torch.optim.optimizer._get_fused_kernels_supported_devices",
+            "torch.nn.functional.scaled_dot_product_attention",
+        )
+    )
     return _device
+
+
+def _flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    is_causal: bool,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's attention by the kind of kernel that a real device has; on meta torch itself would keep all scores."""
+    output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, scale=scale
+    )[0]
+    return output
 
 
 def is_settled() -> bool:

@@ -31,8 +31,8 @@ app = typer.Typer(
 )
 
 VERBS: tuple[Callable[..., None], ...] = (
-    pretrain, sft, reward, ppo, run, check, dryrun, launch, import_args, report, select, convert, generate, score, logprobs,
-    evaluate, doctor, bench,
+    pretrain, sft, reward, ppo, run, check, dryrun, launch, import_args, report, select, convert, generate, score,
+    logprobs, evaluate, doctor, bench,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

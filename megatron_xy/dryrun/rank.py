@@ -1,6 +1,7 @@
-"""One rank of a job, built by the job's own code on tensors without data, and one step of it, noted as it goes.
+"""One role on one rank, and a step of it under a ledger: what it holds at the peaks and what it sends.
 
-Nothing of model, schedule or optimizer is modelled here: `pretrain.build` and `train_step` are what every rank runs.
+Nothing of model, schedule or optimizer is modelled here: whoever builds the role, and takes the step, does it by the
+job's own code.
 """
 
 from __future__ import annotations
@@ -8,24 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 
-from megatron_xy import device, parallel, pretrain
-from megatron_xy.config import RunConfig
-from megatron_xy.data.dataset import MicroBatch, Sample, collate
+from megatron_xy import device, parallel
 from megatron_xy.dryrun.ledger import Ledger, Traffic, as_kernels, storage_bytes
 from megatron_xy.optimizer import torch_optimizers
 from megatron_xy.parallel import Groups
-from megatron_xy.reward.batches import pair_micro_batches
-from megatron_xy.reward.objective import reward_objective
-from megatron_xy.reward.pairs import Pair
 from megatron_xy.role import Role
-from megatron_xy.train_step import train_step
+
+Step = Callable[[Callable[[], None]], object]  # of what it is to call right before weights change, if they do
 
 
 @dataclass(frozen=True)
@@ -56,121 +53,84 @@ class RankFindings:
     optimizer: int
     activations: int  # at the peak of forward and backward passes, all that is not of the three above
     update: int  # likewise in the optimizer's update
-    peak: int
+    beside: int  # of other roles on the same rank
+    peak: int  # of all of it
     collectives: list[Collective]
     seconds: float
 
 
-def dry_run(config: RunConfig, *, rank: int, world_size: int, bucket: int) -> list[RankFindings]:
-    """A step of `rank` in a job of a checked, complete config, every sample as long as `bucket`."""
+@contextlib.contextmanager
+def pretended_rank(rank: int, *, world_size: int) -> Iterator[Ledger]:
+    """Inside, this process is `rank` of a world whose others are not there; the ledger notes what it makes and sends.
+
+    Compiled functions are kernels of the ledger.
+    """
     ledger = Ledger(device.current())
-    with _rank_of_world(rank, world_size), _compiled_as(ledger), ledger:
-        return [_trained(config, rank=rank, bucket=bucket, ledger=ledger)]
+    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    compile_ = torch.compile
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.compile = as_kernels(ledger)
+    try:
+        with parallel.pretended_world(rank=rank, world_size=world_size), ledger:
+            yield ledger
+    finally:
+        torch.compile = compile_
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _trained(config: RunConfig, *, rank: int, bucket: int, ledger: Ledger) -> RankFindings:
-    """The one role of pretrain, sft or reward."""
+def note_step(role: Role, step: Step, *, num_micro_batches: int, ledger: Ledger, rank: int) -> RankFindings:
+    """One step of a role, under an entered `ledger` that has seen it built."""
     began = time.perf_counter()
-    role = pretrain.build(config)
-    batches = micro_batches(config, dp_size=role.groups.dp_size, bucket=bucket)
-    return note_step(config, role, batches, ledger=ledger, rank=rank, began=began)
-
-
-def note_step(
-    config: RunConfig, role: Role, batches: Sequence[MicroBatch], *, ledger: Ledger, rank: int, began: float
-) -> RankFindings:
-    """One training step of a fresh role, under an entered `ledger` that has seen it built."""
-    before = storage_bytes(_optimizer_tensors(role))
+    parameters = [named.parameter for named in role.named_parameters()]
+    weights, gradients = storage_bytes(parameters), storage_bytes(_gradient_buffers(role))
+    optimizer_before = storage_bytes(_optimizer_tensors(role))
+    beside = ledger.now - weights - gradients - optimizer_before
     ledger.traffic.clear()
     ledger.begin_peak()
-    peaks: list[int] = []
+    peak_of_passes: list[int] = []
 
     def passes_are_done() -> None:
-        peaks.append(ledger.peak)
+        peak_of_passes.append(ledger.peak)
         ledger.begin_peak()
 
-    with role.active():
-        train_step(
-            role,
-            batches,
-            num_sources=1,
-            lr=config.optimizer.lr,
-            clip_grad=config.optimizer.clip_grad,
-            objective=reward_objective(config.reward_section) if config.task == "reward" else None,
-            before_update=passes_are_done,
-        )
+    step(passes_are_done)
+    if role.optimizer is None:
+        passes_are_done()
     # The moments are made by the first update: every later step's passes have them beside.
     optimizer = storage_bytes(_optimizer_tensors(role))
-    peaks = [peaks[0] + optimizer - before, ledger.peak]
-    parameters = [named.parameter for named in role.named_parameters()]
-    weights = storage_bytes(parameters)
-    gradients = storage_bytes(_gradient_buffers(role))
-    static = weights + gradients + optimizer
+    passes, update = peak_of_passes[0] + optimizer - optimizer_before, ledger.peak
+    static = beside + weights + gradients + optimizer
     groups = role.groups
+    layers = {named.name.split(".")[2] for named in role.named_parameters() if named.name.startswith("decoder.layers.")}
     return RankFindings(
         rank=rank,
         role=role.name,
         tp_rank=groups.tp_rank,
         pp_rank=groups.pp_rank,
         dp_rank=groups.dp_rank,
-        num_layers=len({name.split(".")[2] for name in _names(role) if name.startswith("decoder.layers.")}),
-        num_micro_batches=len(batches),
+        num_layers=len(layers),
+        num_micro_batches=num_micro_batches,
         parameters=sum(parameter.numel() for parameter in parameters),
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=peaks[0] - static,
-        update=peaks[1] - static,
-        peak=max(peaks),
+        activations=passes - static,
+        update=update - static if role.optimizer is not None else 0,
+        beside=beside,
+        peak=max(passes, update),
         collectives=_collectives(ledger.traffic, groups),
         seconds=time.perf_counter() - began,
     )
 
 
-def micro_batches(config: RunConfig, *, dp_size: int, bucket: int) -> list[MicroBatch]:
-    """A step's micro-batches of one data parallel rank, of samples, or pairs, that fill the bucket."""
-    training = config.training
-    number = training.global_batch_tokens // (training.micro_batch_tokens * dp_size)
-    per_micro_batch = training.micro_batch_tokens // bucket
-    if config.task == "reward":
-        parallel_config = config.parallel
-        return pair_micro_batches(
-            [_pair(bucket)] * (number * per_micro_batch),
-            source_ids=[0] * (number * per_micro_batch),
-            width=training.micro_batch_tokens,
-            loss=config.reward_section.loss,
-            margin_scale=config.reward_section.margin_scale,
-            dp_size=1,
-            dp_rank=0,
-            multiple=parallel_config.pipeline_model_parallel_size if parallel_config.num_chunks > 1 else 1,
-        )
-    sample = Sample(tokens=np.ones(bucket, dtype=np.int64), piece_lengths=np.array([bucket]))
-    batch = collate(
-        [sample] * per_micro_batch,
-        source_indices=[0] * per_micro_batch,
-        num_sources=1,
-        bucket=bucket,
-        micro_batch_tokens=training.micro_batch_tokens,
-        split_documents=config.data.split_documents,
-    )
-    return [batch] * number
-
-
-def _pair(num_tokens: int) -> Pair:
-    """Two answers, each with its prompt half of the tokens."""
-    prompt = np.ones(num_tokens // 4, dtype=np.int32)
-    chosen, rejected = (np.full(num_tokens // 2 - len(prompt), token, dtype=np.int32) for token in (1, 2))
-    return Pair("", "", prompt, chosen, rejected, strength=1, source="", models=("", ""))
-
-
-def first_ranks(config: RunConfig, *, world_size: int) -> list[int]:
-    """The first rank of each pipeline stage of a training job."""
-    stages = config.parallel.pipeline_model_parallel_size
-    return list(range(0, world_size, world_size // stages))
-
-
 def _optimizer_tensors(role: Role) -> list[torch.Tensor]:
     """What the optimizer holds beside the model's own weights: fp32 main weights, moments, step counters."""
+    if role.optimizer is None:
+        return []
     held: list[torch.Tensor] = []
     own = {parameter.untyped_storage()._cdata for parameter in (named.parameter for named in role.named_parameters())}
     for inner in torch_optimizers(role.optimizer):
@@ -185,47 +145,16 @@ def _gradient_buffers(role: Role) -> list[torch.Tensor]:
     return [buffer.grad_data for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
-def _names(role: Role) -> Iterator[str]:
-    return (named.name for named in role.named_parameters())
-
-
 def _collectives(traffic: Mapping[tuple[str, str], Traffic], groups: Groups) -> list[Collective]:
     """In groups of more than one rank, by the group's short name."""
     collection = groups.collection
     known = {"tp": collection.tp, "dp": collection.dp, "pp": collection.pp, "mp": collection.mp}
-    known |= {"embd": collection.embd, "all": groups.all_ranks}
-    names: dict[str, tuple[str, int]] = {}
-    for name, group in known.items():
-        names.setdefault(group.group_name, (name, group.size()))
-    return [
+    # embd is None between first and last stage; of two stages megatron-core's interleaved schedule takes the world.
+    known |= {"embd": collection.embd, "all": groups.all_ranks, "world": dist.group.WORLD}
+    names = {group.group_name: (name, group.size()) for name, group in known.items() if group is not None}
+    found = [
         Collective(kind, *names[group], calls=noted.calls, bytes=noted.bytes)
-        for (kind, group), noted in sorted(traffic.items())
+        for (kind, group), noted in traffic.items()
         if names[group][1] > 1
     ]
-
-
-@contextlib.contextmanager
-def _rank_of_world(rank: int, world_size: int) -> Iterator[None]:
-    """Inside, environment and process group say that this process is `rank` of `world_size`."""
-    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    try:
-        with parallel.pretended_world(rank=rank, world_size=world_size):
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _compiled_as(ledger: Ledger) -> Iterator[None]:
-    """Inside, what torch.compile would make one kernel of is one in the ledger."""
-    compile_ = torch.compile
-    torch.compile = as_kernels(ledger)
-    try:
-        yield
-    finally:
-        torch.compile = compile_
+    return sorted(found, key=lambda collective: (collective.group, collective.kind))

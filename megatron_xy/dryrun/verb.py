@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
-from megatron_xy.config import ModelConfig, RunConfig, check_shape
-from megatron_xy.dryrun.rank import dry_run, first_ranks
+from megatron_xy.config import (
+    InvalidConfig,
+    ModelConfig,
+    Problem,
+    RunConfig,
+    check_shape,
+    placed_roles,
+    shape_problems,
+)
+from megatron_xy.dryrun import ppo, training
+from megatron_xy.dryrun.rank import RankFindings
 from megatron_xy.errors import ConfigError
 from megatron_xy.weights import resolve_model
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
-SIZES = ("weights", "gradients", "optimizer", "activations", "update", "peak")
+SIZES = ("weights", "gradients", "optimizer", "activations", "update", "beside", "peak")
+
+OfRank = Callable[..., list[RankFindings]]  # of rank and world_size
 
 
 def chosen_ranks(config: RunConfig, *, ranks: Sequence[int], all_stages: bool, world_size: int) -> list[int]:
-    """The ranks to build: those asked for, and with `all_stages` the first of each stage; else rank 0.
+    """The ranks to build: those asked for, and with `all_stages` the first of each stage of each role; else rank 0.
 
     Raises ConfigError for a rank outside the world.
     """
@@ -28,6 +40,7 @@ def chosen_ranks(config: RunConfig, *, ranks: Sequence[int], all_stages: bool, w
             raise ConfigError(
                 f"--rank {rank}: a world of {world_size} has ranks 0 to {world_size - 1}; name one of them"
             )
+    first_ranks = ppo.first_ranks if config.task == "ppo" else training.first_ranks
     of_stages = first_ranks(config, world_size=world_size) if all_stages else []
     return sorted({*ranks, *of_stages}) or [0]
 
@@ -37,52 +50,81 @@ def run(
 ) -> dict[str, Any]:
     """A step of each of `ranks`, as one JSON document. Raises ConfigError where bucket or model do not fit."""
     began = time.perf_counter()
-    width = config.training.micro_batch_tokens
-    bucket = bucket or width
-    if width % bucket:
-        raise ConfigError(
-            f"--bucket {bucket}: training.micro_batch_tokens ({width}) must be a multiple of it; give one of the data's"
-        )
-    config = config.model_copy(update={"model": _shaped(config.model)})
-    check_shape(config)
+    of_rank, bucket = _of_training(config, bucket) if config.task != "ppo" else _of_ppo(config, bucket, world_size)
     findings = []
     for rank in ranks:
-        for role in dry_run(config, rank=rank, world_size=world_size, bucket=bucket):
+        for role in of_rank(rank=rank, world_size=world_size):
             say(f"rank {rank}, {role.role}, stage {role.pp_rank}: {role.seconds:.1f} s")
             findings.append(asdict(role))
     return {
         "task": config.task,
         "world_size": world_size,
-        "micro_batch_tokens": width,
         "bucket": bucket,
         "ranks": findings,
         "seconds": time.perf_counter() - began,
     }
 
 
+def _of_training(config: RunConfig, bucket: int | None) -> tuple[OfRank, int]:
+    """What finds out about a rank of pretrain, sft or reward, and the tokens of a sample."""
+    width = config.training.micro_batch_tokens
+    if width % (bucket or width):
+        raise ConfigError(
+            f"--bucket {bucket}: training.micro_batch_tokens ({width}) must be a multiple of it; give one of the data's"
+        )
+    config = config.model_copy(update={"model": _shaped(config.model)})
+    check_shape(config)
+    return partial(training.dry_run, config, bucket=bucket or width), bucket or width
+
+
+def _of_ppo(config: RunConfig, bucket: int | None, world_size: int) -> tuple[OfRank, int]:
+    """What finds out about a rank of ppo, and the tokens of an answer with its prompt."""
+    roles = {
+        name: replace(role, model=_shaped(role.model))
+        for name, role in placed_roles(config, world_size=world_size).items()
+    }
+    problems = [
+        Problem(f"roles.{name}.{key}", f"roles.{name}: {text}")
+        for name, role in roles.items()
+        for key, text in shape_problems(role.model, role.parallel)
+    ]
+    if problems:
+        raise InvalidConfig(problems)
+    room = ppo.longest_answer(roles)
+    length = bucket or room
+    assert config.ppo is not None, "the config's rules ask for it"
+    if not config.ppo.max_response_length < length <= room:
+        raise ConfigError(
+            f"--bucket {length}: an answer with its prompt has more than ppo.max_response_length "
+            f"({config.ppo.max_response_length}) and at most {room} tokens, the roles' room; give such a number"
+        )
+    return partial(ppo.dry_run, config, roles, length=length), length
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
     """What people want to see of the result: what each rank holds, and what it sends in a step."""
-    title = f"{result['task']} on {result['world_size']} ranks, samples of {result['bucket']} tokens: GiB a rank"
+    unit, num_bytes = ("GiB", 2**30) if max(found["peak"] for found in result["ranks"]) >= 2**30 else ("MiB", 2**20)
+    title = f"{result['task']} on {result['world_size']} ranks, samples of {result['bucket']} tokens: {unit} a rank"
     memory = Table(title=title, title_justify="left")
     for column in ("rank", "role", "stage", "tp", "dp", "layers", "micro-batches", "parameters", *SIZES):
         memory.add_column(column, justify="left" if column == "role" else "right")
-    ranks_by_traffic: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
+    ranks_by_traffic: dict[tuple[Any, ...], list[str]] = {}
     for found in result["ranks"]:
         memory.add_row(
             *(str(found[key]) for key in ("rank", "role", "pp_rank", "tp_rank", "dp_rank", "num_layers")),
             str(found["num_micro_batches"]),
             f"{found['parameters']:,}",
-            *(_gib(found[size]) for size in SIZES),
+            *(f"{found[size] / num_bytes:,.3f}" for size in SIZES),
         )
-        traffic = tuple(tuple(part.values()) for part in found["collectives"])
-        ranks_by_traffic.setdefault(traffic, []).append(f"{found['rank']}")
+        traffic = (found["role"], *(tuple(part.values()) for part in found["collectives"]))
+        ranks_by_traffic.setdefault(traffic, []).append(str(found["rank"]))
     collectives = Table(title="collectives a step", title_justify="left")
-    for column in ("ranks", "kind", "group", "of ranks", "calls", "GiB in all"):
-        collectives.add_column(column, justify="left" if column in ("ranks", "kind", "group") else "right")
-    for traffic, ranks in ranks_by_traffic.items():
-        for place, (kind, group, size, calls, num_bytes) in enumerate(traffic):
-            first = "" if place else ", ".join(ranks)
-            collectives.add_row(first, kind, group, str(size), f"{calls:,}", _gib(num_bytes))
+    for column in ("ranks", "role", "group", "kind", "of ranks", "calls", f"{unit} in all"):
+        collectives.add_column(column, justify="left" if column in ("ranks", "role", "group", "kind") else "right")
+    for (role, *parts), ranks in ranks_by_traffic.items():
+        for place, (kind, group, size, calls, whole) in enumerate(parts):
+            whose = ("", "") if place else (", ".join(ranks), role)
+            collectives.add_row(*whose, group, kind, str(size), f"{calls:,}", f"{whole / num_bytes:,.3f}")
         collectives.add_section()
     return [memory, collectives]
 
@@ -95,7 +137,3 @@ def _shaped(model: ModelConfig) -> ModelConfig:
     if model.load is not None and any(getattr(model, key) is None for key in SHAPE):
         model = resolve_model(model)
     return model.model_copy(update={"layer_spec": "torch"})
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.3f}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -177,31 +178,10 @@ def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watch
     def beat(phase: str) -> None:
         watchdog.beat(iteration=trainer.state.iteration + 1, phase=phase)
 
-    shift, scale = material.stored_scores
     for name, placed in roles.items():
         watchdog.beat(iteration=0, phase=f"{name}: model and optimizer")
         with log.phase(f"{name}: groups and model"):
-            groups = parallel.build_groups(name, ranks=placed.ranks, parallel=placed.parallel, timeout_seconds=timeout)
-            role = (
-                None
-                if groups is None
-                else build_role(
-                    groups,
-                    model=placed.model,
-                    parallel=placed.parallel,
-                    optimizer=placed.optimizer,
-                    seed=config.seed,
-                    draw=False,
-                )
-            )
-        if name == "actor":
-            workers[name] = Actor(placed, role, temperature=ppo.temperature, beat=beat)
-        elif name == "critic":
-            workers[name] = Critic(placed, role, shift=shift, scale=scale, beat=beat)
-        elif name == "reference":
-            workers[name] = Policy(placed, role, temperature=ppo.temperature, beat=beat)
-        else:
-            workers[name] = RewardModel(placed, role, beat=beat)
+            workers[name] = build_worker(config, placed, stored_scores=material.stored_scores, beat=beat)
     actor, critic, reference = workers["actor"], workers["critic"], workers["reference"]
     assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made above"
     scorer: Scorer
@@ -234,6 +214,45 @@ def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watch
         stop=stop,
     )
     return trainer
+
+
+def build_worker(
+    config: RunConfig,
+    placed: PlacedRole,
+    *,
+    stored_scores: tuple[float, float] = (0.0, 1.0),
+    beat: Callable[[str], None] = lambda phase: None,
+) -> RoleWorker:
+    """A role's groups, and its part on this rank, if it has one, the weights still to come. Collective over the world.
+
+    stored_scores: mean and deviation, on whose scale the critic's values are.
+    """
+    ppo = config.ppo
+    assert ppo is not None, "the config's rules ask for it"
+    groups = parallel.build_groups(
+        placed.name,
+        ranks=placed.ranks,
+        parallel=placed.parallel,
+        timeout_seconds=backend_timeout(config.runtime.timeout_seconds),
+    )
+    role = None
+    if groups is not None:
+        role = build_role(
+            groups,
+            model=placed.model,
+            parallel=placed.parallel,
+            optimizer=placed.optimizer,
+            seed=config.seed,
+            draw=False,
+        )
+    shift, scale = stored_scores
+    if placed.name == "actor":
+        return Actor(placed, role, temperature=ppo.temperature, beat=beat)
+    if placed.name == "critic":
+        return Critic(placed, role, shift=shift, scale=scale, beat=beat)
+    if placed.name == "reference":
+        return Policy(placed, role, temperature=ppo.temperature, beat=beat)
+    return RewardModel(placed, role, beat=beat)
 
 
 def _source(config: RunConfig, material: Material, actor: Actor) -> AnswerSource:

@@ -1,0 +1,97 @@
+"""The planner's figures of a rank, against what a dry run of that rank counts: at real shapes and several layouts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_xy.config import RunConfig, load_config
+from megatron_xy.plan.memory import rank_memory
+from tests.distributed.dry_runs import dry_runs
+
+PRETRAIN_70B = Path(__file__).parents[2] / "examples" / "xuanyuan2_70b" / "pretrain.yaml"
+SHAPES = {
+    "6b": {"num_layers": 30, "hidden_size": 4096, "ffn_hidden_size": 11008, "num_attention_heads": 32},
+    "13b": {"num_layers": 40, "hidden_size": 5120, "ffn_hidden_size": 13824, "num_attention_heads": 40},
+}
+
+
+def of_shape(
+    shape: str, *, tp: int = 1, pp: int = 1, vp: int | None = None, dp: int = 1, tokens: int = 4096, batches: int = 4,
+    recompute: str = "none", head: str = "language_model", overlap: bool = False, distributed: bool = True,
+) -> tuple[RunConfig, int]:  # fmt: skip
+    """A job, and its world size."""
+    model = SHAPES[shape] | {"vocab_size": 39438, "params_dtype": "bf16", "layer_spec": "torch", "head": head}
+    layout = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vp,
+        "sequence_parallel": tp > 1,
+        "use_distributed_optimizer": distributed,
+        "overlap_grad_reduce": overlap,
+        "overlap_param_gather": overlap,
+    }
+    config = RunConfig.model_validate(
+        {
+            "task": "reward" if head == "value" else "pretrain",
+            "model": model | {"recompute_granularity": recompute, "max_position_embeddings": tokens},
+            "parallel": layout,
+            "training": {"micro_batch_tokens": tokens, "global_batch_tokens": tokens * batches * dp},
+        }
+    )
+    return config, tp * pp * dp
+
+
+def of_70b(*overrides: str) -> tuple[RunConfig, int]:
+    """The 70B's pre-training, changed, on 512 ranks."""
+    changes = ["model.layer_spec=torch", *overrides]
+    return load_config(PRETRAIN_70B, overrides=changes, world_size=512), 512
+
+
+def check(jobs: list[tuple[tuple[RunConfig, int], list[int]]]) -> None:
+    """Parameters, weights and gradients exactly, the optimizer but for its step counters, the whole within 5 %."""
+    findings = dry_runs([(config, world_size, ranks) for (config, world_size), ranks in jobs])
+    apart: list[Any] = []
+    for ((config, world_size), ranks), of_job in zip(jobs, findings, strict=True):
+        for rank, found in zip(ranks, of_job, strict=True):
+            (planned,) = rank_memory(config, world_size=world_size, rank=rank)
+            where = f"{config.model.num_layers} layers, rank {rank} of {world_size}, {config.parallel}"
+            assert (planned.parameters, planned.stage) == (found["parameters"], found["pp_rank"]), where
+            assert (planned.weights, planned.gradients) == (found["weights"], found["gradients"]), where
+            assert planned.optimizer == pytest.approx(found["optimizer"], rel=1e-4), where
+            print(
+                where,
+                planned.total,
+                found["peak"],
+                planned.total / found["peak"] - 1,
+                planned.activations / found["activations"] - 1,
+            )
+            if planned.total != pytest.approx(found["peak"], rel=0.05):
+                apart.append((where, planned.total, found["peak"]))
+    assert not apart
+
+
+def test_plan_and_dry_run_agree() -> None:
+    check(
+        [
+            (of_shape("6b", tp=2, pp=2, dp=2), [0, 7]),
+            (of_shape("13b", tp=8, pp=2, recompute="full", head="value"), [0, 15]),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_plan_and_dry_run_agree_at_many_layouts() -> None:
+    plain = ("parallel.virtual_pipeline_model_parallel_size=null", "parallel.pipeline_model_parallel_size=8")
+    check(
+        [
+            (of_70b(), [0, 200, 511]),
+            (of_70b(*plain, "model.recompute_granularity=none", "training.global_batch_tokens=2097152"), [0, 37, 500]),
+            (of_70b(*plain, "model.recompute_granularity=full", "training.global_batch_tokens=2097152"), [0, 500]),
+            (of_shape("13b", tp=4, pp=4, vp=2, dp=2, batches=8), [0, 13, 31]),
+            (of_shape("13b", tp=8, dp=4, recompute="selective", overlap=True, tokens=8192), [0, 31]),
+            (of_shape("6b", tp=2, dp=8, recompute="selective", overlap=True), [0, 15]),
+            (of_shape("6b", dp=8, recompute="full"), [3]),
+            (of_shape("6b", tp=4, pp=2, distributed=False, head="value"), [0, 7]),
+        ]
+    )
