@@ -263,10 +263,10 @@ def test_no_allowed_text_means_anything_to_a_shell(character: str) -> None:
 
 def test_example_script_is_one_torchrun(cluster: Path) -> None:
     script = ROOT / "examples" / "xuanyuan2_70b" / "launch.sh"
-    environment = cluster_environment(cluster, SLURM_NNODES="3", FAKE_RUN=str(cluster / "run"), FAKE_CODE="0")
+    environment = cluster_environment(cluster, FAKE_RUN=str(cluster / "run"), FAKE_CODE="0")
     (cluster / "run").mkdir()
-    subprocess.run([script, "ppo", "run.yaml", ODD], env=environment, check=True)
+    subprocess.run([script, "node01", "3", "ppo", ODD], env=environment, check=True)
     assert recorded(cluster, "torchrun-here") == [
-        "--nnodes=3", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-id=7", "--rdzv-endpoint=node01:29500",
-        "-m", "megatron_xy", "ppo", "run.yaml", ODD,
+        "--nnodes", "3", "--nproc-per-node", "8", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node01:29500",
+        "-m", "megatron_xy", "ppo", "examples/xuanyuan2_70b/ppo.yaml", ODD,
     ]  # fmt: skip
