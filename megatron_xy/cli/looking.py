@@ -53,12 +53,16 @@ def plan(
         str | None, typer.Option("--tokens", help="of the whole run, such as 366B; what the config says unless given")
     ] = None,
     search: Annotated[bool, typer.Option("--search", help="rank the layouts that fit")] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", metavar="RUN", help="fit the efficiencies to this run first")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE.png", help="draw ranks and memory")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Plans a run on a cluster that need not be there: memory by rank, speed, days, checkpoints, other layouts."""
     from megatron_xy.plan import verb
 
-    verb.plan(
+    made = verb.plan(
         run_yaml,
         overrides=overrides or [],
         num_nodes=nodes,
@@ -66,8 +70,13 @@ def plan(
         gpu=gpu,
         tokens=tokens,
         do_search=search,
+        calibrate_by=calibrate,
         as_json=as_json,
     )
+    if picture is not None:
+        from megatron_xy.plan.picture import save_picture  # and with it matplotlib, a good part of a second
+
+        save_picture(made, picture)
 
 
 def dryrun(

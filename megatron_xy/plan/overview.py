@@ -17,6 +17,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
 from megatron_xy.plan.memory import Job, RoleMemory, jobs, stage_memory
+from megatron_xy.plan.ppo import Split, TimeLine, best_split, time_line
 from megatron_xy.plan.speed import StepTime, Traffic, checkpoint_bytes, step_time, traffic
 from megatron_xy.stages import padded_vocab_size
 
@@ -74,6 +75,8 @@ class Plan:
     num_tokens: float
     days: float
     reliability: Reliability
+    time_line: TimeLine | None  # of a PPO step
+    best_split: Split | None
 
     @property
     def world_size(self) -> int:
@@ -104,6 +107,9 @@ class Plan:
             "days": self.days,
             "gpu_hours": self.days * 24 * self.world_size,
             "reliability": dataclasses.asdict(self.reliability),
+            "time_line": self.time_line
+            and dataclasses.asdict(self.time_line) | {"idle_shares": self.time_line.idle_shares},
+            "best_split": self.best_split and dataclasses.asdict(self.best_split),
             "roles": [
                 {
                     "role": role.job.role,
@@ -154,7 +160,15 @@ def make_plan(
     mix = sum(shares.values())
     step_seconds = sum(shares[step.bucket] / mix * step.seconds for step in main.steps)
     tokens = main.job.micro_batch_tokens * main.job.num_micro_batches * main.job.dp_size
-    mfu = sum(shares[step.bucket] / mix * step.seconds * step.mfu for step in main.steps) / step_seconds
+    line = split = None
+    if config.ppo is not None:
+        line = time_line(all_jobs, ppo=config.ppo, gpu=gpu, rates=rates)
+        split = best_split(
+            all_jobs, num_nodes=num_nodes, gpus_per_node=gpus_per_node, ppo=config.ppo, gpu=gpu, rates=rates
+        )
+        step_seconds, tokens = line.seconds, config.ppo.rollout_batch_size * 2 * config.ppo.max_response_length
+    mfu = sum(shares[step.bucket] / mix * step.seconds * step.mfu for step in main.steps)
+    mfu /= sum(shares[step.bucket] / mix * step.seconds for step in main.steps)
     all_tokens = num_tokens or float(config.training.train_iters * tokens)
     return Plan(
         config=config,
@@ -166,12 +180,14 @@ def make_plan(
         worst_rank=worst_rank,
         worst_bytes=worst,
         margin_bytes=margin,
-        tokens_per_second=tokens / step_seconds / len(main.job.ranks),
+        tokens_per_second=tokens / step_seconds / world_size,
         mfu=mfu,
         step_seconds=step_seconds,
         num_tokens=all_tokens,
         days=all_tokens / tokens * step_seconds / DAY,
         reliability=_reliability(config, roles, step_seconds=step_seconds, num_nodes=num_nodes, world_size=world_size),
+        time_line=line,
+        best_split=split,
     )
 
 

@@ -9,7 +9,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_xy.plan.calibrate import Calibration
 from megatron_xy.plan.overview import Plan, RolePlan
+from megatron_xy.plan.ppo import TimeLine
 from megatron_xy.plan.search import changes
 from megatron_xy.ppo.placement import spelt_ranks
 
@@ -22,6 +24,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     yield _placement(plan)
     yield _memory(plan)
     yield _speed(plan)
+    if plan.time_line is not None:
+        yield _time_line(plan, plan.time_line)
     yield _costs(plan)
 
 
@@ -63,6 +67,19 @@ def remedies(plan: Plan, found: Sequence[Plan]) -> RenderableType:
         for other in found
     ]
     return Text("nearest that would fit:\n" + "\n".join(lines))
+
+
+def calibrated(calibration: Calibration) -> RenderableType:
+    """Predicted against measured tokens/s a GPU, before and after the fit."""
+    title = f"efficiencies x {calibration.factor:.3g}, fitted to the run; tokens/s/GPU"
+    table = _table(title, "bucket", "steps", "measured", "predicted before", "predicted", "off by")
+    for speed in calibration.speeds:
+        values = (speed.measured, speed.before, speed.predicted)
+        off = speed.predicted / speed.measured - 1
+        table.add_row(
+            str(speed.bucket), str(speed.num_steps), *(f"{value:,.0f}" for value in values), f"{100 * off:+.1f} %"
+        )
+    return table
 
 
 def _headline(plan: Plan) -> RenderableType:
@@ -203,6 +220,24 @@ def _costs(plan: Plan) -> RenderableType:
         f"({kept.best_interval_seconds / 60:.0f} min): ETTR {100 * kept.ettr:.2f} %, as configured "
         f"({plan.config.checkpoint.save_interval}) {100 * kept.ettr_as_configured:.2f} %",
     )
+    return table
+
+
+def _time_line(plan: Plan, line: TimeLine) -> RenderableType:
+    table = _table(
+        f"a PPO step: {line.seconds:.0f} s", "role", *(f"{phase} s" for phase in line.phases), "idle", "layout"
+    )
+    whole = max(line.seconds, 1e-9)
+    for role, work in line.work.items():
+        bar = ""
+        for phase, seconds in line.phases.items():
+            cells = round(50 * seconds / whole)
+            busy = round(50 * work[phase] / whole)
+            bar += "█" * min(busy, cells) + "·" * max(0, cells - busy)
+        table.add_row(role, *(f"{s:.1f}" for s in work.values()), f"{100 * line.idle_shares[role]:.0f} %", bar)
+    if plan.best_split is not None:
+        nodes = ", ".join(f"{role} {number}" for role, number in plan.best_split.nodes.items())
+        table.caption = f"best split of {plan.num_nodes} nodes: {nodes}; {plan.best_split.seconds:.0f} s a step"
     return table
 
 

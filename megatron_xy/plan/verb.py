@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from rich.console import Console
 from megatron_xy.config import load_config
 from megatron_xy.errors import ConfigError
 from megatron_xy.plan.assumptions import device, efficiencies
-from megatron_xy.plan.overview import make_plan
+from megatron_xy.plan.calibrate import calibrate
+from megatron_xy.plan.overview import Plan, make_plan
 from megatron_xy.plan.search import nearest_fits, search
-from megatron_xy.plan.told import layouts, remedies, tables
+from megatron_xy.plan.told import calibrated, layouts, remedies, tables
 
 UNITS = {"M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
@@ -27,11 +29,19 @@ def plan(
     gpu: str,
     tokens: str | None,
     do_search: bool,
+    calibrate_by: Path | None,
     as_json: bool,
-) -> None:
-    """Plans a run and prints it. Raises ConfigError as `check` does, and where the GPU or a shape is not known."""
+) -> Plan:
+    """Plans a run, prints the plan, returns it. Raises ConfigError: as `check` does; where GPU or shape are not known.
+
+    calibrate_by: a run's folder, whose speeds set the efficiencies.
+    """
     config = load_config(path, overrides=overrides, world_size=num_nodes * gpus_per_node)
     chosen, rates = device(gpu), efficiencies()
+    calibration = None
+    if calibrate_by is not None:
+        calibration = calibrate(calibrate_by, gpu=chosen, rates=rates, gpus_per_node=gpus_per_node)
+        rates = calibration.rates
     made = make_plan(
         config,
         num_nodes=num_nodes,
@@ -48,15 +58,20 @@ def plan(
         result = made.to_json()
         if looked:
             result["layouts"] = [other.to_json() for other in found[:20]]
+        if calibration is not None:
+            result["calibration"] = dataclasses.asdict(calibration)
         print(json.dumps(result))
-        return
+        return made
     console = Console(width=max(Console().width, 150), highlight=False)
+    if calibration is not None:
+        console.print(calibrated(calibration))
     for table in tables(made):
         console.print(table)
     if do_search:
         console.print(layouts(made, found))
     elif looked:
         console.print(remedies(made, nearest_fits(made, found)))
+    return made
 
 
 def parsed_tokens(text: str) -> float:

@@ -1,5 +1,6 @@
 """The examples of real scale: each is checked and planned, fits, and says in its header what the plan says."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,8 +13,11 @@ import pytest
 from megatron_xy.config import load_config
 from megatron_xy.errors import ConfigError
 from megatron_xy.plan.assumptions import device, efficiencies
+from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan
+from megatron_xy.plan.picture import save_picture
 from megatron_xy.plan.search import nearest_fits, search
+from megatron_xy.plan.speed import step_time
 from megatron_xy.plan.verb import parsed_tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -95,3 +99,49 @@ def test_a_70b_is_checked_and_planned_within_two_seconds(verb):
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stderr
     assert time.perf_counter() - began < 2
+
+
+def test_a_ppo_steps_time_line_and_split():
+    plan = planned("xuanyuan2_70b/ppo.yaml")
+    line, split = plan.time_line, plan.best_split
+    assert line is not None and split is not None
+    assert line.seconds == pytest.approx(sum(line.phases.values()))
+    assert line.phases["generate"] == line.work["actor"]["generate"] > 0
+    assert line.phases["score"] == max(work["score"] for work in line.work.values())
+    assert all(0 <= share < 1 for share in line.idle_shares.values())
+    assert sum(split.nodes.values()) == 64 and split.seconds <= line.seconds
+
+
+def test_roles_that_share_ranks_take_turns():
+    ranks = [f"roles.{role}.ranks=0-127" for role in ("actor", "critic", "reference", "reward")]
+    line = planned("xuanyuan2_70b/ppo.yaml", *ranks, num_nodes=16).time_line
+    assert line is not None
+    assert line.phases["score"] == pytest.approx(sum(work["score"] for work in line.work.values()))
+
+
+def test_a_plan_is_drawn(tmp_path):
+    save_picture(planned("xuanyuan2_70b/ppo.yaml"), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_calibration_finds_how_much_slower_a_run_was(tmp_path):
+    name = "xuanyuan_6b/pretrain.yaml"
+    plan = planned(name)
+    config = plan.config.model_dump_json(exclude={"model": {"head"}})
+    (tmp_path / "run.yaml").write_text(config)
+    (tmp_path / "env.json").write_text('{"world_size": 32}')
+    slower = dataclasses.replace(
+        efficiencies(),
+        **{name: 0.8 * getattr(efficiencies(), name) for name in ("matmul", "attention", "memory", "node_network")},
+        network=0.8 * efficiencies().network,
+    )
+    step = step_time(plan.roles[0].job, bucket=2048, gpu=plan.gpu, rates=slower)
+    rows = [
+        {"iteration": number, "bucket": 2048, "tokens_per_second": 32 * step.tokens_per_second} for number in (3, 4)
+    ]
+    rows.insert(0, {"iteration": 1, "bucket": 2048, "tokens_per_second": 1.0})  # the first steps do not count
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = calibrate(tmp_path, gpu=plan.gpu, rates=efficiencies(), gpus_per_node=8)
+    assert found.factor == pytest.approx(0.8, abs=0.01)
+    assert found.speeds[0].predicted == pytest.approx(found.speeds[0].measured, rel=0.01)
+    assert found.speeds[0].before > found.speeds[0].measured
