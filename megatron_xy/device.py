@@ -146,6 +146,11 @@ def name() -> str:
     return "CPU" if is_cpu() else torch.cuda.get_device_name(current())
 
 
+def count() -> int:
+    """GPUs that this process sees; 1 on a CPU."""
+    return torch.cuda.device_count()
+
+
 def compute_capability() -> tuple[int, int]:
     """The GPU's architecture, such as (9, 0) for Hopper; (0, 0) where there is none."""
     return (0, 0) if _patched else torch.cuda.get_device_capability(current())

@@ -1,16 +1,22 @@
-"""`megatron-xy doctor`: what this machine has, what would be used and why, what is patched, with accepted versions."""
+"""`megatron-xy doctor`: what this machine has and whether it will do, what would be used and why, what is patched.
+
+Under torchrun all ranks look, rank 0 tells of every host, and the links between the ranks are measured.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
+import socket
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_xy import device, waits
+from megatron_xy import device, environment, links, parallel, waits
 from megatron_xy.config import ModelConfig
 from megatron_xy.flops import peak_flops
+from megatron_xy.health import Finding, installed_versions, machine_findings, version_of
 from megatron_xy.model.attention_backends import BACKENDS, examine
 from megatron_xy.model.kernels import compiler
 from megatron_xy.model.layer_spec import DTYPES, choose_layers
@@ -24,6 +30,7 @@ ACCEPTED = {
     "flash-attn-3": ">= 3.0 (flash_attn_interface), optional: attention on Hopper",
     "apex": "any, optional and not used: AdamW is torch's fused one",
 }
+LINK_SECONDS = 300.0  # of a collective of the links' measurement
 # Any model of usual width: what is chosen depends on the dtype and the width of a head alone.
 SHAPE = ModelConfig(num_layers=1, hidden_size=128, ffn_hidden_size=128, num_attention_heads=1, vocab_size=128)
 
@@ -44,7 +51,7 @@ def diagnose() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: {"found": _version(name), "accepted": accepted} for name, accepted in ACCEPTED.items()},
+        "packages": {name: {"found": version_of(name), "accepted": accepted} for name, accepted in ACCEPTED.items()},
         "device": {
             "name": device.name(),
             "backend": device.backend(),
@@ -90,8 +97,34 @@ def told(findings: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def examine_hosts(folder: Path) -> list[dict[str, Any]]:
+    """The findings of every host, and of the links under torchrun, as plain values; the same on every rank.
+
+    folder: where the disk is tried.
+    """
+    host, is_first = socket.gethostname(), environment.local_rank() == 0
+    mine = [*machine_findings(folder, has_gpu=not device.is_cpu()), _gpu()] if is_first else []
+    own = [{"host": host, **asdict(finding)} for finding in mine]
+    if not environment.is_set() or environment.world_size() == 1:
+        return own
+    parallel.start_distributed(timeout_seconds=LINK_SECONDS)
+    shared = [links.same_versions(installed_versions()), *links.bandwidth()]
+    found: list[dict[str, Any]] = [entry for entries in links.gathered(own) for entry in entries]
+    first: list[dict[str, Any]] = links.gathered([{"host": "all", **asdict(finding)} for finding in shared])[0]
+    parallel.stop_distributed()
+    return found + first
+
+
+def health_told(entries: list[dict[str, Any]]) -> str:
+    """The hosts' findings, a line each."""
+    lines = []
+    for entry in entries:
+        finding = Finding(**{name: entry[name] for name in ("verdict", "subject", "found", "remedy")})
+        lines.append(f"{entry['host']}: {finding}")
+    return "\n".join(lines)
+
+
+def _gpu() -> Finding:
+    if device.is_cpu():
+        return Finding("ok", "GPU", "none: computing on the CPU over gloo")
+    return Finding("ok", "GPU", f"{device.count()} x {device.name()}")

@@ -71,6 +71,7 @@ def launch(
 ) -> None:
     """Prints, or starts, what runs RUN.yaml on a cluster: torchrun, an sbatch script or a Kubernetes JobSet."""
     from megatron_xy.launch.scripts import script
+    from megatron_xy.launch.submit import run_here
     from megatron_xy.launch.submit import submit as submitted
     from megatron_xy.launch.verb import prepare_job
 
@@ -108,6 +109,8 @@ def launch(
     )
     if submit:
         say(f"{job.task} on {nodes} x {gpus_per_node} ranks, in {job.run_dir}")
+        if target == "local":
+            sys.exit(run_here(job))
         print(submitted(job))
     else:
         print(script(job), end="")

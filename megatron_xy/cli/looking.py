@@ -128,15 +128,25 @@ def select(
         sys.exit(EXIT_COMPARISON_FAILED)
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Says what this machine has, what would be used and why, and what is patched."""
-    from megatron_xy import device
+def doctor(
+    as_json: AsJson = False,
+    folder: Annotated[Path, typer.Option("--folder", help="where runs will be written: its disk is tried")] = Path(),
+) -> None:
+    """Says what this machine has and whether it will do, what would be used and why; ends with 1 where a line fails.
 
-    device.start()
-    from megatron_xy.doctor import diagnose, told
+    Under torchrun it looks at every host, and measures the links between the ranks.
+    """
+    from megatron_xy import device, environment
 
-    findings = diagnose()
-    print(json.dumps(findings) if as_json else told(findings))
+    device.start(local_rank=environment.local_rank())
+    from megatron_xy.doctor import diagnose, examine_hosts, health_told, told
+
+    health = examine_hosts(folder)
+    if environment.rank() == 0:
+        findings = diagnose()
+        print(json.dumps({**findings, "health": health}) if as_json else f"{told(findings)}\n{health_told(health)}")
+    if any(entry["verdict"] == "fail" for entry in health):
+        sys.exit(EXIT_COMPARISON_FAILED)
 
 
 def bench(

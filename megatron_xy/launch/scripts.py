@@ -69,8 +69,7 @@ def variables(job: Job) -> list[Variable]:
     found.append(Variable("OMP_NUM_THREADS", str(job.num_threads), "CPU threads a rank: runtime.num_threads"))
     if job.network_interface is not None:
         why = "where NCCL and gloo meet before they use InfiniBand (--network-interface)"
-        names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-        found += [Variable(name, job.network_interface, why) for name in names]
+        found += [Variable(name, job.network_interface, why) for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")]
     if job.ib_hca is not None:
         found.append(Variable("NCCL_IB_HCA", job.ib_hca, "the adapters of the compute fabric alone (--ib-hca)"))
     return found

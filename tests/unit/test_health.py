@@ -1,0 +1,71 @@
+"""`doctor`'s findings: versions against ranges, advisories against versions, limits, the disk."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_xy import health
+from megatron_xy.health import is_below, machine_findings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("version", "limit", "below"),
+    [
+        ("2.5.1", "2.6", True),
+        ("2.6.0+cu128", "2.6", False),
+        ("2.13.0", "2.6", False),
+        ("0.16.1", "0.20", True),
+        ("0.20.0rc1", "0.20", False),
+        ("4.25", "4.25.8", True),
+    ],
+)
+def test_versions_compare_by_number(version: str, limit: str, below: bool) -> None:
+    assert is_below(version, limit) is below
+
+
+def test_this_machine_passes_and_nothing_stays(tmp_path: Path) -> None:
+    findings = {finding.subject: finding for finding in machine_findings(tmp_path, has_gpu=False)}
+    assert {"torch", "megatron-core", "open files", "locked memory", "/dev/shm", "free space", "disk writes"} <= set(
+        findings
+    )
+    assert not [finding for finding in findings.values() if finding.verdict == "fail"]
+    assert "MB/s" in findings["disk writes"].found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_ok_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(health.RANGES, "numpy", ("99", None, True))
+    monkeypatch.setitem(health.RANGES, "no-such-package", ("1", "2", True))
+    monkeypatch.setitem(health.RANGES, "transformers", ("1", "2", False))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    try:
+        findings = machine_findings(tmp_path, has_gpu=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    verdicts = {finding.subject: finding.verdict for finding in findings}
+    assert verdicts["numpy"] == verdicts["no-such-package"] == verdicts["open files"] == "fail"
+    assert verdicts["transformers"] == "warn"
+    assert all(finding.remedy for finding in findings if finding.verdict != "ok")
+    assert "pip install 'no-such-package>=1,<2'" in [finding.remedy for finding in findings]
+
+
+def test_an_old_version_meets_its_advisory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "version_of", lambda package: "2.5.1")
+    told = {finding.subject: finding for finding in machine_findings(tmp_path, has_gpu=False)}
+    assert told["CVE-2025-32434"].verdict == "warn" and "torch>=2.6.0" in told["CVE-2025-32434"].remedy
+
+
+def test_every_advisory_names_a_test_that_is_there() -> None:
+    entries = yaml.safe_load((ROOT / "megatron_xy" / "advisories.yaml").read_text())
+    for entry in entries:
+        path, _, rule = entry["test"].partition(", rule ")
+        if rule:
+            assert f'"{rule.split(chr(34))[1]}": (' in (ROOT / path).read_text(), entry["id"]
+        assert entry["package"] in health.RANGES or entry["package"] == "protobuf"
