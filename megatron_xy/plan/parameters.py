@@ -1,7 +1,7 @@
 """A pipeline stage's parameters one by one, and the buffers that megatron-core lays them into.
 
-From a complete model and its layout to counts, in the order in which GPTModel registers them: that order and
-the paddings (megatron-core's distributed/param_and_grad_buffer.py) settle which part of a buffer a replica's optimizer owns.
+From a complete model and its layout to counts, in the order in which GPTModel registers them: order and paddings (those
+of megatron-core's distributed/param_and_grad_buffer.py) settle which part of a buffer a replica's optimizer owns.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def _shared_buffer(width: int, parameters: Sequence[Parameter], bucket_size: int
     def close() -> int:
         end = _up(position, math.lcm(dp_size, BUCKET_ALIGNMENT))
         part = (end - bucket_start) // dp_size
-        for replica in range(dp_size):
-            start, stop = bucket_start + replica * part, bucket_start + (replica + 1) * part
-            owned[replica] += sum(max(0, min(stop, last) - max(start, first)) for first, last in places)
+        for first, last in places:
+            for replica in range((first - bucket_start) // part, -(-(last - bucket_start) // part)):
+                start = bucket_start + replica * part
+                owned[replica] += min(start + part, last) - max(start, first)
         places.clear()
         return end
 
