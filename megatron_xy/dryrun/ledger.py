@@ -19,6 +19,8 @@ from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+_entered: list[Ledger] = []  # the last one notes
+
 
 @dataclass
 class Traffic:
@@ -43,6 +45,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.traffic: dict[tuple[str, str], Traffic] = {}
         self._storages: set[int] = set()
         self._in_kernel = False
+
+    def __enter__(self) -> Ledger:
+        _entered.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _entered.pop()
 
     def begin_peak(self) -> None:
         """From here on `peak` is anew."""
@@ -109,21 +120,17 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         traffic.bytes += max(sizes, default=0)
 
 
-def as_kernels(ledger: Ledger) -> Callable[..., Any]:
-    """What stands for torch.compile where nothing is computed: a function is one kernel of `ledger`."""
+def as_kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """What stands for torch.compile where nothing is computed: the function is one kernel of the ledger entered."""
+    if function is None:
+        return functools.partial(as_kernel, **options)
 
-    def compile_(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-        if function is None:
-            return functools.partial(compile_, **options)
+    @functools.wraps(function)
+    def kernel(*arguments: Any, **keywords: Any) -> Any:
+        with _entered[-1].one_kernel():
+            return function(*arguments, **keywords)
 
-        @functools.wraps(function)
-        def kernel(*arguments: Any, **keywords: Any) -> Any:
-            with ledger.one_kernel():
-                return function(*arguments, **keywords)
-
-        return kernel
-
-    return compile_
+    return kernel
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_xy import device, parallel
-from megatron_xy.dryrun.ledger import Ledger, Traffic, as_kernels, storage_bytes
+from megatron_xy.dryrun.ledger import Ledger, Traffic, as_kernel, storage_bytes
 from megatron_xy.optimizer import torch_optimizers
 from megatron_xy.parallel import Groups
 from megatron_xy.role import Role
@@ -69,7 +69,7 @@ def pretended_rank(rank: int, *, world_size: int) -> Iterator[Ledger]:
     before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     compile_ = torch.compile
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    torch.compile = as_kernels(ledger)
+    torch.compile = as_kernel  # type: ignore[assignment]
     try:
         with parallel.pretended_world(rank=rank, world_size=world_size), ledger:
             yield ledger
