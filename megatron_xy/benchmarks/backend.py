@@ -147,8 +147,10 @@ class MegatronXYLM(TemplateLM):  # type: ignore[misc]
             raise ConfigError(
                 f"max_gen_toks ({length}) must be below the model's max_position_embeddings ({self.max_length})"
             )
-        sampling = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
-        chosen = SamplingOptions(**sampling, max_response_length=length, stop_ids=(self.eot_token_id,))
+        given = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
+        chosen = SamplingOptions(
+            **{"temperature": 0.0, **given}, max_response_length=length, stop_ids=(self.eot_token_id,)
+        )
         return Prompt(self.tok_encode(context)[-(self.max_length - length) :], chosen, until)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -17,6 +17,7 @@ WHAT_LIES_WHERE = {
     "env.json": "machine and versions",
     "metrics.jsonl": "one record a step",
     "eval.jsonl": "one record an evaluation",
+    "evaluations.jsonl": "one record a checkpoint that `evaluate --watch` has put to benchmarks",
     "events.jsonl": "steps that stand out or were skipped, with their samples; stragglers",
     "logs": "what every rank said",
     "checkpoints": "weights, optimizer, schedule, random states, data position",

@@ -1,4 +1,5 @@
-"""`megatron-xy report RUN`: from RUN/metrics.jsonl, eval.jsonl, events.jsonl, run.yaml and env.json to RUN/report/.
+"""`megatron-xy report RUN`: from RUN/metrics.jsonl, eval.jsonl, evaluations.jsonl, events.jsonl, run.yaml and env.json
+to RUN/report/.
 
 That is PNG files, summary.json and index.html, which holds everything in itself and may be sent around. Without torch.
 """
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 from megatron_xy.config import RunConfig, load_config
 from megatron_xy.errors import DataError
+from megatron_xy.report.benchmarks import draw_benchmarks
 from megatron_xy.report.evaluation import draw_evaluation
 from megatron_xy.report.mixture import draw_mixture
 from megatron_xy.report.numbers import without_nan
@@ -69,7 +71,14 @@ def make_report(
     with storage_errors(folder):
         folder.mkdir(exist_ok=True)
     images: list[tuple[bytes, str]] = []
-    for name, picture in _pictures(metrics, evaluations=evaluations, config=config).items():
+    pictures = _pictures(metrics, evaluations=evaluations, config=config)
+    benchmarks = read_records(run_dir / "evaluations.jsonl")
+    pictures["benchmarks"] = Picture(
+        partial(draw_benchmarks, evaluations=benchmarks),
+        "Benchmarks of the run's checkpoints.",
+        is_there=bool(benchmarks.records),
+    )
+    for name, picture in pictures.items():
         if picture.is_there:
             with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
                 images.append((_png(picture.draw(metrics)), picture.caption))
