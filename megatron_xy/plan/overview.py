@@ -192,7 +192,7 @@ def make_plan(
 
 
 def buckets_of(config: RunConfig) -> dict[int, float]:
-    """{bucket: share of the steps}: equal shares of the data folder's buckets; where it is not here, the assumed ones."""
+    """{bucket: share of the steps}: equal shares of the data folder's buckets; without it the assumed ones."""
     micro, context = config.training.micro_batch_tokens, _context(config)
     for path in config.data.paths:
         if (path / "manifest.json").is_file():
