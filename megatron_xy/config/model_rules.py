@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_xy.config.problems import InvalidConfig, Problem, as_written, nearest_multiples
+from megatron_xy.config.problems import InvalidConfig, Problem, as_written, nearest_divisors, nearest_multiples
 from megatron_xy.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 
 
@@ -37,13 +37,17 @@ def shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[
 
     def divides(name: str, value: int | None, unit_name: str, unit: int | None) -> Iterator[tuple[str, str]]:
         if value is not None and unit is not None and value % unit:
+            other = ""
+            if unit_name == "tensor_model_parallel_size":
+                other = f"; or {unit_name} {nearest_divisors(unit, math.gcd(*divisible))}"
             yield (
                 f"model.{name}",
                 f"model.{name} ({value}) must be a multiple of {unit_name} ({unit}); "
-                f"nearest: {nearest_multiples(value, unit)}",
+                f"nearest: {nearest_multiples(value, unit)}{other}",
             )
 
     groups = model.num_query_groups or model.num_attention_heads
+    divisible = [size for size in (model.num_attention_heads, groups, model.ffn_hidden_size) if size]
     yield from divides("hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads)
     yield from divides("num_attention_heads", model.num_attention_heads, "num_query_groups", model.num_query_groups)
     yield from divides("num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)

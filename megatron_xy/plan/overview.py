@@ -144,7 +144,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a checked config. Raises ConfigError where a model's shape is not known.
 
-    num_tokens: of the whole run; what the config trains on unless given. bucket_shares: of the steps; those of the
+    num_tokens: of the whole run; what the config trains on unless given. bucket_shares: of the steps; equal ones of the
     data folder, or where it is not there the assumed ones.
     """
     world_size = num_nodes * gpus_per_node
@@ -192,7 +192,7 @@ def make_plan(
 
 
 def buckets_of(config: RunConfig) -> dict[int, float]:
-    """{bucket: share of the steps}: the tokens that the run's data hold; where they are not here, the assumed ones."""
+    """{bucket: share of the steps}: equal shares of the data folder's buckets; without it the assumed ones."""
     micro, context = config.training.micro_batch_tokens, _context(config)
     for path in config.data.paths:
         if (path / "manifest.json").is_file():

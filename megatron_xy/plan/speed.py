@@ -59,11 +59,15 @@ def traffic(job: Job) -> Traffic:
     memory = stage_memory(job, stage=0)
     gathers, scatters = _layer_collectives(model.recompute_granularity)
     per_layer = gathers + scatters if parallel.sequence_parallel else 2 * (scatters - 1) + 2
+    # The embedding scatters, and gathers its gradient; an output layer gathers twice, and scatters once.
+    at_ends = 0
+    if parallel.sequence_parallel:
+        at_ends = 2 + (3 if stages == 1 and model.head == "language_model" else 0)
     passes = 0 if stages == 1 else 2 * parallel.num_chunks - 1
     sent = state // (tp if parallel.sequence_parallel else 1)
     reduced = memory.gradients + (memory.weights if parallel.use_distributed_optimizer else memory.gradients)
     return Traffic(
-        tensor_parallel=0 if tp == 1 else layers * per_layer * state,
+        tensor_parallel=0 if tp == 1 else (layers * per_layer + at_ends * job.num_micro_batches) * state,
         pipeline=passes * job.num_micro_batches * sent,
         data_parallel=0 if job.dp_size == 1 else reduced,
     )

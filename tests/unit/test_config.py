@@ -419,9 +419,11 @@ def test_numbers_that_yaml_reads_as_text_or_the_other_kind(run_yaml: Path) -> No
          "overlap_param_gather (true) needs use_distributed_optimizer and "
          "overlap_grad_reduce; set both to true"),
         (["model.ffn_hidden_size=129", "parallel.tensor_model_parallel_size=2"],
-         "model.ffn_hidden_size (129) must be a multiple of tensor_model_parallel_size (2); nearest: 128, 130"),
+         "model.ffn_hidden_size (129) must be a multiple of tensor_model_parallel_size (2); nearest: 128, 130; or "
+         "tensor_model_parallel_size 1"),
         (["model.num_query_groups=1", "parallel.tensor_model_parallel_size=2"],
-         "model.num_query_groups (1) must be a multiple of tensor_model_parallel_size (2); nearest: 2"),
+         "model.num_query_groups (1) must be a multiple of tensor_model_parallel_size (2); nearest: 2; or "
+         "tensor_model_parallel_size 1"),
         (["training.global_batch_tokens=10000"],
          "training.global_batch_tokens (10000) must be a multiple of micro_batch_tokens (2048); nearest: 8192, 10240"),
         (["training.phases=[{from_iter: 9, global_batch_tokens: 10000}]"],

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -94,11 +94,16 @@ def test_bad_numbers_of_tokens(text):
 
 @pytest.mark.parametrize("verb", [["check", "--world-size", "512"], ["plan", "--nodes", "64", "--json"]])
 def test_a_70b_is_checked_and_planned_within_two_seconds(verb):
-    began = time.perf_counter()
+    began = cpu_seconds_of_children()  # other work on the machine does not count
     command = [sys.executable, "-m", "megatron_xy", verb[0], str(EXAMPLES / "xuanyuan2_70b/pretrain.yaml"), *verb[1:]]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stderr
-    assert time.perf_counter() - began < 2
+    assert cpu_seconds_of_children() - began < 2
+
+
+def cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_a_ppo_steps_time_line_and_split():

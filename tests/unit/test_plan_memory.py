@@ -8,6 +8,7 @@ from megatron_xy.config import ModelConfig, ParallelConfig, load_config
 from megatron_xy.flops import num_parameters
 from megatron_xy.plan.memory import jobs, rank_memory, stage_memory
 from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters
+from megatron_xy.plan.speed import traffic
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRETRAIN_70B = EXAMPLES / "xuanyuan2_70b" / "pretrain.yaml"
@@ -33,6 +34,40 @@ def test_a_rank_of_the_70b_holds_what_a_dry_run_of_it_counted(
     assert (memory.parameters, memory.weights, memory.gradients) == (parameters, weights, gradients)
     assert memory.optimizer == pytest.approx(optimizer, rel=1e-6)  # without the step counters, 4 bytes a parameter
     assert memory.activations == pytest.approx(activations, rel=0.02)
+
+
+def test_the_first_stage_sends_what_a_dry_run_of_it_counted():
+    changes = [*LAYOUT, "model.recompute_granularity=selective"]
+    (job,) = jobs(load_config(PRETRAIN_70B, overrides=changes, world_size=512), world_size=512)
+    sent = traffic(job)
+    assert sent.tensor_parallel == 605_590_388_736 + 433_791_696_896  # all-gathers, reduce-scatters
+    assert sent.pipeline == 4_831_838_208
+    assert sent.data_parallel == 4_360_634_368 + 8_721_268_736  # weights, gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "rank", "overrides", "parameters", "static", "activations"),
+    [  # of dry runs, with fewer layers
+        ("xuanyuan_6b/pretrain", 32, 0, ["parallel.use_distributed_optimizer=false",
+         "parallel.overlap_param_gather=false"], 567_316_480, 10_211_696_748, 4_195_082_684),
+        ("xuanyuan_6b/pretrain", 32, 3, ["parallel.pipeline_model_parallel_size=2",
+         "model.recompute_granularity=full"], 283_656_192, 2_127_421_460, 1_057_669_400),
+        ("xuanyuan_6b/pretrain", 32, 31, ["parallel.pipeline_model_parallel_size=2",
+         "model.untie_embeddings_and_output_weights=false"], 283_660_288, 2_127_452_176, 3_053_568_796),
+        ("xuanyuan_13b/reward", 16, 5, ["model.num_layers=6"], 526_981_120, 4_742_835_268, 2_566_005_164),
+        ("xuanyuan2_70b/ppo", 128, 0, ["model.num_layers=8"], 254_836_736, 3_058_040_862, 1_619_362_364),
+    ],
+)  # fmt: skip
+def test_ranks_of_other_layouts_and_tasks_hold_what_dry_runs_counted(
+    name, world_size, rank, overrides, parameters, static, activations
+):
+    changes = overrides if any("num_layers" in change for change in overrides) else [*overrides, "model.num_layers=4"]
+    config = load_config(EXAMPLES / f"{name}.yaml", overrides=changes, world_size=world_size)
+    (memory,) = rank_memory(config, world_size=world_size, rank=rank)
+    assert memory.parameters == parameters
+    assert memory.static == pytest.approx(static, rel=1e-6)
+    assert memory.total == pytest.approx(static + activations, rel=0.025)
+    assert memory.activations == pytest.approx(activations, rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,5 +1,7 @@
 """The planner's speeds against published runs, the table of which stands in docs/plan.md."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_xy.plan.assumptions import efficiencies
@@ -18,3 +20,13 @@ def test_megatron_lms_rows_are_predicted_within_15_percent(row):
 @pytest.mark.parametrize("row", xuanyuan2(), ids=lambda row: row.name)
 def test_xuanyuan2s_buckets_are_predicted_within_5_points(row):
     assert row.predicted == pytest.approx(row.published, abs=0.05)
+
+
+def test_the_table_in_the_docs_is_what_the_planner_says():
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    for row in megatron_lm():
+        speeds = f"{row.published:,.0f} | {row.predicted:,.0f} | {100 * row.deviation:+.1f} %"
+        assert f"| {row.name} | {row.layout} | {speeds} |" in text
+    for row in xuanyuan2():
+        points = 100 * (row.predicted - row.published)
+        assert f"| {row.name} | {row.published:.3f} | {row.predicted:.3f} | {points:+.1f} |" in text
