@@ -6,6 +6,7 @@
 export takes what `megatron-xy generate` writes, each file under the name of its model, and writes pairs.jsonl and
 pairs.csv: id, prompt, answers A and B, and an empty grade; which model said what is in key.jsonl alone, and its place
 is drawn. Grades are A3 A2 A1 A0 B0 B1 B2 B3: which is better, and how clearly. Sources come from the file of prompts.
+In pairs.csv a ' stands before a text that a spreadsheet would take for a formula.
 
 import takes a file of id and grade from each annotator (the pairs' files, filled in; rows without a grade are passed
 over) and writes rows with prompt, chosen, rejected, grade, source and model. Grades of several annotators are averaged;
@@ -16,28 +17,29 @@ and how far annotators agree, in all, by source and by models.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from annotation import lines_of, named_file, prompt_of, read_sheet, response_of, write_sheet
+
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
-from megatron_xy.storage import write_text
+from megatron_xy.storage import storage_errors, write_text
 
 COLUMNS = ("id", "prompt", "A", "B", "grade")
 Answers = dict[str, list[tuple[str, str]]]  # by prompt, as JSON: (model, response)
 
 
 def main() -> int:
-    """The exit code: 0, 65 (bad rows) or 78 (no such file)."""
+    """The exit code: 0, 65 (bad rows), 74 (a file cannot be written) or 78 (no such file, wrong option)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     export = verbs.add_parser("export")
@@ -53,7 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.verb == "export":
-            files = [_named(text) for text in options.answers]
+            files = [named_file(text) for text in options.answers]
             sources = {} if options.prompts is None else sources_in(options.prompts)
             count = export_pairs(
                 files, options.output, sources=sources, per_prompt=options.pairs_per_prompt, seed=options.seed
@@ -74,7 +76,7 @@ def sources_in(prompts: Path) -> dict[str, str]:
     def parse(row: dict[str, Any]) -> tuple[str, str]:
         if not isinstance(row.get("source"), str):
             raise BadRow("source is missing or no name")
-        return _prompt(row), row["source"]
+        return prompt_of(row), row["source"]
 
     return dict(row.value for row in read_rows(prompts, option="--prompts", parse=parse))
 
@@ -82,7 +84,12 @@ def sources_in(prompts: Path) -> dict[str, str]:
 def export_pairs(
     files: Sequence[tuple[str, Path]], folder: Path, *, sources: dict[str, str], per_prompt: int, seed: int
 ) -> int:
-    """Writes the pairs of (model, file of answers) and returns their number. Raises ConfigError or DataError."""
+    """Writes the pairs of (model, file of answers) and returns their number.
+
+    Raises ConfigError, DataError or StorageError.
+    """
+    if per_prompt < 1:
+        raise ConfigError(f"--pairs-per-prompt ({per_prompt}) must be 1 or more")
     answers: Answers = {}
     for model, path in files:
         for answer in read_rows(path, option="--answers", parse=_answer):
@@ -100,15 +107,12 @@ def export_pairs(
     if not key:
         raise DataError("no prompt has two different answers; generate more of them (-n 2)")
     random.Random(seed).shuffle(key)
-    key = [{"id": f"{number:06d}", **row} for number, row in enumerate(key, start=1)]
-    folder.mkdir(parents=True, exist_ok=True)
+    key = [{"id": f"p{number:06d}", **row} for number, row in enumerate(key, start=1)]
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     blinded = [{**{name: row[name] for name in COLUMNS[:-1]}, "grade": None} for row in key]
-    write_text(folder / "pairs.jsonl", _lines(blinded))
-    with (folder / "pairs.csv").open("w", encoding="utf-8-sig", newline="") as stream:  # as spreadsheets know UTF-8
-        writer = csv.writer(stream)
-        writer.writerow(COLUMNS)
-        writer.writerows([row["id"], _shown(row["prompt"]), row["A"], row["B"], ""] for row in blinded)
-    write_text(folder / "key.jsonl", _lines(key))
+    write_sheet(folder, "pairs", blinded)
+    write_text(folder / "key.jsonl", lines_of(key))
     return len(key)
 
 
@@ -143,7 +147,7 @@ def import_grades(key: Path, grades: Sequence[Path], output: Path) -> list[Grade
     graded = [GradedPair(row, tuple(given[number])) for number, row in rows.items() if number in given]
     if not graded:
         raise DataError("no pair has a grade; fill in the column grade with A3 to B3")
-    write_text(output, _lines(_pair_row(pair) for pair in graded if pair.strength))
+    write_text(output, lines_of(_pair_row(pair) for pair in graded if pair.strength))
     return graded
 
 
@@ -213,67 +217,22 @@ def _grades_in(path: Path, *, known: dict[str, Any]) -> dict[str, int]:
         wanted = str(grade).strip().upper()
         seen[number] = int(wanted[1]) * (1 if wanted[0] == "A" else -1)
 
-    if path.suffix == ".csv":
-        _read_csv(path, take)
-    else:
-        read_rows(path, option="--grades", parse=take)
+    read_sheet(path, take, columns=("id", "grade"))
     return seen
-
-
-def _read_csv(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
-    if not path.is_file():
-        raise ConfigError(f"--grades ({path}): there is no such file")
-    problems = []
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if not {"id", "grade"} <= set(reader.fieldnames or ()):
-            raise DataError(f"{path} has no columns id and grade; fill in pairs.csv as it is")
-        for row in reader:
-            try:
-                take(row)
-            except BadRow as problem:
-                problems.append(f"{path}:{reader.line_num}: {problem}")
-    if problems:
-        raise DataError("\n".join(problems[:20]))
 
 
 def _answer(row: dict[str, Any]) -> tuple[str, str]:
     """(prompt as JSON, response) of a row that `generate` wrote."""
-    prompt, response = _prompt(row), row.get("response")
-    if not isinstance(response, str):
-        raise BadRow("response is missing or no string")
+    prompt, response = prompt_of(row), response_of(row)
     if not response.strip():
         raise BadRow("response is an empty answer, which nobody can grade; leave the row out")
     return prompt, response
-
-
-def _prompt(row: dict[str, Any]) -> str:
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str | list):
-        raise BadRow("prompt is missing, or neither a string nor messages")
-    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
 def _key_row(row: dict[str, Any]) -> dict[str, Any]:
     if not {"id", "prompt", "A", "B", "model"} <= row.keys():
         raise BadRow("is no row of a key.jsonl that `export` wrote")
     return row
-
-
-def _named(text: str) -> tuple[str, Path]:
-    name, separator, path = text.partition("=")
-    if not (separator and name and path):
-        raise ConfigError(f"--answers ({text}): must be MODEL=FILE, such as small=runs/answers.jsonl")
-    return name, Path(path)
-
-
-def _shown(prompt: Any) -> str:
-    """A prompt as annotators read it in a table."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,324 @@
+"""tools/side_by_side.py: blinded pairs for annotators, a page to grade on, and what the grades say."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_xy.errors import ConfigError, DataError, StorageError
+from tests.unit.chat_server import endpoint
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from side_by_side import export_pairs, kinds_in
+from side_by_side_graders import grade_by_endpoint
+from side_by_side_report import alpha, read_questions, sharpest_losses, write_report
+
+# Good, same and bad of 70B-Chat after PPO against before, in percent, as the report of XuanYuan2-70B has them, with
+# counts that round to them; a domain's total is published apart from its categories and does not follow from them.
+PUBLISHED: dict[tuple[str, str], tuple[tuple[float, float, float], tuple[int, int, int]]] = {
+    ("general", "chat"): ((46.15, 30.77, 23.08), (6, 4, 3)),
+    ("general", "language"): ((46, 22, 32), (23, 11, 16)),
+    ("general", "knowledge"): ((33, 50, 17), (33, 50, 17)),
+    ("general", "maths"): ((40, 46, 14), (20, 23, 7)),
+    ("general", "logic"): ((36, 44, 20), (9, 11, 5)),
+    ("general", "writing"): ((22.5, 55, 22.5), (9, 22, 9)),
+    ("general", "summary"): ((16, 54, 30), (8, 27, 15)),
+    ("general", "code"): ((41.18, 35.29, 23.53), (7, 6, 4)),
+    ("general", "translation"): ((13.33, 60, 26.67), (2, 9, 4)),
+    ("general", "safety"): ((55.65, 28.7, 15.65), (64, 33, 18)),
+    ("general", "agent"): ((33.33, 56.67, 10), (10, 17, 3)),
+    ("finance", "knowledge"): ((21.9, 53.33, 24.77), (23, 56, 26)),
+    ("finance", "summary"): ((42.86, 28.57, 28.57), (3, 2, 2)),
+    ("finance", "business"): ((10, 72.5, 17.5), (4, 29, 7)),
+    ("finance", "writing"): ((42.5, 35, 22.5), (17, 14, 9)),
+    ("finance", "calculation"): ((30.67, 30.67, 38.66), (23, 23, 29)),
+    ("finance", "service"): ((48.94, 21.28, 29.78), (23, 10, 14)),
+}
+TOTALS = {
+    "general": ((37.11, 42.18, 20.71), 79.29, (344, 391, 192)),
+    "finance": ((29.28, 43.92, 26.80), 73.20, (106, 159, 97)),
+}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def exported(folder: Path, kinds: list[tuple[str, str]], *, annotators: tuple[str, ...] = ("1", "2", "3")) -> Path:
+    """Pairs of so many questions of these (domain, category), exported; "new" is judged, "old" it is measured by."""
+    prompts = [f"question {number}" for number in range(len(kinds))]
+    named = [
+        {"prompt": prompt, "domain": domain, "category": category}
+        for prompt, (domain, category) in zip(prompts, kinds, strict=True)
+    ]
+    for model in ("new", "old"):
+        answers = [{"prompt": prompt, "index": 0, "response": f"{model} says <b> to {prompt}"} for prompt in prompts]
+        write_rows(folder / f"{model}.jsonl", answers)
+    files = [(model, folder / f"{model}.jsonl") for model in ("new", "old")]
+    found = kinds_in(write_rows(folder / "prompts.jsonl", named))
+    assert export_pairs(files, folder / "out", kinds=found, annotators=annotators, per_question=3, seed=0) == len(kinds)
+    return folder / "out"
+
+
+def graded(out: Path, annotator: str, grade_of: dict[str, str]) -> Path:
+    """The annotator's sheet, filled in with what is said of the new model by the question's id."""
+    turned = {"good": "bad", "same": "same", "bad": "good"}
+    key = {row["id"]: row for row in rows_of(out / "key.jsonl")}
+    rows = []
+    for row in rows_of(out / f"{annotator}.jsonl"):
+        grade = grade_of[row["id"]]
+        is_new = key[row["id"]]["A"][annotator] == "candidate"
+        assert row["A"].startswith("new" if is_new else "old")
+        rows.append({**row, "grade": grade if is_new else turned[grade]})
+    return write_rows(out / f"graded-{annotator}.jsonl", rows)
+
+
+def test_each_question_goes_to_three_annotators_who_do_not_see_which_model_said_what(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "数学")] * 80, annotators=("anna", "bo", "chen", "dora"))
+    key = rows_of(out / "key.jsonl")
+    sheets = {name: rows_of(out / f"{name}.jsonl") for name in ("anna", "bo", "chen", "dora")}
+    assert all(len(rows) == 60 for rows in sheets.values()), "80 questions, three annotators each, shared by four"
+    for row in key:
+        asked = {name for name, rows in sheets.items() if row["id"] in {other["id"] for other in rows}}
+        assert asked == set(row["A"]) and len(asked) == 3
+    for name, rows in sheets.items():
+        assert list(rows[0]) == ["id", "annotator", "category", "prompt", "A", "B", "grade"]
+        assert 0.25 < sum(row["A"].startswith("new") for row in rows) / 60 < 0.75, "places are drawn"
+        assert [row["id"] for row in rows] != sorted(row["id"] for row in rows), "everyone has an order of their own"
+        with (out / f"{name}.csv").open(encoding="utf-8-sig", newline="") as stream:
+            table = list(csv.DictReader(stream))
+        assert [row["A"] for row in table] == [row["A"] for row in rows] and table[0]["grade"] == ""
+    before = (out / "anna.html").read_text(encoding="utf-8")
+    exported(tmp_path, [("general", "数学")] * 80, annotators=("anna", "bo", "chen", "dora"))
+    assert (out / "anna.html").read_text(encoding="utf-8") == before, "the seed settles everything"
+
+
+def test_models_that_answer_different_prompts_make_no_pairs(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", [{"prompt": "x", "response": "1"}, {"prompt": "y", "response": "2"}])
+    two = write_rows(tmp_path / "two.jsonl", [{"prompt": "x", "response": "1"}])
+    with pytest.raises(DataError, match="1 prompts are answered in one of the files only, such as: y"):
+        export_pairs([("a", one), ("b", two)], tmp_path / "out", kinds={}, annotators="123", per_question=3, seed=0)
+    with pytest.raises(ConfigError, match="must have different names"):
+        export_pairs([("a", one), ("a", one)], tmp_path / "out", kinds={}, annotators="123", per_question=3, seed=0)
+    for names in (["a", "b"], ["a", "b", "b"], ["a", "b", "../c"], ["a", "b", "key"]):
+        with pytest.raises(ConfigError, match="--annotators"):
+            export_pairs([("a", one), ("b", one)], tmp_path / "out", kinds={}, annotators=names, per_question=3, seed=0)
+    assert not (tmp_path / "out").exists()
+
+
+def in_proportion(counts: tuple[int, int, int]) -> list[str]:
+    return [grade for grade, count in zip(("good", "same", "bad"), counts, strict=True) for _ in range(count)]
+
+
+def report_of(folder: Path, wanted: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What the report says of each (domain, category) of which questions have these grades, all annotators agreeing."""
+    kinds = [kind for kind, grades in wanted.items() for _ in grades]
+    out = exported(folder, kinds)
+    grades = {f"question {number}": grade for number, grade in enumerate(g for of in wanted.values() for g in of)}
+    by_id = {row["id"]: grades[row["prompt"]] for row in rows_of(out / "key.jsonl")}
+    sheets = [graded(out, name, by_id) for name in "123"]
+    lines = write_report(out / "key.jsonl", sheets, folder / "report", num_losses=2)
+    assert lines[0] == "new against old" and len(lines) > len(wanted) + 3
+    found = json.loads((folder / "report" / "report.json").read_text())
+    assert found["krippendorff_alpha"] == 1.0
+    return {(group["domain"], group["category"]): group for group in found["groups"]}
+
+
+def test_grades_in_the_published_proportions_give_every_published_bar(tmp_path: Path) -> None:
+    groups = report_of(tmp_path, {kind: in_proportion(counts) for kind, (_, counts) in PUBLISHED.items()})
+    for kind, (percents, counts) in PUBLISHED.items():
+        group = groups[kind]
+        assert group["questions"] == sum(counts) and group["grades"] == 3 * sum(counts)
+        for name, percent in zip(("good", "same", "bad"), percents, strict=True):
+            assert group[name]["percent"] == pytest.approx(percent, abs=0.0101), (kind, name)
+            assert 0 <= group[name]["low"] <= group[name]["percent"] <= group[name]["high"] <= 100
+        assert group["win_and_tie"]["percent"] == pytest.approx(percents[0] + percents[1], abs=0.0101)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Lost:" in page and "data:image/png" in page and "&lt;b&gt;" in page
+    assert (tmp_path / "report" / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("domain", TOTALS)
+def test_grades_in_the_published_proportions_give_the_published_totals(tmp_path: Path, domain: str) -> None:
+    percents, win_and_tie, counts = TOTALS[domain]
+    group = report_of(tmp_path, {(domain, "all questions"): in_proportion(counts)})[domain, "all"]
+    assert group["win_and_tie"]["percent"] == pytest.approx(win_and_tie, abs=0.005)
+    assert [group[name]["percent"] for name in ("good", "same", "bad")] == pytest.approx(percents, abs=0.005)
+    half = 1.96 * 100 * (win_and_tie / 100 * (1 - win_and_tie / 100) / sum(counts)) ** 0.5  # of a binomial share
+    assert group["win_and_tie"]["high"] - win_and_tie == pytest.approx(half, rel=0.15)
+
+
+def test_annotators_who_differ_are_counted_each_and_agreement_says_so(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("finance", "service")] * 4)
+    said = {
+        "1": ["good", "same", "bad", "bad"],
+        "2": ["good", "good", "bad", "good"],
+        "3": ["good", "good", "bad", "bad"],
+    }
+    sheets = [
+        graded(out, name, dict(zip(("q000001", "q000002", "q000003", "q000004"), said[name], strict=True)))
+        for name in said
+    ]
+    questions = read_questions(out / "key.jsonl", sheets)
+    assert [question.counts for question in questions] == [[3, 0, 0], [2, 1, 0], [0, 0, 3], [1, 0, 2]]
+    assert [question.row["id"] for question in sharpest_losses(questions, most=5)] == ["q000003", "q000004"]
+    assert 0.3 < alpha(questions) < 0.9
+
+
+def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "chat")] * 4)
+    everything = {f"q{number:06d}": "good" for number in range(1, 5)}
+    sheets = [graded(out, name, everything) for name in "123"]
+    rows = rows_of(sheets[2])
+    key = out / "key.jsonl"
+
+    def problem_of(*paths: Path) -> str:
+        with pytest.raises(DataError) as caught:
+            write_report(key, paths, tmp_path / "report", num_losses=1)
+        assert not (tmp_path / "report").exists()
+        return str(caught.value)
+
+    assert problem_of(*sheets[:2]) == "4 grades of annotator 3 are missing: q000001, q000002, q000003, q000004"
+    write_rows(sheets[2], [{**row, "grade": None if row["id"] == "q000002" else row["grade"]} for row in rows])
+    assert problem_of(*sheets) == "1 grades of annotator 3 are missing: q000002"
+    write_rows(sheets[2], [*rows, rows[0]])
+    assert f"{sheets[2]}:5: annotator 3 has graded {rows[0]['id']}" in problem_of(*sheets)
+    other = {"good": "bad", "bad": "good"}[rows[1]["grade"]]
+    again = write_rows(tmp_path / "again.jsonl", [{**rows[1], "grade": other}])
+    write_rows(sheets[2], rows)
+    assert f"but {rows[1]['grade']} before in {sheets[2]}" in problem_of(*sheets, again)
+    write_rows(sheets[2], [{**rows[0], "grade": "better"}, {**rows[1], "annotator": "4"}, {**rows[2], "id": "9"}])
+    told = problem_of(*sheets).splitlines()
+    assert "grade (better) must be one of good, same, bad" in told[0]
+    assert "annotator (4) was not asked" in told[1] and "id (9) is none of the key's" in told[2]
+
+
+def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "chat")] * 4)
+    key = {row["id"]: row for row in rows_of(out / "key.jsonl")}
+
+    def prefers_new_but_for_question_1(text: str) -> str:
+        if "question 1\n" in text:
+            return "A."  # whatever stands first
+        return "A" if text.index("new says") < text.index("old says") else " **b**"
+
+    with endpoint(prefers_new_but_for_question_1) as (url, asked):
+        arguments = {"url": url, "model": "judge", "key_variable": "NO_SUCH_KEY"}
+        assert grade_by_endpoint(out / "1.jsonl", out / "graded.jsonl", **arguments) == 4
+    assert len(asked) == 8
+    for row in rows_of(out / "graded.jsonl"):
+        is_new = key[row["id"]]["A"]["1"] == "candidate"
+        expected = "same" if key[row["id"]]["prompt"] == "question 1" else ("good" if is_new else "bad")
+        assert row["grade"] == expected
+    with pytest.raises(StorageError, match="gave no answer"):
+        grade_by_endpoint(out / "1.jsonl", out / "later.jsonl", **arguments)
+
+
+class Browser:
+    """Headless Chromium with one page, driven over its debugging pipe: JSON messages that end with a zero byte."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        asked, self._questions = os.pipe()
+        self._answers, answered = os.pipe()
+        command = [
+            program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank",
+        ]  # fmt: skip
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 20) for descriptor in (asked, answered)]
+        moved = f'exec 3<&{high[0]} 4>&{high[1]} && exec "$0" "$@"'  # Chromium is asked at 3 and answers at 4
+        self.process = subprocess.Popen(["bash", "-c", moved, *command], pass_fds=high, stderr=subprocess.DEVNULL)
+        for descriptor in (asked, answered, *high):
+            os.close(descriptor)
+        self._number, self._left, self._session = 0, b"", None
+        page = next(it for it in self.ask("Target.getTargets")["targetInfos"] if it["type"] == "page")
+        attached = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)
+        self._session = attached["sessionId"]
+
+    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        session = {} if self._session is None else {"sessionId": self._session}
+        question = {"id": self._number, "method": method, "params": parameters, **session}
+        os.write(self._questions, json.dumps(question).encode() + b"\0")
+        while True:
+            while b"\0" not in self._left:
+                assert select.select([self._answers], [], [], 30)[0], f"{method} is not answered"
+                self._left += os.read(self._answers, 65536)
+            message, _, self._left = self._left.partition(b"\0")
+            answer = json.loads(message)
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def value_of(self, expression: str) -> Any:
+        return self.ask("Runtime.evaluate", expression=expression)["result"].get("value")
+
+    def open(self, path: Path) -> None:
+        self.ask("Page.navigate", url=path.as_uri())
+        wait_until(lambda: self.value_of("document.readyState + location.pathname") == f"complete{path}")
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def close(self) -> None:
+        self.ask("Browser.close")
+        self.process.wait(timeout=20)
+        os.close(self._questions)
+        os.close(self._answers)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "what was waited for has not come"
+        time.sleep(0.02)
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+def test_the_page_takes_grades_by_key_keeps_them_and_writes_them(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "</script>")] * 3)
+    browser = Browser(str(CHROMIUM), tmp_path / "profile")
+    try:
+        browser.ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        browser.open(out / "1.html")
+        shown = rows_of(out / "1.jsonl")
+        for place, key in enumerate(("g", "3")):
+            assert browser.value_of("document.getElementById('A').textContent") == shown[place]["A"]
+            browser.press(key)
+        browser.open(out / "2.html")  # another annotator's
+        assert browser.value_of("document.getElementById('done').textContent") == "0 graded"
+        browser.open(out / "1.html")
+        assert browser.value_of("document.getElementById('where').textContent") == "3 of 3: </script>"
+        browser.press("ArrowLeft")
+        assert browser.value_of("document.querySelector('[aria-pressed=true]').dataset.grade") == "bad"
+        for key in ("s", "2"):  # thinks better of it
+            browser.press(key)
+        browser.value_of("document.getElementById('save').click()")
+        wait_until((tmp_path / "grades-1.jsonl").exists)
+    finally:
+        browser.close()
+    given = rows_of(tmp_path / "grades-1.jsonl")
+    assert [row["grade"] for row in given] == ["good", "same", "same"]
+    assert [row["id"] for row in given] == [row["id"] for row in shown]
+    others = [graded(out, name, dict.fromkeys((row["id"] for row in shown), "same")) for name in "23"]
+    assert len(read_questions(out / "key.jsonl", [tmp_path / "grades-1.jsonl", *others])) == 3

@@ -1,0 +1,101 @@
+"""What annotators are given and give back: answers that `generate` wrote -> sheets (jsonl, csv) -> filled-in rows.
+
+Shared by preferences.py, whose grades become training pairs, and side_by_side.py, whose grades compare two models.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import write_text
+
+
+def named_file(text: str) -> tuple[str, Path]:
+    """(model, path) of an option MODEL=FILE. Raises ConfigError."""
+    name, separator, path = text.partition("=")
+    if not (separator and name and path):
+        raise ConfigError(f"--answers ({text}): must be MODEL=FILE, such as small=runs/answers.jsonl")
+    return name, Path(path)
+
+
+def prompt_of(row: dict[str, Any]) -> str:
+    """A row's prompt as JSON, by which it is known. Raises BadRow."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str | list):
+        raise BadRow("prompt is missing, or neither a string nor messages")
+    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+
+
+def response_of(row: dict[str, Any]) -> str:
+    """The answer of a row that `generate` wrote. Raises BadRow."""
+    response = row.get("response")
+    if not isinstance(response, str):
+        raise BadRow("response is missing or no string")
+    return response
+
+
+def shown_prompt(prompt: Any) -> str:
+    """A prompt, given as a string or messages, as annotators read it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def lines_of(rows: Iterable[dict[str, Any]]) -> str:
+    """The text of a jsonl file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_sheet(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes rows, all with the same keys and a `grade` to be filled in, as NAME.jsonl and NAME.csv.
+
+    In the csv a ' stands before a text that a spreadsheet would take for a formula.
+    """
+    write_text(folder / f"{name}.jsonl", lines_of(rows))
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        shown = {**row, "prompt": shown_prompt(row["prompt"])}
+        writer.writerow({key: _cell(value) if isinstance(value, str) else value for key, value in shown.items()})
+    write_text(folder / f"{name}.csv", "\ufeff" + table.getvalue())  # the mark by which spreadsheets know UTF-8
+
+
+def read_sheet(path: Path, take: Callable[[dict[str, Any]], None], *, columns: Sequence[str]) -> None:
+    """Hands each row of a filled-in sheet, jsonl or csv, to `take`, which raises BadRow.
+
+    Raises ConfigError where there is no file, DataError with FILE:LINE of every bad row (the first 20).
+    """
+    if path.suffix != ".csv":
+        read_rows(path, option="--grades", parse=take)
+        return
+    if not path.is_file():
+        raise ConfigError(f"--grades ({path}): there is no such file")
+    content, problems = path.read_bytes(), []
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("gb18030", errors="replace")  # of a Chinese spreadsheet; ids and grades are ASCII
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+            raise DataError(f"{path} has no column {', '.join(missing)}; fill in the exported csv, with commas between")
+        for row in reader:
+            try:
+                take(row)
+            except BadRow as problem:
+                problems.append(f"{path}:{reader.line_num}: {problem}")
+    except csv.Error as error:
+        raise DataError(f"{path} is no table: {error}; save it as CSV") from error
+    if problems:
+        raise DataError("\n".join(problems[:SHOWN_PROBLEMS]))
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -1,0 +1,274 @@
+"""What the grades of a side by side say: key.jsonl and filled-in sheets -> report.json, bars.png, index.html."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import krippendorff
+import matplotlib
+import numpy
+from annotation import read_sheet, shown_prompt
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
+from megatron_xy.errors import DataError
+from megatron_xy.report.axes import COLOURS, finish
+from megatron_xy.report.numbers import without_nan
+from megatron_xy.report.page import ReportSection, page
+from megatron_xy.storage import write_bytes, write_json, write_text
+
+GRADES = ("good", "same", "bad")
+RESAMPLES = 2000
+BAR_COLOURS = dict(zip(GRADES, (COLOURS[2], "#c9ccd1", COLOURS[1]), strict=True))
+CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "SimHei", "PingFang SC")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the key, and each annotator's grade of the judged model's answer beside the other one's."""
+
+    row: dict[str, Any]
+    grades: dict[str, str]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many annotators said good, same, bad."""
+        given = list(self.grades.values())
+        return [given.count(grade) for grade in GRADES]
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Domain and category."""
+        return self.row["domain"], self.row["category"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of all grades in percent, and its 95% interval."""
+
+    percent: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.percent:.2f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the judged model stands in a group of questions."""
+
+    questions: int
+    grades: int
+    good: Rate
+    same: Rate
+    bad: Rate
+    win_and_tie: Rate  # good or same
+
+
+def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses: int) -> list[str]:
+    """Writes the report and returns its table as lines. Raises ConfigError, DataError or StorageError."""
+    questions = read_questions(key, sheets)
+    standings = {name: standing(group) for name, group in groups_of(questions).items()}
+    agreement = alpha(questions)
+    first = questions[0].row
+    models = {side: first[side]["model"] for side in ("candidate", "baseline")}
+    lost = sharpest_losses(questions, most=num_losses)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {
+        **models,
+        "krippendorff_alpha": agreement,
+        "groups": [
+            {"domain": domain, "category": category, **asdict(it)} for (domain, category), it in standings.items()
+        ],
+        "sharpest_losses": [{"id": question.row["id"], "grades": question.grades} for question in lost],
+    }
+    write_json(folder / "report.json", without_nan(found))
+    image = draw_bars(standings)
+    write_bytes(folder / "bars.png", image)
+    table = table_of(standings)
+    title = f"{models['candidate']} against {models['baseline']}"
+    sections = [
+        ReportSection("Grades", rows=table, statements=[_agreement_told(agreement, questions), _how_counted()]),
+        *(_shown_loss(question) for question in lost),
+    ]
+    caption = f"What annotators said of {title}, by category: good, same, bad, in percent of the grades."
+    write_text(folder / "index.html", page(title, sections=sections, pictures=[(image, caption)]))
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return [title, *lines, _agreement_told(agreement, questions), f"wrote {folder / 'index.html'}"]
+
+
+def read_questions(key: Path, sheets: Sequence[Path]) -> list[Question]:
+    """All questions of the key with all their grades.
+
+    Raises DataError that names grades which are missing, doubled, contradictory, or none at all.
+    """
+    rows = {row.value["id"]: row.value for row in read_rows(key, option="--key", parse=_key_row)}
+    given: dict[tuple[str, str], tuple[str, Path]] = {}
+    problems = []
+    for path in sheets:
+        try:
+            read_sheet(path, _taker(rows, given, path), columns=("id", "annotator", "grade"))
+        except DataError as error:
+            problems.append(str(error))
+    for annotator in sorted({name for row in rows.values() for name in row["A"]}):
+        missing = [number for number, row in rows.items() if annotator in row["A"] and (number, annotator) not in given]
+        if missing and not problems:
+            shown = ", ".join(missing[:SHOWN_PROBLEMS]) + (", ..." if len(missing) > SHOWN_PROBLEMS else "")
+            problems.append(f"{len(missing):,} grades of annotator {annotator} are missing: {shown}")
+    if problems:
+        raise DataError("\n".join(problems))
+
+    def unblinded(number: str, annotator: str, grade: str) -> str:
+        is_turned = rows[number]["A"][annotator] == "baseline"
+        return GRADES[2 - GRADES.index(grade)] if is_turned else grade
+
+    return [
+        Question(row, {name: unblinded(number, name, given[number, name][0]) for name in row["A"]})
+        for number, row in rows.items()
+    ]
+
+
+def groups_of(questions: Sequence[Question]) -> dict[tuple[str, str], list[Question]]:
+    """{(domain, category): its questions}; all, then each domain's, have "all" in place of a name."""
+    groups: dict[tuple[str, str], list[Question]] = {("all", "all"): list(questions)}
+    for question in sorted(questions, key=lambda question: question.group):
+        domain, category = question.group
+        groups.setdefault((domain, "all"), []).append(question)
+        groups.setdefault((domain, category), []).append(question)
+    return groups
+
+
+def standing(questions: Sequence[Question]) -> Standing:
+    """Shares of all grades; intervals by bootstrap over questions, whose grades stay together."""
+    counts = numpy.array([question.counts for question in questions])
+    number = len(questions)
+    draws = numpy.random.default_rng(0).multinomial(number, [1 / number] * number, size=RESAMPLES)
+    resampled = draws.astype(float) @ counts  # of integers, a product is not computed by BLAS
+
+    def rate(of: Sequence[int]) -> Rate:
+        shares = 100 * resampled[:, of].sum(axis=1) / resampled.sum(axis=1)
+        low, high = numpy.percentile(shares, (2.5, 97.5))
+        return Rate(100 * float(counts[:, of].sum() / counts.sum()), float(low), float(high))
+
+    return Standing(number, int(counts.sum()), rate([0]), rate([1]), rate([2]), rate([0, 1]))
+
+
+def alpha(questions: Sequence[Question]) -> float:
+    """Krippendorff's alpha of the grades as an ordinal scale; NaN where all grades are the same."""
+    annotators = sorted({name for question in questions for name in question.grades})
+    places = {grade: float(place) for place, grade in enumerate(GRADES)}
+    table = numpy.array(
+        [[places.get(question.grades.get(name, ""), math.nan) for question in questions] for name in annotators]
+    )
+    if len(numpy.unique(table[numpy.isfinite(table)])) < 2:
+        return math.nan
+    return float(krippendorff.alpha(reliability_data=table, level_of_measurement="ordinal"))
+
+
+def sharpest_losses(questions: Sequence[Question], *, most: int) -> list[Question]:
+    """Those with the most bad and the fewest good grades."""
+    lost = [question for question in questions if question.counts[2] > question.counts[0]]
+    return sorted(lost, key=lambda question: question.counts[0] - question.counts[2])[:most]
+
+
+def table_of(standings: dict[tuple[str, str], Standing]) -> list[list[str]]:
+    """Head and rows, in percent with intervals."""
+    rows = [["domain", "category", "questions", *GRADES, "win and tie"]]
+    for (domain, category), it in standings.items():
+        rows.append(
+            [domain, category, f"{it.questions:,}", str(it.good), str(it.same), str(it.bad), str(it.win_and_tie)]
+        )
+    return rows
+
+
+def draw_bars(standings: dict[tuple[str, str], Standing]) -> bytes:
+    """A stacked bar a category, the best win-and-tie rate on top, behind those of the domains and of all: PNG."""
+
+    def order(item: tuple[tuple[str, str], Standing]) -> tuple[bool, float]:
+        return item[0][1] != "all", -item[1].win_and_tie.percent
+
+    bars = sorted(standings.items(), key=order)
+    families = [*CJK_FONTS, "DejaVu Sans"]
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    with matplotlib.rc_context({"font.size": 11, "font.family": [name for name in families if name in installed]}):
+        figure = Figure(figsize=(9, 1.4 + 0.42 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        places = numpy.arange(len(bars))
+        left: NDArray[numpy.float64] = numpy.zeros(len(bars))
+        for grade in GRADES:
+            widths = numpy.array([getattr(it, grade).percent for _, it in bars])
+            axes.barh(places, widths, left=left, height=0.72, color=BAR_COLOURS[grade], label=grade)
+            for place, start, width in zip(places, left, widths, strict=True):
+                if width >= 6:
+                    axes.text(start + width / 2, float(place), f"{width:.1f}", ha="center", va="center", fontsize=9.5)
+            left = left + widths
+        names = [" ".join(dict.fromkeys(name)) for name, _ in bars]
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        finish(axes, title="good, same, bad by category", ylabel="", xlabel="% of the grades")
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=120, facecolor="white")
+    return image.getvalue()
+
+
+def _taker(
+    rows: dict[str, dict[str, Any]], given: dict[tuple[str, str], tuple[str, Path]], path: Path
+) -> Callable[[dict[str, Any]], None]:
+    """What notes the grade of a sheet's row in `given`, with the sheet that it stands in."""
+
+    def take(row: dict[str, Any]) -> None:
+        number, annotator = str(row.get("id", "")).strip(), str(row.get("annotator", "")).strip()
+        grade = str(row.get("grade") or "").strip().lower()
+        if not grade:
+            return
+        if number not in rows:
+            raise BadRow(f"id ({number[:20]}) is none of the key's")
+        if annotator not in rows[number]["A"]:
+            raise BadRow(f"annotator ({annotator[:20]}) was not asked question {number}")
+        if grade not in GRADES:
+            raise BadRow(f"grade ({grade[:20]}) must be one of {', '.join(GRADES)}")
+        if (number, annotator) in given:
+            before, where = given[number, annotator]
+            told = "as well" if before == grade else f"but {before}"
+            raise BadRow(f"annotator {annotator} has graded {number} {grade} here, {told} before in {where}")
+        given[number, annotator] = grade, path
+
+    return take
+
+
+def _key_row(row: dict[str, Any]) -> dict[str, Any]:
+    if not {"id", "domain", "category", "prompt", "candidate", "baseline", "A"} <= row.keys():
+        raise BadRow("is no row of a key.jsonl that `export` wrote")
+    return row
+
+
+def _agreement_told(agreement: float, questions: Iterable[Question]) -> str:
+    agreed = [len(set(question.grades.values())) == 1 for question in questions]
+    value = f"{agreement:.3f}" if math.isfinite(agreement) else "none, as all grades are the same"
+    share = 100 * sum(agreed) / len(agreed)
+    return f"annotators agree in {share:.1f}% of the questions; Krippendorff's alpha (ordinal): {value}"
+
+
+def _how_counted() -> str:
+    return f"every grade counts once; 95% intervals by bootstrap over questions, {RESAMPLES:,} resamples"
+
+
+def _shown_loss(question: Question) -> ReportSection:
+    """A question that was lost, with both answers."""
+    row = question.row
+    grades = ", ".join(f"{name}: {grade}" for name, grade in question.grades.items())
+    parts = [shown_prompt(row["prompt"])]
+    parts += [f"--- {row[side]['model']}\n{row[side]['response']}" for side in ("candidate", "baseline")]
+    return ReportSection(
+        f"Lost: {row['id']}, {row['domain']}, {row['category']}", statements=[grades], text="\n".join(parts)
+    )
