@@ -99,8 +99,12 @@ def _advisories() -> Iterator[Finding]:
     entries = yaml.safe_load(Path(__file__).with_name("advisories.yaml").read_text(encoding="utf-8"))
     for entry in entries:
         found = version_of(entry["package"])
-        if found is not None and is_below(found, entry["fixed"]):
-            what = f"{entry['package']} {found}: {entry['what']}; not reached: {entry['test']}"
+        if found is None or (entry["fixed"] is not None and not is_below(found, entry["fixed"])):
+            continue
+        what = f"{entry['package']} {found}: {entry['what']}; not reached: {entry['test']}"
+        if entry["fixed"] is None:
+            yield Finding("ok", entry["id"], f"{what}; no version is without it yet")
+        else:
             yield Finding("warn", entry["id"], what, f"{entry['package']}>={entry['fixed']} is without it")
     yield Finding("ok", "advisories", f"{len(entries)} known ones compared with the installed versions")
 

@@ -106,7 +106,10 @@ def runs_what_it_reads(node: ast.AST) -> str | None:
 def operation_with_advisory(node: ast.AST) -> str | None:
     """torch's operations of which megatron_xy/advisories.yaml says that nothing here calls them."""
     name = getattr(node, "attr", getattr(node, "id", ""))
-    return name if name in ("mkldnn_max_pool2d", "ctc_loss", "CTCLoss") else None
+    if name in ("mkldnn_max_pool2d", "ctc_loss", "CTCLoss", "lstm_cell", "LSTMCell", "unpack_sequence"):
+        return str(name)
+    names = [dotted(node), *imported(node)]
+    return "torch.jit.script" if "torch.jit.script" in names else None
 
 
 def megatron(node: ast.AST) -> str | None:
@@ -161,7 +164,13 @@ RULES: dict[str, tuple[Finder, set[str], str, list[str]]] = {
         operation_with_advisory,
         set(),
         "import torch\n",
-        ["torch.mkldnn_max_pool2d(a, 2)", "F.ctc_loss(a, b, c, d)", "loss = CTCLoss()"],
+        [
+            "torch.mkldnn_max_pool2d(a, 2)",
+            "F.ctc_loss(a, b, c, d)",
+            "loss = CTCLoss()",
+            "@torch.jit.script\ndef f(a): ...",
+            "from torch.jit import script",
+        ],
     ),
     "megatron": (
         megatron,

@@ -32,7 +32,10 @@ def test_doctor_says_what_would_be_used_and_why() -> None:
 
     assert {entry["verdict"] for entry in found["health"]} <= {"ok", "warn"}
 
-    text = doctor()
+    few_files = ["prlimit", "--nofile=512", sys.executable, "-m", "megatron_xy", "doctor"]
+    answer = subprocess.run(few_files, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1 and ": fail open files: 512; ulimit -n 4096" in answer.stdout, answer
+    text = answer.stdout
     assert ": ok   torch: " in text and "MB/s with fsync" in text
     for name, package in found["packages"].items():
         assert f"{name}: {package['found'] or 'not installed'}" in text

@@ -59,6 +59,7 @@ def test_what_is_not_ok_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_old_version_meets_its_advisory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "version_of", lambda package: "2.5.1")
     told = {finding.subject: finding for finding in machine_findings(tmp_path, has_gpu=False)}
+    assert told["CVE-2025-3000"].verdict == "ok" and "no version is without it" in told["CVE-2025-3000"].found
     assert told["CVE-2025-32434"].verdict == "warn" and "torch>=2.6.0" in told["CVE-2025-32434"].remedy
 
 
