@@ -194,8 +194,10 @@ def test_exceptions_are_still_needed() -> None:
 
 
 def test_no_torch_function_mode() -> None:
-    """The stand-in costs nothing in a torch call; a mode would be asked in every one."""
+    """The stand-in costs nothing in a torch call; a mode would be asked in every one, as a dry run's ledger is to be."""
     for path in CODE:
+        if path == ROOT / "megatron_xy" / "dryrun" / "ledger.py":
+            continue
         names = {
             getattr(node, "id", getattr(node, "attr", ""))
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
