@@ -14,7 +14,7 @@ from rich.markup import escape
 from megatron_xy import __version__
 from megatron_xy.cli.checkpoints import checkpoint_app
 from megatron_xy.cli.data import data_app
-from megatron_xy.cli.looking import bench, check, doctor, dryrun, report, select
+from megatron_xy.cli.looking import bench, check, doctor, dryrun, plan, report, select
 from megatron_xy.cli.models import convert, generate, logprobs, model_rank, score, vocab_app
 from megatron_xy.cli.training import ppo, pretrain, reward, run, sft
 from megatron_xy.errors import EXIT_BUG, EXIT_IO, MegatronXYError
@@ -29,7 +29,8 @@ app = typer.Typer(
 )
 
 VERBS: tuple[Callable[..., None], ...] = (
-    pretrain, sft, reward, ppo, run, check, dryrun, report, select, convert, generate, score, logprobs, doctor, bench,
+    pretrain, sft, reward, ppo, run, check, plan, dryrun, report, select, convert, generate, score, logprobs, doctor,
+    bench,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -43,6 +43,42 @@ def check(
         print(describe(config, path=run_yaml, world_size=world_size))
 
 
+def plan(
+    run_yaml: RunYaml,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="of the cluster")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 8,
+    gpu: Annotated[str, typer.Option("--gpu", help="h100 | h200 | a800")] = "h100",
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="of the whole run, such as 366B; what the config says unless given")
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="rank the layouts that fit")] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", metavar="RUN", help="fit the efficiencies to this run first")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE.png", help="draw ranks and memory")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plans a run on a cluster that need not be there: memory by rank, speed, days, checkpoints, other layouts."""
+    from megatron_xy.plan import verb
+
+    made = verb.plan(
+        run_yaml,
+        overrides=overrides or [],
+        num_nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        tokens=tokens,
+        do_search=search,
+        calibrate_by=calibrate,
+        as_json=as_json,
+    )
+    if picture is not None:
+        from megatron_xy.plan.picture import save_picture  # and with it matplotlib, a good part of a second
+
+        save_picture(made, picture)
+
+
 def dryrun(
     run_yaml: RunYaml,
     world_size: Annotated[int, typer.Option("--world-size", min=1, help="ranks of the job")],

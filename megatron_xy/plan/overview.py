@@ -1,0 +1,277 @@
+"""A whole plan of a run: from a checked config, nodes and a GPU to sizes, memory, speed, days and reliability.
+
+Everything that `megatron-xy plan` tells and draws stands in a `Plan`; `to_json` gives it to programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_xy.config import RunConfig
+from megatron_xy.data.manifest import read_manifest
+from megatron_xy.errors import ConfigError
+from megatron_xy.flops import num_parameters
+from megatron_xy.plan.assumptions import Device, Efficiencies, section
+from megatron_xy.plan.memory import Job, RoleMemory, jobs, stage_memory
+from megatron_xy.plan.ppo import Split, TimeLine, best_split, time_line
+from megatron_xy.plan.speed import StepTime, Traffic, checkpoint_bytes, step_time, traffic
+from megatron_xy.stages import padded_vocab_size
+
+DAY = 86_400
+SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What stops cost; seconds but for `ettr`, the share of wall time that is kept as progress."""
+
+    checkpoint_bytes: int
+    write_seconds: float
+    stall_seconds: float
+    between_stops_seconds: float
+    best_interval_seconds: float
+    best_save_interval: int  # iterations
+    ettr: float  # at the best interval
+    ettr_as_configured: float
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """One role: its stages' memory, and how fast it trains."""
+
+    job: Job
+    parameters: int  # of the whole model
+    padded_vocab_size: int
+    stages: tuple[RoleMemory, ...]
+    traffic: Traffic
+    steps: tuple[StepTime, ...]  # by bucket
+
+    @property
+    def worst(self) -> RoleMemory:
+        """The stage that holds most."""
+        return max(self.stages, key=lambda memory: memory.total)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it starts."""
+
+    config: RunConfig
+    gpu: Device
+    num_nodes: int
+    gpus_per_node: int
+    roles: tuple[RolePlan, ...]
+    bucket_shares: dict[int, float]  # of the steps
+    worst_rank: int
+    worst_bytes: float  # with margin
+    margin_bytes: float
+    tokens_per_second: float  # a GPU, over the mix of buckets
+    mfu: float
+    step_seconds: float
+    num_tokens: float
+    days: float
+    reliability: Reliability
+    time_line: TimeLine | None  # of a PPO step
+    best_split: Split | None
+
+    @property
+    def world_size(self) -> int:
+        """GPUs."""
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def fits(self) -> bool:
+        """Whether the worst rank has room."""
+        return self.worst_bytes <= self.gpu.memory_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; bytes, seconds, tokens."""
+        return {
+            "task": self.config.task,
+            "gpu": dataclasses.asdict(self.gpu),
+            "num_nodes": self.num_nodes,
+            "world_size": self.world_size,
+            "fits": self.fits,
+            "worst_rank": self.worst_rank,
+            "worst_bytes": self.worst_bytes,
+            "margin_bytes": self.margin_bytes,
+            "bucket_shares": self.bucket_shares,
+            "tokens_per_second_per_gpu": self.tokens_per_second,
+            "mfu": self.mfu,
+            "step_seconds": self.step_seconds,
+            "num_tokens": self.num_tokens,
+            "days": self.days,
+            "gpu_hours": self.days * 24 * self.world_size,
+            "reliability": dataclasses.asdict(self.reliability),
+            "time_line": self.time_line
+            and dataclasses.asdict(self.time_line) | {"idle_shares": self.time_line.idle_shares},
+            "best_split": self.best_split and dataclasses.asdict(self.best_split),
+            "roles": [
+                {
+                    "role": role.job.role,
+                    "tensor_model_parallel_size": role.job.parallel.tensor_model_parallel_size,
+                    "pipeline_model_parallel_size": role.job.parallel.pipeline_model_parallel_size,
+                    "data_parallel_size": role.job.dp_size,
+                    "num_micro_batches": role.job.num_micro_batches,
+                    "parameters": role.parameters,
+                    "padded_vocab_size": role.padded_vocab_size,
+                    "stages": [
+                        dataclasses.asdict(memory)
+                        | {"static": memory.static, "activations": memory.activations, "total": memory.total}
+                        for memory in role.stages
+                    ],
+                    "traffic": dataclasses.asdict(role.traffic),
+                    "steps": [dataclasses.asdict(step) for step in role.steps],
+                }
+                for role in self.roles
+            ],
+        }
+
+
+def make_plan(
+    config: RunConfig,
+    *,
+    num_nodes: int,
+    gpus_per_node: int,
+    gpu: Device,
+    rates: Efficiencies,
+    num_tokens: float | None = None,
+    bucket_shares: Mapping[int, float] | None = None,
+) -> Plan:
+    """The plan of a checked config. Raises ConfigError where a model's shape is not known.
+
+    num_tokens: of the whole run; what the config trains on unless given. bucket_shares: of the steps; those of the
+    data folder, or where it is not there the assumed ones.
+    """
+    world_size = num_nodes * gpus_per_node
+    all_jobs = jobs(config, world_size=world_size)
+    for job in all_jobs:
+        _check_shape_is_known(job)
+    shares = dict(bucket_shares or buckets_of(config))
+    roles = tuple(
+        _role_plan(job, buckets=tuple(shares), gpu=gpu, rates=rates, gpus_per_node=gpus_per_node) for job in all_jobs
+    )
+    worst_rank, worst, margin = _worst(roles, world_size=world_size)
+    main = roles[0]
+    mix = sum(shares.values())
+    step_seconds = sum(shares[step.bucket] / mix * step.seconds for step in main.steps)
+    tokens = main.job.micro_batch_tokens * main.job.num_micro_batches * main.job.dp_size
+    line = split = None
+    if config.ppo is not None:
+        line = time_line(all_jobs, ppo=config.ppo, gpu=gpu, rates=rates)
+        split = best_split(
+            all_jobs, num_nodes=num_nodes, gpus_per_node=gpus_per_node, ppo=config.ppo, gpu=gpu, rates=rates
+        )
+        step_seconds, tokens = line.seconds, config.ppo.rollout_batch_size * 2 * config.ppo.max_response_length
+    mfu = sum(shares[step.bucket] / mix * step.seconds * step.mfu for step in main.steps)
+    mfu /= sum(shares[step.bucket] / mix * step.seconds for step in main.steps)
+    all_tokens = num_tokens or float(config.training.train_iters * tokens)
+    return Plan(
+        config=config,
+        gpu=gpu,
+        num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node,
+        roles=roles,
+        bucket_shares={bucket: share / mix for bucket, share in shares.items()},
+        worst_rank=worst_rank,
+        worst_bytes=worst,
+        margin_bytes=margin,
+        tokens_per_second=tokens / step_seconds / world_size,
+        mfu=mfu,
+        step_seconds=step_seconds,
+        num_tokens=all_tokens,
+        days=all_tokens / tokens * step_seconds / DAY,
+        reliability=_reliability(config, roles, step_seconds=step_seconds, num_nodes=num_nodes, world_size=world_size),
+        time_line=line,
+        best_split=split,
+    )
+
+
+def buckets_of(config: RunConfig) -> dict[int, float]:
+    """{bucket: share of the steps}: the tokens that the run's data hold; where they are not here, the assumed ones."""
+    micro, context = config.training.micro_batch_tokens, _context(config)
+    for path in config.data.paths:
+        if (path / "manifest.json").is_file():
+            return dict.fromkeys(sorted(read_manifest(path).buckets), 1.0)
+    assumed = {bucket: share for bucket, share in section("buckets").items() if micro % bucket == 0}
+    assumed = {bucket: share for bucket, share in assumed.items() if bucket <= context}
+    return assumed or {micro: 1.0}
+
+
+def _context(config: RunConfig) -> int:
+    return config.model.max_position_embeddings
+
+
+def _check_shape_is_known(job: Job) -> None:
+    missing = [name for name in SHAPE if getattr(job.model, name) is None]
+    if missing:
+        place = "model" if job.role == "model" else f"roles.{job.role}.model"
+        raise ConfigError(
+            f"{place}: {', '.join(missing)} missing, and {job.model.load} is not here to tell; give the shape keys in "
+            f"the config beside load"
+        )
+
+
+def _role_plan(job: Job, *, buckets: tuple[int, ...], gpu: Device, rates: Efficiencies, gpus_per_node: int) -> RolePlan:
+    assert job.model.vocab_size, "checked before"
+    tp = job.parallel.tensor_model_parallel_size
+    return RolePlan(
+        job,
+        num_parameters(job.model),
+        padded_vocab_size(job.model.vocab_size, tensor_model_parallel_size=tp),
+        tuple(stage_memory(job, stage=stage) for stage in range(job.parallel.pipeline_model_parallel_size)),
+        traffic(job),
+        tuple(step_time(job, bucket=bucket, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node) for bucket in buckets),
+    )
+
+
+def _worst(roles: tuple[RolePlan, ...], *, world_size: int) -> tuple[int, float, float]:
+    """The rank that holds most, what it holds with its margin, and the margin. Roles that share ranks take turns."""
+    static, active = [0] * world_size, [0] * world_size
+    for role in roles:
+        job = role.job
+        per_stage = len(job.ranks) // len(role.stages)
+        for place, rank in enumerate(job.ranks):
+            memory = role.stages[place // per_stage]
+            static[rank] += memory.static
+            active[rank] = max(active[rank], memory.activations)
+    given = section("memory")
+
+    def margin(rank: int) -> float:
+        return given["context_bytes"] + given["fragmentation"] * active[rank]
+
+    worst = max(range(world_size), key=lambda rank: static[rank] + active[rank])
+    return worst, static[worst] + active[worst] + margin(worst), margin(worst)
+
+
+def _reliability(
+    config: RunConfig, roles: tuple[RolePlan, ...], *, step_seconds: float, num_nodes: int, world_size: int
+) -> Reliability:
+    """ETTR = 1 / (1 + c/D + (D/2 + R)/M); the best D is sqrt(2 c M), and no less than a write takes."""
+    given = section("reliability")
+    trained = [role for role in roles if role.job.is_trained]
+    size = sum(checkpoint_bytes(role.job) for role in trained)
+    write = size / (given["storage_bandwidth"] * num_nodes)
+    copied = max(memory.weights + memory.optimizer for role in trained for memory in role.stages)
+    stall = copied / given["host_copy_bandwidth"] + (0 if config.checkpoint.async_save else write)
+    between = given["gpu_hours_between_stops"] * 3600 / world_size
+    best = max(math.sqrt(2 * stall * between), write)
+
+    def ettr(interval: float) -> float:
+        return 1 / (1 + stall / interval + (interval / 2 + given["restart_seconds"]) / between)
+
+    configured = max(config.checkpoint.save_interval * step_seconds, write)
+    return Reliability(
+        checkpoint_bytes=size,
+        write_seconds=write,
+        stall_seconds=stall,
+        between_stops_seconds=between,
+        best_interval_seconds=best,
+        best_save_interval=max(1, round(best / step_seconds)),
+        ettr=ettr(best),
+        ettr_as_configured=ettr(configured),
+    )

@@ -1,0 +1,95 @@
+"""The planner beside published runs: Megatron-LM's table on H100, and XuanYuan2's speeds by bucket on A800."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_xy.config import ModelConfig, ParallelConfig
+from megatron_xy.flops import flops_per_token
+from megatron_xy.plan.assumptions import Efficiencies, device, efficiencies, published
+from megatron_xy.plan.memory import Job
+from megatron_xy.plan.speed import step_time
+
+SEQUENCE, VOCABULARY = 4096, 131_072  # of Megatron-LM's table
+FITTED_ROW = "70B"
+SEQUENCES_A_MICRO_BATCH = {1: 2}  # by pipeline size; not published: 1 where there is a pipeline to fill
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One published row; tokens/s a GPU."""
+
+    name: str
+    layout: str
+    published: float
+    predicted: float
+
+    @property
+    def deviation(self) -> float:
+        """0.1: predicted a tenth too high."""
+        return self.predicted / self.published - 1
+
+
+def megatron_lm(rates: Efficiencies | None = None) -> list[Comparison]:
+    """Each row of Megatron-LM's table. Its FLOPs count attention over the full square: so do the tokens/s from them."""
+    table = published()["megatron_lm"]
+    rates = replace(rates or efficiencies(), exposed_tensor_parallel=table["exposed_tensor_parallel"])
+    comparisons = []
+    for name, heads, hidden, layers, tp, pp, batch, teraflops in table["rows"]:
+        model = ModelConfig(
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=round(8 * hidden / 3 / tp) * tp,  # the gated MLP with as many weights as theirs of 4 hidden
+            num_attention_heads=heads,
+            vocab_size=VOCABULARY,
+            params_dtype="bf16",
+        )
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            sequence_parallel=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        )
+        dp_size, sequences = table["data_parallel_size"], SEQUENCES_A_MICRO_BATCH.get(pp, 1)
+        job = Job("model", model, parallel, dp_size, SEQUENCE * sequences, batch // dp_size // sequences)
+        predicted = step_time(job, bucket=SEQUENCE, gpu=device("h100"), rates=rates).tokens_per_second
+        measured = teraflops * 1e12 / flops_per_token(model, attention_length=2 * SEQUENCE)
+        comparisons.append(Comparison(name, f"tp {tp} x pp {pp} x dp {dp_size}", measured, predicted))
+    return comparisons
+
+
+def fitted_matmul() -> float:
+    """The efficiency of matrix products with which Megatron-LM's 70B row comes out, by bisection."""
+    low, high = 0.1, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        (row,) = (row for row in megatron_lm(replace(efficiencies(), matmul=middle)) if row.name == FITTED_ROW)
+        low, high = (middle, high) if row.deviation < 0 else (low, middle)
+    return low
+
+
+def xuanyuan2() -> list[Comparison]:
+    """Speed of each bucket relative to the shortest one's, of 70B on A800 in a layout of our choice."""
+    model = ModelConfig(
+        num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, num_query_groups=8,
+        vocab_size=39438, max_position_embeddings=16384, params_dtype="bf16",
+    )  # fmt: skip
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=4,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+    )
+    job = Job("model", model, parallel, 16, 16384, 16)
+    speeds = {
+        bucket: step_time(job, bucket=bucket, gpu=device("a800"), rates=efficiencies()).tokens_per_second
+        for bucket in published()["xuanyuan2"]
+    }
+    measured = {bucket: float(value) for bucket, value in published()["xuanyuan2"].items()}
+    first = min(measured)
+    return [
+        Comparison(f"{bucket}", "tp 8 x pp 4", measured[bucket] / measured[first], speeds[bucket] / speeds[first])
+        for bucket in measured
+    ]

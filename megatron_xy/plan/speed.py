@@ -1,0 +1,174 @@
+"""How long a step takes and what it sends: from a job, a device and efficiencies to seconds by part, bytes, MFU.
+
+A micro-batch's time on a stage is that of its matrix products, attention, element-wise kernels and of the tensor
+parallel communication that nothing hides; the slowest stage sets the pace of the pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_xy.flops import flops_per_token, num_parameters, recomputed_flops, stage_share, step_flops
+from megatron_xy.plan.assumptions import Device, Efficiencies
+from megatron_xy.plan.memory import Job, stage_memory
+from megatron_xy.plan.parameters import DTYPE_BYTES, stage_layers
+
+FORWARD_SHARE = 1 / 3  # of a training step's arithmetic
+# Bytes that the element-wise kernels of a layer move for a token, forward and backward: norms and residual sums by
+# hidden size, SwiGLU by ffn size; each reads and writes every operand once, in 2-byte numbers.
+HIDDEN_BYTES, FFN_BYTES = 44, 16
+OPTIMIZER_BYTES = (
+    34  # AdamW reads gradient, weight, moments (16), writes the last three and the bf16 weight; norm, clip
+)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank of the first stage sends in a step, tensors counted whole."""
+
+    tensor_parallel: int
+    pipeline: int
+    data_parallel: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step on one bucket; seconds."""
+
+    bucket: int
+    matmul: float
+    attention: float
+    elementwise: float
+    tensor_parallel: float
+    bubble: float
+    pipeline: float
+    data_parallel: float
+    optimizer: float
+    seconds: float
+    tokens_per_second: float  # a GPU
+    mfu: float
+    hfu: float
+
+
+def traffic(job: Job) -> Traffic:
+    """What the schedule, the layers and the optimizer of the first stage's ranks send in a step."""
+    parallel, model = job.parallel, job.model
+    layers = sum(stage_layers(model, parallel, stage=0)) * job.num_micro_batches
+    state = DTYPE_BYTES[model.params_dtype] * (model.hidden_size or 0) * job.micro_batch_tokens
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    memory = stage_memory(job, stage=0)
+    gathers, scatters = _layer_collectives(model.recompute_granularity)
+    per_layer = gathers + scatters if parallel.sequence_parallel else 2 * (scatters - 1) + 2
+    passes = 0 if stages == 1 else 2 * parallel.num_chunks - 1
+    sent = state // (tp if parallel.sequence_parallel else 1)
+    reduced = memory.gradients + (memory.weights if parallel.use_distributed_optimizer else memory.gradients)
+    return Traffic(
+        tensor_parallel=0 if tp == 1 else layers * per_layer * state,
+        pipeline=passes * job.num_micro_batches * sent,
+        data_parallel=0 if job.dp_size == 1 else reduced,
+    )
+
+
+def step_time(job: Job, *, bucket: int, gpu: Device, rates: Efficiencies, gpus_per_node: int = 8) -> StepTime:
+    """A step whose samples are documents of `bucket` tokens, attention over the whole of each."""
+    parallel, model = job.parallel, job.model
+    assert model.hidden_size and model.ffn_hidden_size and model.num_layers, "the shape is complete"
+    tp, stages, chunks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_chunks
+    tokens, batches = job.micro_batch_tokens, job.num_micro_batches
+    share, layers = 0.0, 0
+    for stage in range(stages):
+        number = sum(stage_layers(model, parallel, stage=stage))
+        here = stage_share(model, num_layers=number, has_head=stage == stages - 1)
+        if here > share:
+            share, layers = here, number
+    layer_share = layers / model.num_layers
+    dense = step_flops(model, num_tokens=tokens, sum_squared_lengths=0)
+    whole = step_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
+    again_dense = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=0)
+    again = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
+    matmul = (dense * share + again_dense * layer_share) / tp / (gpu.peak_flops * rates.matmul)
+    attention = (whole - dense + again - again_dense) * layer_share / tp / (gpu.peak_flops * rates.attention)
+    hidden_split = tp if parallel.sequence_parallel else 1
+    moved = HIDDEN_BYTES * model.hidden_size / hidden_split + FFN_BYTES * model.ffn_hidden_size / tp
+    elementwise = layers * tokens * moved / (gpu.memory_bandwidth * rates.memory)
+    state = DTYPE_BYTES[model.params_dtype] * model.hidden_size * tokens
+    gathers, scatters = _layer_collectives(model.recompute_granularity)
+    link = _link(gpu, rates, is_in_node=tp <= gpus_per_node)
+    ring = (tp - 1) / tp
+    tensor_parallel = layers * (gathers + scatters) * state * ring / link * rates.exposed_tensor_parallel
+    one = matmul + attention + elementwise + tensor_parallel
+    bubble = one * (stages - 1) / chunks
+    # 1F1B waits for what it sends and receives; the interleaved schedule sends while it computes.
+    is_pipeline_in_node = stages * tp * job.dp_size <= gpus_per_node
+    wire = _link(gpu, rates, is_in_node=is_pipeline_in_node)
+    waits = 2 * batches if chunks == 1 else 2 * (stages - 1)
+    pipeline = 0.0 if stages == 1 else waits * state / hidden_split / wire
+    memory = stage_memory(job, stage=0)
+    data_parallel = _exposed_data_parallel(job, one=one, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+    owned = memory.parameters / (job.dp_size if parallel.use_distributed_optimizer else 1)
+    optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * rates.memory)
+    seconds = batches * one + bubble + pipeline + data_parallel + optimizer
+    num_gpus = tp * stages * job.dp_size
+    per_second = tokens * batches * job.dp_size / seconds / num_gpus
+    useful = flops_per_token(model, attention_length=bucket)
+    return StepTime(
+        bucket=bucket,
+        matmul=batches * matmul,
+        attention=batches * attention,
+        elementwise=batches * elementwise,
+        tensor_parallel=batches * tensor_parallel,
+        bubble=bubble,
+        pipeline=pipeline,
+        data_parallel=data_parallel,
+        optimizer=optimizer,
+        seconds=seconds,
+        tokens_per_second=per_second,
+        mfu=per_second * useful / gpu.peak_flops,
+        hfu=per_second * (useful + again / tokens) / gpu.peak_flops,
+    )
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """Of a whole checkpoint: weights, main weights in fp32 where they are bf16, both moments."""
+    width = DTYPE_BYTES[job.model.params_dtype]
+    return num_parameters(job.model) * (width + (12 if width < 4 else 8))
+
+
+def _layer_collectives(granularity: str) -> tuple[int, int]:
+    """All-gathers and reduce-scatters of hidden states in a layer, forward and backward, under sequence parallelism.
+
+    Each of two blocks gathers its input and scatters its output; backward the other way round, and the inputs are
+    gathered once more for the weights' gradients.
+    """
+    again = {"none": (0, 0), "selective": (1, 1), "full": (2, 2)}[granularity]
+    return 6 + again[0], 4 + again[1]
+
+
+def _exposed_data_parallel(job: Job, *, one: float, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> float:
+    """What is left of reducing gradients and gathering weights beside the last backward and the first forward pass."""
+    if job.dp_size == 1:
+        return 0.0
+    parallel = job.parallel
+    memory = stage_memory(job, stage=0)
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    link = _link(gpu, rates, is_in_node=tp * stages * job.dp_size <= gpus_per_node)
+    ring = (job.dp_size - 1) / job.dp_size
+    reduce = memory.gradients * ring / link
+    if not parallel.use_distributed_optimizer:
+        reduce, gather = 2 * reduce, 0.0
+    else:
+        gather = memory.weights * ring / link
+    if parallel.overlap_grad_reduce:
+        reduce = max(
+            reduce - one * (1 - FORWARD_SHARE), reduce / max(1, sum(stage_layers(job.model, parallel, stage=0)))
+        )
+    if parallel.overlap_param_gather:
+        gather = max(0.0, gather - one * FORWARD_SHARE)
+    return reduce + gather
+
+
+def _link(gpu: Device, rates: Efficiencies, *, is_in_node: bool) -> float:
+    """Bytes a second, one way."""
+    if is_in_node:
+        return gpu.node_bandwidth * rates.node_network
+    return gpu.network_bandwidth * rates.network

@@ -1,0 +1,253 @@
+"""A plan as tables for the terminal: what it is, whether it fits, how long it takes, what stops cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from megatron_xy.plan.calibrate import Calibration
+from megatron_xy.plan.overview import Plan, RolePlan
+from megatron_xy.plan.ppo import TimeLine
+from megatron_xy.plan.search import changes
+from megatron_xy.ppo.placement import spelt_ranks
+
+GB = 1e9
+
+
+def tables(plan: Plan) -> Iterator[RenderableType]:
+    """In the order in which they are read."""
+    yield _headline(plan)
+    yield _placement(plan)
+    yield _memory(plan)
+    yield _speed(plan)
+    if plan.time_line is not None:
+        yield _time_line(plan, plan.time_line)
+    yield _costs(plan)
+
+
+def layouts(plan: Plan, found: Sequence[Plan], *, most: int = 10) -> RenderableType:
+    """The layouts of a search; what each changes, as overrides."""
+    table = _table(
+        f"{len(found)} layouts fit; the fastest",
+        "layout",
+        "recompute",
+        "GB",
+        "tokens/s/GPU",
+        "MFU",
+        "days",
+        "overrides",
+    )
+    for other in found[:most]:
+        parallel = other.config.parallel
+        chunks = f" (vp {parallel.num_chunks})" if parallel.num_chunks > 1 else ""
+        table.add_row(
+            f"tp {parallel.tensor_model_parallel_size} x pp {parallel.pipeline_model_parallel_size}{chunks} x "
+            f"dp {other.roles[0].job.dp_size}",
+            other.config.model.recompute_granularity,
+            f"{other.worst_bytes / GB:.0f}",
+            f"{other.tokens_per_second:,.0f}",
+            f"{100 * other.mfu:.1f} %",
+            f"{other.days:,.1f}",
+            " ".join(changes(plan.config, other.config)) or "as configured",
+        )
+    return table
+
+
+def remedies(plan: Plan, found: Sequence[Plan]) -> RenderableType:
+    """What would make a plan fit."""
+    if not found:
+        return Text("no layout of these ranks fits; take more nodes, or a smaller micro_batch_tokens", style="red")
+    lines = [
+        f"  {' '.join(changes(plan.config, other.config))}: {other.worst_bytes / GB:.0f} GB, "
+        f"{other.tokens_per_second:,.0f} tokens/s/GPU"
+        for other in found
+    ]
+    return Text("nearest that would fit:\n" + "\n".join(lines))
+
+
+def calibrated(calibration: Calibration) -> RenderableType:
+    """Predicted against measured tokens/s a GPU, before and after the fit."""
+    title = f"efficiencies x {calibration.factor:.3g}, fitted to the run; tokens/s/GPU"
+    table = _table(title, "bucket", "steps", "measured", "predicted before", "predicted", "off by")
+    for speed in calibration.speeds:
+        values = (speed.measured, speed.before, speed.predicted)
+        off = speed.predicted / speed.measured - 1
+        table.add_row(
+            str(speed.bucket), str(speed.num_steps), *(f"{value:,.0f}" for value in values), f"{100 * off:+.1f} %"
+        )
+    return table
+
+
+def _headline(plan: Plan) -> RenderableType:
+    verdict = "fits" if plan.fits else "does NOT fit"
+    text = Text()
+    text.append(f"task {plan.config.task} on {plan.num_nodes} nodes x {plan.gpus_per_node} {plan.gpu.name}: ")
+    text.append(verdict, style="green" if plan.fits else "bold red")
+    text.append(
+        f"; rank {plan.worst_rank} holds most, {plan.worst_bytes / GB:.1f} of {plan.gpu.memory_bytes / GB:.1f} GB "
+        f"(margin {plan.margin_bytes / GB:.1f})"
+    )
+    return text
+
+
+def _placement(plan: Plan) -> RenderableType:
+    table = _table("ranks", "role", "stage", "layers", "ranks", "layout", "parameters a rank")
+    for role in plan.roles:
+        per_stage = len(role.job.ranks) // len(role.stages)
+        for memory in role.stages:
+            ranks = role.job.ranks[memory.stage * per_stage : (memory.stage + 1) * per_stage]
+            table.add_row(
+                role.job.role if memory.stage == 0 else "",
+                str(memory.stage),
+                _bar(memory.num_layers, role),
+                spelt_ranks(ranks),
+                _layout(role) if memory.stage == 0 else "",
+                f"{memory.parameters / 1e6:,.1f} M",
+            )
+    return table
+
+
+def _bar(num_layers: int, role: RolePlan) -> str:
+    most = max(memory.num_layers for memory in role.stages)
+    return f"{num_layers:>3} " + "█" * max(1, round(12 * num_layers / most))
+
+
+def _layout(role: RolePlan) -> str:
+    parallel = role.job.parallel
+    chunks = f" (vp {parallel.num_chunks})" if parallel.num_chunks > 1 else ""
+    return (
+        f"tp {parallel.tensor_model_parallel_size} x pp {parallel.pipeline_model_parallel_size}{chunks} x "
+        f"dp {role.job.dp_size}; {role.job.num_micro_batches} micro-batches of {role.job.micro_batch_tokens}; "
+        f"vocabulary padded to {role.padded_vocab_size:,}"
+    )
+
+
+def _memory(plan: Plan) -> RenderableType:
+    headings = (
+        "role",
+        "stage",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "of micro-batches",
+        "buffers",
+        "total",
+    )
+    table = _table("memory a rank, GB (recompute: " + plan.config.model.recompute_granularity + ")", *headings)
+    for role in plan.roles:
+        for memory in role.stages:
+            values = (memory.weights, memory.gradients, memory.optimizer, memory.kept + memory.working)
+            table.add_row(
+                role.job.role if memory.stage == 0 else "",
+                str(memory.stage),
+                *(f"{value / GB:.1f}" for value in values),
+                f"{memory.in_flight:.1f}",
+                f"{memory.buffers / GB:.2f}",
+                f"{memory.total / GB:.1f}",
+                style="bold" if memory is role.worst else "",
+            )
+    return table
+
+
+def _speed(plan: Plan) -> RenderableType:
+    headings = (
+        "role",
+        "bucket",
+        "share",
+        "step s",
+        "matmul",
+        "attention",
+        "other",
+        "tp",
+        "bubble",
+        "pp",
+        "dp",
+        "update",
+        "tokens/s/GPU",
+        "MFU",
+        "HFU",
+    )
+    table = _table("speed: parts of a step in %", *headings)
+    for role in plan.roles:
+        if not role.job.is_trained:
+            continue
+        for step in role.steps:
+            parts = [step.matmul, step.attention, step.elementwise, step.tensor_parallel]
+            parts += [step.bubble, step.pipeline, step.data_parallel, step.optimizer]
+            table.add_row(
+                role.job.role,
+                str(step.bucket),
+                f"{100 * plan.bucket_shares[step.bucket]:.0f} %",
+                f"{step.seconds:.2f}",
+                *(f"{100 * part / step.seconds:.1f}" for part in parts),
+                f"{step.tokens_per_second:,.0f}",
+                f"{100 * step.mfu:.1f}",
+                f"{100 * step.hfu:.1f}",
+            )
+    return table
+
+
+def _costs(plan: Plan) -> RenderableType:
+    kept, sent = plan.reliability, plan.roles[0].traffic
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_row(
+        "mix of buckets",
+        f"{plan.tokens_per_second:,.0f} tokens/s/GPU, MFU {100 * plan.mfu:.1f} %, {plan.step_seconds:.2f} s a step",
+    )
+    table.add_row(
+        "whole run",
+        f"{plan.num_tokens / 1e9:,.1f} G tokens: {_duration(plan.days)}, "
+        f"{plan.days * 24 * plan.world_size:,.0f} GPU hours; {_duration(plan.days / kept.ettr)} with stops",
+    )
+    table.add_row(
+        "sent a step and rank",
+        f"tp {sent.tensor_parallel / GB:,.0f} GB, "
+        f"pp {sent.pipeline / GB:,.1f} GB, dp {sent.data_parallel / GB:,.1f} GB",
+    )
+    table.add_row(
+        "checkpoint",
+        f"{kept.checkpoint_bytes / GB:,.0f} GB in {kept.write_seconds:,.0f} s; "
+        f"training waits {kept.stall_seconds:.1f} s",
+    )
+    table.add_row(
+        "stops",
+        f"every {kept.between_stops_seconds / 3600:,.0f} h; best save_interval {kept.best_save_interval} "
+        f"({kept.best_interval_seconds / 60:.0f} min): ETTR {100 * kept.ettr:.2f} %, as configured "
+        f"({plan.config.checkpoint.save_interval}) {100 * kept.ettr_as_configured:.2f} %",
+    )
+    return table
+
+
+def _time_line(plan: Plan, line: TimeLine) -> RenderableType:
+    table = _table(
+        f"a PPO step: {line.seconds:.0f} s", "role", *(f"{phase} s" for phase in line.phases), "idle", "layout"
+    )
+    whole = max(line.seconds, 1e-9)
+    for role, work in line.work.items():
+        bar = ""
+        for phase, seconds in line.phases.items():
+            cells = round(50 * seconds / whole)
+            busy = round(50 * work[phase] / whole)
+            bar += "█" * min(busy, cells) + "·" * max(0, cells - busy)
+        table.add_row(role, *(f"{s:.1f}" for s in work.values()), f"{100 * line.idle_shares[role]:.0f} %", bar)
+    if plan.best_split is not None:
+        nodes = ", ".join(f"{role} {number}" for role, number in plan.best_split.nodes.items())
+        table.caption = f"best split of {plan.num_nodes} nodes: {nodes}; {plan.best_split.seconds:.0f} s a step"
+    return table
+
+
+def _duration(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for heading in headings:
+        is_text = heading in ("role", "layout", "ranks", "layers", "recompute", "overrides")
+        table.add_column(heading, justify="left" if is_text else "right")
+    return table

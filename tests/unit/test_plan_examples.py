@@ -1,0 +1,147 @@
+"""The examples of real scale: each is checked and planned, fits, and says in its header what the plan says."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_xy.config import load_config
+from megatron_xy.errors import ConfigError
+from megatron_xy.plan.assumptions import device, efficiencies
+from megatron_xy.plan.calibrate import calibrate
+from megatron_xy.plan.overview import Plan, make_plan
+from megatron_xy.plan.picture import save_picture
+from megatron_xy.plan.search import nearest_fits, search
+from megatron_xy.plan.speed import step_time
+from megatron_xy.plan.verb import parsed_tokens
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NODES = {
+    "xuanyuan2_70b/pretrain.yaml": 64,
+    "xuanyuan2_70b/sft.yaml": 64,
+    "xuanyuan2_70b/ppo.yaml": 64,
+    "xuanyuan_13b/reward.yaml": 2,
+    "xuanyuan_6b/pretrain.yaml": 4,
+}
+
+
+def planned(name: str, *overrides: str, num_nodes: int | None = None) -> Plan:
+    nodes = num_nodes or NODES[name]
+    config = load_config(EXAMPLES / name, overrides=overrides, world_size=8 * nodes)
+    return make_plan(config, num_nodes=nodes, gpus_per_node=8, gpu=device("h100"), rates=efficiencies())
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_the_examples_fit_and_plan_as_their_headers_say(name):
+    plan = planned(name)
+    assert plan.fits
+    json.dumps(plan.to_json())
+    header = re.search(r"by `plan`: (\d+) GB .*?([\d,]+)\s+tokens/s a GPU", (EXAMPLES / name).read_text())
+    if name != "xuanyuan2_70b/ppo.yaml":
+        assert header is not None
+        assert float(header[1]) == pytest.approx(plan.worst_bytes / 1e9, abs=1)
+        assert float(header[2].replace(",", "")) == pytest.approx(plan.tokens_per_second, rel=0.02)
+
+
+def test_launch_scripts_name_the_examples_beside_them():
+    for script in EXAMPLES.glob("xuanyuan*/launch.sh"):
+        named = re.findall(r"examples/\S+?\.yaml", script.read_text())
+        assert named, script
+        for name in named:
+            tasks = ("pretrain", "sft", "ppo") if "$task" in name else ("",)
+            assert all((EXAMPLES.parent / name.replace("$task", task)).is_file() for task in tasks)
+
+
+def test_what_does_not_fit_is_said_with_the_nearest_changes_that_do():
+    name = "xuanyuan2_70b/pretrain.yaml"
+    plan = planned(
+        name, "parallel.pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model_parallel_size=null"
+    )
+    assert not plan.fits
+    found = search(plan.config, num_nodes=64, gpus_per_node=8, gpu=plan.gpu, rates=efficiencies())
+    speeds = [other.tokens_per_second for other in found]
+    assert speeds == sorted(speeds, reverse=True) and all(other.fits for other in found)
+    near = nearest_fits(plan, found)
+    assert (near and near[0].config.parallel != plan.config.parallel) or near[0].config.model != plan.config.model
+
+
+def test_shares_of_wall_time():
+    kept = planned("xuanyuan2_70b/pretrain.yaml").reliability
+    assert kept.between_stops_seconds == pytest.approx(50_677 * 3600 / 512)
+    assert 0.9 < kept.ettr_as_configured <= kept.ettr < 1
+
+
+def test_a_model_that_is_not_here_needs_its_shape():
+    with pytest.raises(ConfigError, match="num_layers, hidden_size"):
+        planned("xuanyuan2_70b/sft.yaml", "model.num_layers=null", "model.hidden_size=null")
+
+
+@pytest.mark.parametrize(("text", "number"), [("366B", 366e9), ("1.5T", 1.5e12), ("1000", 1000.0)])
+def test_numbers_of_tokens(text, number):
+    assert parsed_tokens(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "B", "-1B", "nan", "inf", "many"])
+def test_bad_numbers_of_tokens(text):
+    with pytest.raises(ConfigError, match="366B"):
+        parsed_tokens(text)
+
+
+@pytest.mark.parametrize("verb", [["check", "--world-size", "512"], ["plan", "--nodes", "64", "--json"]])
+def test_a_70b_is_checked_and_planned_within_two_seconds(verb):
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "megatron_xy", verb[0], str(EXAMPLES / "xuanyuan2_70b/pretrain.yaml"), *verb[1:]]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0, answer.stderr
+    assert time.perf_counter() - began < 2
+
+
+def test_a_ppo_steps_time_line_and_split():
+    plan = planned("xuanyuan2_70b/ppo.yaml")
+    line, split = plan.time_line, plan.best_split
+    assert line is not None and split is not None
+    assert line.seconds == pytest.approx(sum(line.phases.values()))
+    assert line.phases["generate"] == line.work["actor"]["generate"] > 0
+    assert line.phases["score"] == max(work["score"] for work in line.work.values())
+    assert all(0 <= share < 1 for share in line.idle_shares.values())
+    assert sum(split.nodes.values()) == 64 and split.seconds <= line.seconds
+
+
+def test_roles_that_share_ranks_take_turns():
+    ranks = [f"roles.{role}.ranks=0-127" for role in ("actor", "critic", "reference", "reward")]
+    line = planned("xuanyuan2_70b/ppo.yaml", *ranks, num_nodes=16).time_line
+    assert line is not None
+    assert line.phases["score"] == pytest.approx(sum(work["score"] for work in line.work.values()))
+
+
+def test_a_plan_is_drawn(tmp_path):
+    save_picture(planned("xuanyuan2_70b/ppo.yaml"), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_calibration_finds_how_much_slower_a_run_was(tmp_path):
+    name = "xuanyuan_6b/pretrain.yaml"
+    plan = planned(name)
+    config = plan.config.model_dump_json(exclude={"model": {"head"}})
+    (tmp_path / "run.yaml").write_text(config)
+    (tmp_path / "env.json").write_text('{"world_size": 32}')
+    slower = dataclasses.replace(
+        efficiencies(),
+        **{name: 0.8 * getattr(efficiencies(), name) for name in ("matmul", "attention", "memory", "node_network")},
+        network=0.8 * efficiencies().network,
+    )
+    step = step_time(plan.roles[0].job, bucket=2048, gpu=plan.gpu, rates=slower)
+    rows = [
+        {"iteration": number, "bucket": 2048, "tokens_per_second": 32 * step.tokens_per_second} for number in (3, 4)
+    ]
+    rows.insert(0, {"iteration": 1, "bucket": 2048, "tokens_per_second": 1.0})  # the first steps do not count
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = calibrate(tmp_path, gpu=plan.gpu, rates=efficiencies(), gpus_per_node=8)
+    assert found.factor == pytest.approx(0.8, abs=0.01)
+    assert found.speeds[0].predicted == pytest.approx(found.speeds[0].measured, rel=0.01)
+    assert found.speeds[0].before > found.speeds[0].measured
