@@ -194,7 +194,7 @@ def test_exceptions_are_still_needed() -> None:
 
 
 def test_no_torch_function_mode() -> None:
-    """The stand-in costs nothing in a torch call; a mode is asked in every one: a dry run's ledger is there for that."""
+    """The stand-in costs nothing in a torch call; a mode is asked in every one: what a dry run's ledger is for."""
     for path in CODE:
         if path == ROOT / "megatron_xy" / "dryrun" / "ledger.py":
             continue
