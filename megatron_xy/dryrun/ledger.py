@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = self._answer(func, args, kwargs or {})
-        for value in tree_iter(result):
+        for value in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
             if isinstance(value, torch.Tensor) and value.device.type == self.device.type:
                 self._note(value.untyped_storage())
         return result
