@@ -185,6 +185,26 @@ class BucketSampler:
         return permute(positions, sizes, keys)
 
 
+def stream_shares(
+    weights: Mapping[str, float] | None, sizes: Mapping[tuple[str, int], int], *, key: str
+) -> dict[tuple[str, int], float]:
+    """{(source, bucket): weight[source] * share[source, bucket]}, the sum 1, parts of 0 left out.
+
+    sizes: samples of each (source, bucket); key: what the weights are called in errors. Raises ConfigError.
+    """
+    lengths: dict[str, int] = {}
+    for (source, bucket), size in sizes.items():
+        lengths[source] = lengths.get(source, 0) + bucket * size
+    weights = lengths if weights is None else weights
+    _check_weights(weights, lengths, key=key)
+    total = math.fsum(weights.values())
+    return {
+        (source, bucket): weights[source] / total * (bucket * size / lengths[source])
+        for (source, bucket), size in sorted(sizes.items())
+        if size and weights[source]
+    }
+
+
 class _Phase:
     """One phase's arithmetic: what its first n steps draw, and what all phases before it drew."""
 
@@ -202,7 +222,7 @@ class _Phase:
         before = earlier[-1] if earlier else None
         self.drawn_before = before.drawn(phase.from_step - before.from_step) if before else {}
         self._ahead_before = before.ahead(phase.from_step - before.from_step) if before else {}
-        self.shares = _shares(phase.weights, sizes, key=f"{phase.key or 'data'}.weights")
+        self.shares = stream_shares(phase.weights, sizes, key=f"{phase.key or 'data'}.weights")
         self._key = (seed, "block", number)
         self.buckets = sorted({bucket for _, bucket in self.shares})
         _check_batch_tokens(
@@ -292,23 +312,6 @@ class _Phase:
 def _digest(*parts: int | str) -> bytes:
     """64 bytes that depend on every part; JSON keeps the borders between parts."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8 * PERMUTATION_ROUNDS).digest()
-
-
-def _shares(
-    weights: Mapping[str, float] | None, sizes: Mapping[tuple[str, int], int], *, key: str
-) -> dict[tuple[str, int], float]:
-    """{(source, bucket): weight[source] * share[source, bucket]}, the sum 1, parts of 0 left out."""
-    lengths: dict[str, int] = {}
-    for (source, bucket), size in sizes.items():
-        lengths[source] = lengths.get(source, 0) + bucket * size
-    weights = lengths if weights is None else weights
-    _check_weights(weights, lengths, key=key)
-    total = math.fsum(weights.values())
-    return {
-        (source, bucket): weights[source] / total * (bucket * size / lengths[source])
-        for (source, bucket), size in sorted(sizes.items())
-        if size and weights[source]
-    }
 
 
 def _check_weights(weights: Mapping[str, float], lengths: Mapping[str, int], *, key: str) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.manifest import read_manifest
+from megatron_xy.data.manifest import MANIFEST_NAME, read_manifest
+from megatron_xy.data.sampler import stream_shares
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
@@ -144,8 +146,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a checked config. Raises ConfigError where a model's shape is not known.
 
-    num_tokens: of the whole run; what the config trains on unless given. bucket_shares: of the steps; equal ones of the
-    data folder, or where it is not there the assumed ones.
+    num_tokens: of the whole run; what the config trains on unless given. bucket_shares: of the steps; those of
+    `buckets_of` unless given.
     """
     world_size = num_nodes * gpus_per_node
     all_jobs = jobs(config, world_size=world_size)
@@ -192,11 +194,18 @@ def make_plan(
 
 
 def buckets_of(config: RunConfig) -> dict[int, float]:
-    """{bucket: share of the steps}: equal shares of the data folder's buckets; without it the assumed ones."""
+    """{bucket: share of the steps}, as the sampler draws the data folders' at first; without them the assumed ones."""
     micro, context = config.training.micro_batch_tokens, _context(config)
+    samples: Counter[tuple[str, int]] = Counter()
     for path in config.data.paths:
-        if (path / "manifest.json").is_file():
-            return dict.fromkeys(sorted(read_manifest(path).buckets), 1.0)
+        if (path / MANIFEST_NAME).is_file():
+            for source, entry in read_manifest(path).sources.items():
+                samples.update({(source, int(bucket)): held.samples for bucket, held in entry.buckets.items()})
+    if samples:
+        drawn: dict[int, float] = {}
+        for (_, bucket), share in stream_shares(config.data.weights, samples, key="data.weights").items():
+            drawn[bucket] = drawn.get(bucket, 0.0) + share
+        return dict(sorted(drawn.items()))
     assumed = {bucket: share for bucket, share in section("buckets").items() if micro % bucket == 0}
     assumed = {bucket: share for bucket, share in assumed.items() if bucket <= context}
     return assumed or {micro: 1.0}

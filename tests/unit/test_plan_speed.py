@@ -4,8 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_xy.config import RunConfig
+from megatron_xy.data.build import build_dataset
+from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.phases import run_sampler
 from megatron_xy.plan.assumptions import efficiencies
+from megatron_xy.plan.overview import buckets_of
 from megatron_xy.plan.published import fitted_matmul, megatron_lm, xuanyuan2
+from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 
 def test_the_efficiency_is_the_one_fitted_on_megatron_lms_70b():
@@ -30,3 +36,25 @@ def test_the_table_in_the_docs_is_what_the_planner_says():
     for row in xuanyuan2():
         points = 100 * (row.predicted - row.published)
         assert f"| {row.name} | {row.published:.3f} | {row.predicted:.3f} | {points:+.1f} |" in text
+
+
+@pytest.mark.parametrize("weights", [None, {"a": 3.0, "b": 1.0}])
+def test_the_mix_is_what_the_sampler_draws(tmp_path, weights):
+    rows = [{"text": text, "source": "ab"[len(text) % 2]} for text in texts(300)]
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
+    corpus, data = write_rows(tmp_path / "corpus.jsonl", rows), tmp_path / "data"
+    build_dataset([corpus], tokenizer=tokenizer, output=data, buckets=(32, 64, 128), source_field="source")
+    config = RunConfig.model_validate(
+        {
+            "task": "pretrain",
+            "data": {"path": str(data), "weights": weights},
+            "training": {"global_batch_tokens": 1024, "micro_batch_tokens": 128},
+        }
+    )
+    planned = buckets_of(config)
+    sampler = run_sampler(config, PackedDataset([data]).streams)
+    drawn = [sampler.batch(step).bucket for step in range(400)]
+    assert sum(planned.values()) == pytest.approx(1)
+    for bucket, share in planned.items():
+        assert drawn.count(bucket) / len(drawn) == pytest.approx(share, abs=0.02)
+    assert len(set(planned.values())) > 1
