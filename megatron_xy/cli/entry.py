@@ -14,7 +14,7 @@ from rich.markup import escape
 from megatron_xy import __version__
 from megatron_xy.cli.checkpoints import checkpoint_app
 from megatron_xy.cli.data import data_app
-from megatron_xy.cli.judging import evaluate
+from megatron_xy.cli.judging import compare, evaluate, quantize
 from megatron_xy.cli.looking import bench, check, doctor, report, select
 from megatron_xy.cli.models import convert, generate, logprobs, model_rank, score, vocab_app
 from megatron_xy.cli.training import ppo, pretrain, reward, run, sft
@@ -30,7 +30,8 @@ app = typer.Typer(
 )
 
 VERBS: tuple[Callable[..., None], ...] = (
-    pretrain, sft, reward, ppo, run, check, report, select, convert, generate, score, logprobs, evaluate, doctor, bench,
+    pretrain, sft, reward, ppo, run, check, report, select, convert, generate, score, logprobs, evaluate,
+    quantize, compare, doctor, bench,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
