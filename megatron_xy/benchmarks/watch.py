@@ -41,6 +41,8 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
     passed_over: set[int] = set()
     with run_folder.lock(run_dir, name=LOCK):
         _mend(run_dir / EVALUATIONS)
+        for iteration in _done(run_dir / EVALUATIONS, benchmarks):  # a kill may have come behind the line
+            shutil.rmtree(_work_folder(run_dir, iteration, benchmarks), ignore_errors=True)
         while True:
             is_over = _is_done(run_dir)  # looked at first: what is saved before the end is there then
             done = _done(run_dir / EVALUATIONS, benchmarks)
@@ -63,7 +65,7 @@ def _evaluate_one(
     folder = iteration_folder(run_dir / "checkpoints", iteration)
     if (folder / ACTOR).is_dir():
         folder = folder / ACTOR
-    work = run_dir / WORK / f"{iteration:07d}-{_digest(benchmarks)}"
+    work = _work_folder(run_dir, iteration, benchmarks)
     try:
         manifest = files.read_manifest(folder)
         files.verify_files(folder, manifest, files=sorted(manifest.files))
@@ -136,5 +138,6 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         sync_folder(path.parent)
 
 
-def _digest(benchmarks: Benchmarks) -> str:
-    return hashlib.sha256(json.dumps(benchmarks.facts).encode()).hexdigest()[:12]
+def _work_folder(run_dir: Path, iteration: int, benchmarks: Benchmarks) -> Path:
+    digest = hashlib.sha256(json.dumps(benchmarks.facts).encode()).hexdigest()
+    return run_dir / WORK / f"{iteration:07d}-{digest[:12]}"

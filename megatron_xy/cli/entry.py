@@ -14,7 +14,7 @@ from rich.markup import escape
 from megatron_xy import __version__
 from megatron_xy.cli.checkpoints import checkpoint_app
 from megatron_xy.cli.data import data_app
-from megatron_xy.cli.judging import evaluate
+from megatron_xy.cli.judging import compare, evaluate, quantize
 from megatron_xy.cli.launching import import_args, launch
 from megatron_xy.cli.looking import bench, check, doctor, dryrun, plan, report, select
 from megatron_xy.cli.models import convert, generate, logprobs, model_rank, score, vocab_app
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 VERBS: tuple[Callable[..., None], ...] = (
     pretrain, sft, reward, ppo, run, check, plan, dryrun, launch, import_args, report, select, convert, generate,
-    score, logprobs, evaluate, doctor, bench,
+    score, logprobs, evaluate, quantize, compare, doctor, bench,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -1,4 +1,4 @@
-"""The verbs that judge a model: benchmarks, of one model or of a run's checkpoints as they come."""
+"""The verbs of a release: benchmarks of a model or of a run's checkpoints, forms in fewer bits, their comparison."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from megatron_xy.cli.options import AsJson, say
 from megatron_xy.errors import ConfigError
+
+Scheme = Literal["int8", "nf4", "gptq-w4a16", "w8a8", "w8a16"]
 
 
 def evaluate(
@@ -81,3 +83,53 @@ def evaluate(
     except JobEnded as ended:
         sys.exit(ended.code)
     print(json.dumps(metrics, ensure_ascii=False) if as_json else "\n".join(verb.rows_of(metrics)))
+
+
+def quantize(
+    source: Annotated[str, typer.Option("--from", metavar="ckpt:DIR|hf:DIR")],
+    target: Annotated[str, typer.Option("--to", metavar="hf:DIR")],
+    scheme: Annotated[Scheme, typer.Option("--scheme", help="int8, nf4: bitsandbytes; the others: llm-compressor")],
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="DIR|F.jsonl", help="of `data build`, or rows with text")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="of the calibration")] = 256,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="a layer that stays as it is; repeat; lm_head unless given")
+    ] = None,
+) -> None:
+    """Writes a model in 8 or 4 bits as an HF folder, whole or not at all."""
+    _need_quantisers()
+    from megatron_xy.hf.quantize import quantize as write_quantised
+
+    write_quantised(
+        source,
+        target,
+        scheme=scheme,
+        calibration=calibration,
+        num_samples=num_samples,
+        ignore=ignore or ["lm_head"],
+        say=say,
+    )
+
+
+def compare(
+    forms: Annotated[list[str], typer.Argument(metavar="hf:DIR...", help="forms of one model, one not quantised")],
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="held-out documents, of `data build`")],
+    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="of each source and bucket")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Compares a model's released forms: size, memory, perplexity by bucket and source, divergence from bf16."""
+    _need_quantisers()
+    from megatron_xy.hf.compare import compare as compared
+    from megatron_xy.hf.compare import rows_of
+
+    table = compared(forms, data, num_samples=num_samples, say=say)
+    print(json.dumps(table, ensure_ascii=False) if as_json else "\n".join(rows_of(table)))
+
+
+def _need_quantisers() -> None:
+    missing = [name for name in ("transformers", "bitsandbytes", "llmcompressor") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not installed; they come with the extra: pip install 'megatron-xy[quantize]'"
+        )

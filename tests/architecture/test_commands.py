@@ -14,7 +14,8 @@ from tests.unit.small_corpus import train_tokenizer
 ROOT = Path(__file__).parents[2]
 VERBS = (
     "pretrain", "sft", "reward", "run", "check", "dryrun", "launch", "import-args", "select", "report", "convert",
-    "generate", "logprobs", "score", "evaluate", "doctor", "data", "checkpoint", "vocab",
+    "generate", "logprobs", "score", "evaluate", "quantize", "compare",
+    "doctor", "data", "checkpoint", "vocab",
 )  # fmt: skip
 
 # `python -m megatron_xy`, and at its very end one line on stderr: which heavy packages it has imported.

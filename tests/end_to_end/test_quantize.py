@@ -1,0 +1,131 @@
+"""`quantize` and `compare`: forms in fewer bits, whole or not at all, that transformers opens, close to the model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.tiny_run import (
+    ONE_RANK,
+    make_data,
+    run_command,
+    run_to_end,
+    started,
+    wait_for_end,
+    wait_until,
+    write_config,
+)  # fmt: skip
+
+HAS_QUANTISERS = all(find_spec(name) for name in ("bitsandbytes", "llmcompressor"))
+needs_quantisers = pytest.mark.skipif(not HAS_QUANTISERS, reason="the extra quantize is not installed")
+
+# Round to nearest at the scheme of gptq-w4a16, on the same model. argv: from, to.
+ROUND_TO_NEAREST = """
+import sys
+from compressed_tensors.quantization import preset_name_to_scheme
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
+scheme = preset_name_to_scheme("W4A16", ["Linear"])
+scheme.weights.group_size = 32
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="bfloat16")
+oneshot(model=model, recipe=QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+model.save_pretrained(sys.argv[2], save_compressed=True)
+"""
+
+
+def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_xy", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+
+
+def checked(*arguments: str) -> str:
+    answer = verb(*arguments)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/, run/ with a checkpoint of 60 steps, and hf/, the same in bf16."""
+    path = tmp_path_factory.mktemp("quantize")
+    write_config(path / "run.yaml", data=make_data(path))
+    options = (f"run_dir={path / 'run'}", "training.train_iters=60", "checkpoint.save_interval=60", *ONE_RANK)
+    assert run_to_end(run_command(path / "run.yaml", *options, ranks=1)).code == 0
+    checkpoint = path / "run" / "checkpoints" / "iter_0000060"
+    checked("convert", "--from", f"ckpt:{checkpoint}", "--to", f"hf:{path / 'hf'}", "--dtype", "bf16")
+    return path
+
+
+@pytest.mark.slow
+@needs_quantisers
+def test_forms_are_close_to_the_trained_model_and_gptq_is_closer_than_rounding(folder: Path) -> None:
+    calibration = ("--calibration", str(folder / "data"), "--num-samples", "64")
+    checkpoint = f"ckpt:{folder / 'run' / 'checkpoints' / 'iter_0000060'}"
+    checked("quantize", "--from", checkpoint, "--to", f"hf:{folder / 'int8'}", "--scheme", "int8")
+    for scheme in ("gptq-w4a16", "w8a8"):
+        source = f"hf:{folder / 'hf'}"
+        checked("quantize", "--from", source, "--to", f"hf:{folder / scheme}", "--scheme", scheme, *calibration)
+    command = [sys.executable, "-c", ROUND_TO_NEAREST, str(folder / "hf"), str(folder / "rtn")]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    forms = [f"hf:{folder / name}" for name in ("hf", "int8", "gptq-w4a16", "w8a8", "rtn")]
+    table: dict[str, dict[str, Any]] = json.loads(checked("compare", *forms, "--data", str(folder / "data"), "--json"))
+    plain, int8, gptq, w8a8, rounded = (table[form] for form in forms)
+    assert plain["kl"] == 0
+    for form in (int8, w8a8):
+        assert form["perplexity"] == pytest.approx(plain["perplexity"], rel=0.01)
+    assert 0 < gptq["kl"] < rounded["kl"]
+    assert set(plain["perplexity_by_bucket"]) == {"128", "256"}
+    assert set(plain["perplexity_by_source"]) == {"code", "prose"}
+    for name in ("int8", "gptq-w4a16", "w8a8"):
+        assert json.loads((folder / name / "config.json").read_text())["quantization_config"]
+        assert {"tokenizer.json", "generation_config.json", "README.md"} <= {
+            it.name for it in (folder / name).iterdir()
+        }
+    assert "64 samples" in (folder / "w8a8" / "README.md").read_text()
+    assert not list(folder.glob(".tmp-*"))
+
+
+@pytest.mark.slow
+@needs_quantisers
+def test_a_killed_quantisation_leaves_no_target_and_the_same_command_makes_it_whole(folder: Path) -> None:
+    target = folder / "nf4"
+    checkpoint = f"ckpt:{folder / 'run' / 'checkpoints' / 'iter_0000060'}"
+    command = [sys.executable, "-m", "megatron_xy", "quantize", "--from", checkpoint, "--to", f"hf:{target}"]
+    command += ["--scheme", "nf4"]
+    with started(command) as process:
+        wait_until((folder / ".tmp-nf4").exists, process=process)
+        process.send_signal(signal.SIGKILL)
+        wait_for_end(process)
+    assert not target.exists()
+    assert run_to_end(command).code == 0
+    assert (target / "model.safetensors").is_file() and not list(folder.glob(".tmp-*"))
+    again = run_to_end(command)
+    assert again.code == 78 and "exists" in again.err
+
+
+@pytest.mark.slow
+@needs_quantisers
+def test_arguments_that_do_not_fit_are_refused(folder: Path) -> None:
+    options = ("--from", f"hf:{folder / 'hf'}", "--to", f"hf:{folder / 'none'}", "--scheme")
+    for scheme, rest, what in (
+        ("w8a8", (), "needs --calibration"),
+        ("int8", ("--calibration", str(folder / "data")), "takes none"),
+    ):
+        answer = verb("quantize", *options, scheme, *rest)
+        assert answer.returncode == 78 and what in answer.stderr
+    assert verb("quantize", *options, "int3").returncode == 2
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.skipif(HAS_QUANTISERS, reason="the extra quantize is installed")
+def test_without_the_extra_it_is_said_what_to_install() -> None:
+    answer = verb("quantize", "--from", "hf:none", "--to", "hf:other", "--scheme", "int8")
+    assert answer.returncode == 78 and "megatron-xy[quantize]" in answer.stderr
