@@ -108,7 +108,7 @@ def build_role(
     mcore.tensor_parallel_random.model_parallel_cuda_manual_seed(
         seed, tp_rank=groups.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
     )
-    chunks = build_model(model, parallel=parallel, groups=groups)
+    chunks = build_model(model, parallel=parallel, groups=groups, is_frozen=optimizer is None)
     trained = None
     if optimizer is not None:
         trained = build_optimizer(optimizer, chunks=chunks, groups=groups, parallel=parallel, model=model)

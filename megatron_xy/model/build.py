@@ -43,10 +43,12 @@ class NamedParameter:
     shard: ParameterShard
 
 
-def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups) -> list[torch.nn.Module]:
+def build_model(
+    model: ModelConfig, *, parallel: ParallelConfig, groups: Groups, is_frozen: bool = False
+) -> list[torch.nn.Module]:
     """This rank's chunks of the model, each in megatron-core's DistributedDataParallel; all weights are still 0.
 
-    One chunk, or `virtual_pipeline_model_parallel_size` of them.
+    One chunk, or `virtual_pipeline_model_parallel_size` of them. is_frozen: no gradients are wanted, and none are held.
     """
     config = transformer_config(model, parallel=parallel, groups=groups)
     ddp_config = mcore.DistributedDataParallelConfig(
@@ -61,6 +63,8 @@ def build_model(model: ModelConfig, *, parallel: ParallelConfig, groups: Groups)
     for chunk in range(parallel.num_chunks):
         gpt = _gpt_model(config, model=model, groups=groups, chunk=chunk, num_chunks=parallel.num_chunks)
         mark_tensor_parallel(gpt)
+        if is_frozen:  # else their buffers take 4 bytes a parameter
+            gpt.requires_grad_(False)
         wrapped = mcore.DistributedDataParallel(
             config,
             ddp_config,
