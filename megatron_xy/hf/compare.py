@@ -117,7 +117,7 @@ def _documents(dataset: PackedDataset, *, num_samples: int) -> Iterator[Document
 
 
 def _opened(folder: Path) -> Any:
-    where = "auto" if torch.cuda.is_available() else "cpu"
+    where = "auto" if torch.accelerator.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=where).eval()
 
 
