@@ -26,7 +26,7 @@ from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, read_rows
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError
-from megatron_xy.hf.folder import read_object
+from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model_job import ModelJob, run_job
@@ -222,20 +222,15 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: Chats) -> lis
             raise BadRow(f"prompt: {problem}") from None
     if not isinstance(prompt, str):
         raise BadRow(f"prompt is {'missing' if prompt is None else 'neither a string nor a list of messages'}")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow("the prompt has a lone surrogate") from None
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return [*begin, *tokenizer.encode(prompt).tolist()]
 
 
 def _stop_ids(origin: str, tokenizer: Tokenizer, chat: Chats, *, given: list[str]) -> list[int]:
-    """The tokenizer's end token, the chat template's, those of an HF folder's generation_config.json, and the given."""
-    kind, folder = split_origin(origin)
-    named = (read_object(folder, "generation_config.json") or {}).get("eos_token_id") if kind == "hf" else None
-    ids = {tokenizer.eos_id, *(named if isinstance(named, list) else [named])} - {None}
-    ids |= set(chat.chat.stop_ids) if chat.chat is not None else set()
+    """The tokenizer's end token, the chat template's, those that the HF folder names or named, and the given."""
+    ids = {tokenizer.eos_id, *end_ids(kept_facts(*split_origin(origin)))} - {None}
+    template = chat.of_the_run()  # what a model has learned to end an answer with ends one to a string, too
+    ids |= set(template.stop_ids) if template is not None else set()
     for text in given:
         if text in tokenizer.control_tokens:
             ids.add(tokenizer.control_tokens[text])

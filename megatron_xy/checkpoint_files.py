@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
+from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.safetensors_file import write_safetensors
 from megatron_xy.shards import Box, ParameterShard
@@ -156,6 +158,21 @@ def read_manifest(directory: Path) -> Manifest:
         raise DataError(
             f"{path} is not laid out as format_version {FORMAT_VERSION} is ({type(error).__name__}: {error}); "
             f"it is foreign or tampered with"
+        ) from None
+
+
+def stored_model(directory: Path, manifest: Manifest, *, without: Set[str] = frozenset()) -> ModelConfig:
+    """The model section that a manifest keeps, but for the keys `without`. Raises DataError where it is none."""
+    section = manifest.state["model"]
+    try:
+        return ModelConfig.model_validate({name: section[name] for name in section.keys() - without})
+    except AttributeError:
+        raise DataError(f"{directory / MANIFEST}: its model section is no object; it is foreign") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(
+            f"{directory / MANIFEST}: {'.'.join(map(str, first['loc']))} of its model section: {first['msg']}; a newer "
+            f"megatron_xy wrote it, or it is foreign"
         ) from None
 
 

@@ -2,9 +2,10 @@
 
 megatron-core calls `torch.cuda` and names the device literally in many places. `start`, called by a verb before
 anything imports megatron.core, settles the device. On a GPU it patches nothing. On a CPU it replaces what megatron-core
-reaches: streams and events (CPU operations are synchronous, so these do nothing), device queries, generator states, and
-the device argument of the factory functions. The factories are wrapped rather than watched by a TorchFunctionMode,
-which would cost about 12 us in every torch call; a wrapped one costs a dictionary look-up.
+reaches: streams and events (CPU operations are synchronous, so these do nothing), device queries, generator states,
+the device argument of the factory functions, and torch.compile (it would want a C++ compiler, and megatron-core's
+decorators alone cost a second of imports). The factories are wrapped rather than watched by a TorchFunctionMode, which
+would cost about 12 us in every torch call; a wrapped one costs a dictionary look-up.
 """
 
 from __future__ import annotations
@@ -268,8 +269,14 @@ def _install_stand_in() -> None:
     for factory in _FACTORIES:
         setattr(torch, factory, _on_cpu(getattr(torch, factory)))
         _patched.append(f"torch.{factory}")
-    _patched.extend(("torch.Tensor.cuda", "torch.Tensor.type"))
+    torch.compile = _left_as_it_is  # type: ignore[assignment]
+    _patched.extend(("torch.compile", "torch.Tensor.cuda", "torch.Tensor.type"))
     _install_tensor_methods()
+
+
+def _left_as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """torch.compile, which is also called with its options alone, as a decorator that does nothing."""
+    return _left_as_it_is if function is None else function
 
 
 def _zero_counter() -> Callable[..., int]:

@@ -27,6 +27,12 @@ class ConfigError(MegatronXYError):
     exit_code = EXIT_BAD_CONFIG
 
 
+class UsageError(MegatronXYError):
+    """An option's value is malformed, or options do not go together: wrong whatever lies on the disk."""
+
+    exit_code = EXIT_USAGE
+
+
 class DataError(MegatronXYError):
     """A corpus, an indexed dataset, a tokenizer or a checkpoint exists but is damaged or does not fit."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_xy import environment, run_folder
 from megatron_xy.checkpoint_files import METADATA
 from megatron_xy.config import RunConfig
 from megatron_xy.data.rows import BadRow, read_rows
@@ -24,6 +25,8 @@ from megatron_xy.safetensors_file import SafetensorsFile, write_safetensors
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import replace, storage_errors, temporary_name
 from megatron_xy.watchdog import Watchdog
+
+_PARTS = "part-*.safetensors"
 
 
 def work_folder(output: Path) -> Path:
@@ -44,7 +47,8 @@ def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
     try:
         code = run_job(job, in_this_process=lambda job: _compute(job, beat=lambda: None))
         if code == 0:
-            _join(folder, output)
+            with run_folder.lock(folder, name=run_folder.SUPERVISOR_LOCK):
+                _join(folder, output, num_rows=len(rows))
             say(f"wrote {output}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")
     except RunDirBusy:  # the folder is another's, who is at work in it
         raise
@@ -80,6 +84,10 @@ def _compute(job: ModelJob, *, beat: Callable[[], None]) -> None:
     """This rank's replica's share of the rows, left in the work folder by the last stage's first rank."""
     config = complete_options(job.options())
     rows = _rows(job, config)
+    folder = work_folder(Path(job.arguments["output"]))
+    if environment.rank() == 0:  # before any rank goes on from here: what a killed run has left
+        for part in folder.glob(_PARTS):
+            part.unlink()
     with joined(config) as role:
         groups = role.groups
         mine = range(groups.dp_rank, len(rows), groups.dp_size)
@@ -88,8 +96,7 @@ def _compute(job: ModelJob, *, beat: Callable[[], None]) -> None:
             beat()
             found[str(mine[place])] = values.cpu()
         if found and groups.is_last_stage and groups.tp_rank == 0:
-            path = work_folder(Path(job.arguments["output"])) / f"part-{groups.dp_rank:05d}.safetensors"
-            _write(path, found)
+            _write(folder / f"part-{groups.dp_rank:05d}.safetensors", found)
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -97,12 +104,13 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_safetensors(path, layout, blocks_of=lambda name: [tensors[name]], metadata=METADATA)
 
 
-def _join(folder: Path, output: Path) -> None:
+def _join(folder: Path, output: Path, *, num_rows: int) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    for path in folder.glob("part-*.safetensors"):
+    for path in folder.glob(_PARTS):
         part = SafetensorsFile(path)
         tensors |= {name: part.read(name) for name in part.tensors}
         part.close()
+    assert tensors.keys() == set(map(str, range(num_rows))), "the parts are those of this run, and of all its rows"
     temporary = output.with_name(temporary_name(output.name))
     try:
         _write(temporary, tensors)

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
-
 from megatron_xy import checkpoint_files as files
 from megatron_xy import device, environment, parallel, waits
 from megatron_xy.config import Head, RunConfig, check_shape
-from megatron_xy.errors import ConfigError
-from megatron_xy.hf.folder import read_object
+from megatron_xy.errors import DataError
+from megatron_xy.hf.config import read_hf_config
+from megatron_xy.hf.names import EMBEDDING
+from megatron_xy.hf.reader import hf_manifest
 from megatron_xy.role import Role, build_role
 from megatron_xy.watchdog import backend_timeout
 from megatron_xy.weights import load_initial_weights, resolve_model, split_origin
@@ -29,14 +29,13 @@ def complete_options(config: RunConfig, *, head: Head = "language_model") -> Run
 
 
 def stored_dtype(origin: str) -> Literal["fp32", "bf16"]:
-    """That of the weights in `ckpt:DIR` or `hf:DIR`; fp16, which nothing computes in here, counts as bf16."""
+    """That of the embedding in `ckpt:DIR` or `hf:DIR`; fp16, which nothing computes in here, counts as bf16."""
     kind, folder = split_origin(origin)
-    if kind == "ckpt":
-        name = files.read_manifest(folder).state["model"].get("params_dtype", "fp32")
-    else:
-        values = read_object(folder, "config.json") or {}
-        name = values.get("dtype") or values.get("torch_dtype") or "float32"
-    return "fp32" if str(name) in ("fp32", "float32") else "bf16"
+    is_checkpoint = kind == "ckpt"
+    manifest = files.read_manifest(folder) if is_checkpoint else hf_manifest(folder, model=read_hf_config(folder))
+    if EMBEDDING not in manifest.tensors:
+        raise DataError(f"{folder} holds no {EMBEDDING}; was it written by another kind of model?")
+    return "fp32" if manifest.tensors[EMBEDDING].dtype == "float32" else "bf16"
 
 
 @contextlib.contextmanager
@@ -46,7 +45,7 @@ def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
     config: of `complete_options`. Raises DataError for damaged weights, PeerLost, ConfigError where memory runs out.
     """
     timeout = backend_timeout(config.runtime.timeout_seconds)
-    try:
+    with parallel.errors_told(when_memory_runs_out="split the model further, or take fewer sequences at a time"):
         if environment.is_set():
             waits.install()
             parallel.start_distributed(timeout_seconds=timeout)
@@ -62,13 +61,3 @@ def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
         load_initial_weights(role, seed=config.seed)
         yield role
         parallel.stop_distributed()
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"rank {environment.rank()} ran out of device memory ({str(error).splitlines()[0]}); split the model "
-            f"further, or take fewer sequences at a time"
-        ) from error
-    except RuntimeError as error:
-        lost = parallel.as_peer_lost(error)
-        if lost is None:
-            raise
-        raise lost from error

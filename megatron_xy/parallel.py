@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_xy import device, mcore
+from megatron_xy import device, environment, mcore
 from megatron_xy.config import ParallelConfig
-from megatron_xy.errors import PeerLost
+from megatron_xy.errors import ConfigError, PeerLost
 from megatron_xy.liveness import waiting_for
 
 Dimension = Literal["pp", "dp", "cp", "tp"]
@@ -258,6 +258,26 @@ def from_last_stage(tensor: torch.Tensor, groups: Groups) -> torch.Tensor:
 def barrier(groups: Groups) -> None:
     """Waits for all ranks of the role."""
     dist.barrier(group=groups.all_ranks)
+
+
+@contextlib.contextmanager
+def errors_told(*, when_memory_runs_out: str) -> Iterator[None]:
+    """Says in our words what torch says of a collective that fails and of a device's memory that runs out.
+
+    when_memory_runs_out: what the user can do then. Raises PeerLost or ConfigError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rank = environment.rank()
+        raise ConfigError(
+            f"rank {rank} ran out of device memory ({str(error).splitlines()[0]}); {when_memory_runs_out}"
+        ) from error
+    except RuntimeError as error:
+        lost = as_peer_lost(error)
+        if lost is None:
+            raise
+        raise lost from error
 
 
 def as_peer_lost(error: BaseException) -> PeerLost | None:

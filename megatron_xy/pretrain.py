@@ -33,20 +33,14 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
 
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
-    rank, world_size = environment.rank(), environment.world_size()
-    config = config.model_copy(update={"model": resolve_model(config.model)})
-    check_shape(config)
-    check_world(config, world_size=world_size)
+    config = with_model(config)
     dataset = open_data(config)
     config = with_epochs(config, dataset.streams, conversation_sources=dataset.conversation_sources)
     held_out = open_held_out(config, dataset)
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})
-    check_boards(config.runtime)
-    is_leader = rank == leader_rank(config, world_size=world_size)
-    log = RunLog(config.run_dir, rank=rank, is_leader=is_leader, wandb_project=config.runtime.wandb_project)
-    log.say(headline(config, world_size=world_size))
+    log = open_log(config)
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
     with session(config, log=log, watchdog=watchdog, began=began):
@@ -77,6 +71,24 @@ def train(
         timed(log, watchdog, "weights", trainer.restore)
         stop.can_save = True
         trainer.train()
+
+
+def with_model(config: RunConfig) -> RunConfig:
+    """The config with the shape of the model that it loads, fit for this world. Raises ConfigError or DataError."""
+    config = config.model_copy(update={"model": resolve_model(config.model)})
+    check_shape(config)
+    check_world(config, world_size=environment.world_size())
+    return config
+
+
+def open_log(config: RunConfig) -> RunLog:
+    """The run's log, which has said what is trained. Raises ConfigError where a board that it asks for is missing."""
+    check_boards(config.runtime)
+    rank, world_size = environment.rank(), environment.world_size()
+    is_leader = rank == leader_rank(config, world_size=world_size)
+    log = RunLog(config.run_dir, rank=rank, is_leader=is_leader, wandb_project=config.runtime.wandb_project)
+    log.say(headline(config, world_size=world_size))
+    return log
 
 
 def build(config: RunConfig) -> Role:

@@ -140,14 +140,11 @@ def _response_tokens(row: dict[str, Any], tokenizer: Tokenizer, chats: Chats) ->
         raise BadRow("response is an empty answer; one that says nothing is the end token alone, in response_tokens")
     prompt = row.get("prompt")
     try:
-        text.encode("utf-8")
         if isinstance(prompt, list):
             return answer_tokens(tokenizer, chats.needed(), parse_messages(prompt), text)
         return answer_tokens(tokenizer, chats.of_the_run(), "", text)
     except BadConversation as problem:
         raise BadRow(f"response: {problem}") from None
-    except UnicodeEncodeError:
-        raise BadRow("the response has a lone surrogate") from None
 
 
 def _score_in_this_rank(work: Work, results: PartialResults, *, beat: Callable[[], None]) -> None:

@@ -6,11 +6,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-import torch
-
 from megatron_xy import device, environment, parallel, run_folder, waits
 from megatron_xy.config import RunConfig, dump_config
-from megatron_xy.errors import ConfigError
 from megatron_xy.log import RunLog
 from megatron_xy.storage import write_text
 from megatron_xy.watchdog import Watchdog, backend_timeout
@@ -33,7 +30,10 @@ def session(config: RunConfig, *, log: RunLog, watchdog: Watchdog, began: float)
             run_folder.clear_heartbeats(config.run_dir, from_rank=world_size)
             write_text(config.run_dir / "run.yaml", dump_config(config))
             run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})
-        try:
+        remedy = (
+            "lower training.micro_batch_tokens, set model.recompute_granularity to full, or split the model further"
+        )
+        with parallel.errors_told(when_memory_runs_out=remedy):
             timeout = backend_timeout(config.runtime.timeout_seconds)
             waits.install()
             watchdog.beat(iteration=0, phase="rendezvous")
@@ -41,13 +41,3 @@ def session(config: RunConfig, *, log: RunLog, watchdog: Watchdog, began: float)
                 parallel.start_distributed(timeout_seconds=timeout)
             yield
             parallel.stop_distributed()
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"rank {rank} ran out of device memory ({str(error).splitlines()[0]}); lower "
-                f"training.micro_batch_tokens, set model.recompute_granularity to full, or split the model further"
-            ) from error
-        except RuntimeError as error:
-            lost = parallel.as_peer_lost(error)
-            if lost is None:
-                raise
-            raise lost from error

@@ -7,7 +7,6 @@ differ in their loader, objective and evaluator.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,8 +27,8 @@ from megatron_xy.data.loader import PreparedStep
 from megatron_xy.errors import DataError, Stopped
 from megatron_xy.evaluation import Evaluated
 from megatron_xy.flops import peak_flops, recomputed_flops, step_flops
-from megatron_xy.hf.convert import to_hf
-from megatron_xy.hf.source import open_source
+from megatron_xy.hf.convert import export
+from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.model.parts import MODEL_PARTS, trained_parts
@@ -42,7 +41,7 @@ from megatron_xy.spikes import StepHistory
 from megatron_xy.stragglers import StragglerWatch
 from megatron_xy.train_step import Objective, StepResult, train_step
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import changes_to_source, load_initial_weights
+from megatron_xy.weights import changes_to_source, load_initial_weights, split_origin
 
 
 class Loader(Protocol):
@@ -121,6 +120,8 @@ class Trainer:
         self._peak_flops = device.matrix_product_rate() if device.is_cpu() else peak_flops(device.name())
         self.stragglers = StragglerWatch(role)
         self._frozen_updates: dict[str, int] = {}  # made by steps in which a part of the model stayed as it was
+        load = role.model.load
+        self._kept = {} if load is None else kept_facts(*split_origin(load))  # for a release
         self._continued_from: dict[str, Any] | None = None  # the weights loaded at the beginning, and what is new
 
     def restore(self) -> None:
@@ -365,6 +366,7 @@ class Trainer:
         facts = {
             "task": self.config.task,
             **self._facts(),
+            **self._kept,
             "tokenizer": str(self.config.data.tokenizer) if self.config.data.tokenizer else None,
             "chat_template": self.loader.chat_template,
             "megatron_core": mcore.VERSION,
@@ -379,15 +381,9 @@ class Trainer:
             self.log.say(f"checkpoint of step {iteration} scheduled")
 
     def _export(self, iteration: int, checkpoint: Path) -> None:
-        """An HF folder of the checkpoint where one is due, block by block out of its shards: nothing is gathered."""
         interval = self.config.checkpoint.hf_interval
-        if interval == 0 or iteration % interval:
-            return
-        target = self.config.run_dir / "hf" / checkpoint.name
-        if target.exists():  # an older run's, or of an abandoned course
-            shutil.rmtree(target)
-        source = open_source("ckpt", checkpoint, verify=False)
-        to_hf(source, target, dtype=None, tokenizer=None, say=self.log.say)
+        if interval and iteration % interval == 0:
+            export(checkpoint, self.config.run_dir, name=checkpoint.name, say=self.log.say)
 
     def _facts(self) -> dict[str, Any]:
         return course.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)

@@ -57,8 +57,7 @@ def _stored_model(load: str) -> tuple[ModelConfig, str]:
     kind, folder = split_origin(load)
     if kind == "hf":
         return read_hf_config(folder), f"{folder}/config.json"
-    section = files.read_manifest(folder).state["model"]
-    stored = ModelConfig.model_validate({name: section[name] for name in section.keys() - NOT_OF_THE_WEIGHTS})
+    stored = files.stored_model(folder, files.read_manifest(folder), without=NOT_OF_THE_WEIGHTS)
     if stored.num_query_groups is None:
         stored = stored.model_copy(update={"num_query_groups": stored.num_attention_heads})
     return stored, f"{folder}/{files.MANIFEST}"

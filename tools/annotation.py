@@ -6,6 +6,7 @@ Shared by preferences.py, whose grades become training pairs, and side_by_side.p
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import storage_errors, write_text
+from megatron_xy.storage import write_text
 
 
 def named_file(text: str) -> tuple[str, Path]:
@@ -51,13 +52,18 @@ def lines_of(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def write_sheet(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows, all with the same keys and a `grade` to be filled in, as NAME.jsonl and NAME.csv."""
+    """Writes rows, all with the same keys and a `grade` to be filled in, as NAME.jsonl and NAME.csv.
+
+    In the csv a ' stands before a text that a spreadsheet would take for a formula.
+    """
     write_text(folder / f"{name}.jsonl", lines_of(rows))
-    path = folder / f"{name}.csv"
-    with storage_errors(path), path.open("w", encoding="utf-8-sig", newline="") as stream:  # as spreadsheets know UTF-8
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({**row, "prompt": shown_prompt(row["prompt"])} for row in rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        shown = {**row, "prompt": shown_prompt(row["prompt"])}
+        writer.writerow({key: _cell(value) if isinstance(value, str) else value for key, value in shown.items()})
+    write_text(folder / f"{name}.csv", "\ufeff" + table.getvalue())  # the mark by which spreadsheets know UTF-8
 
 
 def read_sheet(path: Path, take: Callable[[dict[str, Any]], None], *, columns: Sequence[str]) -> None:
@@ -70,15 +76,26 @@ def read_sheet(path: Path, take: Callable[[dict[str, Any]], None], *, columns: S
         return
     if not path.is_file():
         raise ConfigError(f"--grades ({path}): there is no such file")
-    problems = []
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
+    content, problems = path.read_bytes(), []
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("gb18030", errors="replace")  # of a Chinese spreadsheet; ids and grades are ASCII
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-            raise DataError(f"{path} has no column {', '.join(missing)}; fill in the exported csv as it is")
+            raise DataError(f"{path} has no column {', '.join(missing)}; fill in the exported csv, with commas between")
         for row in reader:
             try:
                 take(row)
             except BadRow as problem:
                 problems.append(f"{path}:{reader.line_num}: {problem}")
+    except csv.Error as error:
+        raise DataError(f"{path} is no table: {error}; save it as CSV") from error
     if problems:
         raise DataError("\n".join(problems[:SHOWN_PROBLEMS]))
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

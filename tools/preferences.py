@@ -6,6 +6,7 @@
 export takes what `megatron-xy generate` writes, each file under the name of its model, and writes pairs.jsonl and
 pairs.csv: id, prompt, answers A and B, and an empty grade; which model said what is in key.jsonl alone, and its place
 is drawn. Grades are A3 A2 A1 A0 B0 B1 B2 B3: which is better, and how clearly. Sources come from the file of prompts.
+In pairs.csv a ' stands before a text that a spreadsheet would take for a formula.
 
 import takes a file of id and grade from each annotator (the pairs' files, filled in; rows without a grade are passed
 over) and writes rows with prompt, chosen, rejected, grade, source and model. Grades of several annotators are averaged;
@@ -30,15 +31,15 @@ from typing import Any
 from annotation import lines_of, named_file, prompt_of, read_sheet, response_of, write_sheet
 
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.errors import DataError, MegatronXYError
-from megatron_xy.storage import write_text
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.storage import storage_errors, write_text
 
 COLUMNS = ("id", "prompt", "A", "B", "grade")
 Answers = dict[str, list[tuple[str, str]]]  # by prompt, as JSON: (model, response)
 
 
 def main() -> int:
-    """The exit code: 0, 65 (bad rows) or 78 (no such file)."""
+    """The exit code: 0, 65 (bad rows), 74 (a file cannot be written) or 78 (no such file, wrong option)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     export = verbs.add_parser("export")
@@ -83,7 +84,12 @@ def sources_in(prompts: Path) -> dict[str, str]:
 def export_pairs(
     files: Sequence[tuple[str, Path]], folder: Path, *, sources: dict[str, str], per_prompt: int, seed: int
 ) -> int:
-    """Writes the pairs of (model, file of answers) and returns their number. Raises ConfigError or DataError."""
+    """Writes the pairs of (model, file of answers) and returns their number.
+
+    Raises ConfigError, DataError or StorageError.
+    """
+    if per_prompt < 1:
+        raise ConfigError(f"--pairs-per-prompt ({per_prompt}) must be 1 or more")
     answers: Answers = {}
     for model, path in files:
         for answer in read_rows(path, option="--answers", parse=_answer):
@@ -101,8 +107,9 @@ def export_pairs(
     if not key:
         raise DataError("no prompt has two different answers; generate more of them (-n 2)")
     random.Random(seed).shuffle(key)
-    key = [{"id": f"{number:06d}", **row} for number, row in enumerate(key, start=1)]
-    folder.mkdir(parents=True, exist_ok=True)
+    key = [{"id": f"p{number:06d}", **row} for number, row in enumerate(key, start=1)]
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     blinded = [{**{name: row[name] for name in COLUMNS[:-1]}, "grade": None} for row in key]
     write_sheet(folder, "pairs", blinded)
     write_text(folder / "key.jsonl", lines_of(key))

@@ -158,7 +158,7 @@ def export_pairs(
         asked = [annotators[(place + step) % len(annotators)] for step in range(per_question)]
         key.append(
             {
-                "id": f"{place + 1:06d}",
+                "id": f"q{place + 1:06d}",
                 "domain": domain,
                 "category": category,
                 "prompt": json.loads(prompt),

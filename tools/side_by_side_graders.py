@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from annotation import lines_of, shown_prompt
+from chat_endpoint import endpoint_of
 
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.errors import ConfigError
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.storage import file_sha256, write_text
 
-ENDPOINT_SECONDS = 120
 QUESTION = """\
 Compare two answers to a prompt. Say which one is better: more helpful, more correct, more fitting.
 Reply with one word: A, B, or same.
@@ -64,8 +60,7 @@ def grade_by_endpoint(sheet: Path, output: Path, *, url: str, model: str | None,
 
     Raises ConfigError, DataError or StorageError; what was graded until then is kept.
     """
-    if model is None:
-        raise ConfigError("--endpoint goes with --model NAME, the model that is to be asked there")
+    endpoint = endpoint_of(url, model, key_variable=key_variable)
     rows, results = _rows(sheet), PartialResults(output)
 
     def work() -> int:
@@ -74,7 +69,7 @@ def grade_by_endpoint(sheet: Path, output: Path, *, url: str, model: str | None,
         try:
             for number, row in enumerate(rows):
                 if number not in done:
-                    writer.add(number, _graded(row, ask=lambda text: _ask(url, model, text, key_variable=key_variable)))
+                    writer.add(number, _graded(row, ask=lambda text: endpoint.ask(text, max_tokens=8)))
                     print(f"  {number + 1:,} of {len(rows):,} graded", file=sys.stderr, flush=True)
         finally:
             writer.close()
@@ -98,23 +93,6 @@ def _side(reply: str) -> str:
     """A, B or same; a reply that says none of them is one that prefers none."""
     word = reply.strip().strip(".*\"'[]() ").upper()
     return word if word in ("A", "B") else "same"
-
-
-def _ask(url: str, model: str, text: str, *, key_variable: str) -> str:
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(key_variable):
-        headers["Authorization"] = f"Bearer {key}"
-    question = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 8}
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(question).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=ENDPOINT_SECONDS) as answer:
-            return str(json.load(answer)["choices"][0]["message"]["content"])
-    except (OSError, urllib.error.URLError) as error:
-        raise StorageError(
-            f"--endpoint ({url}) gave no answer: {error}; the same command goes on once it does"
-        ) from error
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"--endpoint ({url}) answered what no chat completion looks like: {error!r}") from error
 
 
 def _rows(sheet: Path) -> list[dict[str, Any]]:

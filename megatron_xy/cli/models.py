@@ -26,16 +26,25 @@ def convert(
         Path | None, typer.Option("--tokenizer", help="a tokenizer.model; the run's own unless given")
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option("--max-shard-size", metavar="5GB", help="of a file of weights; 5GB unless given")
+        str | None,
+        typer.Option("--max-shard-size", metavar="5GB", help="of a file of weights; 5GB, or 1GB of a checkpoint's"),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="compare weights and logits with transformers'")] = False,
+    verify_text: Annotated[
+        Path | None, typer.Option("--verify-text", metavar="FILE", help="--verify on this text; else on drawn tokens")
+    ] = None,
 ) -> None:
     """Converts a checkpoint or an HF folder into either; the same command goes on where a killed one stopped."""
     from megatron_xy.hf import verb
 
+    verify = verify or verify_text is not None
     if verify and find_spec("transformers") is None:
         raise ConfigError("--verify needs transformers; it comes with the extra: pip install 'megatron-xy[hf]'")
-    verb.convert(source, target, dtype=dtype, tokenizer=tokenizer, max_shard_size=max_shard_size, say=say)
+    if verify_text is not None and not verify_text.is_file():
+        raise ConfigError(f"--verify-text {verify_text}: there is no such file")
+    verb.convert(
+        source, target, dtype=dtype, tokenizer=tokenizer, max_shard_size=max_shard_size, may_be_there=verify, say=say
+    )
     if not verify:
         return
     from megatron_xy import device
@@ -43,7 +52,7 @@ def convert(
     device.start()
     from megatron_xy.hf.verify import verify as agrees
 
-    if not agrees(source, target, say=say):
+    if not agrees(source, target, text=verify_text, say=say):
         sys.exit(EXIT_COMPARISON_FAILED)
 
 

@@ -25,6 +25,13 @@ def check_world(config: RunConfig, *, world_size: int) -> None:
 def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
     """(key, sentence) of every rule between keys that does not hold, and of what is not built yet."""
     yield from _not_built(config)
+    saved, exported = config.checkpoint.save_interval, config.checkpoint.hf_interval
+    if exported % saved:
+        yield (
+            "checkpoint.hf_interval",
+            f"checkpoint.hf_interval ({exported}) must be a multiple of save_interval ({saved}): an HF folder is made "
+            f"of a checkpoint; nearest: {nearest_multiples(exported, saved)}",
+        )
     if config.task == "ppo":
         yield from ppo_rules(config, world_size=world_size)
         return
@@ -42,13 +49,6 @@ def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             f"{nearest_multiples(training.micro_batch_tokens, tp)}",
         )
     yield from layout_rules(parallel)
-    saved, exported = config.checkpoint.save_interval, config.checkpoint.hf_interval
-    if exported % saved:
-        yield (
-            "checkpoint.hf_interval",
-            f"checkpoint.hf_interval ({exported}) must be a multiple of save_interval ({saved}): an HF folder is made "
-            f"of a checkpoint; nearest: {nearest_multiples(exported, saved)}",
-        )
     yield from schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None and config.task != "reward":
         yield (
@@ -100,7 +100,7 @@ def _batch_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple
 
 def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What the config format has a place for and the code does not do yet: refused, never ignored."""
-    parallel, training, checkpoint = config.parallel, config.training, config.checkpoint
+    parallel, training = config.parallel, config.training
     if parallel.context_parallel_size != 1:
         value = parallel.context_parallel_size
         yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
@@ -111,8 +111,6 @@ def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
                 "training.phases",
                 f"training.phases[{number}].train_only ({names}): only null is supported in task ppo",
             )
-    if checkpoint.hf_interval and config.task == "ppo":
-        yield "checkpoint.hf_interval", f"hf_interval ({checkpoint.hf_interval}): task ppo supports 0 only"
     if config.task != "ppo":
         if config.roles is not None:
             yield "roles", f"roles: only task ppo has roles, and task is {config.task}; leave them out"

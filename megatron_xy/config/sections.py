@@ -182,7 +182,9 @@ class CheckpointConfig(Section):
     save_interval: int = Field(50, ge=1, description="iterations")
     keep_latest: int = Field(2, ge=1)
     async_save: bool = Field(True, description="write while training goes on")
-    hf_interval: int = Field(0, ge=0, description="iterations between HF folders, RUN/hf/iter_N; 0: none")
+    hf_interval: int = Field(
+        0, ge=0, description="iterations between HF folders, RUN/hf/iter_N (of PPO's actor); 0: none"
+    )
     resume: Literal["auto", "never"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto | never | ITERATION"
     )

@@ -100,11 +100,12 @@ class Chat:
         """The ids that end an answer: the tokenizer's own, and last that of the template's end token."""
         ids = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tokens = self.conversation(example)
-        last = int(tokens.ids[tokens.learned][-1])
-        if last in self.tokenizer.control_tokens.values() and last not in ids:
-            ids.append(last)
-        return ids
+        try:
+            tokens = self.conversation(example)
+        except BadConversation:  # a template for other conversations than this simplest one tells nothing
+            return ids
+        last = tokens.ids[tokens.learned][-1:].tolist()
+        return ids + [index for index in last if index in self.tokenizer.control_tokens.values() and index not in ids]
 
     def _guarded(self, value: Any) -> Any:
         """A copy in which no text spells a control token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_xy.errors import ConfigError, DataError
 
 Parsed = TypeVar("Parsed")
 SHOWN_PROBLEMS = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(Exception):
@@ -54,9 +56,13 @@ def read_rows(path: Path, *, option: str, parse: Callable[[dict[str, Any]], Pars
 
 def _object(raw: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(raw)
+        row = json.loads(raw.decode("utf-8"))
     except ValueError as error:  # bad UTF-8 is one as well
         raise BadRow(f"no JSON: {error}") from None
+    except RecursionError:
+        raise BadRow("JSON is nested too deeply") from None
     if not isinstance(row, dict):
         raise BadRow("no JSON object")
+    if b"\\ud" in raw.lower() and _SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+        raise BadRow("a string has a lone surrogate, which no text file can hold")
     return row

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megatron_xy.config import Head, InvalidConfig, ModelConfig, Problem
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import read_object
+from megatron_xy.hf.values import Values
 
 CONFIG = "config.json"
 SHAPE_KEYS = (
@@ -19,7 +18,7 @@ SHAPE_KEYS = (
     "untie_embeddings_and_output_weights", "add_qkv_bias",
 )  # fmt: skip
 _FOR_HEAD = {"language_model": "ForCausalLM", "value": "ForSequenceClassification"}
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -46,6 +45,7 @@ FAMILIES = {
     "mistral": Family(
         "Mistral",
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        constants={"sliding_window": None},  # none as short as the context, which is what is read
     ),
     "qwen2": Family(
         "Qwen2",
@@ -61,52 +61,54 @@ def read_hf_config(directory: Path) -> ModelConfig:
 
     Raises ConfigError where the folder is not there, DataError where it is no Llama-shaped model that this project has.
     """
-    path = directory / CONFIG
-    values = _read(directory)
-    family = _family_of(path, values)
-    values = {**family.defaults, **values}
-    _refuse_other_shapes(path, values)
-    heads = values["num_attention_heads"]
-    groups = values.get("num_key_value_heads") or heads
-    head_dim = values.get("head_dim") or values["hidden_size"] // heads
-    if head_dim * heads != values["hidden_size"]:
+    given = _read(directory)
+    path, family = given.path, FAMILIES[_model_type(given)]
+    values = Values(path, {**family.defaults, **given.values})
+    _refuse_other_shapes(values)
+    hidden_size, heads = values.count("hidden_size"), values.count("num_attention_heads")
+    groups = values.count("num_key_value_heads", heads)
+    head_dim = values.count("head_dim", max(hidden_size // heads, 1))
+    if head_dim * heads != hidden_size:
         raise DataError(
-            f"{path}: head_dim ({head_dim}) x num_attention_heads ({heads}) must be hidden_size "
-            f"({values['hidden_size']})"
+            f"{path}: head_dim ({head_dim}) x num_attention_heads ({heads}) must be hidden_size ({hidden_size})"
         )
     if heads % groups:
         raise DataError(f"{path}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})")
-    base, scaling = _read_rope(path, values)
-    try:
-        return ModelConfig(
-            num_layers=values["num_hidden_layers"],
-            hidden_size=values["hidden_size"],
-            ffn_hidden_size=values["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=groups,
-            vocab_size=values["vocab_size"],
-            max_position_embeddings=values["max_position_embeddings"],
-            rotary_base=base,
-            rope_scaling=scaling,
-            norm_epsilon=values.get("rms_norm_eps", 1e-6),
-            untie_embeddings_and_output_weights=not values.get("tie_word_embeddings", False),
-            add_qkv_bias=family.add_qkv_bias,
-            head=_head_of(path, values),
-        )
-    except ValidationError as error:
-        raise DataError(f"{path}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
+    base, scaling = _read_rope(values)
+    return ModelConfig(
+        num_layers=values.count("num_hidden_layers"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=values.count("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        vocab_size=values.count("vocab_size"),
+        max_position_embeddings=values.count("max_position_embeddings"),
+        rotary_base=base,
+        rope_scaling=scaling,
+        norm_epsilon=values.number("rms_norm_eps", 1e-6),
+        untie_embeddings_and_output_weights=not values.flag("tie_word_embeddings", default=False),
+        add_qkv_bias=family.add_qkv_bias,
+        head=_head_of(values),
+    )
+
+
+def read_model_type(directory: Path) -> str:
+    """The family of DIR/config.json. Raises as `read_hf_config`."""
+    return _model_type(_read(directory))
 
 
 def read_token_ids(directory: Path) -> dict[str, Any]:
     """bos_token_id, eos_token_id (one or several) and pad_token_id of DIR/config.json, where given."""
-    values = _read(directory)
-    return {name: values[name] for name in _TOKEN_IDS if values.get(name) is not None}
+    return dict(_read(directory).token_ids(*TOKEN_IDS))
 
 
-def hf_config(model: ModelConfig, *, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig, *, dtype: str, token_ids: dict[str, Any], model_type: str | None = None
+) -> dict[str, Any]:
     """The config.json of `model`, in the spellings of transformers 4 and 5: each of them reads only its own.
 
-    dtype: torch's name of the weights' type; token_ids: bos_token_id, eos_token_id, pad_token_id where known.
+    dtype: torch's name of the weights' type; token_ids: bos_token_id, eos_token_id, pad_token_id where known;
+    model_type: the family that the model came from, if it came from one.
     """
     scaling = None
     parameters: dict[str, Any] = {"rope_type": "default"}
@@ -114,7 +116,8 @@ def hf_config(model: ModelConfig, *, dtype: str, token_ids: dict[str, Any]) -> d
         kind = model.rope_scaling.get("rope_type", model.rope_scaling.get("type"))
         parameters = {name: value for name, value in model.rope_scaling.items() if name != "type"} | {"rope_type": kind}
         scaling = {**parameters, "type": kind}
-    model_type = "qwen2" if model.add_qkv_bias else "llama"
+    if model_type is None:
+        model_type = "qwen2" if model.add_qkv_bias else "llama"
     family = FAMILIES[model_type]
     return {
         "architectures": [f"{family.name}{_FOR_HEAD[model.head]}"],
@@ -162,65 +165,90 @@ def complete_model(model: ModelConfig, stored: ModelConfig, *, origin: str) -> M
     return ModelConfig.model_validate({**known, **given})
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def _read(directory: Path) -> Values:
     values = read_object(directory, CONFIG)
     if values is None:
         raise DataError(f"{directory} holds no {CONFIG}: it is no HF model folder")
-    return values
+    return Values(directory / CONFIG, values)
 
 
-def _read_rope(path: Path, values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+def _read_rope(values: Values) -> tuple[float, dict[str, Any] | None]:
     """Theta and scaling, from transformers 5's rope_parameters or from version 4's two keys."""
-    parameters = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or parameters
-    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
-        raise DataError(f"{path}: rope_parameters and rope_scaling must be objects")
-    base = scaling.get("rope_theta", parameters.get("rope_theta", values.get("rope_theta", 10000.0)))
-    for place in (values, parameters, scaling):
-        if (share := place.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise DataError(f"{path}: partial_rotary_factor ({share}) is not supported; 1.0 is")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    parameters, scaling = _rope_of_all_layers(values), values.object("rope_scaling")
+    places = [place for place in (scaling, parameters) if place.values]
+    thetas = [place.number("rope_theta") for place in (*places, values) if "rope_theta" in place.values]
+    if len(set(thetas)) > 1:
+        told = " and ".join(f"{theta:g}" for theta in dict.fromkeys(thetas))
+        raise DataError(f"{values.path}: rope_theta is given as {told}; versions of transformers read one each")
+    for place in (values, *places):
+        if (share := place.number("partial_rotary_factor", 1.0)) != 1.0:
+            raise DataError(f"{values.path}: partial_rotary_factor ({share}) is not supported; 1.0 is")
+    found = [_scaling_of(place) for place in places]
+    if any(other != found[0] for other in found):
+        raise DataError(
+            f"{values.path}: rope_scaling and rope_parameters differ; versions of transformers read one each"
+        )
+    return thetas[0] if thetas else 10000.0, found[0] if found else None
+
+
+def _rope_of_all_layers(values: Values) -> Values:
+    """rope_parameters, which transformers 5 also has by type of layer: taken where these do not differ."""
+    parameters = values.object("rope_parameters")
+    if not any(isinstance(value, dict) for value in parameters.values.values()):
+        return parameters
+    by_type = [parameters.object(name) for name in parameters.values]
+    if any(other.values != by_type[0].values for other in by_type):
+        raise DataError(
+            f"{values.path}: rope_parameters differ between {', '.join(parameters.values)}; only layers that are alike "
+            f"are supported"
+        )
+    return by_type[0]
+
+
+def _scaling_of(place: Values) -> dict[str, Any] | None:
+    """A model section's rope_scaling; None for none."""
+    kind = place.text("rope_type", place.text("type", "default"))
     if kind not in _ROPE_KEYS:
-        raise DataError(f"{path}: RoPE scaling of kind {kind!r} is not supported; linear and llama3 are")
-    if missing := [name for name in _ROPE_KEYS[kind] if not isinstance(scaling.get(name), int | float)]:
-        raise DataError(f"{path}: RoPE scaling of kind {kind} lacks {', '.join(missing)}")
-    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        high, low = scaling["high_freq_factor"], scaling["low_freq_factor"]
-        raise DataError(f"{path}: RoPE scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")
-    return base, {"rope_type": kind, **{name: scaling[name] for name in _ROPE_KEYS[kind]}} if _ROPE_KEYS[kind] else None
+        raise DataError(f"{place.path}: RoPE scaling of kind {kind!r} is not supported; linear and llama3 are")
+    if missing := [name for name in _ROPE_KEYS[kind] if name not in place]:
+        raise DataError(f"{place.path}: RoPE scaling of kind {kind} lacks {', '.join(missing)}")
+    factors = {name: place.number(name) for name in _ROPE_KEYS[kind]}
+    if kind == "llama3" and factors["high_freq_factor"] <= factors["low_freq_factor"]:
+        high, low = factors["high_freq_factor"], factors["low_freq_factor"]
+        raise DataError(f"{place.path}: RoPE scaling's high_freq_factor ({high}) must be above low_freq_factor ({low})")
+    return {"rope_type": kind, **{name: place.values[name] for name in factors}} if factors else None
 
 
-def _family_of(path: Path, values: dict[str, Any]) -> Family:
-    if values.get("model_type") not in FAMILIES:
-        supported = ", ".join(FAMILIES)
-        raise DataError(f"{path}: model_type ({values.get('model_type')}) is not supported; {supported} are")
-    return FAMILIES[values["model_type"]]
+def _model_type(values: Values) -> str:
+    model_type = values.text("model_type", "none")
+    if model_type not in FAMILIES:
+        raise DataError(f"{values.path}: model_type ({model_type}) is not supported; {', '.join(FAMILIES)} are")
+    return model_type
 
 
-def _head_of(path: Path, values: dict[str, Any]) -> Head:
+def _head_of(values: Values) -> Head:
     """What the model's class has: a language model's output layer, or one number a token."""
-    architecture = next(iter(values.get("architectures") or ["ForCausalLM"]))
-    if not str(architecture).endswith("ForSequenceClassification"):
+    architecture = next(iter(values.texts("architectures")), "ForCausalLM")
+    if not architecture.endswith("ForSequenceClassification"):
         return "language_model"
-    labels = values.get("num_labels", len(values.get("id2label") or (0, 1)))
+    labels = values.count("num_labels", len(values.object("id2label").values) or 2)
     if labels != 1:
-        raise DataError(f"{path}: num_labels ({labels}) is not supported; a value head has 1")
+        raise DataError(f"{values.path}: num_labels ({labels}) is not supported; a value head has 1")
     return "value"
 
 
-def _refuse_other_shapes(path: Path, values: dict[str, Any]) -> None:
-    shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    needed = (*shape, "max_position_embeddings")
-    if missing := [name for name in needed if not isinstance(values.get(name), int) or values[name] < 1]:
-        raise DataError(f"{path}: {', '.join(missing)} missing or no positive number")
+def _refuse_other_shapes(values: Values) -> None:
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if values.get(name):
-            raise DataError(f"{path}: {name} (true) is not supported; false is")
-    window = values.get("sliding_window") if values["model_type"] == "mistral" else None
-    if window is not None and window < values["max_position_embeddings"]:
-        raise DataError(
-            f"{path}: sliding_window ({window}) below max_position_embeddings ({values['max_position_embeddings']}) is "
-            f"not supported; set max_position_embeddings to {window} there: up to so many tokens it is the same model"
-        )
-    if values.get("hidden_act", "silu") != "silu":
-        raise DataError(f"{path}: hidden_act ({values['hidden_act']}) is not supported; silu is")
+        if values.flag(name, default=False):
+            raise DataError(f"{values.path}: {name} (true) is not supported; false is")
+    if other := set(values.texts("layer_types")) - {"full_attention"}:
+        raise DataError(f"{values.path}: layer_types ({', '.join(sorted(other))}) are not supported; full_attention is")
+    if values.values["model_type"] == "mistral" and "sliding_window" in values:
+        window, longest = values.count("sliding_window"), values.count("max_position_embeddings")
+        if window < longest:
+            raise DataError(
+                f"{values.path}: sliding_window ({window}) below max_position_embeddings ({longest}) is not supported; "
+                f"set max_position_embeddings to {window} there: up to so many tokens it is the same model"
+            )
+    if (activation := values.text("hidden_act", "silu")) != "silu":
+        raise DataError(f"{values.path}: hidden_act ({activation}) is not supported; silu is")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.names import EMBEDDING, global_names, hf_shards
 from megatron_xy.hf.reader import INDEX, SINGLE
 from megatron_xy.hf.release import TOKENIZER_FILES, copy_side_files, write_release_files
-from megatron_xy.hf.source import Source
+from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import Output, plan_files, stored_dtype, whole_or_absent, write_files
 from megatron_xy.shards import whole
 from megatron_xy.storage import write_json
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
+MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, two at a time
 CHECKSUMS = "checksums.sha256"
 Say = Callable[[str], None]
 
@@ -32,12 +35,14 @@ def to_hf(
     dtype: torch.dtype | None,
     tokenizer: Path | None,
     say: Say,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
+    verify: bool = True,
 ) -> None:
     """Writes an HF folder: safetensors, their checksums, configs, tokenizer files, a model card.
 
     dtype: the source's own if None. tokenizer: a SentencePiece model; if None, the files that lie beside the source, or
-    else the tokenizer that its run named. Raises ConfigError, DataError or StorageError.
+    else the tokenizer that its run named. verify: the source's checksums are compared meanwhile. Raises ConfigError,
+    DataError or StorageError.
     """
     manifest, model = source.manifest, source.model
     outputs = [
@@ -45,13 +50,15 @@ def to_hf(
         for name in global_names(model)
         for part, shard in hf_shards(name, model).items()
     ]
-    planned = plan_files(outputs, max_bytes=max_shard_bytes)
+    planned = plan_files(outputs, max_bytes=max_shard_bytes or MAX_SHARD_BYTES)
     names = [f"model-{number:05d}-of-{len(planned):05d}.safetensors" for number in range(1, len(planned) + 1)]
     shards = dict(zip(names if len(planned) > 1 else [SINGLE], planned, strict=True))
     dtype_name = files.DTYPE_NAMES[dtype] if dtype else manifest.tensors[EMBEDDING].dtype
-    with whole_or_absent(target, work=_work("hf", source, shards)) as folder:
+    work = {**_work("hf", source, shards), "tokenizer": str(tokenizer)}
+    with whole_or_absent(target, work=work) as folder, source.verified() if verify else nullcontext():
         token_ids = write_release_files(folder, source, tokenizer=tokenizer, dtype=dtype_name, say=say)
-        write_json(folder / CONFIG, hf_config(model, dtype=dtype_name, token_ids=token_ids))
+        values = hf_config(model, dtype=dtype_name, token_ids=token_ids, model_type=source.kept.get("model_type"))
+        write_json(folder / CONFIG, values)
         facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata={"format": "pt"}, say=say)
         if len(shards) > 1:
             weight_map = {output.name: file for file, held in shards.items() for output in held}
@@ -62,8 +69,16 @@ def to_hf(
     say(f"wrote {target}: {len(shards)} safetensors file(s), {dtype_name}")
 
 
+def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
+    """RUN/hf/NAME of a run's whole checkpoint, block by block out of its shards: nothing is gathered."""
+    target = run_dir / "hf" / name
+    if target.exists():  # an older run's, or of an abandoned course
+        shutil.rmtree(target)
+    to_hf(open_source("ckpt", checkpoint), target, dtype=None, tokenizer=None, verify=False, say=say)
+
+
 def to_checkpoint(
-    source: Source, target: Path, *, dtype: torch.dtype | None, say: Say, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Source, target: Path, *, dtype: torch.dtype | None, say: Say, max_shard_bytes: int | None = None
 ) -> None:
     """Writes a checkpoint, opened by any layout: the weights, of a checkpoint also the optimizer's state.
 
@@ -78,7 +93,7 @@ def to_checkpoint(
         for names, wanted in ((weights, dtype), (others, None))
         for name in names
     ]
-    planned = plan_files(outputs, max_bytes=max_shard_bytes)
+    planned = plan_files(outputs, max_bytes=max_shard_bytes or MAX_CHECKPOINT_BYTES)
     shards = {f"rank-{number:05d}-of-{len(planned):05d}.safetensors": held for number, held in enumerate(planned)}
     if source.kind == "ckpt":
         state = manifest.state
@@ -87,10 +102,10 @@ def to_checkpoint(
             **asdict(files.TrainingState()),
             "world_size": 1,
             "model": source.model.model_dump(mode="json", exclude_unset=True),
-            "token_ids": source.token_ids,
+            **source.kept,
             "origin": f"hf:{source.folder}",
         }
-    with whole_or_absent(target, work=_work("ckpt", source, shards)) as folder:
+    with whole_or_absent(target, work=_work("ckpt", source, shards)) as folder, source.verified():
         copied = copy_side_files(source.folder, folder)
         facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata=files.METADATA, say=say)
         entries = {

@@ -16,13 +16,13 @@ import torch
 from megatron_xy.data import vocabulary
 from megatron_xy.data.sentencepiece_json import inexact_reasons, parse_model
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import CHECKSUMS
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, PLAIN
 from megatron_xy.hf.reader import INDEX
-from megatron_xy.hf.release import copy_side_files
+from megatron_xy.hf.release import TOKENIZER_CONFIG, copy_side_files
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
@@ -33,7 +33,6 @@ from megatron_xy.storage import write_json, write_text
 
 CORPUS = "corpus:"
 TOKENIZER = "tokenizer.model"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 WITH_ROWS_BY_PIECE = (PLAIN[EMBEDDING], PLAIN[OUTPUT_LAYER])
 ROWS_AT_A_TIME = 256
 _KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "pad_token")
@@ -46,15 +45,15 @@ def extend(
     """Writes `hf:DIR` anew with a vocabulary of exactly `size` pieces.
 
     characters, pieces: FILE, or corpus:PATH for its most frequent ones; characters come first. corpus: what the report
-    counts tokens of, if not what pieces come from. Raises ConfigError, DataError or StorageError.
+    counts tokens of, if not what pieces come from. Raises UsageError, ConfigError, DataError or StorageError.
     """
     (from_kind, from_path), (to_kind, to_path) = place(source, "--from"), place(target, "--to")
     if from_kind != "hf" or to_kind != "hf":
-        raise ConfigError(
+        raise UsageError(
             f"--from {source} --to {target}: a vocabulary is extended from hf:DIR to hf:DIR; convert first"
         )
     if characters is None and pieces is None:
-        raise ConfigError("name what to add: --characters FILE|corpus:PATH, --pieces FILE|corpus:PATH, or both")
+        raise UsageError("name what to add: --characters FILE|corpus:PATH, --pieces FILE|corpus:PATH, or both")
     opened = open_source("hf", from_path)
     old = _tokenizer_of(opened, size=size)
     serialized = old.SerializeToString()
@@ -205,7 +204,7 @@ def _write_tokenizer(folder: Path, source: Path, serialized: bytes, opened: Sour
     kept = {name: before[name] for name in _KEPT_SETTINGS if before.get(name) is not None}
     pad = kept.get("pad_token")
     spelling = pad.get("content") if isinstance(pad, dict) else pad
-    if spelling is not None and spelling not in {piece.piece for piece in parse_model(serialized).pieces}:
+    if spelling is not None and str(spelling) not in {piece.piece for piece in parse_model(serialized).pieces}:
         say(f"warning: pad_token {spelling} is no piece of the tokenizer and is left out")
         del kept["pad_token"]
     write_json(folder / TOKENIZER_CONFIG, {**written, **kept})

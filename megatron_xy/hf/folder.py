@@ -21,13 +21,16 @@ def file_inside(directory: Path, file: str) -> Path | None:
     if Path(file).name != file or file == "..":
         raise DataError(f"{directory}: {file!r} is no plain name of a file in the folder; it is refused")
     path = directory / file
-    root, target = directory.resolve(), path.resolve()
+    try:
+        root, target, is_there = directory.resolve(), path.resolve(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL in it, links in a circle
+        raise DataError(f"{directory}: {file!r} cannot be opened: {error}; copy the folder again") from None
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         allowed.append(root.parent.parent / "blobs")
     if target.parent not in allowed:
         raise DataError(f"{path} is a link out of its folder, to {target}; it is refused; copy the file there")
-    return path if target.is_file() else None
+    return path if is_there else None
 
 
 def read_object(directory: Path, file: str) -> dict[str, Any] | None:
@@ -37,7 +40,7 @@ def read_object(directory: Path, file: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}; copy it again") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a {type(value).__name__} instead of a JSON object; copy it again")

@@ -14,6 +14,7 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, PLAIN, global_names, global_shape, hf_shards
+from megatron_xy.hf.values import Values
 from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor, memory_of
 from megatron_xy.shards import whole
 from megatron_xy.tensor_reader import TensorReader
@@ -41,7 +42,8 @@ def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
             wanted = shard.local_shape
             if tensor.shape != wanted:
                 raise DataError(
-                    f"{directory / file}: {part} is {list(tensor.shape)}, but config.json makes it {list(wanted)}"
+                    f"{directory / file}: {part} is {list(tensor.shape)}, but config.json makes it {list(wanted)}; "
+                    f"there {_explained(part, model)}"
                 )
             if tensor.dtype not in DTYPES.values():
                 raise DataError(
@@ -54,6 +56,18 @@ def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
         manifest.tensors[name] = TensorEntry(shape, DTYPE_NAMES[dtypes[0]], pieces)
     _refuse_unused(directory, manifest, stored, model=model)
     return manifest
+
+
+def _explained(part: str, model: ModelConfig) -> str:
+    """The values of config.json that make up the shape of an HF tensor."""
+    values = {"hidden_size": model.hidden_size}
+    if ".self_attn." in part:
+        values |= {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.num_query_groups}
+    elif ".mlp." in part:
+        values |= {"intermediate_size": model.ffn_hidden_size}
+    elif part in (PLAIN[EMBEDDING], _HEAD):
+        values |= {"vocab_size": model.vocab_size}
+    return ", ".join(f"{name} is {value}" for name, value in values.items())
 
 
 def _refuse_unused(
@@ -111,9 +125,9 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
                 f"transformers' save_pretrained, which writes safetensors"
             )
         raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise DataError(f"{directory / INDEX} has no weight_map; copy it again")
+    values = Values(directory / INDEX, index)
+    values.object("metadata")
+    weight_map = dict(values.object("weight_map").values)
     for file in set(map(str, weight_map.values())):
         if not file.endswith(".safetensors"):
             raise DataError(f"{directory / INDEX} names {file}, which is no .safetensors file; it is refused")

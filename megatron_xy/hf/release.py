@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy import __version__
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.chat import Chat
+from megatron_xy.data.chat_template import ChatTemplate
+from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, load_tokenizer
 from megatron_xy.errors import DataError
-from megatron_xy.hf.folder import file_inside
+from megatron_xy.hf.folder import file_inside, read_object
+from megatron_xy.hf.kept import GENERATION_CONFIG, end_ids
 from megatron_xy.hf.source import Source
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.storage import storage_errors, write_json, write_text
 
-GENERATION_CONFIG = "generation_config.json"
 MODEL_CARD = "README.md"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_FILE,
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -30,21 +33,36 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
 )
 _FACTS = ("iteration", "consumed_samples", "consumed_tokens", "optimizer_steps", "world_size")
+_METRICS = ("loss", "score_mean", "kl")
 Say = Callable[[str], None]
 
 
 def write_release_files(
     folder: Path, source: Source, *, tokenizer: Path | None, dtype: str, say: Say
 ) -> dict[str, Any]:
-    """Writes all but weights and config.json; returns the token ids that the configs carry."""
-    token_ids = _write_tokenizer(folder, source, tokenizer=tokenizer, say=say)
+    """Writes all but weights and config.json; returns the token ids that config.json carries."""
+    kept = _write_tokenizer(folder, source, tokenizer=tokenizer, say=say)
+    token_ids: dict[str, Any] = kept.get("token_ids", {})
+    if not (folder / GENERATION_CONFIG).exists():
+        write_json(folder / GENERATION_CONFIG, kept.get("generation_config", {"_from_model_config": True, **token_ids}))
     template = source.manifest.state.get("chat_template")  # of the conversations that the model has learned
     if isinstance(template, str):
         write_text(folder / CHAT_TEMPLATE, template)
-    if not (folder / GENERATION_CONFIG).exists():
-        write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **token_ids})
+        _add_end_of_answers(folder, kept, template)
     write_text(folder / MODEL_CARD, _model_card(source, dtype=dtype))
     return token_ids
+
+
+def _add_end_of_answers(folder: Path, kept: dict[str, Any], template: str) -> None:
+    """An answer ends where the template ends it, also for whoever generates with nothing but the release."""
+    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, TOKENIZER_JSON)):
+        return
+    tokenizer = load_tokenizer(folder)
+    stop_ids = Chat(tokenizer, ChatTemplate(template, name="of the checkpoint's run", tokenizer=tokenizer)).stop_ids
+    known = end_ids(kept)
+    if new := [index for index in stop_ids if index not in known]:
+        values = read_object(folder, GENERATION_CONFIG) or {}
+        write_json(folder / GENERATION_CONFIG, {**values, "eos_token_id": [*known, *new]})
 
 
 def copy_side_files(source: Path, folder: Path) -> set[str]:
@@ -57,17 +75,18 @@ def copy_side_files(source: Path, folder: Path) -> set[str]:
 
 
 def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, say: Say) -> dict[str, Any]:
-    """Tokenizer files where there is a tokenizer; returns the token ids."""
+    """Tokenizer files where there is a tokenizer; returns what of the source's kept facts goes with it."""
     if tokenizer is None and not any(file_inside(source.folder, name) for name in TOKENIZER_FILES):
         named = source.manifest.state.get("tokenizer")
-        if named is None or not Path(named).is_file():
+        if named is None or not Path(named).exists():
             say("warning: no tokenizer found, neither beside the weights nor where their run had it; name --tokenizer")
             copy_side_files(source.folder, folder)
-            return source.token_ids
+            return source.kept
         tokenizer = Path(named)
     if tokenizer is None:
         copy_side_files(source.folder, folder)
-        return source.token_ids
+        _spell_for_both_versions(folder)
+        return source.kept
     loaded = load_tokenizer(tokenizer)
     model = source.model
     assert model.vocab_size, "what is converted has a whole shape"
@@ -81,10 +100,25 @@ def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, sa
             for name in {loaded.path.name, *TOKENIZER_FILES}:
                 if (path := loaded.path.with_name(name)).is_file():
                     shutil.copyfile(path, folder / name)
+        _spell_for_both_versions(folder)
     else:
         write_hf_tokenizer(loaded.path, folder, model_max_length=model.max_position_embeddings)
+    if loaded.eos_id in end_ids({"token_ids": source.kept.get("token_ids", {})}):
+        return source.kept  # the source's own tokenizer, of which the source may name more end tokens
     ids = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id, "pad_token_id": loaded.pad_id}
-    return {name: value for name, value in ids.items() if value is not None}
+    return {"token_ids": {name: value for name, value in ids.items() if value is not None}}
+
+
+def _spell_for_both_versions(folder: Path) -> None:
+    """What transformers 5 writes into tokenizer_config.json and version 4 does not open, in words that both have."""
+    values = read_object(folder, TOKENIZER_CONFIG) or {}
+    spelt = dict(values)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        spelt["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        spelt["additional_special_tokens"] = spelt.pop("extra_special_tokens")
+    if spelt != values:
+        write_json(folder / TOKENIZER_CONFIG, spelt)
 
 
 def _model_card(source: Source, *, dtype: str) -> str:
@@ -98,8 +132,8 @@ def _model_card(source: Source, *, dtype: str) -> str:
     }  # fmt: skip
     rows |= {name.replace("_", " "): state[name] for name in _FACTS if state.get("iteration")}
     rows |= {name.replace("_", " "): state[name] for name in ("origin", "task", "seed") if name in state}
-    if loss := _last_loss(source.folder, state.get("iteration")):
-        rows["loss of the last step"] = loss
+    record = _last_record(source.folder, state.get("iteration"))
+    rows |= {f"{name.replace('_', ' ')} of the last step": record[name] for name in _METRICS if name in record}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     kind = "text-classification" if model.head == "value" else "text-generation"
     return (
@@ -108,8 +142,8 @@ def _model_card(source: Source, *, dtype: str) -> str:
     )
 
 
-def _last_loss(checkpoint: Path, iteration: int | None) -> float | None:
-    """The loss of the checkpoint's last step in metrics.jsonl of the run that it lies in."""
+def _last_record(checkpoint: Path, iteration: int | None) -> dict[str, Any]:
+    """What metrics.jsonl of the run that the checkpoint lies in says of its last step; empty where it is not told."""
     metrics = next(
         (
             folder / "metrics.jsonl"
@@ -119,7 +153,7 @@ def _last_loss(checkpoint: Path, iteration: int | None) -> float | None:
         None,
     )
     if metrics is None or not iteration:
-        return None
+        return {}
     with metrics.open(encoding="utf-8") as lines:
         for line in lines:
             try:
@@ -127,5 +161,5 @@ def _last_loss(checkpoint: Path, iteration: int | None) -> float | None:
             except ValueError:
                 continue
             if isinstance(record, dict) and record.get("iteration") == iteration:
-                return record.get("loss")
-    return None
+                return record
+    return {}

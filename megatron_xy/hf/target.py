@@ -1,11 +1,13 @@
 """A folder that is there whole or not at all, and that a killed command goes on with where it stopped.
 
 Its files are written into .tmp-NAME beside it; of each weight file that is done a receipt tells size and checksum. Once
-all is there, the receipts go and the folder gets its name.
+all is there, the receipts go and the folder gets its name. It keeps a digest of the work, by which the same command
+knows what it has finished.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +31,7 @@ from megatron_xy.tensor_reader import TensorReader
 
 MAX_WRITERS = 2  # files at a time; each takes some blocks of memory and up to three threads
 _WORK = "conversion.json"
+_FINISHED = ".conversion.json"
 _RECEIPT = ".receipt.json"
 
 
@@ -47,14 +50,22 @@ class Output:
         return self.shard.numel * self.dtype.itemsize
 
 
+class AlreadyWritten(ConfigError):
+    """The target is there, and it is what the same command has finished before."""
+
+
 @contextmanager
 def whole_or_absent(target: Path, *, work: dict[str, Any]) -> Iterator[Path]:
     """A temporary folder beside `target` that gets its name once the block is done.
 
     work: says exactly what is to be written. What a killed command with the same one has done is still there; an error
-    inside leaves nothing. Raises ConfigError where the target exists or another command is at it, StorageError.
+    inside leaves nothing. Raises AlreadyWritten where the target is that of the same work, ConfigError where it is
+    another or another command is at it, StorageError.
     """
+    finished = {"work_sha256": hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()}
     if target.exists():
+        if _told(target / _FINISHED) == finished:
+            raise AlreadyWritten(f"{target} exists, written by this command; remove it to convert anew")
         raise ConfigError(f"{target} exists; name a folder that does not, or remove it")
     folder = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     with storage_errors(target):
@@ -68,7 +79,7 @@ def whole_or_absent(target: Path, *, work: dict[str, Any]) -> Iterator[Path]:
         try:
             yield folder
             with storage_errors(target):
-                _publish(folder, target)
+                _publish(folder, target, finished=finished)
         except Exception:  # an interrupt is as a kill: what is done stays
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -176,10 +187,11 @@ def _clear(folder: Path, *, keep_receipts: bool) -> None:
             path.unlink()
 
 
-def _publish(folder: Path, target: Path) -> None:
+def _publish(folder: Path, target: Path, *, finished: dict[str, str]) -> None:
     for receipt in folder.glob(f"*{_RECEIPT}"):
         receipt.unlink()
     (folder / _WORK).unlink()
+    write_json(folder / _FINISHED, finished)
     for path in folder.iterdir():
         sync_file(path)
     sync_folder(folder)

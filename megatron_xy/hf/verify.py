@@ -6,6 +6,7 @@ package.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 
 from megatron_xy import parallel
 from megatron_xy.config import ModelConfig, ParallelConfig
+from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import CONFIG
@@ -39,6 +41,7 @@ from megatron_xy.weights import load_initial_weights, resolve_model
 
 TOLERANCE = 1e-4  # of logits in fp32
 ROW_LENGTHS = (1, 17, 64, 128)
+MAX_ROW_LENGTH, MAX_TEXT_TOKENS = 1024, 4096  # of a given text
 MAX_BLOCK_BYTES = 16 * 10**9  # of the weights of a block in fp32, held once by us and then by transformers
 
 # Run by `python -c` in another process; argv: model folder, rows.json, where the logits go.
@@ -58,40 +61,51 @@ save_file(logits, target)
 """
 
 
-def verify(source: str, target: str, *, say: Callable[[str], None]) -> bool:
+def verify(source: str, target: str, *, text: Path | None, say: Callable[[str], None]) -> bool:
     """Whether `target`, converted from `source`, holds the same model: every tensor, and the logits of an HF folder.
 
-    Raises ConfigError where transformers is needed and not there.
+    text: what logits are compared on, by the HF folder's tokenizer; pseudo-random tokens if None. Raises ConfigError
+    where there is no tokenizer, DataError where one of them is bad or transformers does not open the folder.
     """
     opened = [open_source(*place(text, option)) for text, option in ((source, "--from"), (target, "--to"))]
-    same = tensors_agree(*opened, say=say)
+    with opened[0].verified(), opened[1].verified():
+        same = tensors_agree(*opened, say=say)
     folders = [side for side in reversed(opened) if side.kind == "hf"]
     if not folders:
         return same
-    difference = largest_logit_difference(folders[0])
-    say(f"logits of transformers and ours, fp32: largest difference {difference:.2e}, {TOLERANCE:.0e} is allowed")
+    rows = _drawn_rows(folders[0].model) if text is None else _text_rows(text, folders[0])
+    difference = largest_logit_difference(folders[0], rows)
+    what = f"{sum(map(len, rows)):,} {f'tokens of {text}' if text else 'drawn tokens'}"
+    say(
+        f"logits of transformers and ours, fp32, {what}: largest difference {difference:.2e} (allowed: {TOLERANCE:.0e})"
+    )
     return same and difference <= TOLERANCE
 
 
 def tensors_agree(source: Source, target: Source, *, say: Callable[[str], None]) -> bool:
-    """Whether every weight is the same bit for bit in the target's type; a block of each is held at a time."""
-    different = []
+    """Whether every weight is the same bit for bit in the target's type; a block of each is held at a time.
+
+    Says how many there are, and the hash of all: in the model's order, one behind the other.
+    """
+    names, different, digest = list(global_names(target.model)), [], hashlib.sha256()
     with TensorReader(source.folder, source.manifest) as ours, TensorReader(target.folder, target.manifest) as theirs:
-        for name in global_names(target.model):
-            dtype = stored_dtype(target.manifest, name)
-            blocks = zip(ours.blocks(name, dtype=dtype), theirs.blocks(name), strict=True)
-            # As bytes: NaN is like itself, and -0.0 unlike 0.0.
-            if not all(memory_of(a) == memory_of(b) for a, b in blocks):
+        for name in names:
+            dtype, is_same = stored_dtype(target.manifest, name), True
+            for a, b in zip(ours.blocks(name, dtype=dtype), theirs.blocks(name), strict=True):
+                # As bytes: NaN is like itself, and -0.0 unlike 0.0.
+                is_same &= memory_of(a) == memory_of(b)
+                digest.update(memory_of(b))
+            if not is_same:
                 different.append(name)
     if different:
-        say(f"{len(different)} tensors differ, the first is {different[0]}")
+        say(f"{len(different)} of {len(names)} tensors differ, the first is {different[0]}")
     else:
-        say("every tensor is the same, bit for bit")
+        say(f"every tensor is the same, bit for bit: {len(names)}, sha256 of all {digest.hexdigest()}")
     return not different
 
 
-def largest_logit_difference(source: Source, *, max_bytes: int = MAX_BLOCK_BYTES) -> float:
-    """The largest difference between our logits and those of transformers, over rows of pseudo-random tokens, fp32.
+def largest_logit_difference(source: Source, rows: list[list[int]], *, max_bytes: int = MAX_BLOCK_BYTES) -> float:
+    """The largest difference between our logits and those of transformers, over rows of token ids, in fp32.
 
     source: an HF folder. Where the model takes more than `max_bytes` in fp32, its layers are gone through in blocks,
     each as a model of its own between the embedding and the head. Raises DataError where transformers does not open it.
@@ -103,21 +117,41 @@ def largest_logit_difference(source: Source, *, max_bytes: int = MAX_BLOCK_BYTES
     size = max(1, 1 + int((max_bytes - fixed_bytes) * (model.num_layers - 1) // max(layer_bytes, 1)))
     with _alone_in_the_world():
         if size >= model.num_layers:
-            return _difference(source.folder)
+            return _difference(source.folder, rows)
         differences = []
         for first in range(0, model.num_layers, size):
             with tempfile.TemporaryDirectory(dir=source.folder.parent, prefix=TEMPORARY_PREFIX) as scratch:
                 _write_block(source, Path(scratch), layers=range(first, min(first + size, model.num_layers)))
-                differences.append(_difference(Path(scratch)))
+                differences.append(_difference(Path(scratch), rows))
         return torch.tensor(differences).max().item()
 
 
-def _difference(hf_folder: Path) -> float:
-    role = _role_of(hf_folder)
-    assert role.model.vocab_size, "an HF folder has a whole shape"
+def _drawn_rows(model: ModelConfig) -> list[list[int]]:
+    """Rows of pseudo-random tokens."""
+    assert model.vocab_size, "an HF folder has a whole shape"
     generator = torch.Generator().manual_seed(0)
-    lengths = [min(length, role.model.max_position_embeddings) for length in ROW_LENGTHS]
-    rows = [torch.randint(role.model.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    lengths = [min(length, model.max_position_embeddings) for length in ROW_LENGTHS]
+    return [torch.randint(model.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _text_rows(path: Path, source: Source) -> list[list[int]]:
+    """The beginning of a text as rows of tokens, none longer than the model's context."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--verify-text {path}: cannot be read as UTF-8 text: {error}") from None
+    ids = load_tokenizer(source.folder).encode(text).tolist()[:MAX_TEXT_TOKENS]
+    vocab_size = source.model.vocab_size or 0
+    if not ids:
+        raise DataError(f"--verify-text {path}: holds no token; name a text")
+    if max(ids) >= vocab_size:
+        raise DataError(f"{source.folder}: its tokenizer gives token {max(ids)}; its model knows 0..{vocab_size - 1}")
+    length = min(MAX_ROW_LENGTH, source.model.max_position_embeddings)
+    return [ids[first : first + length] for first in range(0, len(ids), length)]
+
+
+def _difference(hf_folder: Path, rows: list[list[int]]) -> float:
+    role = _role_of(hf_folder)
     ours = [logits.cpu() for logits in logits_of(role, rows)]
     del role  # before transformers takes as much memory
     theirs = transformers_logits(hf_folder, rows)
@@ -159,7 +193,8 @@ def transformers_logits(hf_folder: Path, rows: list[list[int]]) -> list[torch.Te
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if answer.returncode:
-            raise DataError(f"transformers does not open {hf_folder}: {answer.stderr.strip().splitlines()[-1]}")
+            said = answer.stderr.strip().splitlines() or [f"its process ended with {answer.returncode}"]
+            raise DataError(f"transformers does not open {hf_folder}: {said[-1]}")
         logits = load_file(target)
         return [logits[str(number)] for number in range(len(rows))]
 

@@ -99,6 +99,11 @@ class Renderer:
         return answer_tokens(self.tokenizer, self._chat, prompt, text)
 
     @property
+    def template(self) -> str | None:
+        """The chat template's text."""
+        return None if self._chat is None else self._chat.template.source
+
+    @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer."""
         if self._chat is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from megatron_xy.checkpoint_folders import sweep
 from megatron_xy.checkpoint_state import load_state
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import DataError, Stopped
+from megatron_xy.hf.convert import export
+from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import RunLog
 from megatron_xy.parallel import Groups, barrier, max_over, sum_over
@@ -34,7 +37,7 @@ from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import storage_errors
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import load_initial_weights
+from megatron_xy.weights import load_initial_weights, split_origin
 
 RATIO_ALARM = {"fp32": 1e-5, "bf16": 5e-2}  # |log ratio| at the first mini-batch beyond which something is wrong
 TRAINED = ("actor", "critic")
@@ -77,6 +80,10 @@ class PPOTrainer:
         self.source, self.prompts, self.renderers = source, prompts, renderers
         self.fingerprints, self.tokenizer = fingerprints, tokenizer
         self.log, self.watchdog, self.stop = log, watchdog, stop
+        loads = {worker.name: worker.placed.model.load for worker in cast.trained}
+        self._kept = {
+            name: {} if load is None else kept_facts(*split_origin(load)) for name, load in loads.items()
+        }  # for a release
         self.states = {name: TrainingState() for name in TRAINED}
         self.checkpoints = config.run_dir / "checkpoints"
         self.writers = {name: self._writer(name) for name in TRAINED}
@@ -323,7 +330,14 @@ class PPOTrainer:
             part=worker.name,
             publishes=[other for other in TRAINED if other != name] if name == "critic" else (),
             is_kept=self._is_snapshot,
+            on_published=self._export,
         )
+
+    def _export(self, iteration: int, checkpoint: Path) -> None:
+        """Of the roles only the actor is released. Called where the whole is there: by the critic's leader."""
+        interval = self.config.checkpoint.hf_interval
+        if interval and iteration % interval == 0:
+            export(checkpoint / "actor", self.config.run_dir, name=checkpoint.name, say=self.log.say)
 
     def _save(self, iteration: int) -> None:
         """Actor first, then the critic, whose leader gives the whole its name once both are there."""
@@ -336,7 +350,9 @@ class PPOTrainer:
                     "ppo": {"kl_coef": self.engine.state.kl_coef, "moments": asdict(self.engine.state.moments)},
                     "megatron_core": mcore.VERSION,
                     "torch": torch.__version__,
+                    **self._kept[worker.name],
                     "tokenizer": self.tokenizer,
+                    "chat_template": self.renderers[worker.name].template,
                 }
                 self.writers[worker.name].save(worker.role, self.states[worker.name], facts=facts)
 

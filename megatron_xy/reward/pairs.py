@@ -162,7 +162,7 @@ def parse_prompt(row: dict[str, Any]) -> str | list[Message]:
     """A row's prompt: a text, or messages. Raises BadRow."""
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt:
-        return _whole(prompt, "prompt")
+        return prompt
     if not isinstance(prompt, list):
         raise BadRow("prompt is missing, empty or neither a string nor messages")
     try:
@@ -196,15 +196,7 @@ def _answer(row: dict[str, Any], name: str) -> str:
         raise BadRow(f"{name} is missing or no string")
     if not value.strip():
         raise BadRow(f"{name} is an empty answer")
-    return _whole(value, name)
-
-
-def _whole(text: str, name: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(f"{name} has a lone surrogate") from None
-    return text
+    return value
 
 
 def _asked(prompt: Sequence[Message]) -> str:

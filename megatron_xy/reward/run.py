@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 
-from megatron_xy import environment
-from megatron_xy.config import RunConfig, check_shape, check_world
+from megatron_xy.config import RunConfig
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.preflight import open_pairs
-from megatron_xy.pretrain import build, headline, leader_rank
+from megatron_xy.pretrain import build, open_log, with_model
 from megatron_xy.reward.batches import PairOrder
 from megatron_xy.reward.evaluator import PairEvaluator
 from megatron_xy.reward.loader import PairLoader
@@ -23,7 +22,6 @@ from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.trainer import Trainer, timed
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import resolve_model
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
@@ -31,15 +29,11 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
 
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
-    rank, world_size = environment.rank(), environment.world_size()
-    config = config.model_copy(update={"model": resolve_model(config.model)})
-    check_shape(config)
-    check_world(config, world_size=world_size)
+    config = with_model(config)
     data = open_pairs(config)
     order = order_of(config, data)
     config = with_epochs(config, order)
-    log = RunLog(config.run_dir, rank=rank, is_leader=rank == leader_rank(config, world_size=world_size))
-    log.say(headline(config, world_size=world_size))
+    log = open_log(config)
     for line in told(config, data, order):
         log.say(line)
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused

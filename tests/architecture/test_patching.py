@@ -61,7 +61,7 @@ before = snapshot()
 assert device.start(num_threads=1) == torch.device("cpu")
 names = changed(before)
 factories = {{"torch." + name for name in device._FACTORIES}}
-assert {{name for name in names if name.startswith("torch.")}} == factories, names
+assert {{name for name in names if name.startswith("torch.")}} == factories | {{"torch.compile"}}, names
 assert {{name for name in names if name.startswith("Tensor.")}} == {{"Tensor.cuda", "Tensor.type"}}, names
 assert {{name.partition(".")[0] for name in names}} == {{"torch", "Tensor", "cuda", "random", "nvtx"}}, names
 
@@ -80,6 +80,8 @@ assert torch.empty(2, device=cuda, pin_memory=True).shape == (2,)
 assert torch.ones_like(torch.zeros(2), device=cuda).tolist() == [1.0, 1.0]
 assert torch.full((1,), 7, device="cpu").item() == 7
 assert torch.zeros(2, device="meta").is_meta, "other devices stay what they are"
+
+assert torch.compile(len) is len and torch.compile(fullgraph=True)(len) is len
 
 tensor = torch.zeros(2)
 assert tensor.cuda() is tensor

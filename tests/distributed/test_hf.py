@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from transformers import AutoTokenizer
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.errors import DataError
+from megatron_xy.hf import verb
 from megatron_xy.hf.convert import to_checkpoint, to_hf
+from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import TOLERANCE, transformers_logits
 from megatron_xy.tensor_reader import tensor_hashes
@@ -105,6 +108,13 @@ def largest_difference(ours: list[NDArray[np.float32]], theirs: list[NDArray[np.
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
+def assert_same_weights(folder: Path, other: Path) -> None:
+    original, again = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert original.keys() == again.keys()
+    for name, tensor in original.items():
+        assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), name
+
+
 def saved_logits(folder: Path) -> list[NDArray[np.float32]]:
     saved = load_file(folder / "logits.safetensors")
     return [saved[str(number)].numpy() for number in range(len(ROWS))]
@@ -126,8 +136,20 @@ def logits(role: Any) -> list[NDArray[np.float32]]:
     return [output.numpy() for output in logits_of(role, ROWS)]
 
 
-def logits_of_folders(layout: Layout, loads: list[str]) -> list[list[NDArray[np.float32]]]:
-    return [logits(load_role(layout, load)) for load in loads]
+def logits_of_folders(layout: Layout, loads: list[str], saved: Path) -> list[list[NDArray[np.float32]]]:
+    """Of every load; the HF folders' weights are saved as well, as this layout's ranks do it."""
+    from megatron_xy.checkpoint import CheckpointWriter, TrainingState
+
+    found = []
+    for load in loads:
+        role = load_role(layout, load)
+        found.append(logits(role))
+        if load.startswith("hf:"):
+            folder = saved / Path(load).name
+            writer = CheckpointWriter(folder, keep_latest=1, asynchronous=False, timeout_seconds=30)
+            writer.save(role, TrainingState(iteration=1), facts={"model": role.model.model_dump(mode="json")})
+            writer.finish(role.groups)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +162,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in SHAPES}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_folder_of_transformers_gives_its_logits_in_every_layout(
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(Layout(tp=2, pp=2, vp=2), marks=pytest.mark.slow)], ids=str)
+def test_a_folder_of_transformers_gives_its_logits_in_every_layout_and_comes_back_byte_for_byte(
     layout: Layout, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     theirs = {name: saved_logits(folder) for name, folder in folders.items()}
@@ -149,7 +171,13 @@ def test_a_folder_of_transformers_gives_its_logits_in_every_layout(
     loads += [f"ckpt:{tmp_path / name}" for name in folders]
     for name, folder in folders.items():
         hf_to_checkpoint(folder, tmp_path / name)
-    results = run_ranks(logits_of_folders, layout, loads, world_size=layout.world_size)
+    saved = tmp_path / "saved"
+    results = run_ranks(logits_of_folders, layout, loads, saved, world_size=layout.world_size)
+    for name, folder in folders.items():
+        back, checkpoint = tmp_path / f"{name}-back", open_source("ckpt", saved / name / "iter_0000001")
+        dtype = torch.bfloat16 if name.endswith("bf16") else None  # the run computes in fp32
+        to_hf(checkpoint, back, dtype=dtype, tokenizer=None, say=lambda text: None)
+        assert_same_weights(folder, back)
     for load, ours in zip(loads, results[-1], strict=True):
         assert largest_difference(ours, theirs[Path(load).name]) < TOLERANCE, load
     if layout.pp > 1:
@@ -160,14 +188,9 @@ def test_every_family_comes_back_as_it_was(folders: dict[str, Path], tmp_path: P
     for name, folder in folders.items():
         hf_to_checkpoint(folder, tmp_path / name)
         to_hf(open_source("ckpt", tmp_path / name), tmp_path / f"{name}-back", dtype=None, tokenizer=None, say=print)
-        original, again = (
-            load_file(folder / "model.safetensors"),
-            load_file(tmp_path / f"{name}-back/model.safetensors"),
-        )
-        assert original.keys() == again.keys()
-        assert all(
-            torch.equal(tensor.view(torch.uint8), again[key].view(torch.uint8)) for key, tensor in original.items()
-        )
+        assert_same_weights(folder, tmp_path / f"{name}-back")
+        before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / f"{name}-back"))
+        assert before["architectures"] == after["architectures"] and before["model_type"] == after["model_type"]
     back = transformers_logits(tmp_path / "reward-qwen2-back", ROWS)
     assert largest_difference([row.numpy() for row in back], saved_logits(folders["reward-qwen2"])) == 0.0
 
@@ -180,8 +203,8 @@ from megatron_xy import device
 device.start()
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import largest_logit_difference
-source = open_source("hf", Path(sys.argv[1]))
-print(*(largest_logit_difference(source, max_bytes=size) for size in (10**9, 520_000)))
+source, rows = open_source("hf", Path(sys.argv[1])), [list(range(length)) for length in (1, 17, 128)]
+print(*(largest_logit_difference(source, rows, max_bytes=size) for size in (10**9, 520_000)))
 """
 
 
@@ -196,6 +219,17 @@ def test_verification_in_blocks_of_layers(folders: dict[str, Path]) -> None:
     assert not list(folder.parent.glob(".tmp-*"))
 
 
+def padding_of(role: Any) -> set[float]:
+    """The numbers in the rows of this rank's embedding and output layer that pad the vocabulary."""
+    found = set()
+    for named in role.named_parameters():
+        if named.name in (EMBEDDING, OUTPUT_LAYER):
+            num_rows = named.shard.local_shape[0]
+            assert num_rows < len(named.parameter) or role.groups.tp_rank < role.groups.tp_size - 1
+            found |= set(named.parameter[num_rows:].flatten().tolist())
+    return found or {0.0}
+
+
 def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, tokenizer: Path) -> Any:
     from megatron_xy.checkpoint import CheckpointWriter, TrainingState
     from megatron_xy.train_step import train_step
@@ -207,6 +241,7 @@ def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, tokeni
         with role.active():
             train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
     writer = CheckpointWriter(checkpoints, keep_latest=1, asynchronous=False, timeout_seconds=30)
+    assert padding_of(role) == {0.0}, "rows that pad the vocabulary stay as they began"
     facts = {"model": model.model_dump(mode="json"), "tokenizer": str(tokenizer)}
     writer.save(role, TrainingState(iteration=2, data_step=2, optimizer_steps=2), facts=facts)
     writer.finish(role.groups)
@@ -241,11 +276,15 @@ def convert(source: str, target: str, *options: str) -> subprocess.CompletedProc
 def test_the_command_converts_both_ways_and_verifies(
     trained: tuple[Path, list[NDArray[np.float32]]], tokenizer: Path, tmp_path: Path
 ) -> None:
+    """As if an earlier start had been killed while it verified: its target is there, and is gone on with."""
     checkpoint, ours = trained
     exported, imported = tmp_path / "exported", tmp_path / "imported"
-    answer = convert(f"ckpt:{checkpoint}", f"hf:{exported}", "--verify")
+    verb.convert(f"ckpt:{checkpoint}", f"hf:{exported}", dtype=None, tokenizer=None, say=print)
+    answer = convert(f"ckpt:{checkpoint}", f"hf:{exported}", "--verify", "--verify-text", __file__)
     assert answer.returncode == 0, answer.stderr
-    assert "every tensor is the same, bit for bit" in answer.stderr and "largest difference" in answer.stderr
+    assert f"{exported} is there, as this command has written it before" in answer.stderr
+    assert re.search(r"every tensor is the same, bit for bit: \d+, sha256 of all [0-9a-f]{64}\n", answer.stderr)
+    assert f"4,096 tokens of {__file__}: largest difference" in answer.stderr
     assert largest_difference(ours, [row.numpy() for row in transformers_logits(exported, ROWS)]) < TOLERANCE
     assert AutoTokenizer.from_pretrained(exported)("import torch").input_ids[0] == 1
     assert (exported / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
@@ -258,6 +297,9 @@ def test_the_command_converts_both_ways_and_verifies(
     original = dict(tensor_hashes(checkpoint, files.read_manifest(checkpoint)))
     weights = {name: facts for name, facts in original.items() if not name.startswith("optimizer.")}
     assert dict(tensor_hashes(imported, manifest)) == weights
+    verb.convert(f"ckpt:{checkpoint}", f"ckpt:{tmp_path / 'copy'}", dtype=None, tokenizer=None, say=print)
+    copied = dict(tensor_hashes(tmp_path / "copy", files.read_manifest(tmp_path / "copy")))
+    assert copied == original, "the optimizer's state comes along"
     assert (imported / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
 
 
@@ -267,6 +309,7 @@ def weights_of(layout: Layout, loads: list[str]) -> list[dict[str, tuple[Any, An
     for load in loads:
         role = load_role(layout, load, optimizer=OPTIMIZER, params_dtype="bf16")
         assert {named.parameter.dtype for named in role.named_parameters()} == {torch.bfloat16}
+        assert padding_of(role) == {0.0}
         found.append(
             {
                 named.name: (named.parameter.detach().float().numpy(), named.parameter.main_param.detach().numpy())

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import save_file
 
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import ModelConfig
@@ -109,12 +111,27 @@ def test_a_run_writes_hf_folders_of_its_checkpoints(tmp_path: Path) -> None:
     data = tiny_run.make_data(tmp_path)
     config, run_dir = tmp_path / "run.yaml", tmp_path / "run"
     tiny_run.write_config(config, data=data)
-    options = ("training.train_iters=6", "checkpoint.save_interval=2", "checkpoint.hf_interval=4", f"run_dir={run_dir}")
+    model = ModelConfig(**yaml.safe_load(config.read_text())["model"])
+    generator, origin = torch.Generator().manual_seed(0), tmp_path / "mistral"
+    origin.mkdir()
+    shards = {part: shard for name in global_names(model) for part, shard in hf_shards(name, model).items()}
+    tensors = {part: torch.randn(shard.local_shape, generator=generator) * 0.1 for part, shard in shards.items()}
+    save_file(tensors, origin / "model.safetensors", metadata={"format": "pt"})
+    values = hf_config(model, dtype="float32", token_ids={"eos_token_id": [2, 9]}, model_type="mistral")
+    (origin / "config.json").write_text(json.dumps(values))
+    (origin / "generation_config.json").write_text('{"eos_token_id": [2, 9], "top_p": 0.9}')
+    options = (
+        "training.train_iters=6", "checkpoint.save_interval=2", "checkpoint.hf_interval=4", f"run_dir={run_dir}",
+        f"model.load=hf:{origin}",
+    )  # fmt: skip
     ended = tiny_run.run_to_end(tiny_run.run_command(config, *options, ranks=4))
     assert ended.code == 0, ended.err
     assert [path.name for path in (run_dir / "hf").iterdir()] == ["iter_0000004"]
     checkpoint, folder = run_dir / "checkpoints" / "iter_0000004", run_dir / "hf" / "iter_0000004"
     assert tensors_agree(open_source("ckpt", checkpoint), open_source("hf", folder), say=print)
     assert (folder / "tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
+    released = json.loads((folder / "config.json").read_text())
+    assert (released["architectures"], released["eos_token_id"]) == (["MistralForCausalLM"], [2, 9])
+    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [2, 9], "top_p": 0.9}
     card = (folder / "README.md").read_text()
     assert "| iteration | 4 |" in card and "| loss of the last step |" in card

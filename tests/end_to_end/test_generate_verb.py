@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from megatron_xy.answers import prepare
+from megatron_xy.checkpoint_files import amend_state
 from megatron_xy.cli import app
 from megatron_xy.config import ModelConfig
 from megatron_xy.data.tokenizer import load_tokenizer
@@ -25,6 +27,7 @@ from megatron_xy.hf.convert import to_checkpoint
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from megatron_xy.model_job import ModelJob
 from tests.end_to_end.tiny_run import flip_bit, processes_naming, run_to_end, started, wait_until
 from tools.train_tokenizer import train
 
@@ -193,6 +196,28 @@ def test_what_is_not_there_or_does_not_fit(folder: Path, tmp_path: Path) -> None
     for (code, message), wanted, told in cases:
         assert code == wanted, message
         assert told in message
+
+
+def test_what_ends_an_answer_is_the_same_in_both_kinds_of_folder(folder: Path, tmp_path: Path) -> None:
+    """The tokenizer's end token, generation_config.json's; to a string, too, that of the template learned, here <s>."""
+    template = (
+        "{% for turn in messages %}{% generation %}{{ turn['content'] + bos_token }}{% endgeneration %}{% endfor %}"
+    )
+    trained = tmp_path / "trained"
+    shutil.copytree(folder / "ckpt", trained)
+    amend_state(trained, {"chat_template": template})
+    arguments = {
+        "prompts": str(folder / "prompts.jsonl"), "output": "never", "num_answers": 1, "temperature": 1.0, "top_p": 1.0,
+        "top_k": 0, "min_response_length": 0, "max_response_length": 8, "max_sequences": 4, "seed": 1, "stop": [],
+        "tokenizer": None, "chat_template": None,
+    }  # fmt: skip
+    for origin, expected in (
+        (f"hf:{folder / 'hf'}", (2, 77)),
+        (f"ckpt:{folder / 'ckpt'}", (2, 77)),
+        (f"ckpt:{trained}", (1, 2, 77)),
+    ):
+        job = ModelJob("generate", origin, 1, [], str(tmp_path / "work"), arguments)
+        assert prepare(job).options.stop_ids == expected, origin
 
 
 def test_damaged_weights_end_it_and_leave_nothing(folder: Path, tmp_path: Path) -> None:

@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_xy import run_folder
 from megatron_xy.config import ModelConfig
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.verify import transformers_logits
+from megatron_xy.logprobs import logprobs_file, work_folder
+from megatron_xy.model_job import ModelJob
+from megatron_xy.run_folder import RunDirBusy
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=301,
@@ -45,6 +50,9 @@ def test_rows_get_the_logprobs_of_transformers_on_one_rank_and_on_four(tmp_path:
     given.write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
 
     one, four = tmp_path / "one.safetensors", tmp_path / "four.safetensors"
+    for output in (one, four):  # what a killed run of more replicas over more rows would leave
+        work_folder(output).mkdir()
+        save_file({"2": torch.zeros(32), "9": torch.zeros(3)}, work_folder(output) / "part-00007.safetensors")
     answer = verb(f"hf:{folder}", given, one)
     assert answer.returncode == 0, answer.stderr
     layout = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
@@ -59,6 +67,15 @@ def test_rows_get_the_logprobs_of_transformers_on_one_rank_and_on_four(tmp_path:
         for tensors in found.values():
             assert tensors[str(number)].dtype == torch.float32 and tensors[str(number)].shape == (len(row) - 1,)
             torch.testing.assert_close(tensors[str(number)], theirs, rtol=0, atol=1e-4)
+
+    arguments = {"input": str(given), "output": str(one)}
+    job = ModelJob("logprobs", f"hf:{folder}", 1, [], str(work_folder(one)), arguments)
+    run_folder.prepare(work_folder(one))
+    (work_folder(one) / "part-00000.safetensors").touch()
+    with run_folder.lock(work_folder(one), name=run_folder.SUPERVISOR_LOCK), pytest.raises(RunDirBusy) as caught:
+        logprobs_file(job, say=print)
+    assert caught.value.exit_code == 78 and f"another run is active in {work_folder(one)}" in str(caught.value)
+    assert (work_folder(one) / "part-00000.safetensors").exists(), "the work of the one that is at it stays"
 
     given.write_text('{"tokens": [1, 301]}\n{"text": "a"}\n')
     answer = verb(f"hf:{folder}", given, tmp_path / "bad.safetensors")

@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from megatron_xy.checkpoint_files import read_manifest, write_manifest
+from megatron_xy.hf.convert import to_hf
+from megatron_xy.hf.source import open_source
+from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.report.verb import make_report
 from megatron_xy.run_folder import read_exit
 from tests.end_to_end.tiny_run import (
     CLOCK_KEYS,
+    copy_run,
     hash_of,
     live_rank_at,
     metrics_of,
@@ -101,7 +107,7 @@ def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run."""
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
     config = write_ppo(folder, folder / "ppo.yaml")
-    ended = run_to_end(run_command(config, f"run_dir={run_dir}", ranks=4))
+    ended = run_to_end(run_command(config, f"run_dir={run_dir}", "checkpoint.hf_interval=4", ranks=4))
     assert ended.code == 0, ended
     return run_dir
 
@@ -144,6 +150,10 @@ def test_metrics_rollouts_samples_and_checkpoints(unbroken: Path, folder: Path) 
     names = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
     assert names == ["iter_0000004", "iter_0000006"]
     assert hash_of(unbroken / "checkpoints" / names[-1] / "actor")
+    assert [path.name for path in (unbroken / "hf").iterdir()] == ["iter_0000004"]
+    actor, released = unbroken / "checkpoints" / "iter_0000004" / "actor", unbroken / "hf" / "iter_0000004"
+    assert tensors_agree(open_source("ckpt", actor), open_source("hf", released), say=print)
+    assert "| score mean of the last step |" in (released / "README.md").read_text()
     assert "value_head.weight" in hash_of(unbroken / "checkpoints" / names[-1] / "critic")
 
 
@@ -172,6 +182,48 @@ def test_killed_and_resumed_equals_unbroken(unbroken: Path, folder: Path, tmp_pa
         assert hash_of(run_dir / last) == hash_of(unbroken / last)
 
 
+def lose(checkpoint: Path, *keys: str, value: Any) -> None:
+    """Sets what a checkpoint keeps in its state under `keys` to what a fresh run has."""
+    manifest = read_manifest(checkpoint)
+    state = manifest.state
+    for key in keys[:-1]:
+        state = state[key]
+    assert state[keys[-1]] != value, "what is lost was there"
+    state[keys[-1]] = value
+    write_manifest(checkpoint, manifest)
+
+
+LOST: dict[str, tuple[str, tuple[str, ...], Any]] = {
+    "the adapted coefficient": ("actor", ("ppo", "kl_coef"), 0.05),
+    "the running statistics of rewards": ("actor", ("ppo", "moments", "count"), 0.0),
+    "the place in the prompts and the sampling": ("actor", ("consumed_samples",), 0),
+    "how often the actor's optimizer stepped": ("actor", ("optimizer_steps",), 0),
+    "how often the critic's optimizer stepped": ("critic", ("optimizer_steps",), 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [None, *LOST, "the reference moved along"])
+def test_whatever_is_lost_on_resume_shows(lost: str | None, unbroken: Path, folder: Path, tmp_path: Path) -> None:
+    run_dir = copy_run(unbroken, tmp_path / "run", iterations=[4])
+    checkpoint = run_dir / "checkpoints" / "iter_0000004"
+    overrides = [f"run_dir={run_dir}"]
+    if lost in LOST:
+        part, keys, value = LOST[lost]
+        lose(checkpoint / part, *keys, value=value)
+    elif lost is not None:
+        overrides.append(f"roles.reference.model={{load: ckpt:{checkpoint / 'actor'}}}")
+        overrides.append("checkpoint.allow_changes=true")
+    ended = run_to_end(run_command(folder / "ppo.yaml", *overrides, ranks=4))
+    assert ended.code == 0, ended
+    assert "resuming from" in ended.out
+    is_same = without_clock(metrics_of(run_dir)) == without_clock(metrics_of(unbroken)) and all(
+        hash_of(run_dir / last) == hash_of(unbroken / last)
+        for last in (Path("checkpoints", f"iter_{STEPS:07d}", role) for role in ("actor", "critic"))
+    )
+    assert is_same is (lost is None)
+
+
 @pytest.mark.slow
 def test_another_placement_goes_on_with_the_same_numbers(unbroken: Path, folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
@@ -185,6 +237,27 @@ def test_another_placement_goes_on_with_the_same_numbers(unbroken: Path, folder:
     for found, wanted in zip(metrics_of(run_dir), metrics_of(unbroken), strict=True):
         for name in ("critic_loss", "critic_grad_norm", "actor_grad_norm", "kl", "entropy"):
             assert found[name] == pytest.approx(wanted[name], rel=2e-3, abs=2e-5), (found["iteration"], name)
+
+
+@pytest.mark.slow
+def test_roles_begin_as_hf_folders_as_they_do_as_checkpoints(unbroken: Path, folder: Path, tmp_path: Path) -> None:
+    last, dumps = unbroken / "checkpoints" / f"iter_{STEPS:07d}", []
+    for name in ("actor", "critic"):
+        to_hf(open_source("ckpt", last / name), tmp_path / name, dtype=None, tokenizer=None, say=print)
+    of = {"actor": "actor", "reference": "actor", "critic": "critic", "reward": "critic"}
+    for kind, origin in (("ckpt", last), ("hf", tmp_path)):
+        run_dir = tmp_path / f"run-{kind}"
+        loads = [f"roles.{role}.model={{load: {kind}:{origin / name}}}" for role, name in of.items()]
+        command = run_command(folder / "ppo.yaml", f"run_dir={run_dir}", "training.train_iters=1", *loads, ranks=4)
+        ended = run_to_end(command)
+        assert ended.code == 0, ended
+        assert abs(metrics_of(run_dir)[0]["kl"]) < 1e-4  # the reference is what the actor begins as
+        dumps.append(load_file(run_dir / "rollouts" / "iter_0000001.safetensors"))
+    assert dumps[0].keys() == dumps[1].keys()
+    for name, tensor in dumps[0].items():
+        assert torch.equal(tensor, dumps[1][name]), name
+    fresh = load_file(unbroken / "rollouts" / "iter_0000001.safetensors")
+    assert not torch.equal(fresh["values"], dumps[0]["values"]), "what is loaded is not what a fresh run draws"
 
 
 def test_a_rule_in_place_of_the_reward_model_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.extend import extend
 from megatron_xy.hf.names import global_names, hf_shards
@@ -139,7 +139,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path) -> None:
             extended(source, tmp_path / "new", **{"characters": listed, **options})
         assert sorted(path.name for path in tmp_path.iterdir()) == ["characters.txt", "old"]
 
-    refused(ConfigError, "name what to add", characters=None)
+    refused(UsageError, "name what to add", characters=None)
     refused(ConfigError, r"--size \(900\): only \d+ new pieces were found for 570 places", size=900)
     refused(ConfigError, r"--size \(329\) must not be below the model's vocab_size \(330\)", size=329)
     settings = source / "tokenizer_config.json"

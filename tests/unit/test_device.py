@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_xy import device, parallel
+from megatron_xy.errors import ConfigError, PeerLost
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="on a GPU nothing stands in")
 
@@ -104,3 +105,14 @@ def test_what_backends_say_of_a_lost_peer(text: str) -> None:
     assert str(lost).endswith(told) and "pair.cc" not in str(lost) and "more lines" not in str(lost)
     assert parallel.as_peer_lost(ValueError(text)) is None
     assert parallel.as_peer_lost(RuntimeError("shape '[3]' is invalid for input of size 2")) is None
+
+
+def test_errors_of_torch_are_told_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    told = r"^rank 3 ran out of device memory \(no room\); buy some$"
+    with pytest.raises(ConfigError, match=told), parallel.errors_told(when_memory_runs_out="buy some"):
+        raise torch.OutOfMemoryError("no room\nfor 3 GB")
+    with pytest.raises(PeerLost, match="Broken pipe"), parallel.errors_told(when_memory_runs_out=""):
+        raise RuntimeError("writev: Broken pipe")
+    with pytest.raises(RuntimeError, match=r"^shape$"), parallel.errors_told(when_memory_runs_out=""):
+        raise RuntimeError("shape")

@@ -1,12 +1,13 @@
 """config.json both ways: what each transformers version reads, and what is refused by name."""
 
+import contextlib
 import json
 
 import pytest
 
 from megatron_xy.config import InvalidConfig, ModelConfig
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.hf.config import complete_model, hf_config, read_hf_config, read_token_ids
+from megatron_xy.hf.config import complete_model, hf_config, read_hf_config, read_model_type, read_token_ids
 from megatron_xy.weights import resolve_model
 
 MODEL = ModelConfig(
@@ -84,6 +85,13 @@ def test_what_transformers_leaves_out_has_its_defaults(tmp_path):
     assert model.untie_embeddings_and_output_weights
 
 
+def test_a_family_that_is_known_is_written_again(tmp_path):
+    values = hf_config(MODEL, dtype="float32", token_ids={}, model_type="mistral")
+    assert (values["architectures"], values["sliding_window"]) == (["MistralForCausalLM"], None)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_hf_config(tmp_path).model_dump() == MODEL.model_dump() and read_model_type(tmp_path) == "mistral"
+
+
 LLAMA3_ORDER = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
@@ -99,7 +107,35 @@ LLAMA3_ORDER = {
         ({"hidden_act": "gelu"}, r"hidden_act \(gelu\) is not supported; silu is"),
         ({"head_dim": 32}, r"head_dim \(32\) x num_attention_heads \(4\) must be hidden_size \(64\)"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
-        ({"num_hidden_layers": None, "vocab_size": 0}, "num_hidden_layers, vocab_size missing or no positive number"),
+        (
+            {"num_hidden_layers": None, "vocab_size": 0},
+            r"num_hidden_layers \(missing or null\) must be a positive integer",
+        ),
+        ({"hidden_size": "64"}, r"hidden_size \('64'\) must be a positive integer"),
+        ({"vocab_size": True}, r"vocab_size \(True\) must be a positive integer"),
+        ({"num_key_value_heads": "2"}, r"num_key_value_heads \('2'\) must be a positive integer"),
+        ({"head_dim": [16]}, r"head_dim \(\[16\]\) must be a positive integer"),
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings \('false'\) must be true or false"),
+        ({"model_type": ["llama"]}, r"model_type \(\['llama'\]\) must be a string"),
+        ({"architectures": "LlamaForSequenceClassification"}, r"architectures \(.*\) must be a list of strings"),
+        ({"architectures": ["LlamaForSequenceClassification"], "id2label": 1}, r"id2label \(1\) must be an object"),
+        ({"rope_theta": [1e4]}, r"rope_theta \(\[10000.0\]\) must be a positive number"),
+        ({"rope_theta": float("inf")}, r"rope_theta \(inf\) must be a positive number"),
+        ({"rope_theta": 1e4}, "rope_theta is given as 500000 and 10000"),
+        ({"rope_parameters": [1]}, r"rope_parameters \(\[1\]\) must be an object"),
+        ({"rope_scaling": {"type": ["linear"]}}, r"rope_scaling.type \(\['linear'\]\) must be a string"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, r"rope_scaling.factor \('2'\) must be a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters differ"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}},
+            "rope_parameters differ between full_attention, sliding_attention",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "rope_type": "default"}},
+            r"rope_parameters.rope_type \('default'\) must be an object",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \(sliding_attention\) are not"),
+        ({"model_type": "mistral", "sliding_window": "64"}, r"sliding_window \('64'\) must be a positive integer"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "kind 'yarn' is not supported; linear and llama3 are"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "kind llama3 lacks low_freq_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor \(0.5\) is not supported"),
@@ -116,7 +152,7 @@ LLAMA3_ORDER = {
             {"architectures": ["LlamaForSequenceClassification"]},
             r"num_labels \(2\) is not supported; a value head has 1",
         ),
-        ({"rms_norm_eps": "small"}, "norm_epsilon: Input should be a valid number"),
+        ({"rms_norm_eps": "small"}, r"rms_norm_eps \('small'\) must be a positive number"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, changes, text):
@@ -124,7 +160,52 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, changes, text):
         read_hf_config(written(tmp_path, **changes))
 
 
-@pytest.mark.parametrize(("content", "text"), [("{", "is damaged"), ("[]", "holds a list"), (None, "holds no config")])
+def test_theta_that_is_null_is_not_taken_for_the_default(tmp_path):
+    values = json.loads((written(tmp_path, rope_parameters=None) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "rope_theta": None}))
+    with pytest.raises(DataError, match=r"rope_theta \(missing or null\) must be a positive number"):
+        read_hf_config(tmp_path)
+
+
+def test_rope_by_type_of_layer_is_read_where_all_agree(tmp_path):
+    rope = {**LLAMA3, "rope_theta": 2e6}
+    by_type = {"full_attention": rope, "sliding_attention": dict(reversed(rope.items()))}
+    model = read_hf_config(written(tmp_path, rope_parameters=by_type, rope_theta=None))
+    assert (model.rotary_base, model.rope_scaling) == (2e6, LLAMA3)
+
+
+def test_no_value_of_any_type_is_our_bug(tmp_path):
+    rope = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+    values = {**hf_config(MODEL, dtype="float32", token_ids={}), "sliding_window": 512, "num_labels": 1}
+    values |= {
+        "model_type": "mistral",
+        "rope_scaling": rope,
+        "rope_parameters": rope,
+        "partial_rotary_factor": 1.0,
+        "layer_types": [],
+    }
+    places = [(values, name) for name in values] + [(rope, name) for name in rope]
+    for place, name in places:
+        before = place[name]
+        for value in (None, "x", "\ud800", [], {}, [{}], {"a": [1]}, True, 0, -1, 1.5, 10**40, 1e400, float("nan")):
+            place[name] = value
+            (tmp_path / "config.json").write_text(json.dumps(values))
+            with contextlib.suppress(DataError):
+                read_hf_config(tmp_path)
+                read_token_ids(tmp_path)
+        place[name] = before
+
+
+@pytest.mark.parametrize("value", ["2", {"a": 1}, [1, "2"], 1.5, True])
+def test_token_ids_of_a_wrong_type_are_bad_data(tmp_path, value):
+    with pytest.raises(DataError, match=r"eos_token_id \(.*\) must be a token id or a list of them"):
+        read_token_ids(written(tmp_path, eos_token_id=value))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("{", "is damaged"), ("[" * 10**5, "is damaged"), ("[]", "holds a list"), (None, "holds no config")],
+)
 def test_a_damaged_config_is_bad_data(tmp_path, content, text):
     if content is not None:
         (tmp_path / "config.json").write_text(content)

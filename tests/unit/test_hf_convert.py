@@ -3,15 +3,17 @@
 import json
 import re
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_xy import checkpoint_files as files
+from megatron_xy import model_ranks
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import ModelConfig
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf import convert, release, verb
 from megatron_xy.hf import target as hf_target
 from megatron_xy.hf.config import hf_config
@@ -180,6 +182,46 @@ def test_the_tokenizer_is_the_named_one_or_that_of_the_run(tmp_path):
     assert json.loads((tmp_path / "without" / "config.json").read_text())["eos_token_id"] == [6, 7]
 
 
+def test_a_trained_checkpoint_is_released_as_the_family_that_it_comes_from(tmp_path):
+    """With all end tokens of its source, and that of the template that it has learned, here <s>."""
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
+    tokenizer = tmp_path / "some.model"
+    tokenizer.write_bytes(train(["some text to train on"], vocab_size=290))
+    for name in FILES:
+        (tmp_path / "ckpt" / name).unlink()
+    template = (
+        "{% for turn in messages %}{% generation %}{{ turn['content'] + bos_token }}{% endgeneration %}{% endfor %}"
+    )
+    generation = {"eos_token_id": [2, 9, 11], "temperature": 0.6}
+    facts = {"model_type": "mistral", "token_ids": {"eos_token_id": [2, 9]}, "generation_config": generation}
+    files.amend_state(tmp_path / "ckpt", {**facts, "tokenizer": str(tokenizer), "chat_template": template})
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (values["architectures"], values["eos_token_id"]) == (["MistralForCausalLM"], [2, 9])
+    released = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert released == {"eos_token_id": [2, 9, 11, 1], "temperature": 0.6}
+    hf_to_checkpoint(tmp_path / "out", tmp_path / "again")
+    assert files.read_manifest(tmp_path / "again").state["generation_config"] == released
+
+
+def test_tokenizer_settings_of_transformers_5_are_written_so_that_version_4_opens_them(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    settings = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"], "pad_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    back = there_and_back(folder, tmp_path)
+    assert json.loads((back / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"], "pad_token": "</s>",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_a_model_is_computed_in_the_type_of_its_weights(tmp_path, dtype, computed):
+    """config.json says fp32; a converted checkpoint's model section says nothing."""
+    folder = hf_folder(tmp_path / "hf", tensors=random_tensors(MODEL, DTYPES[dtype]))
+    hf_to_checkpoint(folder, tmp_path / "ckpt")
+    assert model_ranks.stored_dtype(f"hf:{folder}") == model_ranks.stored_dtype(f"ckpt:{tmp_path / 'ckpt'}") == computed
+
+
 def test_a_tokenizer_that_is_missing_or_too_large_is_refused(tmp_path):
     hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
     large = tmp_path / "large.model"
@@ -242,7 +284,7 @@ def test_two_commands_do_not_write_one_target(tmp_path):
         pytest.raises(ConfigError, match="another command is writing it at this moment"),
     ):
         hf_to_checkpoint(folder, tmp_path / "ckpt")
-    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == []
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == [".conversion.json"]
 
 
 def test_what_another_conversion_has_left_is_not_gone_on_with(tmp_path, monkeypatch):
@@ -270,19 +312,47 @@ def test_an_existing_target_is_refused(tmp_path):
         hf_to_checkpoint(folder, tmp_path / "there")
 
 
+def test_a_finished_target_is_known_by_the_command_that_wrote_it(tmp_path):
+    source, target = f"hf:{hf_folder(tmp_path / 'hf')}", f"ckpt:{tmp_path / 'ckpt'}"
+
+    def command(**options):
+        verb.convert(source, target, **{"dtype": None, "tokenizer": None, "say": said.append, **options})
+
+    said = []
+    command()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ckpt").iterdir()}
+    with pytest.raises(ConfigError, match="exists, written by this command"):
+        command()
+    command(may_be_there=True)
+    assert said[-1] == f"{tmp_path / 'ckpt'} is there, as this command has written it before"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ckpt").iterdir()} == before
+    with pytest.raises(ConfigError, match="exists; name a folder that does not"):  # what it would write is another
+        command(may_be_there=True, dtype="bf16")
+
+
 @pytest.mark.parametrize(
-    ("source", "target", "dtype", "text"),
+    ("options", "text"),
     [
-        ("hf:", "ckpt:b", None, "--from hf:: must be ckpt:DIR or hf:DIR"),
-        ("hf:a", "b", None, "--to b: must be ckpt:DIR or hf:DIR"),
-        ("hf:a", "ckpt:b", "fp8", "--dtype fp8: must be one of fp32, bf16, fp16"),
-        ("hf:/nowhere/a", "ckpt:b", None, "/nowhere/a: there is no such folder"),
-        ("ckpt:/nowhere/a", "hf:b", None, "/nowhere/a: there is no such folder"),
+        ({"source": "hf:"}, "--from hf:: must be ckpt:DIR or hf:DIR"),
+        ({"target": "b"}, "--to b: must be ckpt:DIR or hf:DIR"),
+        ({"dtype": "fp8"}, "--dtype fp8: must be one of fp32, bf16, fp16"),
+        ({"max_shard_size": "5 GiB"}, "--max-shard-size 5 GiB: must be a number of bytes, KB, MB or GB"),
+        ({"tokenizer": Path("tokenizer.model")}, "--tokenizer goes with --to hf:DIR"),
     ],
 )
-def test_arguments_that_do_not_fit_are_bad_config(source, target, dtype, text):
-    with pytest.raises(ConfigError, match=text):
-        verb.convert(source, target, dtype=dtype, tokenizer=None, say=print)
+def test_malformed_options_are_bad_usage(options, text):
+    with pytest.raises(UsageError, match=text) as caught:
+        verb.convert(
+            **{"source": "hf:a", "target": "ckpt:b", "dtype": None, "tokenizer": None, "say": print, **options}
+        )
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("source", "target"), [("hf:/nowhere/a", "ckpt:b"), ("ckpt:/nowhere/a", "hf:b")])
+def test_a_path_that_is_not_there_is_bad_config(source, target):
+    with pytest.raises(ConfigError, match="/nowhere/a: there is no such folder") as caught:
+        verb.convert(source, target, dtype=None, tokenizer=None, say=print)
+    assert caught.value.exit_code == 78
 
 
 def refused(folder, text):
@@ -309,11 +379,15 @@ def test_pickles_are_never_opened(tmp_path):
         ("sub/model.safetensors", "no plain name"),
         ("model.bin", "which is no .safetensors file"),
         (7, "which is no .safetensors file"),
+        ("a\0b.safetensors", "cannot be opened: .*null"),
+        (f"{'a' * 300}.safetensors", "cannot be opened: .*too long"),
+        ("circle.safetensors", "cannot be opened: .*loop"),
         ("model-00001-of-00002.safetensors", "is named by model.safetensors.index.json and is not there"),
     ],
 )
 def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
     folder = hf_folder(tmp_path / "hf")
+    (folder / "circle.safetensors").symlink_to("circle.safetensors")
     weight_map = dict.fromkeys(random_tensors(MODEL), SINGLE) | {"model.norm.weight": file}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     refused(folder, text)
@@ -321,7 +395,13 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
 
 @pytest.mark.parametrize(
     ("index", "text"),
-    [("{", "is damaged"), ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {}}', "holds no model.embed")],
+    [
+        ("{", "is damaged"),
+        ("[]", "holds a list instead of a JSON object"),
+        ('{"weight_map": []}', r"weight_map \(\[\]\) must be an object"),
+        ('{"weight_map": {}, "metadata": 7}', r"metadata \(7\) must be an object"),
+        ('{"weight_map": {}}', "holds no model.embed"),
+    ],
 )
 def test_a_damaged_index_is_bad_data(tmp_path, index, text):
     folder = hf_folder(tmp_path / "hf")
@@ -385,7 +465,8 @@ def test_a_wrong_shape_is_told_with_both_shapes(tmp_path):
     tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(32, 32)
     refused(
         hf_folder(tmp_path / "hf", tensors=tensors),
-        r"model\.layers\.0\.self_attn\.k_proj\.weight is \[32, 32\], but config\.json makes it \[16, 32\]",
+        r"model\.layers\.0\.self_attn\.k_proj\.weight is \[32, 32\], but config\.json makes it \[16, 32\]; there "
+        r"hidden_size is 32, num_attention_heads is 4, num_key_value_heads is 2",
     )
 
 
@@ -403,7 +484,31 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     shard.write_bytes(content)
     with pytest.raises(DataError, match="do not match the checksum"):
         checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for target in ("hf:{}", "ckpt:{}"):  # the command compares checksums beside the writing
+        with pytest.raises(DataError, match="do not match the checksum"):
+            verb.convert(
+                f"ckpt:{tmp_path / 'ckpt'}", target.format(tmp_path / "out"), dtype=None, tokenizer=None, say=print
+            )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"num_layers": "x"}, "manifest.json: num_layers of its model section: "),
+        ({"num_experts": 8}, "manifest.json: num_experts of its model section: "),
+        ([], "its model section is no object"),
+    ],
+)
+def test_a_model_section_of_another_version_is_bad_data(tmp_path, section, text):
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
+    files.amend_state(tmp_path / "ckpt", {"model": section})
+    for read in (
+        lambda: open_source("ckpt", tmp_path / "ckpt"),
+        lambda: resolve_model(ModelConfig(load=f"ckpt:{tmp_path / 'ckpt'}")),
+    ):
+        with pytest.raises(DataError, match=text):
+            read()
 
 
 def test_one_changed_weight_does_not_agree(tmp_path):
@@ -415,4 +520,4 @@ def test_one_changed_weight_does_not_agree(tmp_path):
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = -tensors["model.layers.1.mlp.down_proj.weight"][3, 5]
     save_file(tensors, back / SINGLE, metadata={"format": "pt"})
     assert not tensors_agree(open_source("ckpt", tmp_path / "ckpt"), open_source("hf", back), say=said.append)
-    assert said[-1] == "1 tensors differ, the first is decoder.layers.1.mlp.linear_fc2.weight"
+    assert said[-1] == "1 of 15 tensors differ, the first is decoder.layers.1.mlp.linear_fc2.weight"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_xy.config import RunConfig
-from megatron_xy.errors import DataError
+from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.reward.pairs import load_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -78,13 +78,15 @@ def graded(folder: Path, name: str, grades: dict[str, str]) -> Path:
 
 def test_grades_come_back_as_pairs_to_train_on(folder: Path) -> None:
     key = {row["id"]: row for row in rows_of(folder / "out" / "key.jsonl")}
-    one = graded(folder, "one.jsonl", {"000001": "A3", "000002": "B1", "000003": "A0", "000004": "A2", "000005": "b2"})
-    two = graded(folder, "two.csv", {"000001": "A2", "000002": "B2", "000003": "B0", "000004": "B1"})
+    one = graded(
+        folder, "one.jsonl", {"p000001": "A3", "p000002": "B1", "p000003": "A0", "p000004": "A2", "p000005": "b2"}
+    )
+    two = graded(folder, "two.csv", {"p000001": "A2", "p000002": "B2", "p000003": "B0", "p000004": "B1"})
     found = preferences.import_grades(folder / "out" / "key.jsonl", [one, two], folder / "pairs.jsonl")
     assert [pair.strength for pair in found] == [3, -2, 0, 0, -2], "2.5 and 1.5 are rounded up; sides differ in 4"
     written = rows_of(folder / "pairs.jsonl")
     assert [row["grade"] for row in written] == ["A3", "B2", "B2"]
-    first, second = key["000001"], key["000002"]
+    first, second = key["p000001"], key["p000002"]
     assert written[0]["chosen"] == first["A"] and written[0]["model"]["chosen"] == first["model"]["A"]
     assert written[1]["chosen"] == second["B"] and written[1]["model"]["rejected"] == second["model"]["A"]
     assert written[0]["source"] == first["source"]
@@ -105,14 +107,14 @@ def test_grades_come_back_as_pairs_to_train_on(folder: Path) -> None:
 def test_bad_grades_are_named(folder: Path) -> None:
     key = folder / "out" / "key.jsonl"
     for name in ("bad.jsonl", "bad.csv"):
-        path = graded(folder, name, {"000002": "A4"})
+        path = graded(folder, name, {"p000002": "A4"})
         with pytest.raises(DataError, match=rf"{name}:\d+: grade \(A4\) must be one of"):
             preferences.import_grades(key, [path], folder / "pairs.jsonl")
-    write_rows(folder / "ids.jsonl", [{"id": "7", "grade": "A1"}, *[{"id": "000001", "grade": "A1"}] * 2])
+    write_rows(folder / "ids.jsonl", [{"id": "7", "grade": "A1"}, *[{"id": "p000001", "grade": "A1"}] * 2])
     with pytest.raises(DataError) as caught:
         preferences.import_grades(key, [folder / "ids.jsonl"], folder / "pairs.jsonl")
     first, second = str(caught.value).splitlines()
-    assert "ids.jsonl:1: id (7) is none of the key's" in first and "ids.jsonl:3: id (000001) has been graded" in second
+    assert "ids.jsonl:1: id (7) is none of the key's" in first and "ids.jsonl:3: id (p000001) has been graded" in second
     with pytest.raises(DataError, match="no pair has a grade"):
         preferences.import_grades(key, [graded(folder, "none.jsonl", {})], folder / "pairs.jsonl")
     assert not (folder / "pairs.jsonl").exists()
@@ -126,3 +128,26 @@ def test_one_answer_makes_no_pair(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         preferences.export_pairs([("m", tmp_path / "a.jsonl")], tmp_path / "out", sources={}, per_prompt=1, seed=0)
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_tables_survive_spreadsheets(folder: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"prompt": "=1+1", "response": text} for text in ("-2", "二")])
+    preferences.export_pairs([("m", tmp_path / "a.jsonl")], tmp_path / "sums", sources={}, per_prompt=1, seed=0)
+    with (tmp_path / "sums" / "pairs.csv").open(encoding="utf-8-sig", newline="") as stream:
+        row = next(csv.DictReader(stream))
+    assert row["prompt"] == "'=1+1" and {row["A"], row["B"]} == {"'-2", "二"}, "no formulas"
+    assert not row["id"].isdigit(), "a spreadsheet takes the zeros off numbers"
+    (tmp_path / "grades.csv").write_bytes(f"id,prompt,A,B,grade\n{row['id']},二,三,四,a2\n".encode("gbk"))
+    found = preferences.import_grades(tmp_path / "sums" / "key.jsonl", [tmp_path / "grades.csv"], tmp_path / "p.jsonl")
+    assert [pair.strength for pair in found] == [2]
+    (tmp_path / "semicolons.csv").write_text("id;grade\np000001;A1\n")
+    with pytest.raises(DataError, match="no column id, grade"):
+        preferences.import_grades(folder / "out" / "key.jsonl", [tmp_path / "semicolons.csv"], tmp_path / "p.jsonl")
+
+
+def test_wrong_options_and_full_disks_are_errors(folder: Path) -> None:
+    files = [("small", folder / "small.jsonl")]
+    with pytest.raises(ConfigError, match=r"--pairs-per-prompt \(-1\) must be 1 or more"):
+        preferences.export_pairs(files, folder / "new", sources={}, per_prompt=-1, seed=0)
+    with pytest.raises(StorageError, match=r"small.jsonl cannot be written"):
+        preferences.export_pairs(files, folder / "small.jsonl", sources={}, per_prompt=1, seed=0)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import http.server
 import json
 import os
 import select
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_xy.errors import ConfigError, DataError, StorageError
+from tests.unit.chat_server import endpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from side_by_side import export_pairs, kinds_in
@@ -175,11 +173,12 @@ def test_annotators_who_differ_are_counted_each_and_agreement_says_so(tmp_path: 
         "3": ["good", "good", "bad", "bad"],
     }
     sheets = [
-        graded(out, name, dict(zip(("000001", "000002", "000003", "000004"), said[name], strict=True))) for name in said
+        graded(out, name, dict(zip(("q000001", "q000002", "q000003", "q000004"), said[name], strict=True)))
+        for name in said
     ]
     questions = read_questions(out / "key.jsonl", sheets)
     assert [question.counts for question in questions] == [[3, 0, 0], [2, 1, 0], [0, 0, 3], [1, 0, 2]]
-    assert [question.row["id"] for question in sharpest_losses(questions, most=5)] == ["000003", "000004"]
+    assert [question.row["id"] for question in sharpest_losses(questions, most=5)] == ["q000003", "q000004"]
     assert 0.3 < alpha(questions) < 0.9
 
 
@@ -199,7 +198,7 @@ def test_one_annotator_has_no_one_to_agree_with(tmp_path: Path) -> None:
 
 def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> None:
     out = exported(tmp_path, [("general", "chat")] * 4)
-    everything = {f"{number:06d}": "good" for number in range(1, 5)}
+    everything = {f"q{number:06d}": "good" for number in range(1, 5)}
     sheets = [graded(out, name, everything) for name in "123"]
     rows = rows_of(sheets[2])
     key = out / "key.jsonl"
@@ -210,9 +209,9 @@ def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> N
         assert not (tmp_path / "report").exists()
         return str(caught.value)
 
-    assert problem_of(*sheets[:2]) == "4 grades of annotator 3 are missing: 000001, 000002, 000003, 000004"
-    write_rows(sheets[2], [{**row, "grade": None if row["id"] == "000002" else row["grade"]} for row in rows])
-    assert problem_of(*sheets) == "1 grades of annotator 3 are missing: 000002"
+    assert problem_of(*sheets[:2]) == "4 grades of annotator 3 are missing: q000001, q000002, q000003, q000004"
+    write_rows(sheets[2], [{**row, "grade": None if row["id"] == "q000002" else row["grade"]} for row in rows])
+    assert problem_of(*sheets) == "1 grades of annotator 3 are missing: q000002"
     write_rows(sheets[2], [*rows, rows[0]])
     assert f"{sheets[2]}:5: annotator 3 has graded {rows[0]['id']}" in problem_of(*sheets)
     other = {"good": "bad", "bad": "good"}[rows[1]["grade"]]
@@ -223,32 +222,6 @@ def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> N
     told = problem_of(*sheets).splitlines()
     assert "grade (better) must be one of good, same, bad" in told[0]
     assert "annotator (4) was not asked" in told[1] and "id (9) is none of the key's" in told[2]
-
-
-@contextmanager
-def endpoint(reply_to: Any) -> Iterator[tuple[str, list[str]]]:
-    """A chat-completions server on this machine, and the questions that it was asked."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(question["messages"][0]["content"])
-            body = json.dumps({"choices": [{"message": {"content": reply_to(asked[-1])}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-        server.shutdown()
-        thread.join()
 
 
 def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(tmp_path: Path) -> None:
