@@ -186,7 +186,7 @@ def test_one_annotator_has_no_one_to_agree_with(tmp_path: Path) -> None:
     exported(tmp_path, [("finance", "service")] * 3)
     files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
     export_pairs(files, tmp_path / "one", kinds={}, annotators=["reward"], per_question=1, seed=0)
-    grades = dict(zip(("000001", "000002", "000003"), ("good", "same", "bad"), strict=True))
+    grades = dict(zip(("q000001", "q000002", "q000003"), ("good", "same", "bad"), strict=True))
     sheet = graded(tmp_path / "one", "reward", grades)
     lines = write_report(tmp_path / "one" / "key.jsonl", [sheet], tmp_path / "report", num_losses=1)
     assert any("alpha (ordinal): none" in line for line in lines)
