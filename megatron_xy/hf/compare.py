@@ -117,7 +117,8 @@ def _documents(dataset: PackedDataset, *, num_samples: int) -> Iterator[Document
 
 
 def _opened(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+    where = "auto" if torch.accelerator.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=where).eval()
 
 
 def _folder(form: str) -> Path:

@@ -91,7 +91,7 @@ def _by_bitsandbytes(origin: Path, folder: Path, *, scheme: str, ignore: list[st
         origin,
         quantization_config=config,
         dtype=torch.bfloat16,
-        device_map="auto",
+        device_map="auto" if torch.accelerator.is_available() else "cpu",
     )
     model.save_pretrained(folder)
 

@@ -182,6 +182,20 @@ def test_annotators_who_differ_are_counted_each_and_agreement_says_so(tmp_path: 
     assert 0.3 < alpha(questions) < 0.9
 
 
+def test_one_annotator_has_no_one_to_agree_with(tmp_path: Path) -> None:
+    exported(tmp_path, [("finance", "service")] * 3)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    export_pairs(files, tmp_path / "one", kinds={}, annotators=["reward"], per_question=1, seed=0)
+    grades = dict(zip(("q000001", "q000002", "q000003"), ("good", "same", "bad"), strict=True))
+    sheet = graded(tmp_path / "one", "reward", grades)
+    lines = write_report(tmp_path / "one" / "key.jsonl", [sheet], tmp_path / "report", num_losses=1)
+    assert any("alpha (ordinal): none" in line for line in lines)
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["krippendorff_alpha"] is None and found["groups"][0]["win_and_tie"]["percent"] == pytest.approx(
+        200 / 3
+    )
+
+
 def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> None:
     out = exported(tmp_path, [("general", "chat")] * 4)
     everything = {f"q{number:06d}": "good" for number in range(1, 5)}
