@@ -6,7 +6,8 @@ ckpt: or hf: -> bf16 in HF format -> quantised, layer after layer where it is ca
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_xy.hf.calibration import Calibration, read_calibration
 from megatron_xy.hf.config import read_hf_config
 from megatron_xy.hf.convert import to_hf
 from megatron_xy.hf.release import MODEL_CARD, TOKENIZER_FILES, copy_side_files
-from megatron_xy.hf.source import open_source
+from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.verb import place
 from megatron_xy.storage import TEMPORARY_PREFIX, write_text
@@ -52,11 +53,7 @@ def quantize(
     if opened.model.head != "language_model":
         raise ConfigError(f"--from {source}: is a reward model; only language models are quantised")
     work = {"to": scheme, "from": opened.fingerprint(), "num_samples": num_samples, "ignore": ignore}
-    plain = to_path.with_name(f"{TEMPORARY_PREFIX}{to_path.name}.bf16")
-    with whole_or_absent(to_path, work=work) as folder:
-        if from_kind == "ckpt" and not plain.exists():
-            to_hf(opened, plain, dtype=torch.bfloat16, tokenizer=None, say=say)
-        origin = plain if from_kind == "ckpt" else from_path
+    with whole_or_absent(to_path, work=work) as folder, _as_hf(opened, beside=to_path, say=say) as origin:
         told = ["none"]
         if calibration is None:
             _by_bitsandbytes(origin, folder, scheme=scheme, ignore=ignore)
@@ -69,10 +66,23 @@ def quantize(
         if not copied & set(TOKENIZER_FILES):
             say("warning: no tokenizer files beside the weights; the folder has none")
         write_text(folder / MODEL_CARD, _model_card(from_path.name, scheme, calibration=told[0], ignore=ignore))
-    if from_kind == "ckpt":
-        shutil.rmtree(plain)
     size = sum(path.stat().st_size for path in to_path.iterdir())
     say(f"wrote {to_path}: {scheme}, {size / 1e6:,.1f} MB")
+
+
+@contextmanager
+def _as_hf(source: Source, *, beside: Path, say: Say) -> Iterator[Path]:
+    """The folder itself where it is HF's; else, while the block runs, a folder of the checkpoint in bf16."""
+    if source.kind == "hf":
+        yield source.folder
+        return
+    plain = beside.with_name(f"{TEMPORARY_PREFIX}{beside.name}.bf16")
+    shutil.rmtree(plain, ignore_errors=True)  # of a killed command
+    try:
+        to_hf(source, plain, dtype=torch.bfloat16, tokenizer=None, say=say)
+        yield plain
+    finally:
+        shutil.rmtree(plain, ignore_errors=True)
 
 
 def _by_bitsandbytes(origin: Path, folder: Path, *, scheme: str, ignore: list[str]) -> None:
