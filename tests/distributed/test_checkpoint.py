@@ -112,7 +112,13 @@ def test_another_layout_goes_on_with_the_same_losses(saved: tuple[Layout, Path, 
 
 
 @pytest.mark.parametrize(
-    "target", [Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2, distributed=True)], ids=str
+    "target",
+    [
+        pytest.param(Layout(tp=2, pp=2), marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2, dp=2), marks=pytest.mark.slow),
+        Layout(pp=2, dp=2, distributed=True),
+    ],
+    ids=str,
 )
 def test_the_hash_is_the_same_for_every_layout(
     saved: tuple[Layout, Path, list[Any]], target: Layout, tmp_path: Path
@@ -161,7 +167,11 @@ def test_bf16_keeps_its_main_weights(layout: Layout, tmp_path: Path) -> None:
     assert run_ranks(load_and_train, layout, model, folder, world_size=4)[0] == results[0]["after"]
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, dp=2, distributed=True, overlap=True)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(Layout(tp=2), marks=pytest.mark.slow), Layout(tp=2, dp=2, distributed=True, overlap=True)],
+    ids=str,
+)
 def test_a_save_in_the_background_holds_the_state_of_its_step(layout: Layout, tmp_path: Path) -> None:
     """Three steps follow while it is copied and written: what is on disk must be the state before them."""
     results = run_ranks(train_and_save, layout, models.MODEL, tmp_path, True, world_size=layout.world_size)

@@ -143,7 +143,7 @@ def events_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("resumed_at", [None, 6])
+@pytest.mark.parametrize("resumed_at", [None, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_profile_is_written_for_its_window_on_the_ranks_named(data, tmp_path, resumed_at):
     config = loop.config_of(data, tmp_path / "run", runtime={"profile": "5:8", "profile_ranks": [1]})
     run_ranks(loop.train, *([] if resumed_at is None else [loop.until(config, resumed_at)]), config, world_size=2)
@@ -175,6 +175,7 @@ def test_evaluation_leaves_no_trace_and_a_resumed_run_evaluates_the_same(data, t
     assert records[-1]["loss"] < records[0]["loss"]
 
 
+@pytest.mark.slow
 def test_every_layout_evaluates_to_the_same_numbers(data, tmp_path):
     layouts = {"alone": (1, {}), "tp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
                "vp": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),

@@ -112,7 +112,10 @@ def alone_generating() -> Any:
     return result
 
 
-@pytest.mark.parametrize("placement", list(PLACEMENTS)[1:])
+@pytest.mark.parametrize(
+    "placement",
+    [pytest.param(p, marks=[] if n in (2, 3) else [pytest.mark.slow]) for n, p in enumerate(PLACEMENTS) if n],
+)
 def test_the_same_answers_and_the_same_step_in_every_placement(placement: str, alone_generating: Any) -> None:
     world_size, roles = PLACEMENTS[placement]
     for result in run_ranks(one_step, roles, PPO, None, True, world_size=world_size):

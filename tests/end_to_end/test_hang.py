@@ -107,6 +107,7 @@ def test_a_rank_that_stands_still_shows_where(config, tmp_path, monkeypatch, kin
         assert re.search(rf"^it hangs in: rank 1 .* iteration 3, phase step, .* in {kind} \(", ended.err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_hung_data_loader_is_named_by_its_phase(config, tmp_path, monkeypatch):
     ended = faulty(config, tmp_path / "run", monkeypatch, "0:step:3:block_the_data")
     report = the_report(ended, tmp_path / "run")
@@ -122,6 +123,7 @@ def test_a_hung_save_is_named(config, tmp_path, monkeypatch):
     assert "rank 1's part of the checkpoint" in report and "in blocked" in report
 
 
+@pytest.mark.slow
 def test_a_slow_save_is_no_hang(config, tmp_path, monkeypatch):
     """It takes twice the timeout; the other rank waits for it all the while."""
     overrides = ["training.train_iters=3", "checkpoint.save_interval=3"]
@@ -139,6 +141,7 @@ def test_a_rank_missing_at_the_rendezvous_is_named(config, tmp_path, monkeypatch
     assert "in sleep_for_ever" in ended.err
 
 
+@pytest.mark.slow
 def test_ranks_that_are_all_stopped_are_found_by_the_supervisor(config, tmp_path):
     run_dir = tmp_path / "run"
     with started(run_command(config, *options(run_dir), ranks=2)) as process:

@@ -307,6 +307,7 @@ def test_a_run_goes_on_with_what_it_draws_and_learns(unbroken: Path, folder: Pat
     assert "checkpoint.allow_changes=true" in said
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_skipped_and_told(folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     given = (f"run_dir={run_dir}", "training.train_iters=1", "ppo.entropy_coef=1.0e+300", "ppo.missing_end_penalty=0")
