@@ -24,6 +24,7 @@ from megatron_xy.plan.speed import StepTime, Traffic, checkpoint_bytes, step_tim
 from megatron_xy.stages import padded_vocab_size
 
 DAY = 86_400
+RECOMPUTE_MODES = ("none", "selective", "full")
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 
 
@@ -51,6 +52,18 @@ class RolePlan:
     stages: tuple[RoleMemory, ...]
     traffic: Traffic
     steps: tuple[StepTime, ...]  # by bucket
+
+    def totals_of(self, stage: int) -> dict[str, int]:
+        """{recompute_granularity: bytes that a rank of the stage would hold with it}; none of a frozen role."""
+        if not self.job.is_trained:
+            return {}
+        return {
+            mode: stage_memory(
+                dataclasses.replace(self.job, model=self.job.model.model_copy(update={"recompute_granularity": mode})),
+                stage=stage,
+            ).total
+            for mode in RECOMPUTE_MODES
+        }
 
     @property
     def worst(self) -> RoleMemory:
@@ -124,6 +137,7 @@ class Plan:
                     "stages": [
                         dataclasses.asdict(memory)
                         | {"static": memory.static, "activations": memory.activations, "total": memory.total}
+                        | {"total_by_recompute": role.totals_of(memory.stage)}
                         for memory in role.stages
                     ],
                     "traffic": dataclasses.asdict(role.traffic),

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_xy.plan.calibrate import Calibration
-from megatron_xy.plan.overview import Plan, RolePlan
+from megatron_xy.plan.overview import RECOMPUTE_MODES, Plan, RolePlan
 from megatron_xy.plan.ppo import TimeLine
 from megatron_xy.plan.search import changes
 from megatron_xy.ppo.placement import spelt_ranks
@@ -137,6 +137,7 @@ def _memory(plan: Plan) -> RenderableType:
         "of micro-batches",
         "buffers",
         "total",
+        *(f"if {mode}" for mode in RECOMPUTE_MODES),
     )
     table = _table("memory a rank, GB (recompute: " + plan.config.model.recompute_granularity + ")", *headings)
     for role in plan.roles:
@@ -149,6 +150,7 @@ def _memory(plan: Plan) -> RenderableType:
                 f"{memory.in_flight:.1f}",
                 f"{memory.buffers / GB:.2f}",
                 f"{memory.total / GB:.1f}",
+                *(f"{total / GB:.1f}" for total in role.totals_of(memory.stage).values()),
                 style="bold" if memory is role.worst else "",
             )
     return table

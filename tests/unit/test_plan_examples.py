@@ -149,3 +149,14 @@ def test_a_calibration_finds_how_much_slower_a_run_was(tmp_path):
     assert found.factor == pytest.approx(0.8, abs=0.01)
     assert found.speeds[0].predicted == pytest.approx(found.speeds[0].measured, rel=0.01)
     assert found.speeds[0].before > found.speeds[0].measured
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_the_total_of_every_mode_of_recomputation_is_told(name):
+    for role in planned(name).roles:
+        for memory in role.stages:
+            totals = role.totals_of(memory.stage)
+            assert bool(totals) is role.job.is_trained
+            if totals:
+                assert totals[role.job.model.recompute_granularity] == memory.total
+                assert totals["none"] > totals["selective"] > totals["full"]
