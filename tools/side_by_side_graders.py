@@ -34,25 +34,40 @@ Reply with one word: A, B, or same.
 def grade_by_reward_model(sheet: Path, output: Path, *, model: str, tie_band: float) -> int:
     """Grades a sheet by what `megatron-xy score` says of both answers; returns the number of grades.
 
+    An answer that says nothing is not scored: it is worse than one that says something, and the same as another one.
     Raises ConfigError, DataError or StorageError; where `score` ends badly, ends with its exit code.
     """
     if tie_band < 0:
         raise ConfigError(f"--tie-band ({tie_band}): must not be below 0")
     rows = _rows(sheet)
     answers, scores = (output.with_name(f"{output.name}.{what}.jsonl") for what in ("answers", "scores"))
-    write_text(answers, lines_of({"prompt": row["prompt"], "response": row[side]} for row in rows for side in "AB"))
+    said = [(row["prompt"], row[side]) for row in rows for side in "AB"]
+    write_text(answers, lines_of({"prompt": prompt, "response": text} for prompt, text in said if text.strip()))
     command = [sys.executable, "-m", "megatron_xy", "score", model, "--input", str(answers), "--output", str(scores)]
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)  # it has said what is wrong
-    values = [float(row.value["score"]) for row in read_rows(scores, option="scores", parse=lambda row: row)]
-    grades = []
-    for row, a, b in zip(rows, values[::2], values[1::2], strict=True):
-        grade = "same" if abs(a - b) <= tie_band else ("good" if a > b else "bad")
-        grades.append({"id": row["id"], "annotator": row["annotator"], "grade": grade, "scores": [a, b]})
+    scored = iter(read_rows(scores, option="scores", parse=lambda row: float(row["score"])))
+    values = [next(scored).value if text.strip() else None for _, text in said]
+    grades = [
+        {
+            "id": row["id"],
+            "annotator": row["annotator"],
+            "grade": grade_of(*pair, tie_band=tie_band),
+            "scores": pair,
+        }
+        for row, *pair in zip(rows, values[::2], values[1::2], strict=True)
+    ]
     write_text(output, lines_of(grades))
     answers.unlink()
     scores.unlink()
     return len(grades)
+
+
+def grade_of(a: float | None, b: float | None, *, tie_band: float) -> str:
+    """Of two scores, None for an answer that says nothing: good where A is better."""
+    if a is None or b is None:
+        return "same" if a is b else "bad" if a is None else "good"
+    return "same" if abs(a - b) <= tie_band else "good" if a > b else "bad"
 
 
 def grade_by_endpoint(sheet: Path, output: Path, *, url: str, model: str | None, key_variable: str) -> int:

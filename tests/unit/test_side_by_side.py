@@ -22,7 +22,7 @@ from tests.unit.chat_server import endpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from side_by_side import export_pairs, kinds_in
-from side_by_side_graders import grade_by_endpoint
+from side_by_side_graders import grade_by_endpoint, grade_of
 from side_by_side_report import alpha, read_questions, sharpest_losses, write_report
 
 # Good, same and bad of 70B-Chat after PPO against before, in percent, as the report of XuanYuan2-70B has them, with
@@ -336,3 +336,14 @@ def test_the_page_takes_grades_by_key_keeps_them_and_writes_them(tmp_path: Path)
     assert [row["id"] for row in given] == [row["id"] for row in shown]
     others = [graded(out, name, dict.fromkeys((row["id"] for row in shown), "same")) for name in "23"]
     assert len(read_questions(out / "key.jsonl", [tmp_path / "grades-1.jsonl", *others])) == 3
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "grade"),
+    [
+        (1.0, 0.5, "good"), (0.5, 1.0, "bad"), (1.0, 1.04, "same"), (-2.0, None, "good"), (None, -2.0, "bad"),
+        (None, None, "same"),
+    ],
+)  # fmt: skip
+def test_a_reward_model_grades_by_its_scores_and_silence_is_worst(a: Any, b: Any, grade: str) -> None:
+    assert grade_of(a, b, tie_band=0.05) == grade
