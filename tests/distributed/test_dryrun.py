@@ -11,6 +11,7 @@ from megatron_xy import device, environment, pretrain
 from megatron_xy.config import RunConfig
 from megatron_xy.dryrun.ledger import Ledger
 from megatron_xy.dryrun.training import micro_batches, note_training_step
+from megatron_xy.plan.memory import rank_memory
 from tests.distributed.dry_runs import dry_runs
 from tests.distributed.spawn import run_ranks
 
@@ -143,3 +144,13 @@ def test_activations_are_what_autograd_keeps_and_the_work_at_hand(found: Any, na
     """Counted by another way: what is saved for backward passes is most of what is held at the peak."""
     for dry, real in found[name]:
         assert real["saved"] < dry["activations"] * (1 + ON_A_CPU.get(name, 0.0)) < 1.5 * real["saved"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_planner_says_what_the_real_rank_holds(found: Any, name: str) -> None:
+    """Parameters, weights and gradients to the byte; activations as near as rules of thumb come at this size."""
+    for _, real in found[name]:
+        (planned,) = rank_memory(CONFIGS[name], world_size=WORLD_SIZE, rank=real["rank"])
+        assert planned.parameters == real["parameters"]
+        assert (planned.weights, planned.gradients) == (real["weights"], real["gradients"])
+        assert planned.activations == pytest.approx(real["activations"], rel=0.07 + ON_A_CPU.get(name, 0.0))
