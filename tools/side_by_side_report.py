@@ -253,10 +253,10 @@ def _key_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _agreement_told(agreement: float, questions: Iterable[Question]) -> str:
-    agreed = [len(set(question.grades.values())) == 1 for question in questions]
-    value = (
-        f"{agreement:.3f}" if math.isfinite(agreement) else "none, as all grades are the same or each question has one"
-    )
+    agreed = [len(set(question.grades.values())) == 1 for question in questions if len(question.grades) > 1]
+    if not agreed:
+        return "one annotator a question: there is no agreement to tell"
+    value = f"{agreement:.3f}" if math.isfinite(agreement) else "none, as all grades are the same"
     share = 100 * sum(agreed) / len(agreed)
     return f"annotators agree in {share:.1f}% of the questions; Krippendorff's alpha (ordinal): {value}"
 
