@@ -6,7 +6,7 @@ start with `sections`, which has every key.
 
 from megatron_xy.config.data_rules import FILES_OF_ROWS, check_buckets, is_file_of_rows
 from megatron_xy.config.loading import dump_config, load_config, load_model_options, run_dir_of
-from megatron_xy.config.model_rules import check_shape, data_parallel_size, shape_problems
+from megatron_xy.config.model_rules import check_role_shapes, check_shape, data_parallel_size
 from megatron_xy.config.problems import InvalidConfig, Problem
 from megatron_xy.config.roles import PlacedRole, placed_roles, role_names, role_sections
 from megatron_xy.config.rules import check_world
@@ -43,6 +43,7 @@ __all__ = [
     "RuntimeConfig",
     "TrainingConfig",
     "check_buckets",
+    "check_role_shapes",
     "check_shape",
     "check_world",
     "data_parallel_size",
@@ -54,5 +55,4 @@ __all__ = [
     "role_names",
     "role_sections",
     "run_dir_of",
-    "shape_problems",
 ]

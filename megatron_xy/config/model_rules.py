@@ -6,22 +6,29 @@ Rules yield (key, sentence) of whatever does not hold.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatron_xy.config.problems import InvalidConfig, Problem, as_written, nearest_divisors, nearest_multiples
-from megatron_xy.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_xy.config.roles import PlacedRole
+from megatron_xy.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, RoleName, RunConfig
 
 
 def check_shape(config: RunConfig) -> None:
     """The rules of the model's shape once it is complete: `model.load` has filled it in. Raises InvalidConfig."""
-    problems = [Problem(name, text) for name, text in shape_problems(config.model, config.parallel)]
+    problems = [Problem(name, text) for name, text in shape_rules(config.model, config.parallel)]
     if problems:
         raise InvalidConfig(problems)
 
 
-def shape_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
-    """(key, sentence) of what does not fit in a complete model's shape."""
-    return list(shape_rules(model, parallel))
+def check_role_shapes(roles: Mapping[RoleName, PlacedRole]) -> None:
+    """The same of every role of PPO, once their models are complete. Raises InvalidConfig with all problems."""
+    problems = [
+        Problem(f"roles.{name}.{key}", f"roles.{name}: {text}")
+        for name, role in roles.items()
+        for key, text in shape_rules(role.model, role.parallel)
+    ]
+    if problems:
+        raise InvalidConfig(problems)
 
 
 def data_parallel_size(parallel: ParallelConfig, *, world_size: int) -> int:

@@ -11,13 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from megatron_xy.config import (
-    InvalidConfig,
     ModelConfig,
-    Problem,
     RunConfig,
+    check_role_shapes,
     check_shape,
     placed_roles,
-    shape_problems,
 )
 from megatron_xy.dryrun import ppo, training
 from megatron_xy.dryrun.rank import RankFindings
@@ -83,13 +81,7 @@ def _of_ppo(config: RunConfig, bucket: int | None, world_size: int) -> tuple[OfR
         name: replace(role, model=_shaped(role.model))
         for name, role in placed_roles(config, world_size=world_size).items()
     }
-    problems = [
-        Problem(f"roles.{name}.{key}", f"roles.{name}: {text}")
-        for name, role in roles.items()
-        for key, text in shape_problems(role.model, role.parallel)
-    ]
-    if problems:
-        raise InvalidConfig(problems)
+    check_role_shapes(roles)
     room = ppo.longest_answer(roles)
     length = bucket or room
     assert config.ppo is not None, "the config's rules ask for it"

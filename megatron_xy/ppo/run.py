@@ -14,15 +14,13 @@ from pathlib import Path
 from megatron_xy import device, environment, mcore, parallel
 from megatron_xy.checkpoint_files import MANIFEST, read_manifest
 from megatron_xy.config import (
-    InvalidConfig,
     ParallelConfig,
     PlacedRole,
-    Problem,
     RoleName,
     RunConfig,
+    check_role_shapes,
     check_world,
     placed_roles,
-    shape_problems,
 )
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
@@ -87,13 +85,7 @@ def look_at(config: RunConfig, *, world_size: int) -> Material:
         name: replace(role, model=resolve_model(role.model))
         for name, role in placed_roles(config, world_size=world_size).items()
     }
-    problems = [
-        Problem(f"roles.{name}.{key}", f"roles.{name}: {text}")
-        for name, role in roles.items()
-        for key, text in shape_problems(role.model, role.parallel)
-    ]
-    if problems:
-        raise InvalidConfig(problems)
+    check_role_shapes(roles)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_vocabularies(roles, tokenizer)
     prompts = PromptFile(ppo.prompts, seed=config.seed)
