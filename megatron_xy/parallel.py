@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_xy import device, environment, mcore
 from megatron_xy.config import ParallelConfig
@@ -97,19 +96,6 @@ def start_alone() -> None:
     """A world of this one process, for verbs that need a model and no torchrun."""
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(device.backend(), store=store, rank=0, world_size=1)
-
-
-@contextlib.contextmanager
-def pretended_world(*, rank: int, world_size: int) -> Iterator[None]:
-    """Inside, this process is one rank of a world whose other ranks are not there: collectives end at once, and what
-    they would have brought stays as it was."""
-    dist.init_process_group(device.backend(), store=FakeStore(), rank=rank, world_size=world_size)
-    # Else the end of it looks for a backend of a known name, and says on stderr that there is none.
-    distributed_c10d._get_default_group()._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def stop_distributed() -> None:

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_xy import device, parallel
+from megatron_xy import device
 from megatron_xy.dryrun.ledger import Ledger, Traffic, as_kernel, storage_bytes
 from megatron_xy.optimizer import torch_optimizers
 from megatron_xy.parallel import Groups
@@ -71,7 +73,7 @@ def pretended_rank(rank: int, *, world_size: int) -> Iterator[Ledger]:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.compile = as_kernel  # type: ignore[assignment]
     try:
-        with parallel.pretended_world(rank=rank, world_size=world_size), ledger:
+        with _pretended_world(rank=rank, world_size=world_size), ledger:
             yield ledger
     finally:
         torch.compile = compile_
@@ -80,6 +82,19 @@ def pretended_rank(rank: int, *, world_size: int) -> Iterator[Ledger]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _pretended_world(*, rank: int, world_size: int) -> Iterator[None]:
+    """Inside, this process is one rank of a world whose other ranks are not there: collectives end at once, and what
+    they would have brought stays as it was."""
+    dist.init_process_group(device.backend(), store=FakeStore(), rank=rank, world_size=world_size)
+    # Else the end of it looks for a backend of a known name, and says on stderr that there is none.
+    distributed_c10d._get_default_group()._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def note_step(role: Role, step: Step, *, num_micro_batches: int, ledger: Ledger, rank: int) -> RankFindings:

@@ -180,7 +180,8 @@ class _Sizes:
 
     def __init__(self, job: Job) -> None:
         model, parallel = job.model, job.parallel
-        assert model.hidden_size and model.ffn_hidden_size and model.num_attention_heads and model.vocab_size
+        assert model.hidden_size and model.ffn_hidden_size, "a plan begins with a whole shape"
+        assert model.num_attention_heads and model.vocab_size, "a plan begins with a whole shape"
         self.job, self.model = job, model
         self.tp = parallel.tensor_model_parallel_size
         self.is_sequence_parallel = parallel.sequence_parallel and self.tp > 1
