@@ -52,7 +52,13 @@ def quantize(
     opened = open_source(from_kind, from_path)
     if opened.model.head != "language_model":
         raise ConfigError(f"--from {source}: is a reward model; only language models are quantised")
-    work = {"to": scheme, "from": opened.fingerprint(), "num_samples": num_samples, "ignore": ignore}
+    work = {
+        "to": scheme,
+        "from": opened.fingerprint(),
+        "calibration": str(calibration),
+        "num_samples": num_samples,
+        "ignore": ignore,
+    }
     with whole_or_absent(to_path, work=work) as folder, _as_hf(opened, beside=to_path, say=say) as origin:
         told = ["none"]
         if calibration is None:
