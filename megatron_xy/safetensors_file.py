@@ -17,19 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
+from megatron_xy.dtypes import CODES, Bits, bits_dtype, itemsize
 from megatron_xy.errors import DataError, StorageError
 from megatron_xy.shards import Placed
 
-CODES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 BLOCK_BYTES = 8 << 20
 WRITE_BYTES = 1 << 20  # at a time, at multiples of it: faster than 8 MB on ext4 (docs/log.md)
+STRIDED_BYTES = 1 << 20  # of rows that are read to copy a part of their columns: stays in a core's cache
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH = struct.Struct("<Q")
 
@@ -38,14 +36,14 @@ _LENGTH = struct.Struct("<Q")
 class StoredTensor:
     """Where a tensor lies in its file."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
 
     @property
     def num_bytes(self) -> int:
         """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * itemsize(self.dtype)
 
 
 class SafetensorsFile:
@@ -67,38 +65,33 @@ class SafetensorsFile:
         """Lets go of the file."""
         self._stream.close()
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Bits:
         """The tensor, whole. Raises DataError where the file has none of that name."""
         stored = self.tensors.get(name)
         if stored is None:
             raise DataError(f"{self.path} is damaged: it holds no {name}; copy it again")
-        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        whole = np.empty(stored.shape, bits_dtype(stored.dtype))
         self._fill(whole, stored.start)
         return whole
 
-    def copy(self, name: str, place: Placed, target: torch.Tensor) -> None:
-        """Copies the block `place` of the tensor into `target`, of the block's shape and any dtype, blockwise."""
+    def copy(self, name: str, place: Placed, target: Bits) -> None:
+        """Copies the block `place` of the tensor into `target`, of its shape, straight or by way of a buffer."""
         stored = self.tensors[name]
-        inner, outer = place.inner.with_rows(), place.outer.with_rows()
-        target = target.detach().view(inner.shape) if target.dim() == 0 else target.detach()
-        row_numel = math.prod(outer.shape[1:])
-        row_bytes = row_numel * stored.dtype.itemsize
-        first = stored.start + place.offset * stored.dtype.itemsize + (inner.start[0] - outer.start[0]) * row_bytes
-        columns = inner.slices_in(outer)[1:]
-        is_whole_width = inner.shape[1:] == outer.shape[1:]
-        step = max(1, BLOCK_BYTES // max(row_bytes, 1))
-        for row in range(0, inner.shape[0], step):
-            part = target[row : row + step]
-            position = first + row * row_bytes
-            if is_whole_width and part.dtype == stored.dtype and part.is_cpu and part.is_contiguous():
-                self._fill(part, position)
+        size = itemsize(stored.dtype)
+        target = target.reshape(place.inner.with_rows().shape)  # a view: only a scalar's shape changes
+        is_straight = place.inner.shape[1:] == place.outer.shape[1:] and target.flags.c_contiguous
+        for rows, part in place.in_rows((BLOCK_BYTES if is_straight else STRIDED_BYTES) // size):
+            row_numel = math.prod(part.outer.shape[1:])
+            first = part.offset + (part.inner.start[0] - part.outer.start[0]) * row_numel
+            if is_straight:
+                self._fill(target[rows], stored.start + first * size)
             else:
-                block = empty_block((part.shape[0], *outer.shape[1:]), stored.dtype)
-                self._fill(block, position)
-                part.copy_(block[(slice(None), *columns)])
+                buffer = np.empty((rows.stop - rows.start, *part.outer.shape[1:]), target.dtype)
+                self._fill(buffer, stored.start + first * size)
+                target[rows] = buffer[(slice(None), *part.inner.slices_in(part.outer)[1:])]
 
-    def _fill(self, tensor: torch.Tensor, position: int) -> None:
-        rest = memory_of(tensor)
+    def _fill(self, array: Bits, position: int) -> None:
+        rest = memory_of(array)
         while rest:
             count = os.preadv(self._stream.fileno(), [rest], position)
             if count == 0:
@@ -131,16 +124,16 @@ class SafetensorsFile:
 
 def write_safetensors(
     path: Path,
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    layout: dict[str, tuple[str, tuple[int, ...]]],
     *,
-    blocks_of: Callable[[str], Iterable[torch.Tensor]],
+    blocks_of: Callable[[str], Iterable[Bits]],
     metadata: dict[str, str],
     on_progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> dict[str, Any]:
     """Writes one file, synced to disk; returns its {bytes, sha256}. Raises StorageError.
 
-    blocks_of: the tensor's contents as blocks on the CPU, contiguous, one after the other. Hashed and written beside
-    the reading of the next block. on_progress: called after each block with the bytes written so far.
+    layout: {name: (dtype, shape)}. blocks_of: the tensor's contents as contiguous blocks, one after the other; hashed
+    and written beside the reading of the next block. on_progress: called after each block with the bytes so far.
     """
     try:
         return _write(path, _file_blocks(layout, blocks_of=blocks_of, metadata=metadata), on_progress=on_progress)
@@ -148,17 +141,14 @@ def write_safetensors(
         raise StorageError(f"{path} cannot be written: {error}; make room or choose another folder") from error
 
 
-def empty_block(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor whose memory goes back to the system with it: an allocator keeps what threads let go."""
-    numel = math.prod(shape)
-    if numel == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize), dtype=dtype).view(shape)
+def empty_block(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Bytes whose memory goes back to the system with them: an allocator keeps what threads let go."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8) if num_bytes else np.empty(0, np.uint8)
 
 
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def memory_of(array: Bits) -> memoryview:
+    """The bytes of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _write(path: Path, blocks: Iterator[memoryview], *, on_progress: Callable[[int], object]) -> dict[str, Any]:
@@ -167,7 +157,13 @@ def _write(path: Path, blocks: Iterator[memoryview], *, on_progress: Callable[[i
 
         def write(block: memoryview) -> None:
             while block:
-                block = block[stream.write(block[: WRITE_BYTES - stream.tell() % WRITE_BYTES]) :]
+                place = stream.tell()
+                count = stream.write(block[: WRITE_BYTES - place % WRITE_BYTES])
+                block = block[count:]
+                if (end := place + count) % WRITE_BYTES == 0:
+                    # On its way to the disk at once, so that little is left for fsync: the system starts to write what
+                    # it is to forget, and forgets only what is written.
+                    os.posix_fadvise(stream.fileno(), end - WRITE_BYTES, WRITE_BYTES, os.POSIX_FADV_DONTNEED)
 
         under_way: list[Future[None]] = []
         for block in blocks:
@@ -184,9 +180,9 @@ def _write(path: Path, blocks: Iterator[memoryview], *, on_progress: Callable[[i
 
 
 def _file_blocks(
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    layout: dict[str, tuple[str, tuple[int, ...]]],
     *,
-    blocks_of: Callable[[str], Iterable[torch.Tensor]],
+    blocks_of: Callable[[str], Iterable[Bits]],
     metadata: dict[str, str],
 ) -> Iterator[memoryview]:
     """The header's length, the header as JSON, the tensors one after the other.
@@ -194,11 +190,11 @@ def _file_blocks(
     As the format asks: wider elements first, then by name, so that every tensor is aligned; the header padded with
     spaces to 8 bytes.
     """
-    ordered = sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+    ordered = sorted(layout.items(), key=lambda item: (-itemsize(item[1][0]), item[0]))
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, (dtype, shape) in ordered:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
+        start, end = end, end + math.prod(shape) * itemsize(dtype)
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

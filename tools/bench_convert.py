@@ -147,24 +147,25 @@ def report(result: dict[str, Any]) -> None:
 
 def make_model(model: ModelConfig, folder: Path) -> None:
     """An HF folder in bf16 in which no two tensors begin alike."""
-    import torch
+    import numpy as np
 
+    from megatron_xy.dtypes import Bits
     from megatron_xy.hf.config import hf_config
     from megatron_xy.hf.names import global_names, hf_shards
     from megatron_xy.safetensors_file import write_safetensors
 
     folder.mkdir()
     shards = {part: shard for name in global_names(model) for part, shard in hf_shards(name, model).items()}
-    pattern = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    pattern = np.random.default_rng(0).integers(-(2**15), 2**15, 1 << 21, dtype=np.int16)
 
-    def blocks_of(name: str) -> list[torch.Tensor]:
+    def blocks_of(name: str) -> list[Bits]:
         start, numel = sum(map(ord, name)), shards[name].numel
-        size = pattern.numel() - start
+        size = pattern.size - start
         return [pattern[start : start + min(size, numel - done)] for done in range(0, numel, size)]
 
     write_safetensors(
         folder / "model.safetensors",
-        {name: (torch.bfloat16, shard.local_shape) for name, shard in shards.items()},
+        {name: ("bfloat16", shard.local_shape) for name, shard in shards.items()},
         blocks_of=blocks_of,
         metadata={"format": "pt"},
     )
@@ -179,7 +180,7 @@ def convert_split(model: ModelConfig, source: Path, target: Path) -> None:
     from megatron_xy import checkpoint_files as files
     from megatron_xy.hf.names import global_names
     from megatron_xy.hf.source import open_source
-    from megatron_xy.hf.target import Output, stored_dtype, write_files
+    from megatron_xy.hf.target import Output, write_files
     from megatron_xy.shards import Box, ParameterShard, whole
 
     def halves(name: str, shape: tuple[int, ...]) -> list[ParameterShard]:
@@ -207,14 +208,14 @@ def convert_split(model: ModelConfig, source: Path, target: Path) -> None:
         stage = int(int(layer[1]) >= layers // 2 if layer else not name.startswith("embedding"))
         for tp_rank, shard in enumerate(halves(name, manifest.tensors[name].shape)):
             file = f"rank-{2 * stage + tp_rank:05d}-of-00004.safetensors"
-            outputs[file].append(Output(name, name, shard, stored_dtype(manifest, name)))
+            outputs[file].append(Output(name, name, shard, manifest.tensors[name].dtype))
     target.mkdir()
     facts = write_files(target, outputs, source=source, manifest=manifest, metadata=files.METADATA, say=print)
     entries: dict[str, files.TensorEntry] = {}
     for file, held in outputs.items():
         for output in held:
             shape = output.shard.global_shape
-            entry = entries.setdefault(output.name, files.TensorEntry(shape, files.DTYPE_NAMES[output.dtype]))
+            entry = entries.setdefault(output.name, files.TensorEntry(shape, output.dtype))
             entry.pieces.append(files.Piece(file, output.shard))
     section = opened.model.model_dump(mode="json", exclude_unset=True)
     state = {**asdict(files.TrainingState()), "world_size": 4, "model": section}

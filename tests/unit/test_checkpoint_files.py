@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_xy import checkpoint_files as files
+from megatron_xy.block_reader import tensor_hashes
 from megatron_xy.checkpoint_files import Manifest, Piece, TensorEntry
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.shards import Box, ParameterShard
-from megatron_xy.tensor_reader import TensorReader, tensor_hashes
+from megatron_xy.tensor_files import dtype_name, write_tensors
+from megatron_xy.tensor_reader import TensorReader
 
 # Global name -> [(file, boxes)]: rows, the gated fc1, columns, one whole, int64 and bf16.
 FULL = {
@@ -49,7 +51,7 @@ def write_checkpoint(folder, *, cuts=CUTS, full=FULL, state=None):
     manifest = Manifest(state={**STATE, **(state or {})}, tensors={}, rank_state={}, files={})
     for name, pieces in cuts.items():
         tensor = full[name]
-        entry = TensorEntry(tuple(tensor.shape), files.DTYPE_NAMES[tensor.dtype])
+        entry = TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype))
         for letter, boxes in pieces:
             file = f"{letter}.safetensors"
             shard = ParameterShard(entry.shape, tuple(Box(*box) for box in boxes))
@@ -61,7 +63,7 @@ def write_checkpoint(folder, *, cuts=CUTS, full=FULL, state=None):
     held[first]["rank_state.cpu"] = GENERATOR_STATE
     manifest.rank_state["0"] = {"cpu": first}
     for file, tensors in held.items():
-        manifest.files[file] = files.write_shard(folder, file=file, tensors=tensors)
+        manifest.files[file] = write_tensors(folder / file, tensors, metadata=files.METADATA)
     files.write_manifest(folder, manifest)
     return manifest
 
@@ -322,7 +324,7 @@ def test_a_pickle_in_a_shards_place_is_never_run(checkpoint, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="cannot be written"):
-        files.write_shard(tmp_path / "nowhere", file="a.safetensors", tensors={"x": torch.ones(2)})
+        write_tensors(tmp_path / "nowhere" / "a.safetensors", {"x": torch.ones(2)}, metadata={})
     with pytest.raises(StorageError, match="cannot be written"):
         files.write_manifest(tmp_path / "nowhere", Manifest({}, {}, {}, {}))
 

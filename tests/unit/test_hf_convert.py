@@ -22,6 +22,7 @@ from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.reader import DTYPES, INDEX, hf_manifest
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
+from megatron_xy.tensor_files import dtype_name, torch_dtype
 from megatron_xy.tensor_reader import TensorReader
 from megatron_xy.weights import resolve_model
 from tools.train_tokenizer import train
@@ -59,7 +60,7 @@ def hf_folder(folder, *, model=MODEL, dtype=torch.float32, tensors=None):
     """A folder as transformers lays it out, with tokenizer files that nobody here reads."""
     folder.mkdir(parents=True)
     token_ids = {"bos_token_id": 5, "eos_token_id": [6, 7]}
-    config = hf_config(model, dtype=files.DTYPE_NAMES[dtype], token_ids=token_ids)
+    config = hf_config(model, dtype=dtype_name(dtype), token_ids=token_ids)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(random_tensors(model, dtype) if tensors is None else tensors, folder / SINGLE, metadata={"format": "pt"})
     for name in FILES:
@@ -217,7 +218,7 @@ def test_tokenizer_settings_of_transformers_5_are_written_so_that_version_4_open
 @pytest.mark.parametrize(("dtype", "computed"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
 def test_a_model_is_computed_in_the_type_of_its_weights(tmp_path, dtype, computed):
     """config.json says fp32; a converted checkpoint's model section says nothing."""
-    folder = hf_folder(tmp_path / "hf", tensors=random_tensors(MODEL, DTYPES[dtype]))
+    folder = hf_folder(tmp_path / "hf", tensors=random_tensors(MODEL, torch_dtype(DTYPES[dtype])))
     hf_to_checkpoint(folder, tmp_path / "ckpt")
     assert model_ranks.stored_dtype(f"hf:{folder}") == model_ranks.stored_dtype(f"ckpt:{tmp_path / 'ckpt'}") == computed
 
@@ -473,7 +474,7 @@ def test_a_wrong_shape_is_told_with_both_shapes(tmp_path):
 def test_quantised_weights_are_refused(tmp_path):
     tensors = random_tensors(MODEL)
     tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
-    refused(hf_folder(tmp_path / "hf", tensors=tensors), r"model\.norm\.weight is of type torch\.int8")
+    refused(hf_folder(tmp_path / "hf", tensors=tensors), r"model\.norm\.weight is of type int8")
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):

@@ -96,7 +96,7 @@ def test_parts_follow_each_other_and_are_small(cutting, max_numel):
         parts = list(boxes.in_parts(max_numel))
         row = max(torch.Size(box.shape[1:]).numel() for box in shard.boxes)
         assert all(part.numel <= max(max_numel, row) for part in parts)
-        assert torch.equal(torch.cat([part.take(full) for part in parts]), boxes.take(full))
+        assert torch.equal(torch.cat([local_of(part, full) for part in parts]), local_of(boxes, full))
 
 
 boxes = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=2).map(
