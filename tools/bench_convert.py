@@ -1,9 +1,11 @@
 """How fast is a conversion, against cp of the same bytes, and how much memory does it take?
 
 A model of 1.135 B parameters in bf16 (2.27 GB), warm in the page cache. In turn, --rounds times: cp, without fsync and
-with; an HF folder into a checkpoint of one file; into the four files of TP2 x PP2; both back by `megatron-xy convert`.
-Each in a process of its own, fsync and checksums included. Speeds are shares of cp's, for the whole command and without
-the import of torch, which takes as long for any size. Medians, spread, peak memory.
+with; an HF folder into a checkpoint of one rank; into the four files of TP2 x PP2; both back. Each in a process of its
+own: as `megatron-xy convert` does it, fsync and checksums included, and once more without checksums, which nobody can
+ask the command for: what is written is hashed, and of a checkpoint what is read, too. Seconds on the clock and of the
+CPUs, spread, peak memory; shares of cp's speed by the medians: of the whole command, without its imports, which take as
+long for any size, and without imports and checksums.
 
     python tools/bench_convert.py [--rounds 5] [--folder DIR] [--quick] [--output FILE.json]
 """
@@ -11,7 +13,6 @@ the import of torch, which takes as long for any size. Medians, spread, peak mem
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,18 @@ FULL = ModelConfig(
 QUICK = ModelConfig(
     num_layers=4, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, num_query_groups=4, vocab_size=4001
 )
-IMPORTS = "megatron_xy.hf.verb"
 CASES = ("hf_to_tp1", "hf_to_tp2_pp2", "tp1_to_hf", "tp2_pp2_to_hf")
+COPIES = ("cp", "cp_fsync")
+UNHASHED = "_unhashed"  # behind a case's name: without checksums
+
+
+@dataclass(frozen=True)
+class Took:
+    """What some processes, one after the other, took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
 
 
 def main() -> int:
@@ -48,8 +61,10 @@ def main() -> int:
     options = parser.parse_args()
     model = QUICK if options.quick else FULL
     if options.step:
+        import_all()
         step, *paths = options.step
-        make_model(model, Path(*paths)) if step == "make" else convert_split(model, *map(Path, paths))
+        if step != "import":
+            STEPS[step](model, *map(Path, paths))
         return 0
     folder = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=options.folder))
     try:
@@ -63,86 +78,110 @@ def main() -> int:
 
 
 def measure(folder: Path, *, rounds: int, quick: bool) -> dict[str, Any]:
-    """{bytes, seconds, peak_bytes, shares of cp's speed} of every case."""
+    """{bytes, seconds, CPU seconds, peak_bytes, shares of cp's speed} of every case."""
+    source, weights = folder / "hf", folder / "hf" / "model.safetensors"
     this = [sys.executable, __file__, *(["--quick"] if quick else []), "--step"]
     convert = [sys.executable, "-m", "megatron_xy", "convert"]
-    source, weights = folder / "hf", folder / "hf" / "model.safetensors"
     run([*this, "make", str(source)])
-    commands = {
-        "import": [sys.executable, "-c", f"import {IMPORTS}"],
-        "cp": ["cp", str(weights), str(folder / "cp")],
-        "cp_fsync": ["dd", f"if={weights}", f"of={folder / 'cp_fsync'}", "bs=1M", "conv=fsync", "status=none"],
-        "hf_to_tp1": [*convert, "--from", f"hf:{source}", "--to", f"ckpt:{folder / 'hf_to_tp1'}"],
-        "hf_to_tp2_pp2": [*this, "split", str(source), str(folder / "hf_to_tp2_pp2")],
-        "tp1_to_hf": [*convert, "--from", f"ckpt:{folder / 'hf_to_tp1'}", "--to", f"hf:{folder / 'tp1_to_hf'}"],
+    copy = ["cp", str(weights)]
+    commands: dict[str, list[list[str]]] = {
+        "import": [[*this, "import"]],
+        "cp": [[*copy, str(folder / "cp")]],
+        "cp_fsync": [[*copy, str(folder / "cp_fsync")], ["sync", str(folder / "cp_fsync")]],
+        "hf_to_tp1": [[*convert, "--from", f"hf:{source}", "--to", f"ckpt:{folder / 'hf_to_tp1'}"]],
+        "hf_to_tp2_pp2": [[*this, "split", str(source), str(folder / "hf_to_tp2_pp2")]],
+        "tp1_to_hf": [[*convert, "--from", f"ckpt:{folder / 'hf_to_tp1'}", "--to", f"hf:{folder / 'tp1_to_hf'}"]],
         "tp2_pp2_to_hf": [
-            *convert, "--from", f"ckpt:{folder / 'hf_to_tp2_pp2'}", "--to", f"hf:{folder / 'tp2_pp2_to_hf'}"
+            [*convert, "--from", f"ckpt:{folder / 'hf_to_tp2_pp2'}", "--to", f"hf:{folder / 'tp2_pp2_to_hf'}"]
         ],
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    peaks = dict.fromkeys(commands, 0)
-    for number in range(rounds + 1):
-        for name, command in commands.items():
-            os.sync()  # nobody pays for what another has left to be written
-            took, peak = run(command)
-            peaks[name] = max(peaks[name], peak)
-            if number:  # the first round warms up
-                seconds[name].append(took)
-        if number == 0:
-            check(folder, weights)
-        for name in commands:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    speeds = {
-        name: {
-            f"of_{copy}{suffix}": median[copy] / (median[name] - left_out)
-            for copy in ("cp", "cp_fsync")
-            for suffix, left_out in (("", 0.0), ("_without_import", median["import"]))
-        }
-        for name in CASES
     }
+    origins = {"tp1_to_hf": "hf_to_tp1", "tp2_pp2_to_hf": "hf_to_tp2_pp2"}
+    for case in CASES:
+        paths = [str(folder / origins.get(case, "hf")), str(folder / f"{case}{UNHASHED}")]
+        commands[f"{case}{UNHASHED}"] = [[*this, f"unhashed_{case.partition('_to_')[2]}", *paths]]
+    took: dict[str, list[Took]] = {name: [] for name in commands}
+    for number in range(rounds + 1):
+        for name, processes in commands.items():
+            os.sync()  # nobody pays for what another has left to be written
+            each = run(*processes)
+            if number:  # the first round warms up
+                took[name].append(each)
+            elif name in origins and not is_same(weights, folder / name / weights.name):
+                raise SystemExit(f"{name}: {weights.name} differs from the original")
+            if name not in origins.values():
+                remove(folder / name)
+        for name in origins.values():
+            remove(folder / name)
+        print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
     return {
         "bytes": weights.stat().st_size,
-        "seconds": {name: {"median": median[name], "all": values} for name, values in seconds.items()},
-        "peak_bytes": peaks,
-        "speed": speeds,
+        "took": {name: [asdict(each) for each in rounds] for name, rounds in took.items()},
+        "speed": speeds({name: statistics.median(each.seconds for each in rounds) for name, rounds in took.items()}),
         "python": platform.python_version(),
-        "torch": importlib.metadata.version("torch"),
         "cpus": os.cpu_count(),
         "load": os.getloadavg(),
     }
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak memory in bytes of a process. The peak begins with ours, so torch is never imported here."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    assert process.stderr is not None, "a pipe was asked for"
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {said.decode()}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+def speeds(median: dict[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """{case: {copy: {what of the case is counted: share of the copy's speed}}}."""
+    imports = median["import"]
+    return {
+        case: {
+            copy: {
+                "in all": median[copy] / median[case],
+                "without imports": median[copy] / (median[case] - imports),
+                "without imports and checksums": median[copy] / (median[f"{case}{UNHASHED}"] - imports),
+            }
+            for copy in COPIES
+        }
+        for case in CASES
+    }
 
 
-def check(folder: Path, weights: Path) -> None:
-    """What came back is what it was, byte for byte but for the header's order."""
-    for name in ("tp1_to_hf", "tp2_pp2_to_hf"):
-        if subprocess.run(["cmp", "-s", weights, folder / name / weights.name], check=False).returncode:
-            raise SystemExit(f"{name}: {weights.name} differs from the original")
+def run(*commands: list[str]) -> Took:
+    """Runs one after the other. A process's peak begins with ours, so nothing large is ever imported here."""
+    seconds, cpu_seconds, peak_bytes = 0.0, 0.0, 0
+    for command in commands:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        assert process.stderr is not None, "a pipe was asked for"
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {said.decode()}")
+        seconds += time.perf_counter() - began
+        cpu_seconds += usage.ru_utime + usage.ru_stime
+        peak_bytes = max(peak_bytes, usage.ru_maxrss * 1024)
+    return Took(seconds, cpu_seconds, peak_bytes)
+
+
+def is_same(original: Path, back: Path) -> bool:
+    """Whether what came back is what it was, byte for byte."""
+    return subprocess.run(["cmp", "-s", original, back], check=False).returncode == 0
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, where there is one: no later step is to find it, nor its bytes in memory."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def report(result: dict[str, Any]) -> None:
     """Medians, spread, peak memory and shares of cp's speed."""
-    print(f"{result['bytes'] / 1e9:.2f} GB, {result['cpus']} CPUs, torch {result['torch']}")
-    for name, told in result["seconds"].items():
-        spread = f"{min(told['all']):.2f} to {max(told['all']):.2f}"
-        print(f"  {name:<14} {told['median']:7.2f} s  ({spread})  peak {result['peak_bytes'][name] / 1e9:.2f} GB")
-    for name, shares in result["speed"].items():
-        print(f"  {name:<14} " + ", ".join(f"{share:.0%} {which}" for which, share in shares.items()))
+    load = " ".join(f"{each:.1f}" for each in result["load"])
+    print(f"{result['bytes'] / 1e9:.2f} GB, {result['cpus']} CPUs, load {load}")
+    for name, rounds in result["took"].items():
+        seconds, cpu_seconds = ([each[key] for each in rounds] for key in ("seconds", "cpu_seconds"))
+        print(
+            f"  {name:<22} {statistics.median(seconds):6.2f} s  ({min(seconds):.2f} to {max(seconds):.2f})  "
+            f"CPU {statistics.median(cpu_seconds):5.2f} s  ({min(cpu_seconds):.2f} to {max(cpu_seconds):.2f})  "
+            f"peak {max(each['peak_bytes'] for each in rounds) / 1e9:.2f} GB"
+        )
+    print("share of the copy's speed:")
+    for case, by_copy in result["speed"].items():
+        for copy, shares in by_copy.items():
+            print(f"  {case:<14} {copy:<9}" + ",".join(f" {share:.0%} {what}" for what, share in shares.items()))
 
 
 def make_model(model: ModelConfig, folder: Path) -> None:
@@ -173,10 +212,8 @@ def make_model(model: ModelConfig, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def convert_split(model: ModelConfig, source: Path, target: Path) -> None:
+def split_model(model: ModelConfig, source: Path, target: Path) -> None:
     """A checkpoint as the four ranks of TP2 x PP2 write one, each its own file."""
-    from dataclasses import asdict
-
     from megatron_xy import checkpoint_files as files
     from megatron_xy.hf.names import global_names
     from megatron_xy.hf.source import open_source
@@ -210,7 +247,7 @@ def convert_split(model: ModelConfig, source: Path, target: Path) -> None:
             file = f"rank-{2 * stage + tp_rank:05d}-of-00004.safetensors"
             outputs[file].append(Output(name, name, shard, manifest.tensors[name].dtype))
     target.mkdir()
-    facts = write_files(target, outputs, source=source, manifest=manifest, metadata=files.METADATA, say=print)
+    facts = write_files(target, outputs, source=source, manifest=manifest, metadata=files.METADATA, say=say_nothing)
     entries: dict[str, files.TensorEntry] = {}
     for file, held in outputs.items():
         for output in held:
@@ -221,6 +258,55 @@ def convert_split(model: ModelConfig, source: Path, target: Path) -> None:
     state = {**asdict(files.TrainingState()), "world_size": 4, "model": section}
     files.write_manifest(target, files.Manifest(state, entries, {}, facts))
 
+
+def import_all() -> None:
+    """What the command imports, so that every case begins with as much."""
+    import megatron_xy.cli
+    import megatron_xy.hf.verb  # noqa: F401
+
+
+def unhashed_tp1(model: ModelConfig, source: Path, target: Path) -> None:
+    """An HF folder into a checkpoint of one rank, without checksums."""
+    from megatron_xy.hf.convert import to_checkpoint
+    from megatron_xy.hf.source import open_source
+
+    hash_nothing()
+    to_checkpoint(open_source("hf", source), target, dtype=None, say=say_nothing)
+
+
+def unhashed_tp2_pp2(model: ModelConfig, source: Path, target: Path) -> None:
+    """An HF folder into the files of TP2 x PP2, without checksums."""
+    hash_nothing()
+    split_model(model, source, target)
+
+
+def unhashed_hf(model: ModelConfig, source: Path, target: Path) -> None:
+    """A checkpoint into an HF folder, without checksums of what is read and what is written."""
+    from megatron_xy.hf.convert import to_hf
+    from megatron_xy.hf.source import open_source
+
+    hash_nothing()
+    to_hf(open_source("ckpt", source), target, dtype=None, tokenizer=None, verify=False, say=say_nothing)
+
+
+def hash_nothing() -> None:
+    """From now on, files of weights that this process writes get no checksum."""
+    from types import SimpleNamespace
+
+    from megatron_xy import safetensors_file
+
+    nothing = SimpleNamespace(update=lambda block: None, hexdigest=lambda: "")
+    vars(safetensors_file)["hashlib"] = SimpleNamespace(sha256=lambda: nothing)
+
+
+def say_nothing(text: str) -> None:
+    """Who looks on is told what was measured."""
+
+
+STEPS: dict[str, Callable[..., None]] = {
+    "make": make_model, "split": split_model,
+    "unhashed_tp1": unhashed_tp1, "unhashed_tp2_pp2": unhashed_tp2_pp2, "unhashed_hf": unhashed_hf,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())
