@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from megatron_xy.checkpoint_files import Manifest, Piece
 from megatron_xy.dtypes import Bits, bits_dtype, cast, itemsize
 from megatron_xy.errors import DataError
-from megatron_xy.safetensors_file import BLOCK_BYTES, SafetensorsFile, empty_block, memory_of
+from megatron_xy.safetensors_file import BLOCK_BYTES, FileRange, SafetensorsFile, empty_block, memory_of
 from megatron_xy.shards import ParameterShard, Placed, whole
 
 _BLOCKS_IN_TURN = 3
@@ -66,6 +66,18 @@ class BlockReader:
                 self.copy_into(name, stored.reshape(part.local_shape), part)
                 cast(stored, block, dtypes=(entry.dtype, dtype))
             yield block
+
+    def parts(self, name: str, shard: ParameterShard, *, dtype: str) -> Iterable[Bits | FileRange]:
+        """As `blocks`, but what lies in the files as it is wanted is told as ranges of them, unread."""
+        if dtype != self.manifest.tensors[name].dtype:
+            return self.blocks(name, shard, dtype=dtype)
+        ranges = {}
+        for file, stored_name, there, here in self.overlaps(name, shard):
+            if there.span is None or here.span is None:
+                return self.blocks(name, shard)
+            ranges[here.span] = file.range(stored_name, *there.span)
+        assert sum(stop - start for start, stop in ranges) == shard.numel, "the pieces make up the tensor"
+        return [ranges[span] for span in sorted(ranges)]
 
     def copy_into(self, name: str, local: Bits, shard: ParameterShard) -> None:
         """Fills `local`, which holds `shard` of the global tensor `name`; its padding stays. Raises as `overlaps`."""

@@ -1,10 +1,12 @@
 """safetensors files read and written part by part: memory holds a block, never a file and seldom a tensor.
 
-Read by position instead of through a memory map, whose pages would count as this process's memory.
+Read by position instead of through a memory map, whose pages would count as this process's memory. What goes from one
+file into another as it is, the kernel copies, as cp does.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +30,21 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 BLOCK_BYTES = 8 << 20
 WRITE_BYTES = 1 << 20  # at a time, at multiples of it: faster than 8 MB on ext4 (docs/log.md)
 STRIDED_BYTES = 1 << 20  # of rows that are read to copy a part of their columns: stays in a core's cache
+HASHED_BYTES = 1 << 18  # at a time, for the same reason
+FLUSH_BYTES = 1 << 27  # so much is sent to the disk while more is written
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH = struct.Struct("<Q")
+# What copy_file_range answers where a kernel or a file system has none, or not from the one to the other.
+_NOT_BY_THE_KERNEL = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
+
+
+class FileRange(NamedTuple):
+    """Bytes that lie in an open file one behind the other."""
+
+    path: Path
+    descriptor: int
+    position: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,13 @@ class SafetensorsFile:
         whole = np.empty(stored.shape, bits_dtype(stored.dtype))
         self._fill(whole, stored.start)
         return whole
+
+    def range(self, name: str, start: int = 0, stop: int | None = None) -> FileRange:
+        """Where the elements [start, stop) of the flattened tensor lie, by default all of it."""
+        stored = self.tensors[name]
+        size = itemsize(stored.dtype)
+        num_bytes = stored.num_bytes - start * size if stop is None else (stop - start) * size
+        return FileRange(self.path, self._stream.fileno(), stored.start + start * size, num_bytes)
 
     def copy(self, name: str, place: Placed, target: Bits) -> None:
         """Copies the block `place` of the tensor into `target`, of its shape, straight or by way of a buffer."""
@@ -126,17 +148,18 @@ def write_safetensors(
     path: Path,
     layout: dict[str, tuple[str, tuple[int, ...]]],
     *,
-    blocks_of: Callable[[str], Iterable[Bits]],
+    parts_of: Callable[[str], Iterable[Bits | FileRange]],
     metadata: dict[str, str],
     on_progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> dict[str, Any]:
     """Writes one file, synced to disk; returns its {bytes, sha256}. Raises StorageError.
 
-    layout: {name: (dtype, shape)}. blocks_of: the tensor's contents as contiguous blocks, one after the other; hashed
-    and written beside the reading of the next block. on_progress: called after each block with the bytes so far.
+    layout: {name: (dtype, shape)}. parts_of: the tensor's contents, one part after the other: contiguous arrays, which
+    may change once the next part is asked for, or ranges of other files. on_progress: called after each 8 MB or less,
+    with the bytes written so far. The file is hashed while it is written, from what the system gives back.
     """
     try:
-        return _write(path, _file_blocks(layout, blocks_of=blocks_of, metadata=metadata), on_progress=on_progress)
+        return _write(path, _file_parts(layout, parts_of=parts_of, metadata=metadata), on_progress=on_progress)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}; make room or choose another folder") from error
 
@@ -151,40 +174,88 @@ def memory_of(array: Bits) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _write(path: Path, blocks: Iterator[memoryview], *, on_progress: Callable[[int], object]) -> dict[str, Any]:
-    digest, written = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as stream, ThreadPoolExecutor(2, thread_name_prefix="safetensors") as pool:
+class _FollowingDigest:
+    """SHA-256 of a file that is being written."""
 
-        def write(block: memoryview) -> None:
-            while block:
-                place = stream.tell()
-                count = stream.write(block[: WRITE_BYTES - place % WRITE_BYTES])
-                block = block[count:]
-                if (end := place + count) % WRITE_BYTES == 0:
-                    # On its way to the disk at once, so that little is left for fsync: the system starts to write what
-                    # it is to forget, and forgets only what is written.
-                    os.posix_fadvise(stream.fileno(), end - WRITE_BYTES, WRITE_BYTES, os.POSIX_FADV_DONTNEED)
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._position = descriptor, 0
+        self._buffer, self._digest = memoryview(bytearray(HASHED_BYTES)), hashlib.sha256()
 
-        under_way: list[Future[None]] = []
-        for block in blocks:
-            for work in under_way:
-                work.result()
+    def reach(self, end: int) -> None:
+        """Takes in what lies before `end`."""
+        while self._position < end:
+            count = os.preadv(self._descriptor, [self._buffer[: end - self._position]], self._position)
+            assert count, "what was written can be read"
+            self._digest.update(self._buffer[:count])
+            self._position += count
+
+    def hexdigest(self) -> str:
+        """Of what was taken in."""
+        return self._digest.hexdigest()
+
+
+def _write(
+    path: Path, parts: Iterator[memoryview | FileRange], *, on_progress: Callable[[int], object]
+) -> dict[str, Any]:
+    written = flushed = 0
+    with path.open("w+b", buffering=0) as stream, ThreadPoolExecutor(2, thread_name_prefix="safetensors") as pool:
+        file = stream.fileno()
+        digest = _FollowingDigest(file)
+        hashing: Future[None] = pool.submit(digest.reach, 0)
+        flushing: Future[None] = pool.submit(os.fdatasync, file)
+        for part in parts:
             on_progress(written)
-            under_way = [pool.submit(digest.update, block), pool.submit(write, block)]
-            written += len(block)
-        for work in under_way:
-            work.result()
-        os.fsync(stream.fileno())
+            written += _copy(part, file, written) if isinstance(part, FileRange) else _put(part, file, written)
+            if hashing.done():
+                hashing.result()
+                hashing = pool.submit(digest.reach, written)
+            if flushing.done() and written - flushed >= FLUSH_BYTES:
+                flushing.result()
+                flushing, flushed = pool.submit(os.fdatasync, file), written
+        hashing.result()
+        flushing.result()
+        flushing = pool.submit(os.fsync, file)
+        digest.reach(written)
+        flushing.result()
         on_progress(written)
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 
-def _file_blocks(
+def _put(part: memoryview, file: int, position: int) -> int:
+    rest = part
+    while rest:
+        count = os.pwrite(file, rest[: WRITE_BYTES - position % WRITE_BYTES], position)
+        rest, position = rest[count:], position + count
+    return len(part)
+
+
+def _copy(part: FileRange, file: int, position: int) -> int:
+    """By the kernel, as far as it does; a file system may also answer that it has copied nothing."""
+    done = 0
+    try:
+        while done < part.num_bytes:
+            rest = part.num_bytes - done
+            count = os.copy_file_range(part.descriptor, file, rest, part.position + done, position + done)
+            if count == 0:
+                break
+            done += count
+    except OSError as error:
+        if error.errno not in _NOT_BY_THE_KERNEL:
+            raise
+    while done < part.num_bytes:
+        block = os.pread(part.descriptor, min(WRITE_BYTES, part.num_bytes - done), part.position + done)
+        if not block:
+            raise DataError(f"{part.path} is damaged: it ends at byte {part.position + done}; copy it again")
+        done += _put(memoryview(block), file, position + done)
+    return done
+
+
+def _file_parts(
     layout: dict[str, tuple[str, tuple[int, ...]]],
     *,
-    blocks_of: Callable[[str], Iterable[Bits]],
+    parts_of: Callable[[str], Iterable[Bits | FileRange]],
     metadata: dict[str, str],
-) -> Iterator[memoryview]:
+) -> Iterator[memoryview | FileRange]:
     """The header's length, the header as JSON, the tensors one after the other.
 
     As the format asks: wider elements first, then by name, so that every tensor is aligned; the header padded with
@@ -200,7 +271,11 @@ def _file_blocks(
     encoded += b" " * (-len(encoded) % 8)
     yield memoryview(_LENGTH.pack(len(encoded)) + encoded)
     for name, _ in ordered:
-        for block in blocks_of(name):
-            whole = memory_of(block)
-            for start in range(0, len(whole), BLOCK_BYTES):
-                yield whole[start : start + BLOCK_BYTES]
+        for part in parts_of(name):
+            num_bytes = part.num_bytes if isinstance(part, FileRange) else part.nbytes
+            for start in range(0, num_bytes, BLOCK_BYTES):
+                stop = min(start + BLOCK_BYTES, num_bytes)
+                if isinstance(part, FileRange):
+                    yield part._replace(position=part.position + start, num_bytes=stop - start)
+                else:
+                    yield memory_of(part)[start:stop]

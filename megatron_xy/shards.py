@@ -76,6 +76,20 @@ class Placed:
         view: Array = held[self.inner.slices_in(self.outer, row_offset=row_offset)] if self.outer.start else held
         return view
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The elements [start, stop) that the block takes of the flattened tensor; None where others lie between."""
+        start, stride, is_whole = self.offset, 1, True
+        for first, size, outer_first, outer_size in reversed(
+            list(zip(self.inner.start, self.inner.shape, self.outer.start, self.outer.shape, strict=True))
+        ):
+            if size > 1 and not is_whole:
+                return None
+            start += (first - outer_first) * stride
+            stride *= outer_size
+            is_whole = is_whole and size == outer_size
+        return start, start + self.inner.numel
+
     def in_rows(self, max_numel: int) -> Iterator[tuple[slice, Placed]]:
         """The block in parts of whole rows, of as many of `outer` as have `max_numel` elements, or one; a scalar is one
         row. With each part its rows in the block.

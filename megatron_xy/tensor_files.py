@@ -26,7 +26,7 @@ def write_tensors(
     return write_safetensors(
         path,
         {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()},
-        blocks_of=lambda name: [bits_of(tensors[name])],
+        parts_of=lambda name: [bits_of(tensors[name])],
         metadata=metadata,
         on_progress=on_progress,
     )

@@ -1,13 +1,13 @@
 """How fast is a conversion, against cp of the same bytes, and how much memory does it take?
 
-A model of 1.135 B parameters in bf16 (2.27 GB), warm in the page cache. In turn, --rounds times: cp, without fsync and
-with; an HF folder into a checkpoint of one rank; into the four files of TP2 x PP2; both back. Each in a process of its
-own: as `megatron-xy convert` does it, fsync and checksums included, and once more without checksums, which nobody can
-ask the command for: what is written is hashed, and of a checkpoint what is read, too. Seconds on the clock and of the
-CPUs, spread, peak memory; shares of cp's speed by the medians: of the whole command, without its imports, which take as
-long for any size, and without imports and checksums.
+A model of 1.135 B parameters in bf16 (2.27 GB), warm in the page cache, or layers of a 70B's widths (five times their
+bytes of disk). In turn, --rounds times: cp, without fsync and with; an HF folder into a checkpoint of one
+rank; into the four files of TP2 x PP2; both back. Each in a process of its own: as `megatron-xy convert` does it, fsync
+and checksums included, and once more without checksums, which the command itself never leaves out: of what is written,
+and of a checkpoint that is read. Seconds on the clock and of the CPUs, spread, peak memory; shares of cp's speed by the
+medians: of the whole command, without its imports, which take as long for any size, and without imports and checksums.
 
-    python tools/bench_convert.py [--rounds 5] [--folder DIR] [--quick] [--output FILE.json]
+    python tools/bench_convert.py [--rounds 5] [--model 1b|70b|tiny] [--layers N] [--folder DIR] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -30,12 +30,19 @@ from typing import Any
 
 from megatron_xy.config import ModelConfig
 
-FULL = ModelConfig(
-    num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4, vocab_size=40720
-)
-QUICK = ModelConfig(
-    num_layers=4, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, num_query_groups=4, vocab_size=4001
-)
+MODELS = {
+    "tiny": ModelConfig(
+        num_layers=4, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, num_query_groups=4, vocab_size=4001
+    ),
+    "1b": ModelConfig(
+        num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4,
+        vocab_size=40720,
+    ),
+    "70b": ModelConfig(
+        num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, num_query_groups=8,
+        vocab_size=32000,
+    ),
+}  # fmt: skip
 CASES = ("hf_to_tp1", "hf_to_tp2_pp2", "tp1_to_hf", "tp2_pp2_to_hf")
 COPIES = ("cp", "cp_fsync")
 UNHASHED = "_unhashed"  # behind a case's name: without checksums
@@ -55,11 +62,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk in question; default: a temporary one")
-    parser.add_argument("--quick", action="store_true", help="a model of 30 MB, to see that everything runs")
+    parser.add_argument("--model", choices=MODELS, default="1b", help="tiny: to see that everything runs")
+    parser.add_argument("--layers", type=int, help="of the model; its own unless given")
     parser.add_argument("--output", type=Path, help="JSON of all that was measured")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)  # what a process of its own does
     options = parser.parse_args()
-    model = QUICK if options.quick else FULL
+    model = MODELS[options.model]
+    if options.layers:
+        model = model.model_copy(update={"num_layers": options.layers})
     if options.step:
         import_all()
         step, *paths = options.step
@@ -68,7 +78,8 @@ def main() -> int:
         return 0
     folder = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=options.folder))
     try:
-        result = measure(folder, rounds=options.rounds, quick=options.quick)
+        shape = ["--model", options.model, *(["--layers", str(options.layers)] if options.layers else [])]
+        result = measure(folder, rounds=options.rounds, shape=shape)
     finally:
         shutil.rmtree(folder)
     report(result)
@@ -77,10 +88,10 @@ def main() -> int:
     return 0
 
 
-def measure(folder: Path, *, rounds: int, quick: bool) -> dict[str, Any]:
-    """{bytes, seconds, CPU seconds, peak_bytes, shares of cp's speed} of every case."""
+def measure(folder: Path, *, rounds: int, shape: list[str]) -> dict[str, Any]:
+    """{bytes, seconds, CPU seconds, peak_bytes, shares of cp's speed} of every case; shape: the model's options."""
     source, weights = folder / "hf", folder / "hf" / "model.safetensors"
-    this = [sys.executable, __file__, *(["--quick"] if quick else []), "--step"]
+    this = [sys.executable, __file__, *shape, "--step"]
     convert = [sys.executable, "-m", "megatron_xy", "convert"]
     run([*this, "make", str(source)])
     copy = ["cp", str(weights)]
@@ -197,7 +208,7 @@ def make_model(model: ModelConfig, folder: Path) -> None:
     shards = {part: shard for name in global_names(model) for part, shard in hf_shards(name, model).items()}
     pattern = np.random.default_rng(0).integers(-(2**15), 2**15, 1 << 21, dtype=np.int16)
 
-    def blocks_of(name: str) -> list[Bits]:
+    def parts_of(name: str) -> list[Bits]:
         start, numel = sum(map(ord, name)), shards[name].numel
         size = pattern.size - start
         return [pattern[start : start + min(size, numel - done)] for done in range(0, numel, size)]
@@ -205,7 +216,7 @@ def make_model(model: ModelConfig, folder: Path) -> None:
     write_safetensors(
         folder / "model.safetensors",
         {name: ("bfloat16", shard.local_shape) for name, shard in shards.items()},
-        blocks_of=blocks_of,
+        parts_of=parts_of,
         metadata={"format": "pt"},
     )
     values = hf_config(model, dtype="bfloat16", token_ids={})

@@ -21,7 +21,7 @@ from megatron_xy.shards import whole
 from megatron_xy.storage import write_json
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
-MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, two at a time
+MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, some at a time
 CHECKSUMS = "checksums.sha256"
 Say = Callable[[str], None]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.hf.verb import place
-from megatron_xy.safetensors_file import BLOCK_BYTES, SafetensorsFile, StoredTensor, write_safetensors
+from megatron_xy.safetensors_file import FileRange, SafetensorsFile, StoredTensor, write_safetensors
 from megatron_xy.shards import Box, Placed
 from megatron_xy.storage import write_json, write_text
 from megatron_xy.tensor_files import bits_of, torch_dtype
@@ -144,12 +144,13 @@ def _write_weights(folder: Path, source: Source, *, first_new: int, spelt: Seque
                     dtype, shape = layout[name]
                     layout[name] = (dtype, (first_new + len(spelt), *shape[1:]))
 
-            def blocks_of(name: str, opened: SafetensorsFile = opened) -> Iterator[Bits]:
+            def parts_of(name: str, opened: SafetensorsFile = opened) -> Iterable[Bits | FileRange]:
                 if name not in WITH_ROWS_BY_PIECE:
-                    return _blocks(opened, name)
-                return itertools.chain(_blocks(opened, name, stop=first_new), _means(opened, name, spelt))
+                    return [opened.range(name)]
+                old = opened.range(name, 0, first_new * math.prod(opened.tensors[name].shape[1:]))
+                return itertools.chain([old], _means(opened, name, spelt))
 
-            facts = write_safetensors(folder / file, layout, blocks_of=blocks_of, metadata={"format": "pt"})
+            facts = write_safetensors(folder / file, layout, parts_of=parts_of, metadata={"format": "pt"})
         finally:
             opened.close()
         checksums[file] = facts["sha256"]
@@ -158,19 +159,6 @@ def _write_weights(folder: Path, source: Source, *, first_new: int, spelt: Seque
         metadata = {**index.get("metadata", {}), "total_size": total}
         write_json(folder / INDEX, {**index, "metadata": metadata})
     return checksums
-
-
-def _blocks(opened: SafetensorsFile, name: str, *, stop: int | None = None) -> Iterator[Bits]:
-    """A tensor's rows up to `stop`, some at a time."""
-    stored = opened.tensors[name]
-    if not stored.shape:
-        yield opened.read(name)
-        return
-    stop = stored.shape[0] if stop is None else stop
-    row_bytes = max(1, stored.num_bytes // max(1, stored.shape[0]))
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for first in range(0, stop, step):
-        yield bits_of(_rows(opened, name, stored, first, min(stop, first + step)))
 
 
 def _means(opened: SafetensorsFile, name: str, spelt: Sequence[Sequence[int]]) -> Iterator[Bits]:

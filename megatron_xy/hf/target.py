@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ from megatron_xy.checkpoint_files import Manifest
 from megatron_xy.data.claims import claim
 from megatron_xy.dtypes import Bits, itemsize
 from megatron_xy.errors import ConfigError, StorageError
-from megatron_xy.safetensors_file import write_safetensors
+from megatron_xy.safetensors_file import FileRange, write_safetensors
 from megatron_xy.shards import ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, temporary_name, write_json
 
-MAX_WRITERS = 2  # files at a time; each takes some blocks of memory and up to three threads
+MAX_WRITERS = 4  # files at a time; each takes some blocks of memory and up to three threads
 _WORK = "conversion.json"
 _FINISHED = ".conversion.json"
 _RECEIPT = ".receipt.json"
@@ -103,7 +103,7 @@ def write_files(
     metadata: dict[str, str],
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Writes safetensors files out of the source's pieces, two at a time; returns {file: {bytes, sha256}}.
+    """Writes safetensors files out of the source's pieces, some at a time; returns {file: {bytes, sha256}}.
 
     Files that an earlier command has done are left as they are.
     """
@@ -131,14 +131,14 @@ def _write_file(
     temporary = path.with_name(temporary_name(path.name))
     with BlockReader(source, manifest) as reader:
 
-        def blocks_of(name: str) -> Iterator[Bits]:
+        def parts_of(name: str) -> Iterable[Bits | FileRange]:
             output = by_name[name]
-            return reader.blocks(output.tensor, output.shard, dtype=output.dtype)
+            return reader.parts(output.tensor, output.shard, dtype=output.dtype)
 
         facts = write_safetensors(
             temporary,
             {output.name: (output.dtype, output.shard.local_shape) for output in outputs},
-            blocks_of=blocks_of,
+            parts_of=parts_of,
             metadata=metadata,
         )
     with storage_errors(path):

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = {part: shard for name in global_names(MODEL) for part, shard in hf_shards(name, MODEL).items()}
     pattern = np.random.default_rng(0).integers(-(2**15), 2**15, 1 << 21, dtype=np.int16)
 
-    def blocks_of(name: str) -> list[Bits]:
+    def parts_of(name: str) -> list[Bits]:
         start, numel = sum(map(ord, name)), math.prod(shards[name].local_shape)
         size = pattern.size - start
         return [pattern[start : start + min(size, numel - done)] for done in range(0, numel, size)]
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_safetensors(
         root / "model.safetensors",
         {name: ("bfloat16", shard.local_shape) for name, shard in shards.items()},
-        blocks_of=blocks_of,
+        parts_of=parts_of,
         metadata={"format": "pt"},
     )
     (root / "config.json").write_text(json.dumps(hf_config(MODEL, dtype="bfloat16", token_ids={})))

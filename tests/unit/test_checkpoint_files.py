@@ -8,16 +8,17 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_xy import checkpoint_files as files
 from megatron_xy.block_reader import tensor_hashes
 from megatron_xy.checkpoint_files import Manifest, Piece, TensorEntry
 from megatron_xy.errors import ConfigError, DataError, StorageError
-from megatron_xy.shards import Box, ParameterShard
-from megatron_xy.tensor_files import dtype_name, write_tensors
+from megatron_xy.shards import Box, ParameterShard, whole
+from megatron_xy.tensor_files import bits_of, dtype_name, write_tensors
 from megatron_xy.tensor_reader import TensorReader
 
 # Global name -> [(file, boxes)]: rows, the gated fc1, columns, one whole, int64 and bf16.
@@ -113,10 +114,26 @@ def test_a_part_is_read_into_another_dtype_and_its_padding_stays(checkpoint):
     assert (local[4:] == -1).all()
 
 
+def test_what_takes_several_reads_and_writes_comes_back_whole(tmp_path):
+    """Columns of which a part of the rows is read at a time, written by more than a megabyte; also in another type."""
+    full = torch.randn(700, 1500, generator=torch.Generator().manual_seed(0))
+    cuts = {"w": [("a", [((0, 0), (700, 701))]), ("b", [((0, 701), (700, 1500))])]}
+    manifest = write_checkpoint(tmp_path / "columns", cuts=cuts, full={"w": full})
+    files.verify_files(tmp_path / "columns", manifest)
+    assert torch.equal(load_file(tmp_path / "columns" / "a.safetensors")["w"], full[:, :701])
+    cast = torch.full((702, 1500), -1.0, dtype=torch.bfloat16)
+    with TensorReader(tmp_path / "columns", manifest) as reader:
+        assert torch.equal(reader.read_full("w"), full)
+        reader.read_into("w", cast, whole((700, 1500)))
+        blocks = np.concatenate([block.copy() for block in reader.blocks("w", dtype="bfloat16")])
+    assert torch.equal(cast[:700], full.bfloat16()) and (cast[700:] == -1).all()
+    assert np.array_equal(blocks, bits_of(cast[:700]))
+
+
 def test_hashes_are_those_of_the_tensors_however_they_are_cut(checkpoint, tmp_path):
-    whole = {name: [("w", [((0,) * full.dim(), tuple(full.shape))])] for name, full in FULL.items()}
-    other = tmp_path / "whole"
-    write_checkpoint(other, cuts=whole)
+    uncut = {name: [("w", [((0,) * full.dim(), tuple(full.shape))])] for name, full in FULL.items()}
+    other = tmp_path / "uncut"
+    write_checkpoint(other, cuts=uncut)
     hashes = [dict(tensor_hashes(folder, open_whole(folder))) for folder in (checkpoint, other)]
     assert hashes[0] == hashes[1] and hashes[0].keys() == FULL.keys()
     changed = tmp_path / "changed"

@@ -1,6 +1,8 @@
 """Conversion between checkpoint and HF folder: byte-equal round trips, whole or absent, and what is refused."""
 
+import errno
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -13,7 +15,7 @@ from megatron_xy import checkpoint_files as files
 from megatron_xy import model_ranks
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import ModelConfig
-from megatron_xy.errors import ConfigError, DataError, UsageError
+from megatron_xy.errors import ConfigError, DataError, StorageError, UsageError
 from megatron_xy.hf import convert, release, verb
 from megatron_xy.hf import target as hf_target
 from megatron_xy.hf.config import hf_config
@@ -130,6 +132,39 @@ def test_the_layouts_are_those_of_megatron(tmp_path):
         assert torch.equal(qkv[group, 2], heads["k"][group]) and torch.equal(qkv[group, 3], heads["v"][group])
     assert torch.equal(fc1[:48], hf["model.layers.0.mlp.gate_proj.weight"])
     assert torch.equal(fc1[48:], hf["model.layers.0.mlp.up_proj.weight"])
+
+
+def raising(number):
+    def answer(*_):
+        raise OSError(number, "as a file system says it")
+
+    return answer
+
+
+def halting(*arguments, copy=os.copy_file_range):
+    """A kernel that copies a byte at a time from even places and nothing from odd ones."""
+    source, target, _, position, place = arguments
+    return copy(source, target, 1, position, place) if position % 2 == 0 else 0
+
+
+@pytest.mark.parametrize(
+    "kernel", [raising(errno.EXDEV), raising(errno.EINVAL), raising(errno.ENOSYS), lambda *_: 0, halting]
+)
+def test_what_the_kernel_does_not_copy_is_copied_here(tmp_path, monkeypatch, kernel):
+    folder = hf_folder(tmp_path / "hf")
+    monkeypatch.setattr(os, "copy_file_range", kernel)
+    back = there_and_back(folder, tmp_path)
+    original, again = load_file(folder / SINGLE), load_file(back / SINGLE)
+    assert original.keys() == again.keys() and all(torch.equal(again[name], original[name]) for name in original)
+    files.verify_files(tmp_path / "ckpt", files.read_manifest(tmp_path / "ckpt"))
+
+
+def test_a_disk_that_is_full_is_a_storage_error_and_leaves_nothing(tmp_path, monkeypatch):
+    folder = hf_folder(tmp_path / "hf")
+    monkeypatch.setattr(os, "copy_file_range", raising(errno.ENOSPC))
+    with pytest.raises(StorageError, match="as a file system says it"):
+        hf_to_checkpoint(folder, tmp_path / "ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_large_models_are_written_in_several_files_with_an_index(tmp_path):

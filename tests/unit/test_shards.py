@@ -80,6 +80,11 @@ def test_every_element_is_copied_once_between_any_two_cuts(cutting, from_padding
             for here, there in target.overlaps(source):
                 assert here.of(local).shape == there.of(held).shape
                 here.of(local).copy_(there.of(held))
+                assert (there.span is not None) == there.of(held).is_contiguous()
+                if there.span is not None:
+                    assert torch.equal(held.reshape(-1)[slice(*there.span)], there.of(held).reshape(-1))
+                found = [part.of(held) for _, part in there.in_rows(to_padding + 5)]
+                assert torch.equal(torch.cat(found), there.of(held))
                 here.of(times).add_(1)
         assert (target.trim(times) == 1).all()
         assert times.sum() == target.numel, "padding belongs to no global tensor"
