@@ -17,7 +17,7 @@ from megatron_xy.errors import DataError
 from megatron_xy.safetensors_file import BLOCK_BYTES, FileRange, SafetensorsFile, empty_block, memory_of
 from megatron_xy.shards import ParameterShard, Placed, whole
 
-_BLOCKS_IN_TURN = 3
+_BLOCKS_IN_TURN = 2
 
 
 class Overlap(NamedTuple):
@@ -51,7 +51,7 @@ class BlockReader:
     def blocks(self, name: str, shard: ParameterShard | None = None, *, dtype: str | None = None) -> Iterator[Bits]:
         """A part of a global tensor (default: all of it) as contiguous blocks of whole rows, one after the other.
 
-        dtype: the stored one if None. A block takes 8 MB at most, or one row, and stands until the next but one is
+        dtype: the stored one if None. A block takes 2 MB at most, or one row, and stands until the next but one is
         asked for, of whatever tensor.
         """
         entry = self.manifest.tensors[name]

@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +27,12 @@ from megatron_xy.errors import DataError, StorageError
 from megatron_xy.shards import Placed
 
 DTYPES = {code: dtype for dtype, code in CODES.items()}
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 2 << 20  # of memory at a time: stays in a core's cache between reading and writing
+STRIDED_BYTES = 1 << 18  # of rows at a time, of which a part of the columns is copied
+HASHED_BYTES = 1 << 18  # at a time
+PART_BYTES = 8 << 20  # written between two looks at what is hashed and on its way to the disk
 WRITE_BYTES = 1 << 20  # at a time, at multiples of it: faster than 8 MB on ext4 (docs/log.md)
-STRIDED_BYTES = 1 << 20  # of rows that are read to copy a part of their columns: stays in a core's cache
-HASHED_BYTES = 1 << 18  # at a time, for the same reason
-FLUSH_BYTES = 1 << 27  # so much is sent to the disk while more is written
+BEHIND_BYTES = 1 << 27  # so much is written before it is on its way to the disk, and hashed
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH = struct.Struct("<Q")
 # What copy_file_range answers where a kernel or a file system has none, or not from the one to the other.
@@ -174,20 +175,20 @@ def memory_of(array: Bits) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-class _FollowingDigest:
+class FollowingDigest:
     """SHA-256 of a file that is being written."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._position = descriptor, 0
+        self._descriptor, self.position = descriptor, 0
         self._buffer, self._digest = memoryview(bytearray(HASHED_BYTES)), hashlib.sha256()
 
     def reach(self, end: int) -> None:
         """Takes in what lies before `end`."""
-        while self._position < end:
-            count = os.preadv(self._descriptor, [self._buffer[: end - self._position]], self._position)
+        while self.position < end:
+            count = os.preadv(self._descriptor, [self._buffer[: end - self.position]], self.position)
             assert count, "what was written can be read"
             self._digest.update(self._buffer[:count])
-            self._position += count
+            self.position += count
 
     def hexdigest(self) -> str:
         """Of what was taken in."""
@@ -200,16 +201,15 @@ def _write(
     written = flushed = 0
     with path.open("w+b", buffering=0) as stream, ThreadPoolExecutor(2, thread_name_prefix="safetensors") as pool:
         file = stream.fileno()
-        digest = _FollowingDigest(file)
-        hashing: Future[None] = pool.submit(digest.reach, 0)
-        flushing: Future[None] = pool.submit(os.fdatasync, file)
+        digest = FollowingDigest(file)
+        hashing = flushing = pool.submit(digest.reach, 0)
         for part in parts:
             on_progress(written)
             written += _copy(part, file, written) if isinstance(part, FileRange) else _put(part, file, written)
-            if hashing.done():
+            if hashing.done() or written - digest.position > BEHIND_BYTES:
                 hashing.result()
                 hashing = pool.submit(digest.reach, written)
-            if flushing.done() and written - flushed >= FLUSH_BYTES:
+            if flushing.done() and written - flushed > BEHIND_BYTES:
                 flushing.result()
                 flushing, flushed = pool.submit(os.fdatasync, file), written
         hashing.result()
@@ -273,8 +273,8 @@ def _file_parts(
     for name, _ in ordered:
         for part in parts_of(name):
             num_bytes = part.num_bytes if isinstance(part, FileRange) else part.nbytes
-            for start in range(0, num_bytes, BLOCK_BYTES):
-                stop = min(start + BLOCK_BYTES, num_bytes)
+            for start in range(0, num_bytes, PART_BYTES):
+                stop = min(start + PART_BYTES, num_bytes)
                 if isinstance(part, FileRange):
                     yield part._replace(position=part.position + start, num_bytes=stop - start)
                 else:

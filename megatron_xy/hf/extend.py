@@ -1,7 +1,7 @@
 """`megatron-xy vocab extend`: an HF folder with more pieces in its SentencePiece tokenizer, and rows for them.
 
 A new piece's row in embedding and output layer starts as the mean of the rows of the old pieces that spell it. Every
-other tensor and every old row stays as it is, bit for bit; the weights are copied block by block.
+other tensor and every old row stays as it is, bit for bit, copied from file to file.
 """
 
 from __future__ import annotations

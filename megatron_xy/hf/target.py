@@ -28,7 +28,7 @@ from megatron_xy.safetensors_file import FileRange, write_safetensors
 from megatron_xy.shards import ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, temporary_name, write_json
 
-MAX_WRITERS = 4  # files at a time; each takes some blocks of memory and up to three threads
+MAX_WRITERS = 8  # files at a time; each takes some blocks of memory and up to three threads
 _WORK = "conversion.json"
 _FINISHED = ".conversion.json"
 _RECEIPT = ".receipt.json"

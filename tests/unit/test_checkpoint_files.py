@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_xy import checkpoint_files as files
-from megatron_xy.block_reader import tensor_hashes
+from megatron_xy.block_reader import BlockReader, tensor_hashes
 from megatron_xy.checkpoint_files import Manifest, Piece, TensorEntry
 from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.safetensors_file import FileRange, write_safetensors
 from megatron_xy.shards import Box, ParameterShard, whole
 from megatron_xy.tensor_files import bits_of, dtype_name, write_tensors
 from megatron_xy.tensor_reader import TensorReader
@@ -313,6 +314,15 @@ def test_a_shard_without_the_tensor_that_the_manifest_promises_is_damaged(checkp
         pytest.raises(DataError, match=r"a\.safetensors is damaged"),
     ):
         reader.read_full("norm.weight")
+
+
+def test_a_file_that_is_cut_while_it_is_copied_is_damaged(checkpoint, tmp_path):
+    with BlockReader(checkpoint, files.read_manifest(checkpoint)) as reader:
+        parts = list(reader.parts("norm.weight", whole((3,)), dtype="float32"))
+        assert all(isinstance(part, FileRange) for part in parts)
+        os.truncate(checkpoint / "a.safetensors", parts[0].position + 5)
+        with pytest.raises(DataError, match=rf"a\.safetensors is damaged: it ends at byte {parts[0].position + 5}"):
+            write_safetensors(tmp_path / "x", {"w": ("float32", (3,))}, parts_of=lambda _: parts, metadata={})
 
 
 class Exploit:
