@@ -8,7 +8,14 @@ from megatron_xy.config.data_rules import FILES_OF_ROWS, check_buckets, is_file_
 from megatron_xy.config.loading import dump_config, load_config, load_model_options, run_dir_of
 from megatron_xy.config.model_rules import check_role_shapes, check_shape, data_parallel_size
 from megatron_xy.config.problems import InvalidConfig, Problem
-from megatron_xy.config.roles import PlacedRole, placed_roles, role_names, role_sections
+from megatron_xy.config.roles import (
+    PlacedRole,
+    filling_answer,
+    placed_roles,
+    role_names,
+    role_sections,
+    room_for_answers,
+)
 from megatron_xy.config.rules import check_world
 from megatron_xy.config.sections import (
     DataConfig,
@@ -48,11 +55,13 @@ __all__ = [
     "check_world",
     "data_parallel_size",
     "dump_config",
+    "filling_answer",
     "is_file_of_rows",
     "load_config",
     "load_model_options",
     "placed_roles",
     "role_names",
     "role_sections",
+    "room_for_answers",
     "run_dir_of",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_xy.flops import flops_per_token, num_parameters, recomputed_flops, stage_share, step_flops
 from megatron_xy.plan.assumptions import Device, Efficiencies
-from megatron_xy.plan.memory import Job, stage_memory
+from megatron_xy.plan.memory import Job, RoleMemory, stage_memory
 from megatron_xy.plan.parameters import DTYPE_BYTES, stage_layers
 
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic
@@ -107,10 +107,12 @@ def step_time(job: Job, *, bucket: int, gpu: Device, rates: Efficiencies, gpus_p
     wire = _link(gpu, rates, is_in_node=is_pipeline_in_node)
     waits = 2 * batches if chunks == 1 else 2 * (stages - 1)
     pipeline = 0.0 if stages == 1 else waits * state / hidden_split / wire
-    memory = stage_memory(job, stage=0)
-    data_parallel = _exposed_data_parallel(job, one=one, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
-    owned = memory.parameters / (job.dp_size if parallel.use_distributed_optimizer else 1)
-    optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * rates.memory)
+    data_parallel = optimizer = 0.0
+    if job.is_trained:
+        memory = stage_memory(job, stage=0)
+        data_parallel = _exposed_data_parallel(job, memory, one=one, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+        owned = memory.parameters / (job.dp_size if parallel.use_distributed_optimizer else 1)
+        optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * rates.memory)
     seconds = batches * one + bubble + pipeline + data_parallel + optimizer
     num_gpus = tp * stages * job.dp_size
     per_second = tokens * batches * job.dp_size / seconds / num_gpus
@@ -148,12 +150,13 @@ def _layer_collectives(granularity: str) -> tuple[int, int]:
     return 6 + again[0], 4 + again[1]
 
 
-def _exposed_data_parallel(job: Job, *, one: float, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> float:
+def _exposed_data_parallel(
+    job: Job, memory: RoleMemory, *, one: float, gpu: Device, rates: Efficiencies, gpus_per_node: int
+) -> float:
     """What is left of reducing gradients and gathering weights beside the last backward and the first forward pass."""
     if job.dp_size == 1:
         return 0.0
     parallel = job.parallel
-    memory = stage_memory(job, stage=0)
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     link = _link(gpu, rates, is_in_node=tp * stages * job.dp_size <= gpus_per_node)
     ring = (job.dp_size - 1) / job.dp_size

@@ -136,6 +136,7 @@ def _memory(plan: Plan) -> RenderableType:
         "activations",
         "of micro-batches",
         "buffers",
+        *(["generation"] if plan.time_line else []),
         "total",
         *(f"if {mode}" for mode in RECOMPUTE_MODES),
     )
@@ -149,6 +150,7 @@ def _memory(plan: Plan) -> RenderableType:
                 *(f"{value / GB:.1f}" for value in values),
                 f"{memory.in_flight:.1f}",
                 f"{memory.buffers / GB:.2f}",
+                *([f"{memory.cache / GB:.1f}"] if plan.time_line else []),
                 f"{memory.total / GB:.1f}",
                 *(f"{total / GB:.1f}" for total in role.totals_of(memory.stage).values()),
                 style="bold" if memory is role.worst else "",
@@ -198,7 +200,7 @@ def _costs(plan: Plan) -> RenderableType:
     kept, sent = plan.reliability, plan.roles[0].traffic
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_row(
-        "mix of buckets",
+        "whole step" if plan.time_line else "mix of buckets",
         f"{plan.tokens_per_second:,.0f} tokens/s/GPU, MFU {100 * plan.mfu:.1f} %, {plan.step_seconds:.2f} s a step",
     )
     table.add_row(

@@ -159,4 +159,4 @@ def test_the_total_of_every_mode_of_recomputation_is_told(name):
             assert bool(totals) is role.job.is_trained
             if totals:
                 assert totals[role.job.model.recompute_granularity] == memory.total
-                assert totals["none"] > totals["selective"] > totals["full"]
+                assert totals["none"] > totals["selective"] >= totals["full"]  # generation's cache may be more
