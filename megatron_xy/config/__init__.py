@@ -6,7 +6,13 @@ start with `sections`, which has every key.
 
 from megatron_xy.config.data_rules import FILES_OF_ROWS, check_buckets, is_file_of_rows
 from megatron_xy.config.loading import dump_config, load_config, load_model_options, run_dir_of
-from megatron_xy.config.model_rules import check_role_shapes, check_shape, data_parallel_size
+from megatron_xy.config.model_rules import (
+    check_role_shapes,
+    check_shape,
+    data_parallel_size,
+    layout_rules,
+    shape_rules,
+)
 from megatron_xy.config.problems import InvalidConfig, Problem
 from megatron_xy.config.roles import (
     PlacedRole,
@@ -26,6 +32,7 @@ from megatron_xy.config.sections import (
     Phase,
     PPOConfig,
     RewardConfig,
+    RoleConfig,
     RoleName,
     RunConfig,
     RuntimeConfig,
@@ -45,6 +52,7 @@ __all__ = [
     "PlacedRole",
     "Problem",
     "RewardConfig",
+    "RoleConfig",
     "RoleName",
     "RunConfig",
     "RuntimeConfig",
@@ -57,6 +65,7 @@ __all__ = [
     "dump_config",
     "filling_answer",
     "is_file_of_rows",
+    "layout_rules",
     "load_config",
     "load_model_options",
     "placed_roles",
@@ -64,4 +73,5 @@ __all__ = [
     "role_sections",
     "room_for_answers",
     "run_dir_of",
+    "shape_rules",
 ]

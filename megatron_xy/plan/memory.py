@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_xy.config import (
     ModelConfig,
@@ -94,6 +95,15 @@ class Job:
         return self.ranks.index(rank) // self.parallel.tensor_model_parallel_size % self.dp_size
 
 
+class Held(NamedTuple):
+    """What a rank holds between two steps; sizes in bytes."""
+
+    parameters: int  # elements
+    weights: int
+    gradients: int
+    optimizer: int
+
+
 @dataclass(frozen=True)
 class RoleMemory:
     """One role on one rank; sizes in bytes."""
@@ -158,8 +168,38 @@ def jobs(config: RunConfig, *, world_size: int) -> list[Job]:
     ]  # fmt: skip
 
 
-def stage_memory(job: Job, *, stage: int, replica: int = 0) -> RoleMemory:
-    """What a rank of this stage and replica holds; tensor parallel ranks hold the same."""
+def stage_memory(job: Job, *, stage: int, replica: int = 0, held: Held | None = None) -> RoleMemory:
+    """What a rank of this stage and replica holds; tensor parallel ranks hold the same.
+
+    held: what `held_between_steps` counts, where it is known already: recomputation does not change it.
+    """
+    parallel = job.parallel
+    held = held or held_between_steps(job, stage=stage, replica=replica)
+    layers = stage_layers(job.model, parallel, stage=stage)
+    sizes = _Sizes(job)
+    passes = _passes_in_flight(job, stage=stage)
+    layers_in_flight = sum(layers[chunk] for chunk in passes)
+    is_last = stage == parallel.pipeline_model_parallel_size - 1
+    kept = layers_in_flight * sizes.kept_by_layer + len(passes) * sizes.kept_by_pass
+    numbers = 0
+    if job.answers is not None:
+        ppo = job.answers.ppo
+        numbers = EXPERIENCE_TENSORS * FP32 * ppo.rollout_batch_size * ppo.max_response_length
+    return RoleMemory(
+        role=job.role,
+        stage=stage,
+        num_layers=sum(layers),
+        **held._asdict(),
+        in_flight=layers_in_flight / sum(layers),
+        kept=kept + (sizes.kept_by_head if is_last and job.is_trained else 0),
+        working=sizes.working(is_last=is_last),
+        buffers=sizes.gathered + BATCH_BYTES_A_TOKEN * job.micro_batch_tokens * job.num_micro_batches + numbers,
+        cache=_cache_bytes(job, answers=job.answers, num_layers=sum(layers)) if job.answers else 0,
+    )
+
+
+def held_between_steps(job: Job, *, stage: int, replica: int = 0) -> Held:
+    """Buffers and optimizer of a rank of this stage and replica."""
     parallel = job.parallel
     weights = gradients = optimizer = elements = 0
     for chunk in range(parallel.num_chunks):
@@ -176,30 +216,7 @@ def stage_memory(job: Job, *, stage: int, replica: int = 0) -> RoleMemory:
         for buffer in buffers:
             main_and_moments = 3 if buffer.num_bytes < FP32 else 2  # fp32 weights are their own main weights
             optimizer += main_and_moments * FP32 * buffer.owned_by_replica[replica]
-    layers = stage_layers(job.model, parallel, stage=stage)
-    sizes = _Sizes(job)
-    passes = _passes_in_flight(job, stage=stage)
-    layers_in_flight = sum(layers[chunk] for chunk in passes)
-    is_last = stage == parallel.pipeline_model_parallel_size - 1
-    kept = layers_in_flight * sizes.kept_by_layer + len(passes) * sizes.kept_by_pass
-    numbers = 0
-    if job.answers is not None:
-        ppo = job.answers.ppo
-        numbers = EXPERIENCE_TENSORS * FP32 * ppo.rollout_batch_size * ppo.max_response_length
-    return RoleMemory(
-        role=job.role,
-        stage=stage,
-        num_layers=sum(layers),
-        parameters=elements,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        in_flight=layers_in_flight / sum(layers),
-        kept=kept + (sizes.kept_by_head if is_last and job.is_trained else 0),
-        working=sizes.working(is_last=is_last),
-        buffers=sizes.gathered + BATCH_BYTES_A_TOKEN * job.micro_batch_tokens * job.num_micro_batches + numbers,
-        cache=_cache_bytes(job, answers=job.answers, num_layers=sum(layers)) if job.answers else 0,
-    )
+    return Held(elements, weights, gradients, optimizer)
 
 
 def _job_of_role(role: PlacedRole, *, ppo: PPOConfig, room: int, length: int) -> Job:

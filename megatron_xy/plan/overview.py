@@ -157,11 +157,12 @@ def make_plan(
     rates: Efficiencies,
     num_tokens: float | None = None,
     bucket_shares: Mapping[int, float] | None = None,
+    with_split: bool = True,
 ) -> Plan:
     """The plan of a checked config. Raises ConfigError where a model's shape is not known.
 
     num_tokens: of the whole run; what the config trains on unless given. bucket_shares: of the steps; those of
-    `buckets_of` unless given.
+    `buckets_of` unless given. with_split: also the best split of the nodes over PPO's roles.
     """
     world_size = num_nodes * gpus_per_node
     all_jobs = jobs(config, world_size=world_size)
@@ -181,7 +182,8 @@ def make_plan(
     line = split = None
     if first is not None:
         line = time_line(all_jobs, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
-        split = best_split(all_jobs, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
+        if with_split:
+            split = best_split(all_jobs, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
         step_seconds, tokens = line.seconds, first.ppo.rollout_batch_size * answer_length(first)
         mfu = useful_flops(all_jobs) / (step_seconds * world_size * gpu.peak_flops)
     all_tokens = num_tokens or float(config.training.train_iters * tokens)

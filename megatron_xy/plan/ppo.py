@@ -14,7 +14,7 @@ from functools import cache, partial
 
 from megatron_xy.flops import flops_per_token, num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
-from megatron_xy.plan.memory import MAX_SEQUENCES, Answers, Job
+from megatron_xy.plan.memory import MAX_SEQUENCES, Answers, Held, Job
 from megatron_xy.plan.parameters import DTYPE_BYTES
 from megatron_xy.plan.speed import FORWARD_SHARE, step_time
 
@@ -57,8 +57,10 @@ def time_line(jobs: Iterable[Job], *, gpu: Device, rates: Efficiencies, gpus_per
     return TimeLine(phases, work, sum(phases.values()))
 
 
-def role_work(job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> dict[str, float]:
-    """{phase: seconds} of one role in a step."""
+def role_work(
+    job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_node: int, held: Held | None = None
+) -> dict[str, float]:
+    """{phase: seconds} of one role in a step. held: of a rank of its first stage, where it is known already."""
     assert job.answers is not None, "a role of PPO has them"
     ppo, length = job.answers.ppo, answer_length(job.answers)
     shape = partial(job.answers.shape, length=length, parallel=job.parallel, dp_size=job.dp_size)
@@ -68,7 +70,7 @@ def role_work(job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_node: int)
         # A pass that only scores keeps nothing, and so makes nothing anew.
         model = job.model if is_trained else job.model.model_copy(update={"recompute_granularity": "none"})
         part = replace(job, model=model, num_micro_batches=batches, micro_batch_tokens=tokens, is_trained=is_trained)
-        return step_time(part, bucket=length, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node).seconds
+        return step_time(part, bucket=length, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node, held=held).seconds
 
     updates = ppo.ppo_epochs * ppo.rollout_batch_size // ppo.mini_batch_size
     return {
