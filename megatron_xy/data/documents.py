@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from megatron_xy.config import FILES_OF_ROWS
 from megatron_xy.data.compressed import DAMAGE, open_compressed
 from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
 from megatron_xy.data.manifest import is_source_name
 from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.rows_files import FILES_OF_ROWS
 
 orjson: Any
 try:
@@ -40,8 +40,7 @@ MOST_BAD_LINES_LISTED = 10_000  # of a part (8 MB) each; more are counted only
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One text and where it stands; `line` counts from 1, `file` is the number of the input, from 0.
 
     Of a conversation, `text` is what it is known by.
