@@ -44,6 +44,7 @@ MODELS = {
     ),
 }  # fmt: skip
 CASES = ("hf_to_tp1", "hf_to_tp2_pp2", "tp1_to_hf", "tp2_pp2_to_hf")
+ORIGINS = {"tp1_to_hf": "hf_to_tp1", "tp2_pp2_to_hf": "hf_to_tp2_pp2"}  # what goes back: what it comes from
 COPIES = ("cp", "cp_fsync")
 UNHASHED = "_unhashed"  # behind a case's name: without checksums
 
@@ -90,26 +91,10 @@ def main() -> int:
 
 def measure(folder: Path, *, rounds: int, shape: list[str]) -> dict[str, Any]:
     """{bytes, seconds, CPU seconds, peak_bytes, shares of cp's speed} of every case; shape: the model's options."""
-    source, weights = folder / "hf", folder / "hf" / "model.safetensors"
     this = [sys.executable, __file__, *shape, "--step"]
-    convert = [sys.executable, "-m", "megatron_xy", "convert"]
-    run([*this, "make", str(source)])
-    copy = ["cp", str(weights)]
-    commands: dict[str, list[list[str]]] = {
-        "import": [[*this, "import"]],
-        "cp": [[*copy, str(folder / "cp")]],
-        "cp_fsync": [[*copy, str(folder / "cp_fsync")], ["sync", str(folder / "cp_fsync")]],
-        "hf_to_tp1": [[*convert, "--from", f"hf:{source}", "--to", f"ckpt:{folder / 'hf_to_tp1'}"]],
-        "hf_to_tp2_pp2": [[*this, "split", str(source), str(folder / "hf_to_tp2_pp2")]],
-        "tp1_to_hf": [[*convert, "--from", f"ckpt:{folder / 'hf_to_tp1'}", "--to", f"hf:{folder / 'tp1_to_hf'}"]],
-        "tp2_pp2_to_hf": [
-            [*convert, "--from", f"ckpt:{folder / 'hf_to_tp2_pp2'}", "--to", f"hf:{folder / 'tp2_pp2_to_hf'}"]
-        ],
-    }
-    origins = {"tp1_to_hf": "hf_to_tp1", "tp2_pp2_to_hf": "hf_to_tp2_pp2"}
-    for case in CASES:
-        paths = [str(folder / origins.get(case, "hf")), str(folder / f"{case}{UNHASHED}")]
-        commands[f"{case}{UNHASHED}"] = [[*this, f"unhashed_{case.partition('_to_')[2]}", *paths]]
+    weights = folder / "hf" / "model.safetensors"
+    run([*this, "make", str(folder / "hf")])
+    commands = commands_in(folder, weights, this=this)
     took: dict[str, list[Took]] = {name: [] for name in commands}
     for number in range(rounds + 1):
         for name, processes in commands.items():
@@ -117,20 +102,47 @@ def measure(folder: Path, *, rounds: int, shape: list[str]) -> dict[str, Any]:
             each = run(*processes)
             if number:  # the first round warms up
                 took[name].append(each)
-            elif name in origins and not is_same(weights, folder / name / weights.name):
+            elif name in ORIGINS and not is_same(weights, folder / name / weights.name):
                 raise SystemExit(f"{name}: {weights.name} differs from the original")
-            if name not in origins.values():
+            if name not in ORIGINS.values():
                 remove(folder / name)
-        for name in origins.values():
+        for name in ORIGINS.values():
             remove(folder / name)
         print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
     return {
         "bytes": weights.stat().st_size,
-        "took": {name: [asdict(each) for each in rounds] for name, rounds in took.items()},
-        "speed": speeds({name: statistics.median(each.seconds for each in rounds) for name, rounds in took.items()}),
+        "took": {name: [asdict(each) for each in every] for name, every in took.items()},
+        "speed": speeds({name: statistics.median(each.seconds for each in every) for name, every in took.items()}),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg(),
+    }
+
+
+def commands_in(folder: Path, weights: Path, *, this: list[str]) -> dict[str, list[list[str]]]:
+    """{case: the processes that do it, one after the other}; each case leaves a folder or file of its name."""
+
+    def at(name: str) -> str:
+        return str(folder / name)
+
+    def convert(source: str, target: str) -> list[list[str]]:
+        return [[sys.executable, "-m", "megatron_xy", "convert", "--from", source, "--to", target]]
+
+    unhashed = {
+        f"{case}{UNHASHED}": [
+            [*this, f"unhashed_{case.partition('_to_')[2]}", at(ORIGINS.get(case, "hf")), at(f"{case}{UNHASHED}")]
+        ]
+        for case in CASES
+    }
+    return {
+        "import": [[*this, "import"]],
+        "cp": [["cp", str(weights), at("cp")]],
+        "cp_fsync": [["cp", str(weights), at("cp_fsync")], ["sync", at("cp_fsync")]],
+        "hf_to_tp1": convert(f"hf:{at('hf')}", f"ckpt:{at('hf_to_tp1')}"),
+        "hf_to_tp2_pp2": [[*this, "split", at("hf"), at("hf_to_tp2_pp2")]],
+        "tp1_to_hf": convert(f"ckpt:{at('hf_to_tp1')}", f"hf:{at('tp1_to_hf')}"),
+        "tp2_pp2_to_hf": convert(f"ckpt:{at('hf_to_tp2_pp2')}", f"hf:{at('tp2_pp2_to_hf')}"),
+        **unhashed,
     }
 
 
