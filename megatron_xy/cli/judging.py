@@ -102,6 +102,8 @@ def quantize(
         _need("transformers", "accelerate", "bitsandbytes", extra="int8")
     else:
         _need("transformers", "llmcompressor", extra="quantize")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder without a tokenizer is not looked for elsewhere
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # its bars say how far it is
     from megatron_xy.hf.quantize import quantize as write_quantised
 
     write_quantised(

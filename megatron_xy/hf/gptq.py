@@ -20,6 +20,7 @@ from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_xy.config import ModelConfig
+from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.calibration import read_calibration
 from megatron_xy.hf.convert import to_hf
@@ -59,6 +60,7 @@ def write_gptq(
         group.weights.group_size = _group_size(source.model)
         say(f"{PRESETS[scheme]}: {group.weights.group_size} columns share a scale")
     with _as_hf(source, beside=beside, say=say) as origin, _empty_folder(beside, "offload") as offload:
+        load_tokenizer(origin)  # which llm-compressor asks for, though a data folder holds token ids
         rows = read_calibration(
             calibration,
             model=origin,

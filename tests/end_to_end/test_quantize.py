@@ -32,6 +32,8 @@ HAS_BITSANDBYTES = all(find_spec(name) for name in ("bitsandbytes", "accelerate"
 HAS_LLM_COMPRESSOR = bool(find_spec("llmcompressor"))
 needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="the extra int8 is not installed")
 needs_llm_compressor = pytest.mark.skipif(not HAS_LLM_COMPRESSOR, reason="the extra quantize is not installed")
+# vLLM and llm-compressor hold different versions of torch: it may live in an environment of its own.
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON", sys.executable if find_spec("vllm") else None)
 
 # Round to nearest at the scheme of gptq-w4a16, on the same model. argv: from, to.
 ROUND_TO_NEAREST = """
@@ -140,8 +142,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(
     tmp_path: Path, scheme: str, shape: dict[str, int], growth: float
 ) -> None:
     text, tokenizer = tmp_path / "text.jsonl", tmp_path / "tokenizer.model"
-    lines = [" ".join(random.Random(row).choices("abcdefghij", k=120)) for row in range(16)]
-    text.write_text("".join(f"{json.dumps({'text': line})}\n" for line in lines))
+    lines = _calibration_text(text)
     tokenizer.write_bytes(train(lines, vocab_size=280))
     # Blocks of a few MB go back to the system at once, as those of large models do by themselves.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
@@ -155,6 +156,41 @@ def test_memory_does_not_grow_with_the_number_of_layers(
         )
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < peaks[0] + growth / 5, peaks
+
+
+@pytest.mark.slow
+@needs_llm_compressor
+@pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM: name an interpreter that has it in VLLM_PYTHON")
+@pytest.mark.parametrize("scheme", ["gptq-w4a16", "w8a8", "w8a16"])
+def test_vllm_opens_the_folders_and_gives_the_probabilities_that_transformers_gives(
+    tmp_path: Path, scheme: str
+) -> None:
+    lines = _calibration_text(tmp_path / "text.jsonl")
+    origin = write_random_model(tmp_path / "hf", hidden_size=256, intermediate_size=512)
+    (tmp_path / "tokenizer.model").write_bytes(train(lines, vocab_size=280))
+    write_hf_tokenizer(tmp_path / "tokenizer.model", origin, model_max_length=128)
+    calibration = ("--calibration", str(tmp_path / "text.jsonl"), "--num-samples", "16")
+    few = tmp_path / "few"
+    checked("quantize", "--from", f"hf:{origin}", "--to", f"hf:{few}", "--scheme", scheme, *calibration)
+    prompt = list(range(3, 67))
+    answers = []
+    for python, script in ((str(VLLM_PYTHON), "ask_with_vllm.py"), (sys.executable, "prompt_logprobs.py")):
+        command = [python, str(Path(__file__).with_name(script))]
+        case = json.dumps({"folder": str(few), "prompt": prompt})
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            command, input=case, capture_output=True, text=True, check=False, timeout=300, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        answers.append(json.loads(done.stdout.splitlines()[-1]))
+    assert len(answers[0]) == len(prompt) - 1
+    assert answers[0] == pytest.approx(answers[1], abs=0.05)
+
+
+def _calibration_text(path: Path) -> list[str]:
+    lines = [" ".join(random.Random(row).choices("abcdefghij", k=120)) for row in range(16)]
+    path.write_text("".join(f"{json.dumps({'text': line})}\n" for line in lines))
+    return lines
 
 
 @pytest.mark.parametrize(
