@@ -23,12 +23,12 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.calibration import read_calibration
-from megatron_xy.hf.convert import to_hf
+from megatron_xy.hf.convert import to_hf, write_index
 from megatron_xy.hf.source import Source
-from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors
+from megatron_xy.storage import TEMPORARY_PREFIX, file_sha256, storage_errors
 
 PRESETS = {"gptq-w4a16": "W4A16", "w8a8": "W8A8", "w8a16": "W8A16"}
-GROUP_SIZES = (128, 64, 32)  # columns that share a scale in W4A16; the first that divides all of a model's
+GROUP_SIZES = (128, 64, 32)  # columns that share a scale in W4A16 and W8A16; the first that divides all of a model's
 LONGEST_ROW = 2048  # tokens of a calibration sample
 MAX_SHARD_BYTES = 10**9  # of a file that is written: memory holds it several times
 SEED = 0
@@ -81,6 +81,8 @@ def write_gptq(
             pipeline="sequential",
         )
         model.save_pretrained(folder, save_compressed=True, max_shard_size=max_shard_bytes or MAX_SHARD_BYTES)
+    (folder / "recipe.yaml").unlink()  # has YAML tags that make objects; the model card says what was done
+    write_index(folder, {path.name: {"sha256": file_sha256(path)} for path in folder.glob("*.safetensors")})
     return rows.told
 
 
@@ -123,6 +125,6 @@ def _group_size(model: ModelConfig) -> int:
     sizes = [size for size in GROUP_SIZES if not any(width % size for width in columns)]
     if not sizes:
         raise DataError(
-            f"W4A16 needs layers of a multiple of {GROUP_SIZES[-1]} columns; these have {columns}; take w8a16"
+            f"gptq-w4a16 and w8a16 need layers of a multiple of {GROUP_SIZES[-1]} columns; these have {columns}; take w8a8"
         )
     return sizes[0]

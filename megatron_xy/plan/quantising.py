@@ -13,12 +13,12 @@ from megatron_xy.plan.assumptions import Device, Efficiencies, section
 
 BF16 = 2  # bytes
 FP32 = 4
-WEIGHT_BYTES = {  # with the scales of a block, 64 weights in nf4 and 128 in W4A16; those of a row are next to nothing
+WEIGHT_BYTES = {  # with the scales of a block, 64 weights in nf4, 128 by GPTQ; those of a row are next to nothing
     "int8": 1.0,
     "nf4": 0.5 + 4 / 64,
     "gptq-w4a16": 0.5 + 2 / 128,
     "w8a8": 1.0,
-    "w8a16": 1.0,
+    "w8a16": 1.0 + 2 / 128,
 }
 BITSANDBYTES = ("int8", "nf4")
 
