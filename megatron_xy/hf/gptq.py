@@ -125,6 +125,7 @@ def _group_size(model: ModelConfig) -> int:
     sizes = [size for size in GROUP_SIZES if not any(width % size for width in columns)]
     if not sizes:
         raise DataError(
-            f"gptq-w4a16 and w8a16 need layers of a multiple of {GROUP_SIZES[-1]} columns; these have {columns}; take w8a8"
+            f"gptq-w4a16 and w8a16 need layers of a multiple of {GROUP_SIZES[-1]} columns; these have {columns}; "
+            f"take w8a8"
         )
     return sizes[0]

@@ -104,14 +104,24 @@ def test_forms_are_close_to_the_trained_model_and_gptq_is_closer_than_rounding(f
 
 
 @pytest.mark.slow
-@needs_bitsandbytes
-def test_a_killed_quantisation_leaves_no_target_and_the_same_command_makes_it_whole(folder: Path) -> None:
-    target = folder / "nf4"
+@pytest.mark.parametrize(
+    ("scheme", "until"),
+    [
+        pytest.param("nf4", ".tmp-{}", marks=needs_bitsandbytes),
+        pytest.param("gptq-w4a16", ".tmp-{}.offload", marks=needs_llm_compressor),
+    ],
+)
+def test_a_killed_quantisation_leaves_no_target_and_the_same_command_makes_it_whole(
+    folder: Path, scheme: str, until: str
+) -> None:
+    target = folder / f"killed-{scheme}"
     checkpoint = f"ckpt:{folder / 'run' / 'checkpoints' / 'iter_0000060'}"
     command = [sys.executable, "-m", "megatron_xy", "quantize", "--from", checkpoint, "--to", f"hf:{target}"]
-    command += ["--scheme", "nf4"]
+    command += ["--scheme", scheme]
+    if scheme != "nf4":
+        command += ["--calibration", str(folder / "data"), "--num-samples", "16"]
     with started(command) as process:
-        wait_until((folder / ".tmp-nf4").exists, process=process)
+        wait_until((folder / until.format(target.name)).exists, process=process)
         process.send_signal(signal.SIGKILL)
         wait_for_end(process)
     assert not target.exists()
