@@ -22,6 +22,7 @@ from megatron_xy.safetensors_file import write_safetensors
 from megatron_xy.storage import write_json
 from megatron_xy.tensor_reader import TensorReader
 
+NF4_BLOCK = 64  # weights that share a scale
 MAX_SHARD_BYTES = 10**9  # in bf16; a file's tensors are in memory while it is made
 
 
@@ -43,6 +44,12 @@ def write_bits(
     values = hf_config(source.model, dtype="bfloat16", token_ids=token_ids, model_type=source.kept.get("model_type"))
     wanted = _wanted(scheme, ignore=ignore)
     layers = _layers(values, wanted)
+    uneven = {layer.in_features for layer in layers.values() if layer.in_features % NF4_BLOCK}
+    if scheme == "nf4" and uneven:
+        say(
+            f"warning: layers of {min(uneven)} columns, no multiple of {NF4_BLOCK}: bitsandbytes 0.50 does not compute "
+            f"them on a CPU with AVX512-BF16"
+        )
 
     def write(path: Path, outputs: list[Output]) -> dict[str, Any]:
         tensors: dict[str, torch.Tensor] = {}
