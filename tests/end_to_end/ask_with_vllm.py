@@ -1,7 +1,11 @@
 """Log-probabilities of a prompt's tokens by vLLM, in its own process: JSON {folder, prompt} in, numbers out."""
 
 import json
+import os
 import sys
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its engine in this process: no second start on few cores
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GB; its own default takes much of a machine's memory
 
 from vllm import LLM, SamplingParams
 
