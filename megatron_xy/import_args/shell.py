@@ -67,7 +67,7 @@ class _Reader:
     depth: int = 0  # of files, and strings that are scripts, in each other
 
     def read(self, text: str) -> None:
-        """All commands of a script, or of a string that is one. Raises DataError where they start each other endlessly."""
+        """All commands of a script, or a string that is one. Raises DataError where they start each other for ever."""
         self.depth += 1
         if self.depth > MOST_DEPTH:
             raise DataError(f"{text[:60]!r} starts itself again; import-args reads {MOST_DEPTH} scripts in each other")
