@@ -41,10 +41,12 @@ def truth_of(words: list[str]) -> bool | None:
 
 
 def both(one: bool | None, other: bool | None) -> bool | None:
+    """one && other, either of which may not be known."""
     return False if one is False or other is False else None if one is None or other is None else True
 
 
 def either(one: bool | None, other: bool | None) -> bool | None:
+    """one || other, either of which may not be known."""
     return True if one or other else None if one is None or other is None else False
 
 
