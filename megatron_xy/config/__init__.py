@@ -4,7 +4,7 @@ Nothing here imports torch: `check` and `--help` answer in under a second. What 
 start with `sections`, which has every key.
 """
 
-from megatron_xy.config.data_rules import FILES_OF_ROWS, check_buckets, is_file_of_rows
+from megatron_xy.config.data_rules import check_buckets
 from megatron_xy.config.loading import dump_config, load_config, load_model_options, run_dir_of
 from megatron_xy.config.model_rules import (
     check_role_shapes,
@@ -40,7 +40,6 @@ from megatron_xy.config.sections import (
 )
 
 __all__ = [
-    "FILES_OF_ROWS",
     "DataConfig",
     "Head",
     "InvalidConfig",
@@ -64,7 +63,6 @@ __all__ = [
     "data_parallel_size",
     "dump_config",
     "filling_answer",
-    "is_file_of_rows",
     "layout_rules",
     "load_config",
     "load_model_options",

@@ -10,20 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_xy import checkpoint_files as files
 from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.names import EMBEDDING, global_names, hf_shards
 from megatron_xy.hf.reader import INDEX, SINGLE
 from megatron_xy.hf.release import TOKENIZER_FILES, copy_side_files, write_release_files
 from megatron_xy.hf.source import Source, open_source
-from megatron_xy.hf.target import Output, plan_files, stored_dtype, whole_or_absent, write_files
+from megatron_xy.hf.target import Output, plan_files, whole_or_absent, write_files
 from megatron_xy.shards import whole
 from megatron_xy.storage import write_json
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
-MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, two at a time
+MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, some at a time
 CHECKSUMS = "checksums.sha256"
 Say = Callable[[str], None]
 
@@ -32,7 +30,7 @@ def to_hf(
     source: Source,
     target: Path,
     *,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     tokenizer: Path | None,
     say: Say,
     max_shard_bytes: int | None = None,
@@ -46,14 +44,14 @@ def to_hf(
     """
     manifest, model = source.manifest, source.model
     outputs = [
-        Output(part, name, shard, dtype or stored_dtype(manifest, name))
+        Output(part, name, shard, dtype or manifest.tensors[name].dtype)
         for name in global_names(model)
         for part, shard in hf_shards(name, model).items()
     ]
     planned = plan_files(outputs, max_bytes=max_shard_bytes or MAX_SHARD_BYTES)
     names = [f"model-{number:05d}-of-{len(planned):05d}.safetensors" for number in range(1, len(planned) + 1)]
     shards = dict(zip(names if len(planned) > 1 else [SINGLE], planned, strict=True))
-    dtype_name = files.DTYPE_NAMES[dtype] if dtype else manifest.tensors[EMBEDDING].dtype
+    dtype_name = dtype or manifest.tensors[EMBEDDING].dtype
     work = {**_work("hf", source, shards), "tokenizer": str(tokenizer)}
     with whole_or_absent(target, work=work) as folder, source.verified() if verify else nullcontext():
         token_ids = write_release_files(folder, source, tokenizer=tokenizer, dtype=dtype_name, say=say)
@@ -78,7 +76,7 @@ def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
 
 
 def to_checkpoint(
-    source: Source, target: Path, *, dtype: torch.dtype | None, say: Say, max_shard_bytes: int | None = None
+    source: Source, target: Path, *, dtype: str | None, say: Say, max_shard_bytes: int | None = None
 ) -> None:
     """Writes a checkpoint, opened by any layout: the weights, of a checkpoint also the optimizer's state.
 
@@ -89,7 +87,7 @@ def to_checkpoint(
     weights = list(global_names(source.model))
     others = sorted(manifest.tensors.keys() - set(weights))
     outputs = [
-        Output(name, name, whole(manifest.tensors[name].shape), wanted or stored_dtype(manifest, name))
+        Output(name, name, whole(manifest.tensors[name].shape), wanted or manifest.tensors[name].dtype)
         for names, wanted in ((weights, dtype), (others, None))
         for name in names
     ]
@@ -109,9 +107,7 @@ def to_checkpoint(
         copied = copy_side_files(source.folder, folder)
         facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata=files.METADATA, say=say)
         entries = {
-            output.tensor: files.TensorEntry(
-                output.shard.local_shape, files.DTYPE_NAMES[output.dtype], [files.Piece(file, output.shard)]
-            )
+            output.tensor: files.TensorEntry(output.shard.local_shape, output.dtype, [files.Piece(file, output.shard)])
             for file, held in shards.items()
             for output in held
         }
@@ -123,6 +119,6 @@ def to_checkpoint(
 
 def _work(kind: str, source: Source, shards: dict[str, list[Output]]) -> dict[str, Any]:
     """What a conversion writes and out of what: a killed one is gone on with where this is the same."""
-    plan = [[file, output.name, str(output.dtype)] for file, held in shards.items() for output in held]
+    plan = [[file, output.name, output.dtype] for file, held in shards.items() for output in held]
     plan_sha256 = hashlib.sha256(repr(plan).encode()).hexdigest()
     return {"to": kind, "from": source.fingerprint(), "plan_sha256": plan_sha256}

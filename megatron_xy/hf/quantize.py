@@ -85,7 +85,7 @@ def _as_hf(source: Source, *, beside: Path, say: Say) -> Iterator[Path]:
     plain = beside.with_name(f"{TEMPORARY_PREFIX}{beside.name}.bf16")
     shutil.rmtree(plain, ignore_errors=True)  # of a killed command
     try:
-        to_hf(source, plain, dtype=torch.bfloat16, tokenizer=None, say=say)
+        to_hf(source, plain, dtype="bfloat16", tokenizer=None, say=say)
         yield plain
     finally:
         shutil.rmtree(plain, ignore_errors=True)
