@@ -98,7 +98,10 @@ def quantize(
     ] = None,
 ) -> None:
     """Writes a model in 8 or 4 bits as an HF folder, whole or not at all."""
-    _need_quantisers()
+    if scheme in ("int8", "nf4"):
+        _need("transformers", "accelerate", "bitsandbytes", extra="int8")
+    else:
+        _need("transformers", "llmcompressor", extra="quantize")
     from megatron_xy.hf.quantize import quantize as write_quantised
 
     write_quantised(
@@ -119,7 +122,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compares a model's released forms: size, memory, perplexity by bucket and source, divergence from bf16."""
-    _need_quantisers()
+    _need("transformers", "accelerate", "bitsandbytes", extra="int8")
     from megatron_xy.hf.compare import compare as compared
     from megatron_xy.hf.compare import rows_of
 
@@ -127,9 +130,6 @@ def compare(
     print(json.dumps(table, ensure_ascii=False) if as_json else "\n".join(rows_of(table)))
 
 
-def _need_quantisers() -> None:
-    missing = [name for name in ("transformers", "bitsandbytes", "llmcompressor") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} not installed; they come with the extra: pip install 'megatron-xy[quantize]'"
-        )
+def _need(*modules: str, extra: str) -> None:
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise ConfigError(f"needs {', '.join(missing)}, of the extra {extra}: pip install 'megatron-xy[{extra}]'")
