@@ -18,7 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from megatron_xy.benchmarks.financeiq import NAME as FINANCEIQ
 from megatron_xy.benchmarks.financeiq import financeiq
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 
 SEED = 1234  # of drawn examples: lm-eval's own
 Say = Callable[[str], None]
@@ -27,8 +27,8 @@ Say = Callable[[str], None]
 def load_tasks(names: Sequence[str], *, data_dir: Path | None, num_fewshot: int | None, say: Say) -> dict[str, Any]:
     """lm-eval's TaskDict of all tasks named.
 
-    num_fewshot: examples before a question; None: each task's own. Raises ConfigError for an unknown name and for data
-    that are not there, saying how to get them.
+    num_fewshot: examples before a question; None: each task's own. Raises UsageError for an unknown name, ConfigError
+    for data that are not there, saying how to get them.
     """
     if data_dir is not None and not data_dir.is_dir():
         raise ConfigError(f"--data-dir ({data_dir}): there is no such folder")
@@ -41,7 +41,7 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None, num_fewshot: int 
         if name not in manager.all_tasks:
             alike = difflib.get_close_matches(name, [FINANCEIQ, *manager.all_tasks], n=3)
             hint = f"; did you mean {', '.join(alike)}?" if alike else "; `lm-eval ls tasks` names all"
-            raise ConfigError(f"--tasks {name}: there is no such task{hint}")
+            raise UsageError(f"--tasks {name}: there is no such task{hint}")
         wanted.append(name)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for task in wanted:

@@ -18,7 +18,8 @@ from typing import Any
 from megatron_xy import checkpoint_files as files
 from megatron_xy import run_folder
 from megatron_xy.benchmarks.answering import JobEnded
-from megatron_xy.benchmarks.verb import Benchmarks, Placement, evaluate
+from megatron_xy.benchmarks.suite import Benchmarks
+from megatron_xy.benchmarks.verb import Placement, evaluate
 from megatron_xy.checkpoint_folders import iteration_folder, saved_iterations
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import storage_errors, sync_folder
