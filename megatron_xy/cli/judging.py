@@ -96,7 +96,10 @@ def quantize(
     ] = None,
 ) -> None:
     """Writes a model in 8 or 4 bits as an HF folder, whole or not at all."""
-    _need_quantisers()
+    if scheme in ("int8", "nf4"):
+        _need("transformers", "accelerate", "bitsandbytes", extra="int8")
+    else:
+        _need("transformers", "llmcompressor", extra="quantize")
     from megatron_xy.hf.quantize import quantize as write_quantised
 
     write_quantised(
@@ -127,13 +130,11 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compares a model's released forms: size, memory, perplexity, divergence from bf16, benchmarks."""
-    given = {"--num-fewshot": num_fewshot, "--limit": limit, "--data-dir": data_dir}
-    if tasks is None and (idle := [name for name, value in given.items() if value is not None]):
-        raise UsageError(f"{', '.join(idle)}: say how benchmarks are put; name them with --tasks")
-    if tasks is None and apply_chat_template:
-        raise UsageError("--apply-chat-template: says how benchmarks are put; name them with --tasks")
-    if find_spec("transformers") is None:
-        raise ConfigError("compare needs transformers; it comes with the extra: pip install 'megatron-xy[quantize]'")
+    ways = {"--num-fewshot": num_fewshot, "--limit": limit, "--data-dir": data_dir}
+    ways["--apply-chat-template"] = apply_chat_template or None
+    if tasks is None and (idle := [name for name, value in ways.items() if value is not None]):
+        raise UsageError(f"{', '.join(idle)}: of benchmarks; name them with --tasks")
+    _need("transformers", "accelerate", extra="int8")
     asked: list[str] = []
     ask = None
     if tasks is not None:
@@ -160,16 +161,12 @@ def compare(
 
 def _prepare_lm_eval() -> None:
     """Before it is imported: data are what is there, and nothing is fetched behind anyone's back."""
-    if find_spec("lm_eval") is None:
-        raise ConfigError("--tasks needs lm-eval; it comes with the extra: pip install 'megatron-xy[evaluate]'")
+    _need("lm_eval", extra="evaluate")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # its bars for each task; ours say how far the model is
 
 
-def _need_quantisers() -> None:
-    missing = [name for name in ("transformers", "bitsandbytes", "llmcompressor") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} not installed; they come with the extra: pip install 'megatron-xy[quantize]'"
-        )
+def _need(*modules: str, extra: str) -> None:
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise ConfigError(f"needs {', '.join(missing)}, of the extra {extra}: pip install 'megatron-xy[{extra}]'")

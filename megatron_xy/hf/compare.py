@@ -31,7 +31,8 @@ from megatron_xy.hf.verb import place
 from megatron_xy.storage import write_text
 
 CARD_BEGINS, CARD_ENDS = "<!-- megatron-xy compare: begins -->", "<!-- megatron-xy compare: ends -->"
-QUANTISERS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}  # method -> package
+# What a form is opened with, and the extra that brings it, by its quant_method.
+QUANTISERS = {"bitsandbytes": ("bitsandbytes", "int8"), "compressed-tensors": ("compressed_tensors", "quantize")}
 Say = Callable[[str], None]
 Ask = Callable[[Any, Path], dict[str, dict[str, Any]]]  # an opened model and its folder -> {task: {metric: value}}
 
@@ -197,9 +198,9 @@ def _form(name: str) -> Form:
     if any("SequenceClassification" in str(kind) for kind in values.get("architectures") or ()):
         raise ConfigError(f"{folder} holds a reward model; only language models are compared")
     quantised_by = (values.get("quantization_config") or {}).get("quant_method")
-    package = QUANTISERS.get(str(quantised_by))
-    if package is not None and find_spec(package) is None:
-        raise ConfigError(f"{folder} is opened with {package}, which comes with: pip install 'megatron-xy[quantize]'")
+    package, extra = QUANTISERS.get(str(quantised_by), ("transformers", "hf"))
+    if find_spec(package) is None:
+        raise ConfigError(f"{folder} needs {package}, of the extra {extra}: pip install 'megatron-xy[{extra}]'")
     with _transformers_errors(folder):
         vocab_size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
     return Form(name, folder, quantised_by, int(vocab_size))

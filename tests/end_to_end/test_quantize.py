@@ -23,8 +23,10 @@ from tests.end_to_end.tiny_run import (
     write_config,
 )  # fmt: skip
 
-HAS_QUANTISERS = all(find_spec(name) for name in ("bitsandbytes", "llmcompressor"))
-needs_quantisers = pytest.mark.skipif(not HAS_QUANTISERS, reason="the extra quantize is not installed")
+HAS_BITSANDBYTES = all(find_spec(name) for name in ("bitsandbytes", "accelerate"))
+HAS_LLM_COMPRESSOR = bool(find_spec("llmcompressor"))
+needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="the extra int8 is not installed")
+needs_llm_compressor = pytest.mark.skipif(not HAS_LLM_COMPRESSOR, reason="the extra quantize is not installed")
 
 # Round to nearest at the scheme of gptq-w4a16, on the same model. argv: from, to.
 ROUND_TO_NEAREST = """
@@ -65,7 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@needs_quantisers
+@needs_bitsandbytes
+@needs_llm_compressor
 def test_forms_are_close_to_the_trained_model_and_gptq_is_closer_than_rounding(folder: Path) -> None:
     calibration = ("--calibration", str(folder / "data"), "--num-samples", "64")
     checkpoint = f"ckpt:{folder / 'run' / 'checkpoints' / 'iter_0000060'}"
@@ -94,7 +97,7 @@ def test_forms_are_close_to_the_trained_model_and_gptq_is_closer_than_rounding(f
 
 
 @pytest.mark.slow
-@needs_quantisers
+@needs_bitsandbytes
 def test_a_killed_quantisation_leaves_no_target_and_the_same_command_makes_it_whole(folder: Path) -> None:
     target = folder / "nf4"
     checkpoint = f"ckpt:{folder / 'run' / 'checkpoints' / 'iter_0000060'}"
@@ -112,7 +115,8 @@ def test_a_killed_quantisation_leaves_no_target_and_the_same_command_makes_it_wh
 
 
 @pytest.mark.slow
-@needs_quantisers
+@needs_bitsandbytes
+@needs_llm_compressor
 def test_arguments_that_do_not_fit_are_refused(folder: Path) -> None:
     options = ("--from", f"hf:{folder / 'hf'}", "--to", f"hf:{folder / 'none'}", "--scheme")
     for scheme, rest, what in (
@@ -125,7 +129,11 @@ def test_arguments_that_do_not_fit_are_refused(folder: Path) -> None:
     assert not (folder / "none").exists()
 
 
-@pytest.mark.skipif(HAS_QUANTISERS, reason="the extra quantize is installed")
-def test_without_the_extra_it_is_said_what_to_install() -> None:
-    answer = verb("quantize", "--from", "hf:none", "--to", "hf:other", "--scheme", "int8")
-    assert answer.returncode == 78 and "megatron-xy[quantize]" in answer.stderr
+@pytest.mark.parametrize(
+    ("scheme", "extra", "is_there"), [("int8", "int8", HAS_BITSANDBYTES), ("w8a8", "quantize", HAS_LLM_COMPRESSOR)]
+)
+def test_without_the_extra_it_is_said_what_to_install(scheme: str, extra: str, is_there: bool) -> None:
+    if is_there:
+        pytest.skip(f"the extra {extra} is installed")
+    answer = verb("quantize", "--from", "hf:none", "--to", "hf:other", "--scheme", scheme)
+    assert answer.returncode == 78 and f"megatron-xy[{extra}]" in answer.stderr
