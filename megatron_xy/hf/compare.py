@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,11 +50,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or what of it lies in a sample, as token ids [length], and where it lies."""
+    """A document, or what of it lies in a sample, and where it lies: token ids [length].
+
+    asked [length - 1]: the places of `tokens` whose next token counts; of conversations, those before the answers'.
+    """
 
     source: str
     bucket: int
     tokens: list[int]
+    asked: list[int]
 
 
 def compare(
@@ -77,7 +82,7 @@ def compare(
     reference = _opened(plain)
     table: dict[str, dict[str, Any]] = {}
     for form in forms:
-        say(f"{form.folder}: {len(documents):,} documents, {sum(len(it.tokens) for it in documents):,} tokens")
+        say(f"{form.folder}: {len(documents):,} documents, {sum(len(it.asked) for it in documents):,} tokens")
         model = reference if form is plain else _opened(form)
         files = [path for path in form.folder.iterdir() if path.is_file() and path.name != MODEL_CARD]
         table[form.name] = {
@@ -153,16 +158,17 @@ def _measured(model: Any, reference: Any, documents: Sequence[Document]) -> dict
     counts: dict[tuple[str, int | str], int] = defaultdict(int)
     divergence = 0.0
     for document in documents:
-        ids = torch.tensor([document.tokens], device=model.device)
-        logprobs = model(ids).logits[0, :-1].float().log_softmax(dim=-1)
-        loss = -float(logprobs.gather(1, ids[0, 1:, None]).double().sum())
+        ids, asked = torch.tensor([document.tokens], device=model.device), document.asked
+        logprobs = model(ids).logits[0, asked].float().log_softmax(dim=-1)
+        labels = [document.tokens[place + 1] for place in asked]
+        loss = -float(logprobs[range(len(labels)), labels].double().sum())
         if model is not reference:
-            expected = reference(ids.to(reference.device)).logits[0, :-1].float().log_softmax(dim=-1)
+            expected = reference(ids.to(reference.device)).logits[0, asked].float().log_softmax(dim=-1)
             expected = expected.to(logprobs.device)
             divergence += float((expected.exp() * (expected - logprobs)).sum(dim=-1).double().sum())
         for part in (("all", ""), ("bucket", document.bucket), ("source", document.source)):
             losses[part] += loss
-            counts[part] += len(document.tokens) - 1
+            counts[part] += len(asked)
 
     def perplexities(kind: str) -> dict[str, float]:
         parts = sorted(part for part in losses if part[0] == kind)
@@ -177,14 +183,17 @@ def _measured(model: Any, reference: Any, documents: Sequence[Document]) -> dict
 
 
 def _documents(dataset: PackedDataset, *, num_samples: int) -> Iterator[Document]:
-    """Of the first samples of each source and bucket; a single token has nothing to predict."""
+    """Of the first samples of each source and bucket, those in which there is something to predict."""
     for stream in dataset.streams:
         for index in range(min(num_samples, stream.num_samples)):
             sample = dataset.sample(SampleId(stream.source, stream.bucket, index))
+            learned = np.ones(len(sample.tokens), dtype=bool) if sample.learned is None else sample.learned
             begin = 0
             for length in sample.piece_lengths.tolist():
-                if length > 1:
-                    yield Document(stream.source, stream.bucket, sample.tokens[begin : begin + length].tolist())
+                asked = np.flatnonzero(learned[begin + 1 : begin + length]).tolist()
+                if asked:
+                    tokens = sample.tokens[begin : begin + length].tolist()
+                    yield Document(stream.source, stream.bucket, tokens, asked)
                 begin += length
 
 
