@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.end_to_end.random_model import write_random_model
 from tests.end_to_end.tiny_run import (
     ONE_RANK,
     make_data,
@@ -116,17 +117,25 @@ def test_a_killed_quantisation_leaves_no_target_and_the_same_command_makes_it_wh
 
 @pytest.mark.slow
 @needs_bitsandbytes
-@needs_llm_compressor
-def test_arguments_that_do_not_fit_are_refused(folder: Path) -> None:
-    options = ("--from", f"hf:{folder / 'hf'}", "--to", f"hf:{folder / 'none'}", "--scheme")
-    for scheme, rest, what in (
-        ("w8a8", (), "needs --calibration"),
-        ("int8", ("--calibration", str(folder / "data")), "takes none"),
-    ):
-        answer = verb("quantize", *options, scheme, *rest)
-        assert answer.returncode == 78 and what in answer.stderr
-    assert verb("quantize", *options, "int3").returncode == 2
-    assert not (folder / "none").exists()
+def test_eight_and_four_bits_are_what_transformers_makes_and_reload_to_the_same_logits(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.end_to_end.bits_against_transformers", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, scheme: str) -> None:
+    peaks = []
+    for layers in (4, 24):  # of 30 MB in bf16
+        origin = write_random_model(
+            tmp_path / f"hf-{layers}", num_hidden_layers=layers, hidden_size=1024, intermediate_size=4096
+        )
+        command = [sys.executable, "-m", "tests.end_to_end.quantizing_memory", str(origin), str(tmp_path / str(layers))]
+        done = subprocess.run([*command, scheme], check=True, capture_output=True, text=True, timeout=300)
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < peaks[0] + 75e6, peaks  # 20 layers more are 600 MB in bf16, 150 MB in 4 bits
 
 
 @pytest.mark.parametrize(
