@@ -59,10 +59,24 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None, num_fewshot: int 
     return loaded
 
 
+def tasks_of(manager: TaskManager, name: str) -> set[str]:
+    """The task of that name, or all below a group or tag."""
+    entry = manager.task_index[name]
+    if entry.kind is Kind.TAG:
+        return set().union(*(tasks_of(manager, task) for task in entry.tags))
+    if entry.kind is not Kind.GROUP:
+        return {name}
+    members = (
+        member if isinstance(member, str) else member.get("task", member.get("group"))
+        for member in _config(manager, name)["task"]
+    )
+    return set().union(*(tasks_of(manager, member) for member in members if member in manager.task_index))
+
+
 def _loaded(manager: TaskManager, task: Any, *, data_dir: Path | None) -> dict[str, Any]:
     if not isinstance(task, str):
         return dict(manager.load([task]))
-    configs = {name: _config(manager, name) for name in _tasks_of(manager, task)}
+    configs = {name: _config(manager, name) for name in tasks_of(manager, task)}
     if data_dir is not None:
         for name, config in configs.items():
             if splits := _splits_as_published(data_dir, config):
@@ -81,20 +95,6 @@ def _loaded(manager: TaskManager, task: Any, *, data_dir: Path | None) -> dict[s
                 f"task {task}: its data set {', '.join(data_sets)} comes neither from --data-dir nor the hub's cache; "
                 f"where there is a network, {commands} gets it, then --data-dir DIR. datasets says: {error}"
             ) from error
-
-
-def _tasks_of(manager: TaskManager, name: str) -> set[str]:
-    """The task of that name, or all below a group or tag."""
-    entry = manager.task_index[name]
-    if entry.kind is Kind.TAG:
-        return set().union(*(_tasks_of(manager, task) for task in entry.tags))
-    if entry.kind is not Kind.GROUP:
-        return {name}
-    members = (
-        member if isinstance(member, str) else member.get("task", member.get("group"))
-        for member in _config(manager, name)["task"]
-    )
-    return set().union(*(_tasks_of(manager, member) for member in members if member in manager.task_index))
 
 
 def _config(manager: TaskManager, name: str) -> dict[str, Any]:

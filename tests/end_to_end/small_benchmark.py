@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_xy.config import ModelConfig
+from megatron_xy.data.chat_template import load_chat_template
+from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
@@ -28,9 +30,12 @@ MODEL = ModelConfig(
 
 
 def write_model(folder: Path) -> None:
-    """FOLDER/hf, of random weights, and FOLDER/tokenizer.model, its tokenizer."""
+    """FOLDER/hf, of random weights, with a chat template, and FOLDER/tokenizer.model, its tokenizer."""
     (folder / "hf").mkdir()
-    write_hf_tokenizer(train_tokenizer(folder / "tokenizer.model"), folder / "hf", model_max_length=512)
+    tokenizer = train_tokenizer(folder / "tokenizer.model")
+    write_hf_tokenizer(tokenizer, folder / "hf", model_max_length=512)
+    template = load_chat_template("xuanyuan", load_tokenizer(tokenizer))
+    (folder / "hf" / "chat_template.jinja").write_text(template.source)
     generator = torch.Generator().manual_seed(1)
     tensors = {
         part: torch.randn(shard.local_shape, generator=generator) * 0.3

@@ -50,6 +50,13 @@ if __name__ == "__main__":
         for name, rows in found["samples"].items()
     }
     answers["accuracies"] = {name: it["acc,none"] for name, it in found["results"].items() if "acc,none" in it}
+    loaded = load_tasks(["financeiq"], data_dir=Path(what["data"]), num_fewshot=0, say=print)
+    asked_in_turns = {"apply_chat_template": True, "fewshot_as_multiturn": True, "log_samples": True}
+    found = evaluate(lm=model, task_dict=loaded, bootstrap_iters=0, **asked_in_turns)
+    answers["in_a_conversation"] = {
+        name: [[float(choice[0]) for choice in row["filtered_resps"]] for row in rows]
+        for name, rows in found["samples"].items()
+    }
     print("answers:" + json.dumps(answers))
 """
 
@@ -80,8 +87,10 @@ def test_lm_evals_own_backend_gives_the_same_likelihoods_answers_and_accuracies(
         assert logprob == pytest.approx(expected, abs=1e-4) and is_greedy == was_greedy
     assert ours["loglikelihood_rolling"] == pytest.approx(theirs["loglikelihood_rolling"], rel=1e-6)
     assert ours["generate_until"] == theirs["generate_until"]
-    for name, rows in theirs["likelihoods"].items():
-        assert ours["likelihoods"][name] == [pytest.approx(row, abs=1e-4) for row in rows]
+    for kind in ("likelihoods", "in_a_conversation"):
+        for name, rows in theirs[kind].items():
+            assert ours[kind][name] == [pytest.approx(row, abs=1e-4) for row in rows]
+    assert ours["likelihoods"] != ours["in_a_conversation"]
     expected_metrics = {name.removeprefix("financeiq_"): value for name, value in theirs["accuracies"].items()}
     for layout in ((), LAYOUT):
         ended = evaluate(
