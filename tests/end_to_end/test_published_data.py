@@ -1,4 +1,4 @@
-"""CEVAL, CMMLU and MMLU of a folder as their data sets are published, by lm-eval's own tasks; forms of a model asked."""
+"""CEVAL, CMMLU and MMLU of a folder as published, by lm-eval's own tasks; every form of a model asked."""
 
 from __future__ import annotations
 
