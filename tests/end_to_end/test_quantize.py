@@ -13,16 +13,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.random_model import write_random_model
-from tests.end_to_end.tiny_run import (
-    ONE_RANK,
-    make_data,
-    run_command,
-    run_to_end,
-    started,
-    wait_for_end,
-    wait_until,
-    write_config,
-)  # fmt: skip
+from tests.end_to_end.tiny_run import run_to_end, started, trained, wait_for_end, wait_until
 
 HAS_BITSANDBYTES = all(find_spec(name) for name in ("bitsandbytes", "accelerate"))
 HAS_LLM_COMPRESSOR = bool(find_spec("llmcompressor"))
@@ -59,10 +50,7 @@ def checked(*arguments: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/, run/ with a checkpoint of 60 steps, and hf/, the same in bf16."""
     path = tmp_path_factory.mktemp("quantize")
-    write_config(path / "run.yaml", data=make_data(path))
-    options = (f"run_dir={path / 'run'}", "training.train_iters=60", "checkpoint.save_interval=60", *ONE_RANK)
-    assert run_to_end(run_command(path / "run.yaml", *options, ranks=1)).code == 0
-    checkpoint = path / "run" / "checkpoints" / "iter_0000060"
+    checkpoint = trained(path, "training.train_iters=60", "checkpoint.save_interval=60") / "checkpoints/iter_0000060"
     checked("convert", "--from", f"ckpt:{checkpoint}", "--to", f"hf:{path / 'hf'}", "--dtype", "bf16")
     return path
 
