@@ -103,9 +103,10 @@ def _evaluate_one(
     }
     _append(run_dir / EVALUATIONS, record)
     shutil.rmtree(work)
-    shown = {f"{task} {name}": value for task, of_task in metrics.items() for name, value in of_task.items()}
-    first = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if name.endswith(" acc"))
-    say(f"iteration {iteration}: {first or 'done'}")
+    accuracies = [
+        f"{task} acc {metrics[task]['acc']:.4f}" for task in benchmarks.names if "acc" in metrics.get(task, {})
+    ]
+    say(f"iteration {iteration}: {', '.join(accuracies) or 'done'}")
     return 0
 
 
