@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_xy import __version__
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.progress import Progress, showing_progress
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.folder import file_inside, read_object
@@ -78,17 +79,21 @@ def compare(
     if (known := min(form.vocab_size for form in forms)) < dataset.vocab_size:
         raise ConfigError(f"--data ({data}): has a vocabulary of {dataset.vocab_size}, more than the models' {known}")
     documents = list(_documents(dataset, num_samples=num_samples))
+    if not documents:
+        raise DataError(f"--data ({data}): holds no token that follows another; build it from longer documents")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says in each layer that it casts
     reference = _opened(plain)
     table: dict[str, dict[str, Any]] = {}
     for form in forms:
         say(f"{form.folder}: {len(documents):,} documents, {sum(len(it.asked) for it in documents):,} tokens")
         model = reference if form is plain else _opened(form)
+        with _transformers_errors(form.folder), showing_progress() as show:
+            measured = _measured(model, reference, documents, show=show)
         files = [path for path in form.folder.iterdir() if path.is_file() and path.name != MODEL_CARD]
         table[form.name] = {
             "bytes_on_disk": sum(path.stat().st_size for path in files),
             "bytes_in_memory": int(model.get_memory_footprint()),
-            **_measured(model, reference, documents),
+            **measured,
             **({} if ask is None else {"benchmarks": ask(model, form.folder)}),
         }
     return table
@@ -153,11 +158,11 @@ def _columns(table: dict[str, dict[str, Any]], *, names: Sequence[str], tasks: S
 
 
 @torch.inference_mode()
-def _measured(model: Any, reference: Any, documents: Sequence[Document]) -> dict[str, Any]:
+def _measured(model: Any, reference: Any, documents: Sequence[Document], *, show: Progress) -> dict[str, Any]:
     losses: dict[tuple[str, int | str], float] = defaultdict(float)
     counts: dict[tuple[str, int | str], int] = defaultdict(int)
     divergence = 0.0
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
         ids, asked = torch.tensor([document.tokens], device=model.device), document.asked
         logprobs = model(ids).logits[0, asked].float().log_softmax(dim=-1)
         labels = [document.tokens[place + 1] for place in asked]
@@ -169,6 +174,7 @@ def _measured(model: Any, reference: Any, documents: Sequence[Document]) -> dict
         for part in (("all", ""), ("bucket", document.bucket), ("source", document.source)):
             losses[part] += loss
             counts[part] += len(asked)
+        show("compare", number, len(documents), "documents")
 
     def perplexities(kind: str) -> dict[str, float]:
         parts = sorted(part for part in losses if part[0] == kind)
@@ -223,8 +229,13 @@ def _opened(form: Form) -> Any:
 
 @contextmanager
 def _transformers_errors(folder: Path) -> Iterator[None]:
-    """Turns what transformers says of a folder that it cannot open into a DataError."""
+    """Turns what transformers says of a folder that it cannot open, or compute here, into a DataError."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"{folder}: does not fit beside the form it is compared with: {error}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{folder}: transformers cannot open it: {error}; write it again") from error
+        raise DataError(
+            f"{folder}: transformers cannot open it, or not compute it on this machine: {error}; write it again, or "
+            "compare on another one"
+        ) from error
