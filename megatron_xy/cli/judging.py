@@ -135,7 +135,9 @@ def compare(
     if tasks is None and (idle := [name for name, value in ways.items() if value is not None]):
         raise UsageError(f"{', '.join(idle)}: of benchmarks; name them with --tasks")
     _need("transformers", "accelerate", extra="int8")
-    asked: list[str] = []
+    if write_cards and limit is not None:
+        raise UsageError("--limit is for trying; --write-cards takes all questions")
+    asked: dict[str, str] = {}
     ask = None
     if tasks is not None:
         _prepare_lm_eval()
@@ -150,7 +152,9 @@ def compare(
             apply_chat_template=apply_chat_template,
             say=say,
         )
-        asked, ask = benchmarks.names, partial(ask_opened, benchmarks=benchmarks)
+        examples = "" if num_fewshot is None else f" {num_fewshot}-shot"
+        asked = {name: f"{name}{examples}" for name in benchmarks.names}
+        ask = partial(ask_opened, benchmarks=benchmarks)
     from megatron_xy.hf import compare as comparing
 
     table = comparing.compare(forms, data, num_samples=num_samples, ask=ask, say=say)

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -87,20 +87,21 @@ def compare(
     for form in forms:
         say(f"{form.folder}: {len(documents):,} documents, {sum(len(it.asked) for it in documents):,} tokens")
         model = reference if form is plain else _opened(form)
+        at_load = int(model.get_memory_footprint())  # compressed-tensors unpacks a form when it is first computed
         with _transformers_errors(form.folder), showing_progress() as show:
             measured = _measured(model, reference, documents, show=show)
         files = [path for path in form.folder.iterdir() if path.is_file() and path.name != MODEL_CARD]
         table[form.name] = {
             "bytes_on_disk": sum(path.stat().st_size for path in files),
-            "bytes_in_memory": int(model.get_memory_footprint()),
+            "bytes_in_memory": at_load,
             **measured,
             **({} if ask is None else {"benchmarks": ask(model, form.folder)}),
         }
     return table
 
 
-def rows_of(table: dict[str, dict[str, Any]], *, tasks: Sequence[str] = ()) -> list[str]:
-    """The table for people, a line a form, its numbers by part in further columns; tasks: those asked for."""
+def rows_of(table: dict[str, dict[str, Any]], *, tasks: Mapping[str, str]) -> list[str]:
+    """The table for people, a line a form, its numbers by part in further columns; tasks: {asked for: as told}."""
     columns = _columns(table, names=list(table), tasks=tasks)
     widths = [max(map(len, column)) for column in columns]
     return [
@@ -109,7 +110,7 @@ def rows_of(table: dict[str, dict[str, Any]], *, tasks: Sequence[str] = ()) -> l
     ]
 
 
-def write_cards(table: dict[str, dict[str, Any]], *, data: Path, num_samples: int, tasks: Sequence[str]) -> None:
+def write_cards(table: dict[str, dict[str, Any]], *, data: Path, num_samples: int, tasks: Mapping[str, str]) -> None:
     """The table at the end of each form's README.md, instead of an earlier one. Raises DataError, StorageError."""
     folders = {name: place(name, "compare")[1] for name in table}
     short = [folder.resolve().name for folder in folders.values()]
@@ -122,7 +123,8 @@ def write_cards(table: dict[str, dict[str, Any]], *, data: Path, num_samples: in
             "## Forms of this model",
             "",
             f"Measured by megatron_xy {__version__} on {data.resolve().name}, up to {num_samples} samples of each "
-            "source and bucket. KL: mean divergence of the next-token distribution from the form not quantised.",
+            "source and bucket: perplexity in all, by bucket and by source; KL, the mean divergence of the next-token "
+            "distribution from the form that is not quantised.",
             "",
             *(f"| {' | '.join(cells)} |" for cells in markdown),
             CARD_ENDS,
@@ -139,7 +141,7 @@ def write_cards(table: dict[str, dict[str, Any]], *, data: Path, num_samples: in
         write_text(folder / MODEL_CARD, f"{rest}\n\n{section}\n")
 
 
-def _columns(table: dict[str, dict[str, Any]], *, names: Sequence[str], tasks: Sequence[str]) -> list[list[str]]:
+def _columns(table: dict[str, dict[str, Any]], *, names: Sequence[str], tasks: Mapping[str, str]) -> list[list[str]]:
     """What there is to tell of each form, its name before: a measure, then one cell a form."""
     rows = list(table.values())
     columns = [["form", *names]]
@@ -153,7 +155,9 @@ def _columns(table: dict[str, dict[str, Any]], *, names: Sequence[str], tasks: S
     found = rows[0].get("benchmarks", {})
     for task in [task for task in tasks if task in found] or found:  # a tag's tasks have no mean
         metric = "acc" if "acc" in found[task] else next(iter(found[task]))
-        columns.append([f"{task} {metric}", *(f"{row['benchmarks'][task][metric]:.4f}" for row in rows)])
+        columns.append(
+            [f"{tasks.get(task, task)} {metric}", *(f"{row['benchmarks'][task][metric]:.4f}" for row in rows)]
+        )
     return columns
 
 

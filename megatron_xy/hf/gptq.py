@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from compressed_tensors.offload import load_offloaded_model
 from compressed_tensors.quantization import preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -22,12 +24,17 @@ from megatron_xy.errors import DataError
 from megatron_xy.hf.calibration import read_calibration
 from megatron_xy.hf.convert import to_hf
 from megatron_xy.hf.source import Source
-from megatron_xy.storage import TEMPORARY_PREFIX
+from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors
 
 PRESETS = {"gptq-w4a16": "W4A16", "w8a8": "W8A8", "w8a16": "W8A16"}
 GROUP_SIZES = (128, 64, 32)  # columns that share a scale in W4A16; the first that divides all of a model's
 LONGEST_ROW = 2048  # tokens of a calibration sample
+MAX_SHARD_BYTES = 10**9  # of a file that is written: memory holds it several times
 SEED = 0
+_ON_DISK = {
+    "model.embed_tokens": "disk", "model.layers": "disk", "lm_head": "disk",
+    "model.norm": "cpu", "model.rotary_emb": "cpu",
+}  # fmt: skip
 Say = Callable[[str], None]
 
 
@@ -41,6 +48,7 @@ def write_gptq(
     ignore: list[str],
     beside: Path,
     say: Say,
+    max_shard_bytes: int | None = None,
 ) -> str:
     """Writes config.json and the weights; returns what calibrated them, for the model card.
 
@@ -50,7 +58,7 @@ def write_gptq(
     if group.weights.group_size:
         group.weights.group_size = _group_size(source.model)
         say(f"{PRESETS[scheme]}: {group.weights.group_size} columns share a scale")
-    with _as_hf(source, beside=beside, say=say) as origin:
+    with _as_hf(source, beside=beside, say=say) as origin, _empty_folder(beside, "offload") as offload:
         rows = read_calibration(
             calibration,
             model=origin,
@@ -59,7 +67,7 @@ def write_gptq(
             number=num_samples,
             seed=SEED,
         )
-        model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.bfloat16)
+        model = _on_disk(origin, offload)
         samples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.rows]
         oneshot(
             model=model,
@@ -70,7 +78,7 @@ def write_gptq(
             num_calibration_samples=len(samples),
             pipeline="sequential",
         )
-        model.save_pretrained(folder, save_compressed=True)
+        model.save_pretrained(folder, save_compressed=True, max_shard_size=max_shard_bytes or MAX_SHARD_BYTES)
     return rows.told
 
 
@@ -80,13 +88,31 @@ def _as_hf(source: Source, *, beside: Path, say: Say) -> Iterator[Path]:
     if source.kind == "hf":
         yield source.folder
         return
-    plain = beside.with_name(f"{TEMPORARY_PREFIX}{beside.name}.bf16")
-    shutil.rmtree(plain, ignore_errors=True)  # of a killed command
+    with _empty_folder(beside, "bf16") as folder:
+        folder.rmdir()  # a conversion makes it
+        to_hf(source, folder, dtype=torch.bfloat16, tokenizer=None, say=say)
+        yield folder
+
+
+@contextmanager
+def _empty_folder(beside: Path, kind: str) -> Iterator[Path]:
+    """A folder beside the target while the block runs; what a killed command left in it is gone."""
+    folder = beside.with_name(f"{TEMPORARY_PREFIX}{beside.name}.{kind}")
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        to_hf(source, plain, dtype=torch.bfloat16, tokenizer=None, say=say)
-        yield plain
+        with storage_errors(folder):
+            folder.mkdir(parents=True)
+        yield folder
     finally:
-        shutil.rmtree(plain, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _on_disk(origin: Path, offload: Path) -> Any:
+    """The model in bf16, each layer in memory only while it is used; those that change lie in `offload`."""
+    with load_offloaded_model():
+        return AutoModelForCausalLM.from_pretrained(
+            origin, dtype=torch.bfloat16, device_map=_ON_DISK, offload_folder=str(offload)
+        )
 
 
 def _group_size(model: ModelConfig) -> int:

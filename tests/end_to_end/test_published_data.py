@@ -128,7 +128,7 @@ def test_compare_asks_every_form_that_transformers_opens(tmp_path: Path) -> None
     shape = GPT2Config(vocab_size=MODEL.vocab_size, n_positions=512, n_embd=32, n_layer=1, n_head=2)
     GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
     forms = [f"hf:{tmp_path / name}" for name in ("hf", "gpt2")]
-    asked = ("--tasks", "financeiq", "--data-dir", str(tmp_path / "questions"), "--num-fewshot", "2", "--limit", "4")
+    asked = ("--tasks", "financeiq", "--data-dir", str(tmp_path / "questions"), "--num-fewshot", "2")
     command = [sys.executable, "-m", "megatron_xy", "compare", *forms, "--data", str(data), *asked]
     ended = subprocess.run([*command, "--json", "--write-cards"], capture_output=True, text=True, timeout=180)
     assert ended.returncode == 0, ended.stderr
@@ -137,4 +137,5 @@ def test_compare_asks_every_form_that_transformers_opens(tmp_path: Path) -> None
     assert table[forms[0]]["benchmarks"] == json.loads(ours.stdout)
     for form, row in table.items():
         card = Path(form.removeprefix("hf:"), "README.md").read_text()
-        assert f"{row['benchmarks']['financeiq']['acc']:.4f} |" in card and "| form | hf | gpt2 |" in card
+        assert f"{row['benchmarks']['financeiq']['acc']:.4f} |" in card and "| financeiq 2-shot acc |" in card
+        assert "| form | hf | gpt2 |" in card

@@ -34,11 +34,11 @@ def test_the_table_stands_once_in_every_model_card_however_often_it_is_written(t
     table = {f"hf:{tmp_path / 'bf16'}": row(5.0, accuracy=0.5), f"hf:{tmp_path / 'int8'}": row(5.25, accuracy=0.25)}
     for perplexity in (9.0, 5.0):
         first = {name: {**it, "perplexity": perplexity} for name, it in table.items()}
-        write_cards(first, data=tmp_path / "data", num_samples=4, tasks=["mmlu"])
+        write_cards(first, data=tmp_path / "data", num_samples=4, tasks={"mmlu": "mmlu 5-shot"})
     text = card.read_text()
     assert text.startswith("---\nlibrary_name: transformers\n---\n\n# Model card\n\nA model.\n\n")
     assert text.count("## Forms of this model") == 1 and "9.000" not in text
-    for line in ("| form | bf16 | int8 |", "| perplexity | 5.000 | 5.000 |", "| mmlu acc | 0.5000 | 0.2500 |"):
+    for line in ("| form | bf16 | int8 |", "| perplexity | 5.000 | 5.000 |", "| mmlu 5-shot acc | 0.5000 | 0.2500 |"):
         assert line in text.splitlines()
     assert "mmlu_law" not in text and str(tmp_path) not in text
     assert (tmp_path / "int8" / "README.md").read_text().startswith("# Model card\n\n")
@@ -46,14 +46,16 @@ def test_the_table_stands_once_in_every_model_card_however_often_it_is_written(t
         {name: {**it, "perplexity": 5.0} for name, it in table.items()},
         data=tmp_path / "data",
         num_samples=4,
-        tasks=["mmlu"],
+        tasks={"mmlu": "mmlu 5-shot"},
     )
     assert card.read_text() == text
     assert sorted(path.name for path in card.parent.iterdir()) == ["README.md"]
 
 
 def test_people_see_a_line_a_form() -> None:
-    head, first, second = rows_of({"hf:a": row(5.0, accuracy=0.5), "hf:b": row(6.0, accuracy=0.25)}, tasks=["mmlu"])
+    head, first, second = rows_of(
+        {"hf:a": row(5.0, accuracy=0.5), "hf:b": row(6.0, accuracy=0.25)}, tasks={"mmlu": "mmlu 5-shot"}
+    )
     assert head.split("  ")[0] == "form" and head.index("bucket 128") < head.index("bucket 1024")
     assert first.split()[:4] == ["hf:a", "2.0", "1.5", "5.000"] and second.split()[-1] == "0.2500"
 
