@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_xy.config import RunConfig
 from megatron_xy.plan.calibrate import Calibration
 from megatron_xy.plan.overview import RECOMPUTE_MODES, Plan, RolePlan
 from megatron_xy.plan.ppo import TimeLine
@@ -16,6 +17,7 @@ from megatron_xy.plan.search import changes
 from megatron_xy.ppo.placement import spelt_ranks
 
 GB = 1e9
+NO_LAYOUT = "no layout of these ranks fits; take more nodes, or a smaller micro_batch_tokens"
 
 
 def tables(plan: Plan) -> Iterator[RenderableType]:
@@ -31,7 +33,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         yield _quantising(plan)
 
 
-def layouts(plan: Plan, found: Sequence[Plan], *, most: int = 10) -> RenderableType:
+def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Iterator[RenderableType]:
     """The layouts of a search; what each changes, as overrides."""
     table = _table(
         f"{len(found)} layouts fit; the fastest",
@@ -44,25 +46,48 @@ def layouts(plan: Plan, found: Sequence[Plan], *, most: int = 10) -> RenderableT
         "overrides",
     )
     for other in found[:most]:
-        parallel = other.config.parallel
-        chunks = f" (vp {parallel.num_chunks})" if parallel.num_chunks > 1 else ""
         table.add_row(
-            f"tp {parallel.tensor_model_parallel_size} x pp {parallel.pipeline_model_parallel_size}{chunks} x "
-            f"dp {other.roles[0].job.dp_size}",
+            _sizes(other.roles[0]),
             other.config.model.recompute_granularity,
             f"{other.worst_bytes / GB:.0f}",
             f"{other.tokens_per_second:,.0f}",
             f"{100 * other.mfu:.1f} %",
             f"{other.days:,.1f}",
-            " ".join(changes(plan.config, other.config)) or "as configured",
+            " ".join(changes(given, other.config)) or "as configured",
         )
-    return table
+    yield table
+
+
+def placements(given: RunConfig, found: Sequence[Plan], *, most: int = 5) -> Iterator[RenderableType]:
+    """Of PPO's roles, one for each way to share ranks; and the fastest one as overrides."""
+    if not found:
+        yield Text(NO_LAYOUT, style="red")
+        return
+    table = _table(
+        f"{len(found)} ways to share ranks fit, each at its best",
+        "step s", "MFU", "GB", "days", "role", "ranks", "layout", "recompute",
+    )  # fmt: skip
+    for other in found[:most]:
+        told = (f"{other.step_seconds:.1f}", f"{100 * other.mfu:.1f} %", f"{other.worst_bytes / GB:.0f}")
+        for number, role in enumerate(other.roles):
+            job = role.job
+            table.add_row(
+                *((*told, f"{other.days:,.2f}") if number == 0 else ("",) * 4),
+                job.role,
+                spelt_ranks(job.ranks),
+                _sizes(role),
+                job.model.recompute_granularity if job.is_trained else "",
+            )
+        table.add_section()
+    yield table
+    overrides = changes(given, found[0].config)
+    yield Text("the fastest, as overrides:\n" + "\n".join(f"  {line}" for line in overrides or ["none: as configured"]))
 
 
 def remedies(plan: Plan, found: Sequence[Plan]) -> RenderableType:
     """What would make a plan fit."""
     if not found:
-        return Text("no layout of these ranks fits; take more nodes, or a smaller micro_batch_tokens", style="red")
+        return Text(NO_LAYOUT, style="red")
     lines = [
         f"  {' '.join(changes(plan.config, other.config))}: {other.worst_bytes / GB:.0f} GB, "
         f"{other.tokens_per_second:,.0f} tokens/s/GPU"
@@ -119,13 +144,17 @@ def _bar(num_layers: int, role: RolePlan) -> str:
 
 
 def _layout(role: RolePlan) -> str:
-    parallel = role.job.parallel
-    chunks = f" (vp {parallel.num_chunks})" if parallel.num_chunks > 1 else ""
     return (
-        f"tp {parallel.tensor_model_parallel_size} x pp {parallel.pipeline_model_parallel_size}{chunks} x "
-        f"dp {role.job.dp_size}; {role.job.num_micro_batches} micro-batches of {role.job.micro_batch_tokens}; "
+        f"{_sizes(role)}; {role.job.num_micro_batches} micro-batches of {role.job.micro_batch_tokens}; "
         f"vocabulary padded to {role.padded_vocab_size:,}"
     )
+
+
+def _sizes(role: RolePlan) -> str:
+    parallel = role.job.parallel
+    chunks = f" (vp {parallel.num_chunks})" if parallel.num_chunks > 1 else ""
+    sizes = f"tp {parallel.tensor_model_parallel_size} x pp {parallel.pipeline_model_parallel_size}{chunks}"
+    return f"{sizes} x dp {role.job.dp_size}"
 
 
 def _memory(plan: Plan) -> RenderableType:
@@ -138,6 +167,7 @@ def _memory(plan: Plan) -> RenderableType:
         "activations",
         "of micro-batches",
         "buffers",
+        *(["generation"] if plan.time_line else []),
         "total",
         *(f"if {mode}" for mode in RECOMPUTE_MODES),
     )
@@ -151,6 +181,7 @@ def _memory(plan: Plan) -> RenderableType:
                 *(f"{value / GB:.1f}" for value in values),
                 f"{memory.in_flight:.1f}",
                 f"{memory.buffers / GB:.2f}",
+                *([f"{memory.cache / GB:.1f}"] if plan.time_line else []),
                 f"{memory.total / GB:.1f}",
                 *(f"{total / GB:.1f}" for total in role.totals_of(memory.stage).values()),
                 style="bold" if memory is role.worst else "",
@@ -200,7 +231,7 @@ def _costs(plan: Plan) -> RenderableType:
     kept, sent = plan.reliability, plan.roles[0].traffic
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_row(
-        "mix of buckets",
+        "whole step" if plan.time_line else "mix of buckets",
         f"{plan.tokens_per_second:,.0f} tokens/s/GPU, MFU {100 * plan.mfu:.1f} %, {plan.step_seconds:.2f} s a step",
     )
     table.add_row(
