@@ -87,7 +87,7 @@ def _evaluate_one(
         began = time.monotonic()
         metrics = evaluate(f"ckpt:{folder}", benchmarks, placement, folder=work)
     except (ConfigError, DataError, JobEnded) as error:
-        if folder.exists() and isinstance(error, JobEnded):
+        if folder.exists() and isinstance(error, JobEnded) and error.code != EXIT_BAD_DATA:
             return error.code
         if folder.exists() and isinstance(error, ConfigError):
             raise

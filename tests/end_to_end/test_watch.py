@@ -135,6 +135,8 @@ def test_bad_checkpoints_are_named_and_the_others_evaluated(tmp_path: Path) -> N
     manifest = read_manifest(emptied)
     kept = {name: tensor for name, tensor in manifest.tensors.items() if name != "output_layer.weight"}
     write_manifest(emptied, replace(manifest, tensors=kept))
-    ended = run_to_end(watching(run_dir))
-    assert ended.code == 65 and "evaluated but for 4, 8, which are bad" in ended.err, ended
-    assert [record["iteration"] for record in lines_of(run_dir)] == [12, 16]
+    for layout in ((), TENSOR_PARALLEL):
+        (run_dir / "evaluations.jsonl").unlink(missing_ok=True)
+        ended = run_to_end(watching(run_dir, *layout))
+        assert ended.code == 65 and "evaluated but for 4, 8, which are bad" in ended.err, ended
+        assert [record["iteration"] for record in lines_of(run_dir)] == [12, 16]
