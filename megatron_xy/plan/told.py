@@ -30,6 +30,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     if plan.time_line is not None:
         yield _time_line(plan, plan.time_line)
     yield _costs(plan)
+    if plan.quantising:
+        yield _quantising(plan)
 
 
 def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Iterator[RenderableType]:
@@ -258,6 +260,18 @@ def _costs(plan: Plan) -> RenderableType:
     return table
 
 
+def _quantising(plan: Plan) -> RenderableType:
+    title = f"quantize: int8, nf4 on a CPU core, else one {plan.gpu.name}"
+    table = _table(title, "scheme", "result GB", "disk GB", "memory GB", "GPU GB", "hours")
+    for form in plan.quantising:
+        table.add_row(
+            form.scheme,
+            *(f"{value / GB:,.1f}" for value in (form.result_bytes, form.disk_bytes, form.host_bytes, form.gpu_bytes)),
+            f"{form.hours:,.1f}",
+        )
+    return table
+
+
 def _time_line(plan: Plan, line: TimeLine) -> RenderableType:
     table = _table(
         f"a PPO step: {line.seconds:.0f} s", "role", *(f"{phase} s" for phase in line.phases), "idle", "layout"
@@ -302,6 +316,6 @@ def _number(value: float) -> str:
 def _table(title: str, *headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for heading in headings:
-        is_text = heading in ("role", "layout", "ranks", "layers", "recompute", "overrides")
+        is_text = heading in ("role", "scheme", "layout", "ranks", "layers", "recompute", "overrides")
         table.add_column(heading, justify="left" if is_text else "right")
     return table
