@@ -100,7 +100,7 @@ def test_what_only_a_run_would_tell_is_noted(tmp_path: Path) -> None:
     assert begins == ["source nowhere.sh", "if [ $1 = x ]", "for i in 1 2", "--w"]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.lists(
         st.sampled_from(
