@@ -13,6 +13,8 @@ PYTHON_LATEST ?= python3.12
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Two files of tests at a time: one that waits for a watchdog leaves its core to the other. Each test starts up to 8 processes.
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 export OMP_NUM_THREADS = 1
 
 .PHONY: setup demo demo-chain test test-full test-latest lint bench clean
@@ -36,15 +38,15 @@ demo-chain: $(READY)
 	$(BIN)/python tools/demo_chain.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow"
 
 test-full: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 # The tests on Python 3.12 with the newest accepted megatron-core, in an environment of its own; torch there may be several GB.
 test-latest:
 	$(MAKE) setup PYTHON="$(PYTHON_LATEST)" VENV=.venv-latest
-	.venv-latest/bin/python -m pytest -m "not slow"
+	.venv-latest/bin/python -m pytest $(TWO_AT_A_TIME) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

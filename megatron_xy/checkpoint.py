@@ -28,6 +28,7 @@ from megatron_xy.parallel import Groups, barrier
 from megatron_xy.role import Role
 from megatron_xy.shards import ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, sync_folder, write_json
+from megatron_xy.tensor_files import dtype_name, write_tensors
 
 
 class CheckpointWriter:
@@ -141,14 +142,14 @@ class CheckpointWriter:
         size = len(groups.ranks)
         file = f"rank-{groups.role_rank:05d}-of-{size:05d}.safetensors"
         contents = {**tensors, **rank_state}
-        facts = files.write_shard(folder, file=file, tensors=contents, on_progress=self._on_progress)
+        facts = write_tensors(folder / file, contents, metadata=files.METADATA, on_progress=self._on_progress)
         note = {
             "file": file,
             "facts": facts,
             "tensors": {
                 name: {
                     "shape": list(shard.global_shape),
-                    "dtype": files.DTYPE_NAMES[tensors[name].dtype],
+                    "dtype": dtype_name(tensors[name].dtype),
                     **files.shard_to_json(shard),
                 }
                 for name, shard in shards.items()

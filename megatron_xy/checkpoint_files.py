@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Set
+import math
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.safetensors_file import write_safetensors
 from megatron_xy.shards import Box, ParameterShard
 from megatron_xy.storage import file_sha256, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 METADATA = {"format": "megatron_xy"}  # of the safetensors files
-DTYPE_NAMES = {
-    torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
-    torch.uint8: "uint8", torch.int32: "int32", torch.int64: "int64",
-}  # fmt: skip
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES = ("float32", "float16", "bfloat16", "uint8", "int32", "int64")  # that a tensor may have
 
 
 @dataclass(frozen=True)
@@ -94,26 +89,6 @@ class Manifest:
             "files": dict(sorted(self.files.items())),
         }
         return {**body, "manifest_sha256": _digest_of(body)}
-
-
-def write_shard(
-    directory: Path,
-    *,
-    file: str,
-    tensors: dict[str, torch.Tensor],
-    on_progress: Callable[[int], object] = lambda num_bytes: None,
-) -> dict[str, Any]:
-    """Writes one safetensors file, synced to disk; returns its {bytes, sha256}. Raises StorageError.
-
-    tensors: on the CPU, contiguous. on_progress: called after each block with the bytes written so far.
-    """
-    return write_safetensors(
-        directory / file,
-        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
-        blocks_of=lambda name: [tensors[name]],
-        metadata=METADATA,
-        on_progress=on_progress,
-    )
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -203,7 +178,7 @@ def verify_coverage(directory: Path, manifest: Manifest) -> None:
             if shard.flat:
                 ranges.setdefault(shard.boxes, []).append(shard.flat)
         boxes = [*whole_boxes, *(box for group in ranges for box in group)]
-        complete = sum(box.numel for box in boxes) == torch.Size(entry.shape).numel()
+        complete = sum(box.numel for box in boxes) == math.prod(entry.shape)
         overlap = any(a.intersect(b) for index, a in enumerate(boxes) for b in boxes[:index])
         if not complete or overlap or not all(_is_tiled(group, parts) for group, parts in ranges.items()):
             raise DataError(

@@ -21,9 +21,10 @@ from megatron_xy.model.logits import logprobs_of
 from megatron_xy.model_job import ModelJob, run_job
 from megatron_xy.model_ranks import complete_options, joined
 from megatron_xy.run_folder import RunDirBusy
-from megatron_xy.safetensors_file import SafetensorsFile, write_safetensors
+from megatron_xy.safetensors_file import SafetensorsFile
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import replace, storage_errors, temporary_name
+from megatron_xy.tensor_files import read_tensor, write_tensors
 from megatron_xy.watchdog import Watchdog
 
 _PARTS = "part-*.safetensors"
@@ -96,24 +97,19 @@ def _compute(job: ModelJob, *, beat: Callable[[], None]) -> None:
             beat()
             found[str(mine[place])] = values.cpu()
         if found and groups.is_last_stage and groups.tp_rank == 0:
-            _write(folder / f"part-{groups.dp_rank:05d}.safetensors", found)
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_safetensors(path, layout, blocks_of=lambda name: [tensors[name]], metadata=METADATA)
+            write_tensors(folder / f"part-{groups.dp_rank:05d}.safetensors", found, metadata=METADATA)
 
 
 def _join(folder: Path, output: Path, *, num_rows: int) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for path in folder.glob(_PARTS):
         part = SafetensorsFile(path)
-        tensors |= {name: part.read(name) for name in part.tensors}
+        tensors |= {name: read_tensor(part, name) for name in part.tensors}
         part.close()
     assert tensors.keys() == set(map(str, range(num_rows))), "the parts are those of this run, and of all its rows"
     temporary = output.with_name(temporary_name(output.name))
     try:
-        _write(temporary, tensors)
+        write_tensors(temporary, tensors, metadata=METADATA)
         with storage_errors(output):
             replace(temporary, output)
     finally:

@@ -18,7 +18,6 @@ from megatron_xy.config import (
     check_buckets,
     check_shape,
     data_parallel_size,
-    is_file_of_rows,
     placed_roles,
     role_names,
     role_sections,
@@ -34,6 +33,7 @@ from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
+from megatron_xy.rows_files import is_file_of_rows
 from megatron_xy.storage import file_sha256
 
 BUILT_DATA = "data"  # in a run folder: what was built of files of rows

@@ -1,10 +1,12 @@
 """safetensors files read and written part by part: memory holds a block, never a file and seldom a tensor.
 
-Read by position instead of through a memory map, whose pages would count as this process's memory.
+Read by position instead of through a memory map, whose pages would count as this process's memory. What goes from one
+file into another as it is, the kernel copies, as cp does.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -12,40 +14,52 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
+from megatron_xy.dtypes import CODES, Bits, bits_dtype, itemsize
 from megatron_xy.errors import DataError, StorageError
 from megatron_xy.shards import Placed
 
-CODES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 DTYPES = {code: dtype for dtype, code in CODES.items()}
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 2 << 20  # of memory at a time: stays in a core's cache between reading and writing
+STRIDED_BYTES = 1 << 18  # of rows at a time, of which a part of the columns is copied
+HASHED_BYTES = 1 << 18  # at a time
+PART_BYTES = 8 << 20  # written between two looks at what is hashed and on its way to the disk
 WRITE_BYTES = 1 << 20  # at a time, at multiples of it: faster than 8 MB on ext4 (docs/log.md)
+BEHIND_BYTES = 1 << 27  # so much is written before it is on its way to the disk, and hashed
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH = struct.Struct("<Q")
+# What copy_file_range answers where a kernel or a file system has none, or not from the one to the other.
+_NOT_BY_THE_KERNEL = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
+
+
+class FileRange(NamedTuple):
+    """Bytes that lie in an open file one behind the other."""
+
+    path: Path
+    descriptor: int
+    position: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies in its file."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
 
     @property
     def num_bytes(self) -> int:
         """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * itemsize(self.dtype)
 
 
 class SafetensorsFile:
@@ -67,38 +81,40 @@ class SafetensorsFile:
         """Lets go of the file."""
         self._stream.close()
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Bits:
         """The tensor, whole. Raises DataError where the file has none of that name."""
         stored = self.tensors.get(name)
         if stored is None:
             raise DataError(f"{self.path} is damaged: it holds no {name}; copy it again")
-        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        whole = np.empty(stored.shape, bits_dtype(stored.dtype))
         self._fill(whole, stored.start)
         return whole
 
-    def copy(self, name: str, place: Placed, target: torch.Tensor) -> None:
-        """Copies the block `place` of the tensor into `target`, of the block's shape and any dtype, blockwise."""
+    def range(self, name: str, start: int = 0, stop: int | None = None) -> FileRange:
+        """Where the elements [start, stop) of the flattened tensor lie, by default all of it."""
         stored = self.tensors[name]
-        inner, outer = place.inner.with_rows(), place.outer.with_rows()
-        target = target.detach().view(inner.shape) if target.dim() == 0 else target.detach()
-        row_numel = math.prod(outer.shape[1:])
-        row_bytes = row_numel * stored.dtype.itemsize
-        first = stored.start + place.offset * stored.dtype.itemsize + (inner.start[0] - outer.start[0]) * row_bytes
-        columns = inner.slices_in(outer)[1:]
-        is_whole_width = inner.shape[1:] == outer.shape[1:]
-        step = max(1, BLOCK_BYTES // max(row_bytes, 1))
-        for row in range(0, inner.shape[0], step):
-            part = target[row : row + step]
-            position = first + row * row_bytes
-            if is_whole_width and part.dtype == stored.dtype and part.is_cpu and part.is_contiguous():
-                self._fill(part, position)
-            else:
-                block = empty_block((part.shape[0], *outer.shape[1:]), stored.dtype)
-                self._fill(block, position)
-                part.copy_(block[(slice(None), *columns)])
+        size = itemsize(stored.dtype)
+        num_bytes = stored.num_bytes - start * size if stop is None else (stop - start) * size
+        return FileRange(self.path, self._stream.fileno(), stored.start + start * size, num_bytes)
 
-    def _fill(self, tensor: torch.Tensor, position: int) -> None:
-        rest = memory_of(tensor)
+    def copy(self, name: str, place: Placed, target: Bits) -> None:
+        """Copies the block `place` of the tensor into `target`, of its shape, straight or by way of a buffer."""
+        stored = self.tensors[name]
+        size = itemsize(stored.dtype)
+        target = target.reshape(place.inner.with_rows().shape)  # a view: only a scalar's shape changes
+        is_straight = place.inner.shape[1:] == place.outer.shape[1:] and target.flags.c_contiguous
+        for rows, part in place.in_rows((BLOCK_BYTES if is_straight else STRIDED_BYTES) // size):
+            row_numel = math.prod(part.outer.shape[1:])
+            first = part.offset + (part.inner.start[0] - part.outer.start[0]) * row_numel
+            if is_straight:
+                self._fill(target[rows], stored.start + first * size)
+            else:
+                buffer = np.empty((rows.stop - rows.start, *part.outer.shape[1:]), target.dtype)
+                self._fill(buffer, stored.start + first * size)
+                target[rows] = buffer[(slice(None), *part.inner.slices_in(part.outer)[1:])]
+
+    def _fill(self, array: Bits, position: int) -> None:
+        rest = memory_of(array)
         while rest:
             count = os.preadv(self._stream.fileno(), [rest], position)
             if count == 0:
@@ -131,80 +147,135 @@ class SafetensorsFile:
 
 def write_safetensors(
     path: Path,
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    layout: dict[str, tuple[str, tuple[int, ...]]],
     *,
-    blocks_of: Callable[[str], Iterable[torch.Tensor]],
+    parts_of: Callable[[str], Iterable[Bits | FileRange]],
     metadata: dict[str, str],
     on_progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> dict[str, Any]:
     """Writes one file, synced to disk; returns its {bytes, sha256}. Raises StorageError.
 
-    blocks_of: the tensor's contents as blocks on the CPU, contiguous, one after the other. Hashed and written beside
-    the reading of the next block. on_progress: called after each block with the bytes written so far.
+    layout: {name: (dtype, shape)}. parts_of: the tensor's contents, one part after the other: contiguous arrays, which
+    may change once the next part is asked for, or ranges of other files. on_progress: called after each 8 MB or less,
+    with the bytes written so far. The file is hashed while it is written, from what the system gives back.
     """
     try:
-        return _write(path, _file_blocks(layout, blocks_of=blocks_of, metadata=metadata), on_progress=on_progress)
+        return _write(path, _file_parts(layout, parts_of=parts_of, metadata=metadata), on_progress=on_progress)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}; make room or choose another folder") from error
 
 
-def empty_block(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor whose memory goes back to the system with it: an allocator keeps what threads let go."""
-    numel = math.prod(shape)
-    if numel == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize), dtype=dtype).view(shape)
+def empty_block(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Bytes whose memory goes back to the system with them: an allocator keeps what threads let go."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8) if num_bytes else np.empty(0, np.uint8)
 
 
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def memory_of(array: Bits) -> memoryview:
+    """The bytes of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
 
 
-def _write(path: Path, blocks: Iterator[memoryview], *, on_progress: Callable[[int], object]) -> dict[str, Any]:
-    digest, written = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as stream, ThreadPoolExecutor(2, thread_name_prefix="safetensors") as pool:
+class FollowingDigest:
+    """SHA-256 of a file that is being written."""
 
-        def write(block: memoryview) -> None:
-            while block:
-                block = block[stream.write(block[: WRITE_BYTES - stream.tell() % WRITE_BYTES]) :]
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self.position = descriptor, 0
+        self._buffer, self._digest = memoryview(bytearray(HASHED_BYTES)), hashlib.sha256()
 
-        under_way: list[Future[None]] = []
-        for block in blocks:
-            for work in under_way:
-                work.result()
+    def reach(self, end: int) -> None:
+        """Takes in what lies before `end`."""
+        while self.position < end:
+            count = os.preadv(self._descriptor, [self._buffer[: end - self.position]], self.position)
+            assert count, "what was written can be read"
+            self._digest.update(self._buffer[:count])
+            self.position += count
+
+    def hexdigest(self) -> str:
+        """Of what was taken in."""
+        return self._digest.hexdigest()
+
+
+def _write(
+    path: Path, parts: Iterator[memoryview | FileRange], *, on_progress: Callable[[int], object]
+) -> dict[str, Any]:
+    written = flushed = 0
+    with path.open("w+b", buffering=0) as stream, ThreadPoolExecutor(2, thread_name_prefix="safetensors") as pool:
+        file = stream.fileno()
+        digest = FollowingDigest(file)
+        hashing = flushing = pool.submit(digest.reach, 0)
+        for part in parts:
             on_progress(written)
-            under_way = [pool.submit(digest.update, block), pool.submit(write, block)]
-            written += len(block)
-        for work in under_way:
-            work.result()
-        os.fsync(stream.fileno())
+            written += _copy(part, file, written) if isinstance(part, FileRange) else _put(part, file, written)
+            if hashing.done() or written - digest.position > BEHIND_BYTES:
+                hashing.result()
+                hashing = pool.submit(digest.reach, written)
+            if flushing.done() and written - flushed > BEHIND_BYTES:
+                flushing.result()
+                flushing, flushed = pool.submit(os.fdatasync, file), written
+        hashing.result()
+        flushing.result()
+        flushing = pool.submit(os.fsync, file)
+        digest.reach(written)
+        flushing.result()
         on_progress(written)
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 
-def _file_blocks(
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+def _put(part: memoryview, file: int, position: int) -> int:
+    rest = part
+    while rest:
+        count = os.pwrite(file, rest[: WRITE_BYTES - position % WRITE_BYTES], position)
+        rest, position = rest[count:], position + count
+    return len(part)
+
+
+def _copy(part: FileRange, file: int, position: int) -> int:
+    """By the kernel, as far as it does; a file system may also answer that it has copied nothing."""
+    done = 0
+    try:
+        while done < part.num_bytes:
+            rest = part.num_bytes - done
+            count = os.copy_file_range(part.descriptor, file, rest, part.position + done, position + done)
+            if count == 0:
+                break
+            done += count
+    except OSError as error:
+        if error.errno not in _NOT_BY_THE_KERNEL:
+            raise
+    while done < part.num_bytes:
+        block = os.pread(part.descriptor, min(WRITE_BYTES, part.num_bytes - done), part.position + done)
+        if not block:
+            raise DataError(f"{part.path} is damaged: it ends at byte {part.position + done}; copy it again")
+        done += _put(memoryview(block), file, position + done)
+    return done
+
+
+def _file_parts(
+    layout: dict[str, tuple[str, tuple[int, ...]]],
     *,
-    blocks_of: Callable[[str], Iterable[torch.Tensor]],
+    parts_of: Callable[[str], Iterable[Bits | FileRange]],
     metadata: dict[str, str],
-) -> Iterator[memoryview]:
+) -> Iterator[memoryview | FileRange]:
     """The header's length, the header as JSON, the tensors one after the other.
 
     As the format asks: wider elements first, then by name, so that every tensor is aligned; the header padded with
     spaces to 8 bytes.
     """
-    ordered = sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+    ordered = sorted(layout.items(), key=lambda item: (-itemsize(item[1][0]), item[0]))
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, (dtype, shape) in ordered:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
+        start, end = end, end + math.prod(shape) * itemsize(dtype)
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     yield memoryview(_LENGTH.pack(len(encoded)) + encoded)
     for name, _ in ordered:
-        for block in blocks_of(name):
-            whole = memory_of(block)
-            for start in range(0, len(whole), BLOCK_BYTES):
-                yield whole[start : start + BLOCK_BYTES]
+        for part in parts_of(name):
+            num_bytes = part.num_bytes if isinstance(part, FileRange) else part.nbytes
+            for start in range(0, num_bytes, PART_BYTES):
+                stop = min(start + PART_BYTES, num_bytes)
+                if isinstance(part, FileRange):
+                    yield part._replace(position=part.position + start, num_bytes=stop - start)
+                else:
+                    yield memory_of(part)[start:stop]

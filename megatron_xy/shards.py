@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import torch
+Array = TypeVar("Array")  # torch's or numpy's
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,43 @@ class Placed:
     offset: int
     is_flat: bool
 
-    def of(self, local: torch.Tensor) -> torch.Tensor:
+    def of(self, local: Array) -> Array:
         """The block's view of the local tensor."""
+        held: Any = local
+        row_offset = 0
         if self.is_flat:
-            return local[self.offset : self.offset + self.outer.numel].view(self.outer.shape)[
-                self.inner.slices_in(self.outer)
-            ]
-        row_numel = math.prod(self.outer.shape[1:])
-        return local[self.inner.slices_in(self.outer, row_offset=self.offset // row_numel if row_numel else 0)]
+            held = held[self.offset : self.offset + self.outer.numel].reshape(self.outer.shape)
+        elif row_numel := math.prod(self.outer.shape[1:]):
+            row_offset = self.offset // row_numel
+        # A scalar is itself: numpy would give its value, not a view of it.
+        view: Array = held[self.inner.slices_in(self.outer, row_offset=row_offset)] if self.outer.start else held
+        return view
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The elements [start, stop) that the block takes of the flattened tensor; None where others lie between."""
+        start, stride, is_whole = self.offset, 1, True
+        for first, size, outer_first, outer_size in reversed(
+            list(zip(self.inner.start, self.inner.shape, self.outer.start, self.outer.shape, strict=True))
+        ):
+            if size > 1 and not is_whole:
+                return None
+            start += (first - outer_first) * stride
+            stride *= outer_size
+            is_whole = is_whole and size == outer_size
+        return start, start + self.inner.numel
+
+    def in_rows(self, max_numel: int) -> Iterator[tuple[slice, Placed]]:
+        """The block in parts of whole rows, of as many of `outer` as have `max_numel` elements, or one; a scalar is one
+        row. With each part its rows in the block.
+        """
+        inner, outer = self.inner.with_rows(), self.outer.with_rows()
+        step = max(1, max_numel // max(1, math.prod(outer.shape[1:])))
+        for first in range(0, inner.shape[0], step):
+            last = min(first + step, inner.shape[0])
+            start, stop = inner.start[0] + first, inner.start[0] + last
+            part = Box((start, *inner.start[1:]), (stop, *inner.stop[1:]))
+            yield slice(first, last), Placed(part, outer, self.offset, self.is_flat)
 
 
 @dataclass(frozen=True)
@@ -103,11 +133,11 @@ class ParameterShard:
         numel = self.numel
         return ParameterShard(self.global_shape, self.boxes, (min(start, numel), min(stop, numel)))
 
-    def trim(self, local: torch.Tensor) -> torch.Tensor:
+    def trim(self, local: Array) -> Array:
         """The local tensor without the padding behind what belongs to the global one."""
-        if self.flat:
-            return local[: self.numel]
-        return local[: sum(box.shape[0] for box in self.boxes)] if local.dim() else local
+        held: Any = local
+        view: Array = held[: self.local_shape[0]] if self.local_shape else held
+        return view
 
     def blocks(self) -> Iterator[tuple[Box, int]]:
         """The blocks of the global tensor that the local one holds; of each, the element at which it begins there."""
@@ -131,11 +161,6 @@ class ParameterShard:
                         Placed(common, my_box, my_offset, self.flat is not None),
                         Placed(common, their_box, their_offset, other.flat is not None),
                     )
-
-    def take(self, full: torch.Tensor) -> torch.Tensor:
-        """The local tensor out of the whole one: a copy of its boxes, concatenated."""
-        assert self.flat is None, "boxes are taken whole"
-        return torch.cat([full[tuple(map(slice, box.start, box.stop))] for box in self.boxes])
 
     def in_parts(self, max_numel: int) -> Iterator[ParameterShard]:
         """The boxes in consecutive parts of whole rows, of at most `max_numel` elements but for rows longer than it."""

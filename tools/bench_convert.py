@@ -1,17 +1,18 @@
 """How fast is a conversion, against cp of the same bytes, and how much memory does it take?
 
-A model of 1.135 B parameters in bf16 (2.27 GB), warm in the page cache. In turn, --rounds times: cp, without fsync and
-with; an HF folder into a checkpoint of one file; into the four files of TP2 x PP2; both back by `megatron-xy convert`.
-Each in a process of its own, fsync and checksums included. Speeds are shares of cp's, for the whole command and without
-the import of torch, which takes as long for any size. Medians, spread, peak memory.
+A model of 1.135 B parameters in bf16 (2.27 GB), warm in the page cache, or layers of a 70B's widths (five times their
+bytes of disk). In turn, --rounds times: cp, without fsync and with; an HF folder into a checkpoint of one
+rank; into the four files of TP2 x PP2; both back. Each in a process of its own: as `megatron-xy convert` does it, fsync
+and checksums included, and once more without checksums, which the command itself never leaves out: of what is written,
+and of a checkpoint that is read. Seconds on the clock and of the CPUs, spread, peak memory; shares of cp's speed by the
+medians: of the whole command, without its imports, which take as long for any size, and without imports and checksums.
 
-    python tools/bench_convert.py [--rounds 5] [--folder DIR] [--quick] [--output FILE.json]
+    python tools/bench_convert.py [--rounds 5] [--model 1b|70b|tiny] [--layers N] [--folder DIR] [--output FILE.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,19 +23,38 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_xy.config import ModelConfig
 
-FULL = ModelConfig(
-    num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4, vocab_size=40720
-)
-QUICK = ModelConfig(
-    num_layers=4, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, num_query_groups=4, vocab_size=4001
-)
-IMPORTS = "megatron_xy.hf.verb"
+MODELS = {
+    "tiny": ModelConfig(
+        num_layers=4, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, num_query_groups=4, vocab_size=4001
+    ),
+    "1b": ModelConfig(
+        num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4,
+        vocab_size=40720,
+    ),
+    "70b": ModelConfig(
+        num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, num_query_groups=8,
+        vocab_size=32000,
+    ),
+}  # fmt: skip
 CASES = ("hf_to_tp1", "hf_to_tp2_pp2", "tp1_to_hf", "tp2_pp2_to_hf")
+COPIES = ("cp", "cp_fsync")
+UNHASHED = "_unhashed"  # behind a case's name: without checksums
+
+
+@dataclass(frozen=True)
+class Took:
+    """What some processes, one after the other, took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
 
 
 def main() -> int:
@@ -42,18 +62,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk in question; default: a temporary one")
-    parser.add_argument("--quick", action="store_true", help="a model of 30 MB, to see that everything runs")
+    parser.add_argument("--model", choices=MODELS, default="1b", help="tiny: to see that everything runs")
+    parser.add_argument("--layers", type=int, help="of the model; its own unless given")
     parser.add_argument("--output", type=Path, help="JSON of all that was measured")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)  # what a process of its own does
     options = parser.parse_args()
-    model = QUICK if options.quick else FULL
+    model = MODELS[options.model]
+    if options.layers:
+        model = model.model_copy(update={"num_layers": options.layers})
     if options.step:
+        import_all()
         step, *paths = options.step
-        make_model(model, Path(*paths)) if step == "make" else convert_split(model, *map(Path, paths))
+        if step != "import":
+            STEPS[step](model, *map(Path, paths))
         return 0
     folder = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=options.folder))
     try:
-        result = measure(folder, rounds=options.rounds, quick=options.quick)
+        shape = ["--model", options.model, *(["--layers", str(options.layers)] if options.layers else [])]
+        result = measure(folder, rounds=options.rounds, shape=shape)
     finally:
         shutil.rmtree(folder)
     report(result)
@@ -62,124 +88,147 @@ def main() -> int:
     return 0
 
 
-def measure(folder: Path, *, rounds: int, quick: bool) -> dict[str, Any]:
-    """{bytes, seconds, peak_bytes, shares of cp's speed} of every case."""
-    this = [sys.executable, __file__, *(["--quick"] if quick else []), "--step"]
-    convert = [sys.executable, "-m", "megatron_xy", "convert"]
+def measure(folder: Path, *, rounds: int, shape: list[str]) -> dict[str, Any]:
+    """{bytes, seconds, CPU seconds, peak_bytes, shares of cp's speed} of every case; shape: the model's options."""
     source, weights = folder / "hf", folder / "hf" / "model.safetensors"
+    this = [sys.executable, __file__, *shape, "--step"]
+    convert = [sys.executable, "-m", "megatron_xy", "convert"]
     run([*this, "make", str(source)])
-    commands = {
-        "import": [sys.executable, "-c", f"import {IMPORTS}"],
-        "cp": ["cp", str(weights), str(folder / "cp")],
-        "cp_fsync": ["dd", f"if={weights}", f"of={folder / 'cp_fsync'}", "bs=1M", "conv=fsync", "status=none"],
-        "hf_to_tp1": [*convert, "--from", f"hf:{source}", "--to", f"ckpt:{folder / 'hf_to_tp1'}"],
-        "hf_to_tp2_pp2": [*this, "split", str(source), str(folder / "hf_to_tp2_pp2")],
-        "tp1_to_hf": [*convert, "--from", f"ckpt:{folder / 'hf_to_tp1'}", "--to", f"hf:{folder / 'tp1_to_hf'}"],
+    copy = ["cp", str(weights)]
+    commands: dict[str, list[list[str]]] = {
+        "import": [[*this, "import"]],
+        "cp": [[*copy, str(folder / "cp")]],
+        "cp_fsync": [[*copy, str(folder / "cp_fsync")], ["sync", str(folder / "cp_fsync")]],
+        "hf_to_tp1": [[*convert, "--from", f"hf:{source}", "--to", f"ckpt:{folder / 'hf_to_tp1'}"]],
+        "hf_to_tp2_pp2": [[*this, "split", str(source), str(folder / "hf_to_tp2_pp2")]],
+        "tp1_to_hf": [[*convert, "--from", f"ckpt:{folder / 'hf_to_tp1'}", "--to", f"hf:{folder / 'tp1_to_hf'}"]],
         "tp2_pp2_to_hf": [
-            *convert, "--from", f"ckpt:{folder / 'hf_to_tp2_pp2'}", "--to", f"hf:{folder / 'tp2_pp2_to_hf'}"
+            [*convert, "--from", f"ckpt:{folder / 'hf_to_tp2_pp2'}", "--to", f"hf:{folder / 'tp2_pp2_to_hf'}"]
         ],
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    peaks = dict.fromkeys(commands, 0)
-    for number in range(rounds + 1):
-        for name, command in commands.items():
-            os.sync()  # nobody pays for what another has left to be written
-            took, peak = run(command)
-            peaks[name] = max(peaks[name], peak)
-            if number:  # the first round warms up
-                seconds[name].append(took)
-        if number == 0:
-            check(folder, weights)
-        for name in commands:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    speeds = {
-        name: {
-            f"of_{copy}{suffix}": median[copy] / (median[name] - left_out)
-            for copy in ("cp", "cp_fsync")
-            for suffix, left_out in (("", 0.0), ("_without_import", median["import"]))
-        }
-        for name in CASES
     }
+    origins = {"tp1_to_hf": "hf_to_tp1", "tp2_pp2_to_hf": "hf_to_tp2_pp2"}
+    for case in CASES:
+        paths = [str(folder / origins.get(case, "hf")), str(folder / f"{case}{UNHASHED}")]
+        commands[f"{case}{UNHASHED}"] = [[*this, f"unhashed_{case.partition('_to_')[2]}", *paths]]
+    took: dict[str, list[Took]] = {name: [] for name in commands}
+    for number in range(rounds + 1):
+        for name, processes in commands.items():
+            os.sync()  # nobody pays for what another has left to be written
+            each = run(*processes)
+            if number:  # the first round warms up
+                took[name].append(each)
+            elif name in origins and not is_same(weights, folder / name / weights.name):
+                raise SystemExit(f"{name}: {weights.name} differs from the original")
+            if name not in origins.values():
+                remove(folder / name)
+        for name in origins.values():
+            remove(folder / name)
+        print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
     return {
         "bytes": weights.stat().st_size,
-        "seconds": {name: {"median": median[name], "all": values} for name, values in seconds.items()},
-        "peak_bytes": peaks,
-        "speed": speeds,
+        "took": {name: [asdict(each) for each in rounds] for name, rounds in took.items()},
+        "speed": speeds({name: statistics.median(each.seconds for each in rounds) for name, rounds in took.items()}),
         "python": platform.python_version(),
-        "torch": importlib.metadata.version("torch"),
         "cpus": os.cpu_count(),
         "load": os.getloadavg(),
     }
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak memory in bytes of a process. The peak begins with ours, so torch is never imported here."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    assert process.stderr is not None, "a pipe was asked for"
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {said.decode()}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+def speeds(median: dict[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """{case: {copy: {what of the case is counted: share of the copy's speed}}}."""
+    imports = median["import"]
+    return {
+        case: {
+            copy: {
+                "in all": median[copy] / median[case],
+                "without imports": median[copy] / (median[case] - imports),
+                "without imports and checksums": median[copy] / (median[f"{case}{UNHASHED}"] - imports),
+            }
+            for copy in COPIES
+        }
+        for case in CASES
+    }
 
 
-def check(folder: Path, weights: Path) -> None:
-    """What came back is what it was, byte for byte but for the header's order."""
-    for name in ("tp1_to_hf", "tp2_pp2_to_hf"):
-        if subprocess.run(["cmp", "-s", weights, folder / name / weights.name], check=False).returncode:
-            raise SystemExit(f"{name}: {weights.name} differs from the original")
+def run(*commands: list[str]) -> Took:
+    """Runs one after the other. A process's peak begins with ours, so nothing large is ever imported here."""
+    seconds, cpu_seconds, peak_bytes = 0.0, 0.0, 0
+    for command in commands:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        assert process.stderr is not None, "a pipe was asked for"
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {said.decode()}")
+        seconds += time.perf_counter() - began
+        cpu_seconds += usage.ru_utime + usage.ru_stime
+        peak_bytes = max(peak_bytes, usage.ru_maxrss * 1024)
+    return Took(seconds, cpu_seconds, peak_bytes)
+
+
+def is_same(original: Path, back: Path) -> bool:
+    """Whether what came back is what it was, byte for byte."""
+    return subprocess.run(["cmp", "-s", original, back], check=False).returncode == 0
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, where there is one: no later step is to find it, nor its bytes in memory."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def report(result: dict[str, Any]) -> None:
     """Medians, spread, peak memory and shares of cp's speed."""
-    print(f"{result['bytes'] / 1e9:.2f} GB, {result['cpus']} CPUs, torch {result['torch']}")
-    for name, told in result["seconds"].items():
-        spread = f"{min(told['all']):.2f} to {max(told['all']):.2f}"
-        print(f"  {name:<14} {told['median']:7.2f} s  ({spread})  peak {result['peak_bytes'][name] / 1e9:.2f} GB")
-    for name, shares in result["speed"].items():
-        print(f"  {name:<14} " + ", ".join(f"{share:.0%} {which}" for which, share in shares.items()))
+    load = " ".join(f"{each:.1f}" for each in result["load"])
+    print(f"{result['bytes'] / 1e9:.2f} GB, {result['cpus']} CPUs, load {load}")
+    for name, rounds in result["took"].items():
+        seconds, cpu_seconds = ([each[key] for each in rounds] for key in ("seconds", "cpu_seconds"))
+        print(
+            f"  {name:<22} {statistics.median(seconds):6.2f} s  ({min(seconds):.2f} to {max(seconds):.2f})  "
+            f"CPU {statistics.median(cpu_seconds):5.2f} s  ({min(cpu_seconds):.2f} to {max(cpu_seconds):.2f})  "
+            f"peak {max(each['peak_bytes'] for each in rounds) / 1e9:.2f} GB"
+        )
+    print("share of the copy's speed:")
+    for case, by_copy in result["speed"].items():
+        for copy, shares in by_copy.items():
+            print(f"  {case:<14} {copy:<9}" + ",".join(f" {share:.0%} {what}" for what, share in shares.items()))
 
 
 def make_model(model: ModelConfig, folder: Path) -> None:
     """An HF folder in bf16 in which no two tensors begin alike."""
-    import torch
+    import numpy as np
 
+    from megatron_xy.dtypes import Bits
     from megatron_xy.hf.config import hf_config
     from megatron_xy.hf.names import global_names, hf_shards
     from megatron_xy.safetensors_file import write_safetensors
 
     folder.mkdir()
     shards = {part: shard for name in global_names(model) for part, shard in hf_shards(name, model).items()}
-    pattern = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    pattern = np.random.default_rng(0).integers(-(2**15), 2**15, 1 << 21, dtype=np.int16)
 
-    def blocks_of(name: str) -> list[torch.Tensor]:
+    def parts_of(name: str) -> list[Bits]:
         start, numel = sum(map(ord, name)), shards[name].numel
-        size = pattern.numel() - start
+        size = pattern.size - start
         return [pattern[start : start + min(size, numel - done)] for done in range(0, numel, size)]
 
     write_safetensors(
         folder / "model.safetensors",
-        {name: (torch.bfloat16, shard.local_shape) for name, shard in shards.items()},
-        blocks_of=blocks_of,
+        {name: ("bfloat16", shard.local_shape) for name, shard in shards.items()},
+        parts_of=parts_of,
         metadata={"format": "pt"},
     )
     values = hf_config(model, dtype="bfloat16", token_ids={})
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def convert_split(model: ModelConfig, source: Path, target: Path) -> None:
+def split_model(model: ModelConfig, source: Path, target: Path) -> None:
     """A checkpoint as the four ranks of TP2 x PP2 write one, each its own file."""
-    from dataclasses import asdict
-
     from megatron_xy import checkpoint_files as files
     from megatron_xy.hf.names import global_names
     from megatron_xy.hf.source import open_source
-    from megatron_xy.hf.target import Output, stored_dtype, write_files
+    from megatron_xy.hf.target import Output, write_files
     from megatron_xy.shards import Box, ParameterShard, whole
 
     def halves(name: str, shape: tuple[int, ...]) -> list[ParameterShard]:
@@ -207,19 +256,68 @@ def convert_split(model: ModelConfig, source: Path, target: Path) -> None:
         stage = int(int(layer[1]) >= layers // 2 if layer else not name.startswith("embedding"))
         for tp_rank, shard in enumerate(halves(name, manifest.tensors[name].shape)):
             file = f"rank-{2 * stage + tp_rank:05d}-of-00004.safetensors"
-            outputs[file].append(Output(name, name, shard, stored_dtype(manifest, name)))
+            outputs[file].append(Output(name, name, shard, manifest.tensors[name].dtype))
     target.mkdir()
-    facts = write_files(target, outputs, source=source, manifest=manifest, metadata=files.METADATA, say=print)
+    facts = write_files(target, outputs, source=source, manifest=manifest, metadata=files.METADATA, say=say_nothing)
     entries: dict[str, files.TensorEntry] = {}
     for file, held in outputs.items():
         for output in held:
             shape = output.shard.global_shape
-            entry = entries.setdefault(output.name, files.TensorEntry(shape, files.DTYPE_NAMES[output.dtype]))
+            entry = entries.setdefault(output.name, files.TensorEntry(shape, output.dtype))
             entry.pieces.append(files.Piece(file, output.shard))
     section = opened.model.model_dump(mode="json", exclude_unset=True)
     state = {**asdict(files.TrainingState()), "world_size": 4, "model": section}
     files.write_manifest(target, files.Manifest(state, entries, {}, facts))
 
+
+def import_all() -> None:
+    """What the command imports, so that every case begins with as much."""
+    import megatron_xy.cli
+    import megatron_xy.hf.verb  # noqa: F401
+
+
+def unhashed_tp1(model: ModelConfig, source: Path, target: Path) -> None:
+    """An HF folder into a checkpoint of one rank, without checksums."""
+    from megatron_xy.hf.convert import to_checkpoint
+    from megatron_xy.hf.source import open_source
+
+    hash_nothing()
+    to_checkpoint(open_source("hf", source), target, dtype=None, say=say_nothing)
+
+
+def unhashed_tp2_pp2(model: ModelConfig, source: Path, target: Path) -> None:
+    """An HF folder into the files of TP2 x PP2, without checksums."""
+    hash_nothing()
+    split_model(model, source, target)
+
+
+def unhashed_hf(model: ModelConfig, source: Path, target: Path) -> None:
+    """A checkpoint into an HF folder, without checksums of what is read and what is written."""
+    from megatron_xy.hf.convert import to_hf
+    from megatron_xy.hf.source import open_source
+
+    hash_nothing()
+    to_hf(open_source("ckpt", source), target, dtype=None, tokenizer=None, verify=False, say=say_nothing)
+
+
+def hash_nothing() -> None:
+    """From now on, files of weights that this process writes are not read and hashed."""
+    from megatron_xy.safetensors_file import FollowingDigest
+
+    def reach(self: FollowingDigest, end: int) -> None:
+        self.position = end
+
+    FollowingDigest.reach = reach  # type: ignore[method-assign]
+
+
+def say_nothing(text: str) -> None:
+    """Who looks on is told what was measured."""
+
+
+STEPS: dict[str, Callable[..., None]] = {
+    "make": make_model, "split": split_model,
+    "unhashed_tp1": unhashed_tp1, "unhashed_tp2_pp2": unhashed_tp2_pp2, "unhashed_hf": unhashed_hf,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

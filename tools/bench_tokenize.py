@@ -140,18 +140,19 @@ def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
     """Scan, choice of the engine and token shards, as in `data build` with --append-eod."""
     from megatron_xy.data.engine_choice import choose_engine
     from megatron_xy.data.inputs import find_inputs
+    from megatron_xy.data.loaded import load_anew, load_engines
     from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
-    from megatron_xy.data.tokenizer import load_tokenizer
     from megatron_xy.data.workers import Workers
 
-    files, loaded = find_inputs([inputs]), load_tokenizer(tokenizer)
+    files, loaded = find_inputs([inputs]), load_anew(tokenizer)
     total = sum(file.stat().st_size for file in files)
     part_bytes = part_bytes_for(total)
-    with tempfile.TemporaryDirectory() as folder, Workers(workers, progress=None) as pool:
+    prepare = partial(load_engines, loaded.path)
+    with tempfile.TemporaryDirectory() as folder, Workers(workers, progress=None, prepare=prepare) as pool:
         scan = partial(scan_one, part_bytes=part_bytes)
         scanned = list(pool.run("scan", scan, files, total=total, unit="bytes"))
         tasks = [
-            TokenizeTask(Path(folder) / f"{index:06d}", parts, tokenizer, "text", None, True, "fail")
+            TokenizeTask(Path(folder) / f"{index:06d}", parts, loaded.path, "text", None, True, "fail")
             for index, parts in enumerate(group_parts(scanned, part_bytes=part_bytes))
         ]
         choice = choose_engine(loaded, tasks)

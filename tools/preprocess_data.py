@@ -11,15 +11,16 @@ import argparse
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from megatron_xy.data.documents import LineReport
 from megatron_xy.data.engine_choice import choose_engine
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, dtype_for
 from megatron_xy.data.inputs import find_inputs, input_size, scan_file
+from megatron_xy.data.loaded import load_anew, load_engines
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
-from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, MegatronXYError
 
@@ -61,13 +62,14 @@ def preprocess(
     inputs: list[str], *, key: str, prefix: Path, tokenizer: Path, append_eod: bool, workers: int
 ) -> tuple[int, int]:
     """Writes one data set and returns its documents and tokens; a bad line is an error, and nothing is written then."""
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_anew(tokenizer)
     if append_eod and loaded.eos_id is None:
         raise ConfigError(f"--append-eod: the tokenizer {tokenizer} has no end token; leave it off")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".tmp-preprocess-", dir=prefix.parent))
     try:
-        with showing_progress() as progress, Workers(workers, progress=progress) as pool:
+        prepare = partial(load_engines, loaded.path)
+        with showing_progress() as progress, Workers(workers, progress=progress, prepare=prepare) as pool:
             files = find_inputs(inputs)
             total = sum(input_size(file) for file in files)
             part_bytes = part_bytes_for(total)

@@ -46,7 +46,7 @@ def checkpoint_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")],
 def checkpoint_hash(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """A sha256 for every global tensor: the same for every layout that holds the same values."""
     from megatron_xy import checkpoint_files as files
-    from megatron_xy.tensor_reader import tensor_hashes
+    from megatron_xy.block_reader import tensor_hashes
 
     manifest = files.read_manifest(directory)
     files.verify_files(directory, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,6 +80,8 @@ def data_build(
 
     The same command on several machines that share the folders does the work together.
     """
+    # A process with threads cannot be forked, and numpy would start some, of which a build has no use.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from megatron_xy.data.build import build_dataset
     from megatron_xy.data.build_folder import Share
     from megatron_xy.data.progress import showing_progress

@@ -48,7 +48,7 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="of the cluster")] = 1,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 8,
-    gpu: Annotated[str, typer.Option("--gpu", help="h100 | h200 | a800")] = "h100",
+    gpu: Annotated[str, typer.Option("--gpu", help="h100 | h200 | a100 | a800")] = "h100",
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="of the whole run, such as 366B; what the config says unless given")
     ] = None,
@@ -106,7 +106,7 @@ def dryrun(
         print(json.dumps(result))
     else:
         for table in verb.tables(result):
-            Console(width=max(Console().width, 150)).print(table)
+            Console(width=max(Console().width, 170)).print(table)
 
 
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:

@@ -4,11 +4,24 @@ Nothing here imports torch: `check` and `--help` answer in under a second. What 
 start with `sections`, which has every key.
 """
 
-from megatron_xy.config.data_rules import FILES_OF_ROWS, check_buckets, is_file_of_rows
+from megatron_xy.config.data_rules import check_buckets
 from megatron_xy.config.loading import dump_config, load_config, load_model_options, run_dir_of
-from megatron_xy.config.model_rules import check_role_shapes, check_shape, data_parallel_size
+from megatron_xy.config.model_rules import (
+    check_role_shapes,
+    check_shape,
+    data_parallel_size,
+    layout_rules,
+    shape_rules,
+)
 from megatron_xy.config.problems import InvalidConfig, Problem
-from megatron_xy.config.roles import PlacedRole, placed_roles, role_names, role_sections
+from megatron_xy.config.roles import (
+    PlacedRole,
+    filling_answer,
+    placed_roles,
+    role_names,
+    role_sections,
+    room_for_answers,
+)
 from megatron_xy.config.rules import check_world
 from megatron_xy.config.sections import (
     DataConfig,
@@ -19,6 +32,7 @@ from megatron_xy.config.sections import (
     Phase,
     PPOConfig,
     RewardConfig,
+    RoleConfig,
     RoleName,
     RunConfig,
     RuntimeConfig,
@@ -26,7 +40,6 @@ from megatron_xy.config.sections import (
 )
 
 __all__ = [
-    "FILES_OF_ROWS",
     "DataConfig",
     "Head",
     "InvalidConfig",
@@ -38,6 +51,7 @@ __all__ = [
     "PlacedRole",
     "Problem",
     "RewardConfig",
+    "RoleConfig",
     "RoleName",
     "RunConfig",
     "RuntimeConfig",
@@ -48,11 +62,14 @@ __all__ = [
     "check_world",
     "data_parallel_size",
     "dump_config",
-    "is_file_of_rows",
+    "filling_answer",
+    "layout_rules",
     "load_config",
     "load_model_options",
     "placed_roles",
     "role_names",
     "role_sections",
+    "room_for_answers",
     "run_dir_of",
+    "shape_rules",
 ]

@@ -6,17 +6,10 @@ Rules yield (key, sentence) of whatever does not hold.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from megatron_xy.config.problems import InvalidConfig, Problem, as_written, nearest_multiples
 from megatron_xy.config.sections import DataConfig, Phase, RunConfig, TrainingConfig
-
-FILES_OF_ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-
-
-def is_file_of_rows(path: Path) -> bool:
-    """Whether a path of a run's data names a file of conversations, not a folder."""
-    return path.name.endswith(FILES_OF_ROWS)
+from megatron_xy.rows_files import is_file_of_rows
 
 
 def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:

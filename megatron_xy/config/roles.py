@@ -6,7 +6,7 @@ From a config and a world size to `PlacedRole`s.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, get_args
 
@@ -17,10 +17,12 @@ from megatron_xy.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PPOConfig,
     RoleConfig,
     RoleName,
     RunConfig,
 )
+from megatron_xy.errors import ConfigError
 
 ROLE_NAMES: tuple[RoleName, ...] = get_args(RoleName)
 TRAINED_ROLES: tuple[RoleName, ...] = ("actor", "critic")
@@ -42,6 +44,11 @@ class PlacedRole:
     optimizer: OptimizerConfig | None  # None where the weights stay as they are
     micro_batch_tokens: int
     chat_template: str | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens that an answer may have with its prompt."""
+        return min(self.model.max_position_embeddings, self.micro_batch_tokens)
 
 
 def role_names(config: RunConfig) -> tuple[RoleName, ...]:
@@ -65,6 +72,26 @@ def placed_roles(config: RunConfig, *, world_size: int) -> dict[RoleName, Placed
         )
         for name in role_names(config)
     }
+
+
+def room_for_answers(roles: Iterable[PlacedRole], ppo: PPOConfig) -> tuple[RoleName, int]:
+    """The role with the least room, and its tokens for an answer with its prompt. Raises ConfigError for too few."""
+    narrowest = min(roles, key=lambda role: role.room)
+    if narrowest.room <= ppo.max_response_length:
+        raise ConfigError(
+            f"ppo.max_response_length ({ppo.max_response_length}) leaves no room for a prompt: the {narrowest.name} "
+            f"has {narrowest.room} tokens (the smaller one of max_position_embeddings and micro_batch_tokens); lower it"
+        )
+    return narrowest.name, narrowest.room
+
+
+def filling_answer(roles: Iterable[PlacedRole], ppo: PPOConfig) -> int:
+    """Tokens of answers, prompts included, that fill micro-batches most: memory is told for these."""
+    placed = list(roles)
+    _, room = room_for_answers(placed, ppo)
+    budget = max(role.micro_batch_tokens for role in placed)
+    filling = budget // -(-budget // room)
+    return filling if filling > ppo.max_response_length else room
 
 
 def role_sections(config: RunConfig, name: RoleName) -> tuple[ModelConfig, ParallelConfig]:

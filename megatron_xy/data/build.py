@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace as replace_fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from megatron_xy.data.chat import ChatOptions, ChatOverflow
 from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.documents import BadLinePolicy, Part, ScannedFile
 from megatron_xy.data.inputs import find_inputs, input_size, is_prefix, scan_file
+from megatron_xy.data.loaded import load_anew, load_engines
 from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME
 from megatron_xy.data.packing import (
     WINDOW_DOCUMENTS,
@@ -27,7 +29,7 @@ from megatron_xy.data.packing import (
 )
 from megatron_xy.data.selection import MOST_FILES, Selection
 from megatron_xy.data.tokenize import group_parts, part_bytes_for
-from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.work_folder import WORK_FOLDER
 from megatron_xy.data.workers import Advance, ExecutorName, Progress, Workers
 from megatron_xy.errors import ConfigError
@@ -78,7 +80,7 @@ def build_dataset(
     """
     sizes = check_buckets(buckets)
     check_policy(packing, overflow, buckets=sizes)
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_anew(tokenizer)
     if append_eod and loaded.eos_id is None:
         raise ConfigError(f"append_eod (true): the tokenizer {loaded.path} has no end token; leave it off")
     chat = _chat_options(
@@ -102,7 +104,8 @@ def build_dataset(
         "work_format": WORK_FORMAT,
         **({} if chat is None else {"chat": asdict(chat)}),
     }
-    with Workers(workers, progress=progress, executor=executor) as pool:
+    prepare = partial(load_engines, loaded.path)
+    with Workers(workers, progress=progress, executor=executor, prepare=prepare) as pool:
         total = sum(input_size(file) for file in files)
         part_bytes = part_bytes_for(total)
         to_scan = [(file, index, part_bytes) for index, file in enumerate(files)]

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_xy.data.documents import LineReport, read_part
 from megatron_xy.data.engines import SentencePieceEngine
-from megatron_xy.data.fast_engine import fast_tokenizer
+from megatron_xy.data.fast_engine import disagreement, unsuitable
+from megatron_xy.data.loaded import loaded_fast_tokenizer
 from megatron_xy.data.tokenize import BATCH_CHARACTERS, TokenizeTask, TokenShard
 from megatron_xy.data.tokenizer import Tokenizer
 
@@ -51,11 +52,14 @@ def choose_engine(
     reference = tokenizer.engine.name
     if not isinstance(tokenizer.engine, SentencePieceEngine):
         return EngineChoice(False, reference, reference, None)
-    fast = fast_tokenizer(tokenizer, _first_texts(tasks))
-    if isinstance(fast, str):
-        say(f"encoding with {reference}, several times slower than fastokens: {fast}")
-        return EngineChoice(False, reference, reference, None)
-    return EngineChoice(True, fast.name, reference, fast.conversion_sha256)
+    why_not = unsuitable(tokenizer)
+    if why_not is None:
+        fast = loaded_fast_tokenizer(tokenizer.path)
+        why_not = disagreement(fast, _first_texts(tasks))
+        if why_not is None:
+            return EngineChoice(True, fast.name, reference, fast.conversion_sha256)
+    say(f"encoding with {reference}, several times slower than fastokens: {why_not}")
+    return EngineChoice(False, reference, reference, None)
 
 
 def _first_texts(tasks: Sequence[TokenizeTask]) -> Iterator[list[str]]:

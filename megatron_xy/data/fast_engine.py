@@ -43,11 +43,8 @@ _BLOCKS = [
 ]
 
 
-def fast_tokenizer(tokenizer: Tokenizer, first_texts: Iterable[Sequence[str]]) -> FastTokenizer | str:
-    """What encodes as `tokenizer` does by fastokens, or why nothing does; first_texts: batches of the corpus's texts.
-
-    About one CPU second for a vocabulary of 32,000 and a million tokens of texts.
-    """
+def unsuitable(tokenizer: Tokenizer) -> str | None:
+    """Why fastokens cannot encode as `tokenizer` does, as far as the model tells."""
     if not isinstance(tokenizer.engine, SentencePieceEngine):
         return "it stands in for SentencePiece models only"
     if find_spec(FAST_ENGINE) is None:
@@ -56,21 +53,29 @@ def fast_tokenizer(tokenizer: Tokenizer, first_texts: Iterable[Sequence[str]]) -
     reasons = inexact_reasons(model)
     if not _spelt_by_pieces(model):
         reasons.append("it has no pieces for the characters of <0x00>..<0xFF>, which it would take for bytes in a text")
-    if reasons:
-        return f"it cannot take this model: {', '.join(reasons)}"
-    fast = FastTokenizer(tokenizer)
+    return f"it cannot take this model: {', '.join(reasons)}" if reasons else None
+
+
+def disagreement(fast: FastTokenizer, first_texts: Iterable[Sequence[str]]) -> str | None:
+    """How `fast` differs from its reference on awkward texts, or on the corpus's first ones, given in batches.
+
+    Half a CPU second for a vocabulary of 32,000 and a million tokens of texts.
+    """
+    model = parse_model(fast.reference.engine.serialized)
     pieces = [piece.piece for piece in model.pieces]
     normal = [piece.piece for piece in model.pieces if piece.type == NORMAL]
     for kind, batches in (("awkward", [awkward_texts(pieces, normal)]), ("of the corpus", first_texts)):
         for texts in batches:
             different = fast.first_difference(texts, fast.encode_unchecked(texts), range(len(texts)))
             if different is not None:
-                return f"{fast.name} differs from {tokenizer.engine.name} on a text {kind}: {texts[different][:80]!r}"
-    return fast
+                shown = texts[different][:80]
+                return f"{fast.name} differs from {fast.reference.engine.name} on a text {kind}: {shown!r}"
+    return None
 
 
 class FastTokenizer:
-    """A SentencePiece tokenizer whose texts fastokens encodes; `fast_tokenizer` says whether it may.
+    """A SentencePiece tokenizer whose texts fastokens encodes; `unsuitable` and
+    `disagreement` say whether it may.
 
     Attributes: name (with the version), reference (the tokenizer itself), conversion_sha256 (of the tokenizer.json
     that fastokens is given).

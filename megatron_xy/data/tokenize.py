@@ -26,8 +26,9 @@ from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part
 from megatron_xy.data.engines import TokenBatch
 from megatron_xy.data.fast_engine import FAST_ENGINE, FastTokenizer, chosen_texts
 from megatron_xy.data.indexed import dtype_for
+from megatron_xy.data.loaded import loaded_fast_tokenizer, loaded_tokenizer
 from megatron_xy.data.origins import TracedWriter, document_rows
-from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.workers import Advance
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import write_text
@@ -99,8 +100,8 @@ def tokenize_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
     if done is not None and (task.fast or not done.engine.startswith(FAST_ENGINE)):
         advance(sum(part.stop - part.start for part in task.parts))
         return done
-    tokenizer = _tokenizer(task.tokenizer)
-    fast = _fast_tokenizer(task.tokenizer) if task.fast else None
+    tokenizer = loaded_tokenizer(task.tokenizer)
+    fast = loaded_fast_tokenizer(task.tokenizer) if task.fast else None
     report, num_checked = LineReport(), 0
     with ExitStack() as stack:
         writers: dict[str, TracedWriter] = {}
@@ -184,7 +185,10 @@ def _batches(task: TokenizeTask, report: LineReport, advance: Advance) -> Iterat
 def _conversation_tokens(document: Document, *, task: TokenizeTask, report: LineReport) -> ChatTokens | None:
     """None where the line is a bad one, which is noted."""
     assert task.chat is not None and document.conversation is not None, "asked for where there is one"
-    chat, conversation = _chat(task.tokenizer, task.chat.template, task.chat.name), document.conversation
+    chat, conversation = (
+        _chat(loaded_tokenizer(task.tokenizer), task.chat.template, task.chat.name),
+        document.conversation,
+    )
     try:
         tokens = chat.conversation(
             conversation.messages, tools=conversation.tools, last_turn_only=task.chat.last_turn_only
@@ -270,17 +274,5 @@ def mixed_source(source: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
-    """Loaded once a process."""
-    return load_tokenizer(path)
-
-
-@lru_cache(maxsize=1)
-def _chat(path: Path, template: str, name: str) -> Chat:
-    tokenizer = _tokenizer(path)
+def _chat(tokenizer: Tokenizer, template: str, name: str) -> Chat:
     return Chat(tokenizer, ChatTemplate(template, name=name, tokenizer=tokenizer))
-
-
-@lru_cache(maxsize=1)
-def _fast_tokenizer(path: Path) -> FastTokenizer:
-    return FastTokenizer(_tokenizer(path))

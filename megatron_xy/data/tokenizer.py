@@ -34,6 +34,16 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     A folder's tokenizer.model goes before its tokenizer.json. Raises ConfigError (missing) and DataError (damaged, or
     text could yield control ids).
     """
+    file = tokenizer_file(path)
+    serialized = file.read_bytes()
+    if not serialized:
+        raise DataError(f"tokenizer ({file}) is empty; copy it again")
+    engine = TokenizersEngine if file.suffix == ".json" else SentencePieceEngine
+    return Tokenizer(file, engine(serialized, file))
+
+
+def tokenizer_file(path: Path | str) -> Path:
+    """The file that `load_tokenizer` reads. Raises ConfigError where there is none."""
     file = Path(path)
     if file.is_dir():
         found = [file / name for name in (TOKENIZER_FILE, TOKENIZER_JSON) if (file / name).is_file()]
@@ -42,11 +52,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         file = found[0]
     if not file.is_file():
         raise ConfigError(f"tokenizer ({file}) does not exist; name a {TOKENIZER_FILE} or a {TOKENIZER_JSON}")
-    serialized = file.read_bytes()
-    if not serialized:
-        raise DataError(f"tokenizer ({file}) is empty; copy it again")
-    engine = TokenizersEngine if file.suffix == ".json" else SentencePieceEngine
-    return Tokenizer(file, engine(serialized, file))
+    return file
 
 
 class Tokenizer:

@@ -44,16 +44,26 @@ class _Outcome(Generic[Result]):
 class Workers:
     """Runs tasks in `count` processes and reports progress; a context manager.
 
-    executor: "local", spawned processes (this one, if `count` is 1); "ray", tasks of the Ray cluster that is running.
+    executor: "local", processes of their own (this one, if `count` is 1); "ray", tasks of the Ray cluster that is
+    running. prepare: loads what the workers need, before they are forked from this process; a worker that is not forked
+    loads it when it needs it.
     """
 
-    def __init__(self, count: int, *, progress: Progress | None, executor: ExecutorName = "local") -> None:
+    def __init__(
+        self,
+        count: int,
+        *,
+        progress: Progress | None,
+        executor: ExecutorName = "local",
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
         """Raises ConfigError where there is no Ray, or no cluster."""
         if count < 1:
             raise ConfigError(f"workers ({count}) must be at least 1")
         self._count = count
         self._progress = progress
         self._kind = executor
+        self._prepare = prepare
         self._executor: Executor | None = None
         self._shared_done: Any = None  # what local processes have done; others tell at the end of each task
 
@@ -63,7 +73,11 @@ class Workers:
 
             self._executor = RayExecutor()
         elif self._count > 1:
-            context = multiprocessing.get_context("spawn")
+            # A fork copies one thread; what another held at that moment, it would hold for ever.
+            method = "fork" if _has_one_thread() else "spawn"
+            if method == "fork":
+                self._prepare()
+            context = multiprocessing.get_context(method)
             self._shared_done = context.Value("q", 0)
             self._executor = ProcessPoolExecutor(
                 self._count, mp_context=context, initializer=_start_worker, initargs=(self._shared_done,)
@@ -188,6 +202,12 @@ def _claim_and_call(
 _shared_done: Any = None  # this worker process's handle on the counter that all workers add to, if it has one
 
 
+def _has_one_thread() -> bool:
+    """Whether this process is known to have a single thread, libraries' own included (on Linux)."""
+    threads = Path("/proc/self/task")
+    return threads.is_dir() and len(list(threads.iterdir())) == 1
+
+
 def _start_worker(shared_done: Any) -> None:
     global _shared_done
     _shared_done = shared_done
@@ -198,7 +218,7 @@ def _start_worker(shared_done: Any) -> None:
 def _leave_with_parent() -> None:
     """End this worker when its parent is gone, so that it holds no claim for nobody."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker is spawned by the build"
+    assert parent is not None, "a worker is started by the build"
     parent.join()
     os._exit(EXIT_PEER_LOST)
 

@@ -56,6 +56,7 @@ class RankFindings:
     activations: int  # at the peak of forward and backward passes, all that is not of the three above
     update: int  # likewise in the optimizer's update
     beside: int  # of other roles on the same rank
+    cache: int  # of ppo's actor in a generation: keys and values, at the most that they take while they grow
     peak: int  # of all of it
     collectives: list[Collective]
     seconds: float
@@ -136,6 +137,7 @@ def note_step(role: Role, step: Step, *, num_micro_batches: int, ledger: Ledger,
         activations=passes - static,
         update=update - static if role.optimizer is not None else 0,
         beside=beside,
+        cache=0,
         peak=max(passes, update),
         collectives=_collectives(ledger.traffic, groups),
         seconds=time.perf_counter() - began,

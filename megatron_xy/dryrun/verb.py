@@ -15,7 +15,9 @@ from megatron_xy.config import (
     RunConfig,
     check_role_shapes,
     check_shape,
+    filling_answer,
     placed_roles,
+    room_for_answers,
 )
 from megatron_xy.dryrun import ppo, training
 from megatron_xy.dryrun.rank import RankFindings
@@ -23,7 +25,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.weights import resolve_model
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
-SIZES = ("weights", "gradients", "optimizer", "activations", "update", "beside", "peak")
+SIZES = ("weights", "gradients", "optimizer", "activations", "update", "cache", "beside", "peak")
 
 OfRank = Callable[..., list[RankFindings]]  # of rank and world_size
 
@@ -82,9 +84,9 @@ def _of_ppo(config: RunConfig, bucket: int | None, world_size: int) -> tuple[OfR
         for name, role in placed_roles(config, world_size=world_size).items()
     }
     check_role_shapes(roles)
-    room = ppo.longest_answer(roles)
-    length = bucket or room
     assert config.ppo is not None, "the config's rules ask for it"
+    _, room = room_for_answers(roles.values(), config.ppo)
+    length = bucket or filling_answer(roles.values(), config.ppo)
     if not config.ppo.max_response_length < length <= room:
         raise ConfigError(
             f"--bucket {length}: an answer with its prompt has more than ppo.max_response_length "
@@ -98,7 +100,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     unit, num_bytes = ("GiB", 2**30) if max(found["peak"] for found in result["ranks"]) >= 2**30 else ("MiB", 2**20)
     title = f"{result['task']} on {result['world_size']} ranks, samples of {result['bucket']} tokens: {unit} a rank"
     memory = Table(title=title, title_justify="left")
-    for column in ("rank", "role", "stage", "tp", "dp", "layers", "micro-batches", "parameters", *SIZES):
+    sizes = [size for size in SIZES if any(found[size] for found in result["ranks"])]
+    for column in ("rank", "role", "stage", "tp", "dp", "layers", "micro-batches", "parameters", *sizes):
         memory.add_column(column, justify="left" if column == "role" else "right")
     ranks_by_traffic: dict[tuple[Any, ...], list[str]] = {}
     for found in result["ranks"]:
@@ -106,7 +109,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             *(str(found[key]) for key in ("rank", "role", "pp_rank", "tp_rank", "dp_rank", "num_layers")),
             str(found["num_micro_batches"]),
             f"{found['parameters']:,}",
-            *(f"{found[size] / num_bytes:,.3f}" for size in SIZES),
+            *(f"{found[size] / num_bytes:,.3f}" for size in sizes),
         )
         traffic = (found["role"], *(tuple(part.values()) for part in found["collectives"]))
         ranks_by_traffic.setdefault(traffic, []).append(str(found["rank"]))

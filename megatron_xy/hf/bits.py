@@ -18,8 +18,8 @@ from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.convert import Say, plan_hf_files, write_index
 from megatron_xy.hf.source import Source
 from megatron_xy.hf.target import Output, finish_files
-from megatron_xy.safetensors_file import write_safetensors
 from megatron_xy.storage import write_json
+from megatron_xy.tensor_files import torch_dtype, write_tensors
 from megatron_xy.tensor_reader import TensorReader
 
 NF4_BLOCK = 64  # weights that share a scale
@@ -55,17 +55,16 @@ def write_bits(
         tensors: dict[str, torch.Tensor] = {}
         with TensorReader(source.folder, source.manifest) as reader:
             for output in outputs:
-                tensor = torch.empty(output.shard.local_shape, dtype=output.dtype)
+                tensor = torch.empty(output.shard.local_shape, dtype=torch_dtype(output.dtype))
                 reader.read_into(output.tensor, tensor, output.shard)
                 name, _, kind = output.name.rpartition(".")
                 if name in layers and kind == "weight":
                     tensors |= _quantised(layers.pop(name), tensor, name=name)
                 else:
                     tensors[output.name] = tensor
-        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        return write_safetensors(path, layout, blocks_of=lambda name: [tensors[name]], metadata={"format": "pt"})
+        return write_tensors(path, tensors, metadata={"format": "pt"})
 
-    files = plan_hf_files(source, dtype=torch.bfloat16, max_bytes=max_shard_bytes or MAX_SHARD_BYTES)
+    files = plan_hf_files(source, dtype="bfloat16", max_bytes=max_shard_bytes or MAX_SHARD_BYTES)
     write_index(folder, finish_files(folder, files, write=write, num_writers=1, say=say))
     write_json(folder / CONFIG, {**values, "quantization_config": wanted.to_dict()})
 

@@ -10,21 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_xy import checkpoint_files as files
 from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.names import EMBEDDING, global_names, hf_shards
 from megatron_xy.hf.reader import INDEX, SINGLE
 from megatron_xy.hf.release import TOKENIZER_FILES, copy_side_files, write_release_files
 from megatron_xy.hf.source import Source, open_source
-from megatron_xy.hf.target import Output, plan_files, stored_dtype, whole_or_absent, write_files
+from megatron_xy.hf.target import Output, plan_files, whole_or_absent, write_files
 from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor
 from megatron_xy.shards import whole
 from megatron_xy.storage import write_json, write_text
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
-MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, two at a time
+MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, some at a time
 CHECKSUMS = "checksums.sha256"
 Say = Callable[[str], None]
 
@@ -33,7 +31,7 @@ def to_hf(
     source: Source,
     target: Path,
     *,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     tokenizer: Path | None,
     say: Say,
     max_shard_bytes: int | None = None,
@@ -47,7 +45,7 @@ def to_hf(
     """
     manifest, model = source.manifest, source.model
     shards = plan_hf_files(source, dtype=dtype, max_bytes=max_shard_bytes or MAX_SHARD_BYTES)
-    dtype_name = files.DTYPE_NAMES[dtype] if dtype else manifest.tensors[EMBEDDING].dtype
+    dtype_name = dtype or manifest.tensors[EMBEDDING].dtype
     work = {**_work("hf", source, shards), "tokenizer": str(tokenizer)}
     with whole_or_absent(target, work=work) as folder, source.verified() if verify else nullcontext():
         token_ids = write_release_files(folder, source, tokenizer=tokenizer, dtype=dtype_name, say=say)
@@ -58,10 +56,10 @@ def to_hf(
     say(f"wrote {target}: {len(shards)} safetensors file(s), {dtype_name}")
 
 
-def plan_hf_files(source: Source, *, dtype: torch.dtype | None, max_bytes: int) -> dict[str, list[Output]]:
+def plan_hf_files(source: Source, *, dtype: str | None, max_bytes: int) -> dict[str, list[Output]]:
     """{file: the HF tensors of it}, named as transformers does. dtype: the source's own if None."""
     outputs = [
-        Output(part, name, shard, dtype or stored_dtype(source.manifest, name))
+        Output(part, name, shard, dtype or source.manifest.tensors[name].dtype)
         for name in global_names(source.model)
         for part, shard in hf_shards(name, source.model).items()
     ]
@@ -93,7 +91,7 @@ def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
 
 
 def to_checkpoint(
-    source: Source, target: Path, *, dtype: torch.dtype | None, say: Say, max_shard_bytes: int | None = None
+    source: Source, target: Path, *, dtype: str | None, say: Say, max_shard_bytes: int | None = None
 ) -> None:
     """Writes a checkpoint, opened by any layout: the weights, of a checkpoint also the optimizer's state.
 
@@ -104,7 +102,7 @@ def to_checkpoint(
     weights = list(global_names(source.model))
     others = sorted(manifest.tensors.keys() - set(weights))
     outputs = [
-        Output(name, name, whole(manifest.tensors[name].shape), wanted or stored_dtype(manifest, name))
+        Output(name, name, whole(manifest.tensors[name].shape), wanted or manifest.tensors[name].dtype)
         for names, wanted in ((weights, dtype), (others, None))
         for name in names
     ]
@@ -124,9 +122,7 @@ def to_checkpoint(
         copied = copy_side_files(source.folder, folder)
         facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata=files.METADATA, say=say)
         entries = {
-            output.tensor: files.TensorEntry(
-                output.shard.local_shape, files.DTYPE_NAMES[output.dtype], [files.Piece(file, output.shard)]
-            )
+            output.tensor: files.TensorEntry(output.shard.local_shape, output.dtype, [files.Piece(file, output.shard)])
             for file, held in shards.items()
             for output in held
         }
@@ -138,6 +134,6 @@ def to_checkpoint(
 
 def _work(kind: str, source: Source, shards: dict[str, list[Output]]) -> dict[str, Any]:
     """What a conversion writes and out of what: a killed one is gone on with where this is the same."""
-    plan = [[file, output.name, str(output.dtype)] for file, held in shards.items() for output in held]
+    plan = [[file, output.name, output.dtype] for file, held in shards.items() for output in held]
     plan_sha256 = hashlib.sha256(repr(plan).encode()).hexdigest()
     return {"to": kind, "from": source.fingerprint(), "plan_sha256": plan_sha256}

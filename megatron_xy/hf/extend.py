@@ -1,13 +1,14 @@
 """`megatron-xy vocab extend`: an HF folder with more pieces in its SentencePiece tokenizer, and rows for them.
 
 A new piece's row in embedding and output layer starts as the mean of the rows of the old pieces that spell it. Every
-other tensor and every old row stays as it is, bit for bit; the weights are copied block by block.
+other tensor and every old row stays as it is, bit for bit, copied from file to file.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from megatron_xy.data import vocabulary
 from megatron_xy.data.sentencepiece_json import inexact_reasons, parse_model
 from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.dtypes import Bits, itemsize
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import CHECKSUMS
@@ -27,9 +29,10 @@ from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.hf.verb import place
-from megatron_xy.safetensors_file import BLOCK_BYTES, SafetensorsFile, StoredTensor, write_safetensors
+from megatron_xy.safetensors_file import FileRange, SafetensorsFile, StoredTensor, write_safetensors
 from megatron_xy.shards import Box, Placed
 from megatron_xy.storage import write_json, write_text
+from megatron_xy.tensor_files import bits_of, torch_dtype
 
 CORPUS = "corpus:"
 TOKENIZER = "tokenizer.model"
@@ -141,36 +144,24 @@ def _write_weights(folder: Path, source: Source, *, first_new: int, spelt: Seque
                     dtype, shape = layout[name]
                     layout[name] = (dtype, (first_new + len(spelt), *shape[1:]))
 
-            def blocks_of(name: str, opened: SafetensorsFile = opened) -> Iterator[torch.Tensor]:
+            def parts_of(name: str, opened: SafetensorsFile = opened) -> Iterable[Bits | FileRange]:
                 if name not in WITH_ROWS_BY_PIECE:
-                    return _blocks(opened, name)
-                return itertools.chain(_blocks(opened, name, stop=first_new), _means(opened, name, spelt))
+                    return [opened.range(name)]
+                old = opened.range(name, 0, first_new * math.prod(opened.tensors[name].shape[1:]))
+                return itertools.chain([old], _means(opened, name, spelt))
 
-            facts = write_safetensors(folder / file, layout, blocks_of=blocks_of, metadata={"format": "pt"})
+            facts = write_safetensors(folder / file, layout, parts_of=parts_of, metadata={"format": "pt"})
         finally:
             opened.close()
         checksums[file] = facts["sha256"]
-        total += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
+        total += sum(math.prod(shape) * itemsize(dtype) for dtype, shape in layout.values())
     if index is not None:
         metadata = {**index.get("metadata", {}), "total_size": total}
         write_json(folder / INDEX, {**index, "metadata": metadata})
     return checksums
 
 
-def _blocks(opened: SafetensorsFile, name: str, *, stop: int | None = None) -> Iterator[torch.Tensor]:
-    """A tensor's rows up to `stop`, some at a time."""
-    stored = opened.tensors[name]
-    if not stored.shape:
-        yield opened.read(name)
-        return
-    stop = stored.shape[0] if stop is None else stop
-    row_bytes = max(1, stored.num_bytes // max(1, stored.shape[0]))
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for first in range(0, stop, step):
-        yield _rows(opened, name, stored, first, min(stop, first + step))
-
-
-def _means(opened: SafetensorsFile, name: str, spelt: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+def _means(opened: SafetensorsFile, name: str, spelt: Sequence[Sequence[int]]) -> Iterator[Bits]:
     """For each list of ids the mean of their rows, computed in fp32."""
     stored = opened.tensors[name]
     known: dict[int, torch.Tensor] = {}
@@ -181,15 +172,15 @@ def _means(opened: SafetensorsFile, name: str, spelt: Sequence[Sequence[int]]) -
                 if index not in known:
                     known[index] = _rows(opened, name, stored, index, index + 1)[0]
             means.append(torch.stack([known[index].float() for index in ids]).mean(0))
-        yield torch.stack(means).to(stored.dtype)
+        yield bits_of(torch.stack(means).to(torch_dtype(stored.dtype)))
 
 
 def _rows(opened: SafetensorsFile, name: str, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
     rest = stored.shape[1:]
     everything = Box((0,) * len(stored.shape), stored.shape)
     wanted = Box((start, *(0 for _ in rest)), (stop, *rest))
-    rows = torch.empty((stop - start, *rest), dtype=stored.dtype)
-    opened.copy(name, Placed(wanted, everything, 0, False), rows)
+    rows = torch.empty((stop - start, *rest), dtype=torch_dtype(stored.dtype))
+    opened.copy(name, Placed(wanted, everything, 0, False), bits_of(rows))
     return rows
 
 

@@ -94,7 +94,7 @@ def _as_hf(source: Source, *, beside: Path, say: Say) -> Iterator[Path]:
         return
     with _empty_folder(beside, "bf16") as folder:
         folder.rmdir()  # a conversion makes it
-        to_hf(source, folder, dtype=torch.bfloat16, tokenizer=None, say=say)
+        to_hf(source, folder, dtype="bfloat16", tokenizer=None, say=say)
         yield folder
 
 

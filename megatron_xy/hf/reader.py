@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from megatron_xy.checkpoint_files import DTYPE_NAMES, Manifest, Piece, TensorEntry
+from megatron_xy.block_reader import BlockReader
+from megatron_xy.checkpoint_files import Manifest, Piece, TensorEntry
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, PLAIN, global_names, global_shape, hf_shards
 from megatron_xy.hf.values import Values
-from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor, memory_of
+from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor
 from megatron_xy.shards import whole
-from megatron_xy.tensor_reader import TensorReader
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _HEAD = PLAIN[OUTPUT_LAYER]
 
 
 def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
-    """Where each global tensor of `model`, the folder's own, lies in its files; for a TensorReader.
+    """Where each global tensor of `model`, the folder's own, lies in its files; for a BlockReader.
 
     Raises DataError where the folder holds no weights in safetensors, lacks one, or holds one that would be dropped.
     """
@@ -53,7 +53,7 @@ def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
             dtypes.append(tensor.dtype)
         if len(set(dtypes)) > 1:
             raise DataError(f"{directory}: the parts of {name} are of different types; save them in one")
-        manifest.tensors[name] = TensorEntry(shape, DTYPE_NAMES[dtypes[0]], pieces)
+        manifest.tensors[name] = TensorEntry(shape, dtypes[0], pieces)
     _refuse_unused(directory, manifest, stored, model=model)
     return manifest
 
@@ -79,11 +79,11 @@ def _refuse_unused(
         file, tensor = rest[_HEAD]
         shape = global_shape(EMBEDDING, model)
         if tensor.shape == shape:
-            head = TensorEntry(shape, DTYPE_NAMES[tensor.dtype], [Piece(file, whole(shape), _HEAD)])
+            head = TensorEntry(shape, tensor.dtype, [Piece(file, whole(shape), _HEAD)])
             both = Manifest({}, {EMBEDDING: manifest.tensors[EMBEDDING], OUTPUT_LAYER: head}, {}, {})
-            with TensorReader(directory, both) as reader:
-                blocks = zip(*(reader.blocks(name, dtype=torch.float32) for name in both.tensors), strict=True)
-                if all(memory_of(a) == memory_of(b) for a, b in blocks):
+            with BlockReader(directory, both) as reader:
+                blocks = zip(*(reader.blocks(name, dtype="float32") for name in both.tensors), strict=True)
+                if all(np.array_equal(a, b) for a, b in blocks):
                     unused.remove(_HEAD)
     if biases := [name for name in unused if name.endswith(".bias")]:
         raise DataError(f"{directory} holds {biases[0]}; of biases, only those of Qwen2's QKV are supported")

@@ -12,24 +12,23 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_xy.checkpoint_files import DTYPES, Manifest
+from megatron_xy.block_reader import BlockReader
+from megatron_xy.checkpoint_files import Manifest
 from megatron_xy.data.claims import claim
+from megatron_xy.dtypes import Bits, itemsize
 from megatron_xy.errors import ConfigError, StorageError
-from megatron_xy.safetensors_file import write_safetensors
+from megatron_xy.safetensors_file import FileRange, write_safetensors
 from megatron_xy.shards import ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, temporary_name, write_json
-from megatron_xy.tensor_reader import TensorReader
 
-MAX_WRITERS = 2  # files at a time; each takes some blocks of memory and up to three threads
+MAX_WRITERS = 8  # files at a time; each takes some blocks of memory and up to three threads
 _WORK = "conversion.json"
 _FINISHED = ".conversion.json"
 _RECEIPT = ".receipt.json"
@@ -42,12 +41,12 @@ class Output:
     name: str
     tensor: str
     shard: ParameterShard
-    dtype: torch.dtype
+    dtype: str
 
     @property
     def num_bytes(self) -> int:
         """Its size."""
-        return self.shard.numel * self.dtype.itemsize
+        return self.shard.numel * itemsize(self.dtype)
 
 
 class AlreadyWritten(ConfigError):
@@ -104,7 +103,7 @@ def write_files(
     metadata: dict[str, str],
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Writes safetensors files out of the source's pieces, two at a time; returns {file: {bytes, sha256}}."""
+    """Writes safetensors files out of the source's pieces, some at a time; returns {file: {bytes, sha256}}."""
 
     def write(path: Path, outputs: list[Output]) -> dict[str, Any]:
         return _write_file(path, outputs, source=source, manifest=manifest, metadata=metadata)
@@ -148,23 +147,18 @@ def _write_file(
     path: Path, outputs: list[Output], *, source: Path, manifest: Manifest, metadata: dict[str, str]
 ) -> dict[str, Any]:
     by_name = {output.name: output for output in outputs}
-    with TensorReader(source, manifest) as reader:
+    with BlockReader(source, manifest) as reader:
 
-        def blocks_of(name: str) -> Iterator[torch.Tensor]:
+        def parts_of(name: str) -> Iterable[Bits | FileRange]:
             output = by_name[name]
-            return reader.blocks(output.tensor, output.shard, dtype=output.dtype)
+            return reader.parts(output.tensor, output.shard, dtype=output.dtype)
 
         return write_safetensors(
             path,
             {output.name: (output.dtype, output.shard.local_shape) for output in outputs},
-            blocks_of=blocks_of,
+            parts_of=parts_of,
             metadata=metadata,
         )
-
-
-def stored_dtype(manifest: Manifest, name: str) -> torch.dtype:
-    """The type of a global tensor in its files."""
-    return DTYPES[manifest.tensors[name].dtype]
 
 
 class _Progress:

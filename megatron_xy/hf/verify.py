@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from megatron_xy import parallel
+from megatron_xy.block_reader import BlockReader
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
@@ -30,13 +32,12 @@ from megatron_xy.hf.folder import read_object
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.reader import SINGLE
 from megatron_xy.hf.source import Source, open_source
-from megatron_xy.hf.target import Output, stored_dtype, write_files
+from megatron_xy.hf.target import Output, write_files
 from megatron_xy.hf.verb import place
 from megatron_xy.model.logits import logits_of
 from megatron_xy.role import Role, build_role
 from megatron_xy.safetensors_file import memory_of
 from megatron_xy.storage import TEMPORARY_PREFIX, write_json
-from megatron_xy.tensor_reader import TensorReader
 from megatron_xy.weights import load_initial_weights, resolve_model
 
 TOLERANCE = 1e-4  # of logits in fp32
@@ -88,12 +89,12 @@ def tensors_agree(source: Source, target: Source, *, say: Callable[[str], None])
     Says how many there are, and the hash of all: in the model's order, one behind the other.
     """
     names, different, digest = list(global_names(target.model)), [], hashlib.sha256()
-    with TensorReader(source.folder, source.manifest) as ours, TensorReader(target.folder, target.manifest) as theirs:
+    with BlockReader(source.folder, source.manifest) as ours, BlockReader(target.folder, target.manifest) as theirs:
         for name in names:
-            dtype, is_same = stored_dtype(target.manifest, name), True
+            dtype, is_same = target.manifest.tensors[name].dtype, True
             for a, b in zip(ours.blocks(name, dtype=dtype), theirs.blocks(name), strict=True):
-                # As bytes: NaN is like itself, and -0.0 unlike 0.0.
-                is_same &= memory_of(a) == memory_of(b)
+                # As bits: NaN is like itself, and -0.0 unlike 0.0.
+                is_same &= np.array_equal(a, b)
                 digest.update(memory_of(b))
             if not is_same:
                 different.append(name)
@@ -166,7 +167,7 @@ def _write_block(source: Source, folder: Path, *, layers: range) -> None:
     for name in global_names(block):
         original = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + layers.start}", name)
         for part, shard in hf_shards(name, block).items():
-            outputs.append(Output(part, original, shard, stored_dtype(source.manifest, original)))
+            outputs.append(Output(part, original, shard, source.manifest.tensors[original].dtype))
     write_files(
         folder,
         {SINGLE: outputs},

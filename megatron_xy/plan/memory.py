@@ -7,11 +7,23 @@ and NCCL take besides is no part of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
-from megatron_xy.config import ModelConfig, ParallelConfig, PlacedRole, RunConfig, data_parallel_size, placed_roles
+from megatron_xy.config import (
+    ModelConfig,
+    ParallelConfig,
+    PlacedRole,
+    PPOConfig,
+    RunConfig,
+    data_parallel_size,
+    filling_answer,
+    placed_roles,
+    room_for_answers,
+)
 from megatron_xy.plan.parameters import DTYPE_BYTES, chunk_buffers, chunk_parameters, stage_layers
+from megatron_xy.ppo.batches import equal_answers
 from megatron_xy.stages import padded_vocab_size
 
 FP32 = DTYPE_BYTES["fp32"]
@@ -19,6 +31,35 @@ FP32 = DTYPE_BYTES["fp32"]
 BATCH_BYTES_A_TOKEN = 4 * 8 + 4
 LOGPROBS_CHUNK_TOKENS = 1024  # of PPO's log-probabilities, which work on so many tokens' logits at a time
 LOGPROBS_TENSORS = 5  # fp32 tensors of a chunk's logits that live at once in their backward pass
+EXPERIENCE_TENSORS = 9  # fp32 numbers for each response token of a PPO step, on every rank
+MAX_SEQUENCES = 64  # of a replica that generate at a time
+CACHE_STEP = 64  # tokens, by which generation's cache grows at the least
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a PPO role gets to work on, as memory is told for it; lengths in tokens."""
+
+    ppo: PPOConfig
+    budget: int  # of a micro-batch, at most
+    room: int  # for an answer with its prompt
+    length: int  # of answers, prompts included, that fill micro-batches most
+    are_generated_here: bool
+
+    def shape(self, number: int, *, length: int, parallel: ParallelConfig, dp_size: int) -> tuple[int, int]:
+        """Micro-batches of a rank, and tokens of each, where `number` answers of one length are shared out."""
+        rounds = parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 1
+        batches, most = equal_answers(number, length=length, budget=self.budget, dp_size=dp_size, multiple=rounds)
+        tp = parallel.tensor_model_parallel_size
+        return batches, -(-most * length // tp) * tp
+
+    @property
+    def cache_lengths(self) -> tuple[int, int]:
+        """Tokens a sequence that generation's cache has room for in the end, and had before it last grew."""
+        before, now = 0, _up(self.room - self.ppo.max_response_length)
+        while now < self.room:
+            before, now = now, _up(max(now + 1, now + now // 2))
+        return now, before
 
 
 @dataclass(frozen=True)
@@ -34,6 +75,16 @@ class Job:
     is_trained: bool = True
     has_logprobs: bool = False  # PPO's loss of the actor, in place of the cross-entropy
     ranks: tuple[int, ...] = ()  # global, in placement order
+    answers: Answers | None = None  # of a PPO role
+
+    def over(self, dp_size: int) -> Job:
+        """The same with as many replicas; a PPO role's micro-batches as its share of the answers makes them."""
+        if self.answers is None:
+            return replace(self, dp_size=dp_size)
+        answers = self.answers
+        number, length = answers.ppo.mini_batch_size, answers.length
+        batches, tokens = answers.shape(number, length=length, parallel=self.parallel, dp_size=dp_size)
+        return replace(self, dp_size=dp_size, num_micro_batches=batches, micro_batch_tokens=tokens)
 
     def stage_of(self, rank: int) -> int:
         """The pipeline stage of a global rank of the role."""
@@ -42,6 +93,15 @@ class Job:
     def replica_of(self, rank: int) -> int:
         """The data parallel rank of a global rank of the role."""
         return self.ranks.index(rank) // self.parallel.tensor_model_parallel_size % self.dp_size
+
+
+class Held(NamedTuple):
+    """What a rank holds between two steps; sizes in bytes."""
+
+    parameters: int  # elements
+    weights: int
+    gradients: int
+    optimizer: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +118,8 @@ class RoleMemory:
     in_flight: float  # micro-batches whose activations a layer holds at the peak, on average over the stage's layers
     kept: int  # activations that wait for their backward passes, at the peak
     working: int  # besides, of the forward or backward pass of one layer or of the head
-    buffers: int  # gathered hidden states, the step's batches
+    buffers: int  # gathered hidden states, the step's batches and numbers
+    cache: int  # keys and values of a PPO step's generation, at their most; nothing else of a step is there then
 
     @property
     def static(self) -> int:
@@ -68,7 +129,7 @@ class RoleMemory:
     @property
     def activations(self) -> int:
         """At the peak of a step, all that is not static."""
-        return self.kept + self.working + self.buffers
+        return max(self.kept + self.working, self.cache) + self.buffers
 
     @property
     def total(self) -> int:
@@ -93,7 +154,9 @@ def jobs(config: RunConfig, *, world_size: int) -> list[Job]:
     if config.task == "ppo":
         assert config.ppo is not None, "the config's rules ask for it"
         placed = placed_roles(config, world_size=world_size)
-        return [_job_of_role(config, role) for role in placed.values()]
+        _, room = room_for_answers(placed.values(), config.ppo)
+        length = filling_answer(placed.values(), config.ppo)
+        return [_job_of_role(role, ppo=config.ppo, room=room, length=length) for role in placed.values()]
     dp_size = data_parallel_size(config.parallel, world_size=world_size)
     training = config.training
     return [
@@ -105,8 +168,38 @@ def jobs(config: RunConfig, *, world_size: int) -> list[Job]:
     ]  # fmt: skip
 
 
-def stage_memory(job: Job, *, stage: int, replica: int = 0) -> RoleMemory:
-    """What a rank of this stage and replica holds; tensor parallel ranks hold the same."""
+def stage_memory(job: Job, *, stage: int, replica: int = 0, held: Held | None = None) -> RoleMemory:
+    """What a rank of this stage and replica holds; tensor parallel ranks hold the same.
+
+    held: what `held_between_steps` counts, where it is known already: recomputation does not change it.
+    """
+    parallel = job.parallel
+    held = held or held_between_steps(job, stage=stage, replica=replica)
+    layers = stage_layers(job.model, parallel, stage=stage)
+    sizes = _Sizes(job)
+    passes = _passes_in_flight(job, stage=stage)
+    layers_in_flight = sum(layers[chunk] for chunk in passes)
+    is_last = stage == parallel.pipeline_model_parallel_size - 1
+    kept = layers_in_flight * sizes.kept_by_layer + len(passes) * sizes.kept_by_pass
+    numbers = 0
+    if job.answers is not None:
+        ppo = job.answers.ppo
+        numbers = EXPERIENCE_TENSORS * FP32 * ppo.rollout_batch_size * ppo.max_response_length
+    return RoleMemory(
+        role=job.role,
+        stage=stage,
+        num_layers=sum(layers),
+        **held._asdict(),
+        in_flight=layers_in_flight / sum(layers),
+        kept=kept + (sizes.kept_by_head if is_last and job.is_trained else 0),
+        working=sizes.working(is_last=is_last),
+        buffers=sizes.gathered + BATCH_BYTES_A_TOKEN * job.micro_batch_tokens * job.num_micro_batches + numbers,
+        cache=_cache_bytes(job, answers=job.answers, num_layers=sum(layers)) if job.answers else 0,
+    )
+
+
+def held_between_steps(job: Job, *, stage: int, replica: int = 0) -> Held:
+    """Buffers and optimizer of a rank of this stage and replica."""
     parallel = job.parallel
     weights = gradients = optimizer = elements = 0
     for chunk in range(parallel.num_chunks):
@@ -123,43 +216,41 @@ def stage_memory(job: Job, *, stage: int, replica: int = 0) -> RoleMemory:
         for buffer in buffers:
             main_and_moments = 3 if buffer.num_bytes < FP32 else 2  # fp32 weights are their own main weights
             optimizer += main_and_moments * FP32 * buffer.owned_by_replica[replica]
-    layers = stage_layers(job.model, parallel, stage=stage)
-    sizes = _Sizes(job)
-    passes = _passes_in_flight(job, stage=stage)
-    layers_in_flight = sum(layers[chunk] for chunk in passes)
-    is_last = stage == parallel.pipeline_model_parallel_size - 1
-    kept = layers_in_flight * sizes.kept_by_layer + len(passes) * sizes.kept_by_pass
-    return RoleMemory(
-        role=job.role,
-        stage=stage,
-        num_layers=sum(layers),
-        parameters=elements,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        in_flight=layers_in_flight / sum(layers),
-        kept=kept + (sizes.kept_by_head if is_last and job.is_trained else 0),
-        working=sizes.working(is_last=is_last),
-        buffers=sizes.gathered + BATCH_BYTES_A_TOKEN * job.micro_batch_tokens * job.num_micro_batches,
-    )
+    return Held(elements, weights, gradients, optimizer)
 
 
-def _job_of_role(config: RunConfig, role: PlacedRole) -> Job:
-    """A role of PPO at its updates, whose answers are as long as they may be and their prompts as long again."""
-    assert config.ppo is not None, "task ppo has it"
+def _job_of_role(role: PlacedRole, *, ppo: PPOConfig, room: int, length: int) -> Job:
+    """A role of PPO at its update by a mini-batch, or at its pass over one."""
     dp_size = len(role.ranks) // role.parallel.model_parallel_size
-    tokens = -(-config.ppo.mini_batch_size // dp_size) * 2 * config.ppo.max_response_length
     return Job(
         role.name,
         role.model,
         role.parallel,
         dp_size,
         role.micro_batch_tokens,
-        num_micro_batches=max(1, -(-tokens // role.micro_batch_tokens)),
+        num_micro_batches=1,
         is_trained=role.optimizer is not None,
         has_logprobs=role.name == "actor",
         ranks=role.ranks,
-    )
+        answers=Answers(ppo, role.micro_batch_tokens, room, length, are_generated_here=role.name == "actor"),
+    ).over(dp_size)
+
+
+def _cache_bytes(job: Job, *, answers: Answers, num_layers: int) -> int:
+    """Generation has a group of sequences a stage and a cache a chunk; one that grows stands beside what it was."""
+    if not answers.are_generated_here:
+        return 0
+    model, stages = job.model, job.parallel.pipeline_model_parallel_size
+    sequences = min(MAX_SEQUENCES, -(-answers.ppo.rollout_batch_size // job.dp_size))
+    rows = -(-sequences // stages)
+    groups = (model.num_query_groups or model.num_attention_heads or 0) // job.parallel.tensor_model_parallel_size
+    a_token = 2 * DTYPE_BYTES[model.params_dtype] * groups * model.head_dim * num_layers
+    now, before = answers.cache_lengths
+    return rows * a_token * (stages * now + before // job.parallel.num_chunks)
+
+
+def _up(tokens: int) -> int:
+    return -(-tokens // CACHE_STEP) * CACHE_STEP
 
 
 def _passes_in_flight(job: Job, *, stage: int) -> list[int]:
@@ -246,7 +337,7 @@ class _Sizes:
         """The most that a layer's backward pass, or the head's passes, hold beside what is kept."""
         passing = 2 * self.hidden  # received and sent
         if not self.job.is_trained:
-            widest = self.whole_hidden + max(self.attention, self.mlp)
+            widest = max(self.attention, self.mlp, self.ffn + self.whole_hidden)  # the last: fc2's input and output
             return passing + max(widest, self._head_forward if is_last else 0)
         weights = self.width * self.hidden_size * self.ffn_size // self.tp
         down = self.whole_hidden + self.ffn + weights  # gradients of fc2's output, input and weight

@@ -19,7 +19,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.flops import num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
 from megatron_xy.plan.memory import Job, RoleMemory, jobs, stage_memory
-from megatron_xy.plan.ppo import Split, TimeLine, best_split, time_line
+from megatron_xy.plan.ppo import Split, TimeLine, answer_length, best_split, time_line, useful_flops
 from megatron_xy.plan.quantising import Quantising, quantising
 from megatron_xy.plan.speed import StepTime, Traffic, checkpoint_bytes, step_time, traffic
 from megatron_xy.stages import padded_vocab_size
@@ -160,17 +160,19 @@ def make_plan(
     rates: Efficiencies,
     num_tokens: float | None = None,
     bucket_shares: Mapping[int, float] | None = None,
+    with_split: bool = True,
 ) -> Plan:
     """The plan of a checked config. Raises ConfigError where a model's shape is not known.
 
     num_tokens: of the whole run; what the config trains on unless given. bucket_shares: of the steps; those of
-    `buckets_of` unless given.
+    `buckets_of` unless given. with_split: also the best split of the nodes over PPO's roles.
     """
     world_size = num_nodes * gpus_per_node
     all_jobs = jobs(config, world_size=world_size)
     for job in all_jobs:
         _check_shape_is_known(job)
-    shares = dict(bucket_shares or buckets_of(config))
+    first = all_jobs[0].answers
+    shares = dict(bucket_shares or ({answer_length(first): 1.0} if first else buckets_of(config)))
     roles = tuple(
         _role_plan(job, buckets=tuple(shares), gpu=gpu, rates=rates, gpus_per_node=gpus_per_node) for job in all_jobs
     )
@@ -179,15 +181,14 @@ def make_plan(
     mix = sum(shares.values())
     step_seconds = sum(shares[step.bucket] / mix * step.seconds for step in main.steps)
     tokens = main.job.micro_batch_tokens * main.job.num_micro_batches * main.job.dp_size
+    mfu = sum(shares[step.bucket] / mix * step.seconds * step.mfu for step in main.steps) / step_seconds
     line = split = None
-    if config.ppo is not None:
-        line = time_line(all_jobs, ppo=config.ppo, gpu=gpu, rates=rates)
-        split = best_split(
-            all_jobs, num_nodes=num_nodes, gpus_per_node=gpus_per_node, ppo=config.ppo, gpu=gpu, rates=rates
-        )
-        step_seconds, tokens = line.seconds, config.ppo.rollout_batch_size * 2 * config.ppo.max_response_length
-    mfu = sum(shares[step.bucket] / mix * step.seconds * step.mfu for step in main.steps)
-    mfu /= sum(shares[step.bucket] / mix * step.seconds for step in main.steps)
+    if first is not None:
+        line = time_line(all_jobs, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+        if with_split:
+            split = best_split(all_jobs, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
+        step_seconds, tokens = line.seconds, first.ppo.rollout_batch_size * answer_length(first)
+        mfu = useful_flops(all_jobs) / (step_seconds * world_size * gpu.peak_flops)
     all_tokens = num_tokens or float(config.training.train_iters * tokens)
     return Plan(
         config=config,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.stages import layers_per_chunk, padded_vocab_size
@@ -20,8 +21,7 @@ SMALLEST_BUCKET = 40_000_000  # elements of a bucket of overlapped gradients; wi
 BUCKET_A_REPLICA = 1_000_000
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One parameter of one rank."""
 
     name: str

@@ -1,21 +1,23 @@
 """The time line of a PPO step: how long each role works in each phase, what it idles, and the best split of the nodes.
 
-Answers are as long as they may be, their prompts as long again. A phase lasts until the last rank is done; what roles
-on one rank do, they do in turn.
+Answers are as long as they may be, their prompts as long again where there is room. A phase lasts until the last rank
+is done; what roles on one rank do, they do in turn.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import partial
 
-from megatron_xy.config import PPOConfig
-from megatron_xy.flops import num_parameters
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_xy.flops import flops_per_token, num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
-from megatron_xy.plan.memory import Job
+from megatron_xy.plan.memory import MAX_SEQUENCES, Answers, Held, Job, held_between_steps
 from megatron_xy.plan.parameters import DTYPE_BYTES
 from megatron_xy.plan.speed import FORWARD_SHARE, step_time
 
@@ -44,10 +46,10 @@ class Split:
     seconds: float
 
 
-def time_line(jobs: Iterable[Job], *, ppo: PPOConfig, gpu: Device, rates: Efficiencies) -> TimeLine:
+def time_line(jobs: Iterable[Job], *, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> TimeLine:
     """Of the roles where they stand."""
     placed = list(jobs)
-    work = {job.role: role_work(job, ppo=ppo, gpu=gpu, rates=rates) for job in placed}
+    work = {job.role: role_work(job, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node) for job in placed}
     phases = {}
     for phase in PHASES:
         by_rank: dict[int, float] = {}
@@ -58,58 +60,92 @@ def time_line(jobs: Iterable[Job], *, ppo: PPOConfig, gpu: Device, rates: Effici
     return TimeLine(phases, work, sum(phases.values()))
 
 
-def role_work(job: Job, *, ppo: PPOConfig, gpu: Device, rates: Efficiencies) -> dict[str, float]:
-    """{phase: seconds} of one role in a step."""
-    length = 2 * ppo.max_response_length
+def role_work(
+    job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_node: int, held: Held | None = None
+) -> dict[str, float]:
+    """{phase: seconds} of one role in a step. held: of a rank of its first stage, where it is known already."""
+    assert job.answers is not None, "a role of PPO has them"
+    ppo, length = job.answers.ppo, answer_length(job.answers)
+    shape = partial(job.answers.shape, length=length, parallel=job.parallel, dp_size=job.dp_size)
 
-    def seconds(answers: int) -> float:
-        tokens = -(-answers // job.dp_size) * length
-        part = replace(job, num_micro_batches=max(1, -(-tokens // job.micro_batch_tokens)))
-        return step_time(part, bucket=length, gpu=gpu, rates=rates).seconds
+    def seconds(number: int, *, is_trained: bool) -> float:
+        batches, tokens = shape(number)
+        # A pass that only scores keeps nothing, and so makes nothing anew.
+        model = job.model if is_trained else job.model.model_copy(update={"recompute_granularity": "none"})
+        part = replace(job, model=model, num_micro_batches=batches, micro_batch_tokens=tokens, is_trained=is_trained)
+        return step_time(part, bucket=length, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node, held=held).seconds
 
     updates = ppo.ppo_epochs * ppo.rollout_batch_size // ppo.mini_batch_size
     return {
-        "generate": _generation(job, ppo=ppo, gpu=gpu, rates=rates) if job.role == "actor" else 0.0,
-        "score": FORWARD_SHARE * seconds(ppo.rollout_batch_size),
-        "update": updates * seconds(ppo.mini_batch_size) if job.is_trained else 0.0,
+        "generate": _generation(job, job.answers, gpu=gpu, rates=rates) if job.role == "actor" else 0.0,
+        "score": FORWARD_SHARE * seconds(ppo.rollout_batch_size, is_trained=False),
+        "update": updates * seconds(ppo.mini_batch_size, is_trained=True) if job.is_trained else 0.0,
     }
 
 
+def useful_flops(jobs: Iterable[Job]) -> float:
+    """Of all roles in a step: a pass over every answer, the actor's generation, and the updates."""
+    total = 0.0
+    for job in jobs:
+        assert job.answers is not None, "a role of PPO has them"
+        ppo, length = job.answers.ppo, answer_length(job.answers)
+        passes = FORWARD_SHARE * (2 if job.role == "actor" else 1) + (ppo.ppo_epochs if job.is_trained else 0)
+        total += passes * ppo.rollout_batch_size * length * flops_per_token(job.model, attention_length=length)
+    return total
+
+
+def answer_length(answers: Answers) -> int:
+    """Tokens of an answer with its prompt, as times are told for it."""
+    return min(2 * answers.ppo.max_response_length, answers.room)
+
+
 def best_split(
-    jobs: Iterable[Job], *, num_nodes: int, gpus_per_node: int, ppo: PPOConfig, gpu: Device, rates: Efficiencies
+    jobs: Iterable[Job], *, num_nodes: int, gpus_per_node: int, gpu: Device, rates: Efficiencies
 ) -> Split | None:
     """The nodes of each role, all on ranks of their own, with the shortest step; None where they don't go round."""
     placed = list(jobs)
     units = [math.ceil(job.parallel.model_parallel_size / gpus_per_node) for job in placed]
 
-    def work_on(place: int) -> Callable[[int], dict[str, float]]:
-        @cache
-        def work(nodes: int) -> dict[str, float]:
-            dp_size = nodes * gpus_per_node // placed[place].parallel.model_parallel_size
-            return role_work(replace(placed[place], dp_size=dp_size), ppo=ppo, gpu=gpu, rates=rates)
+    def table(job: Job) -> NDArray[np.float64]:
+        """[nodes + 1, phases] seconds; without nodes for a replica it never ends."""
+        held = held_between_steps(replace(job, dp_size=1), stage=0)
+        rows = np.full((num_nodes + 1, len(PHASES)), np.inf)
+        for nodes in range(num_nodes + 1):
+            dp_size, rest = divmod(nodes * gpus_per_node, job.parallel.model_parallel_size)
+            if dp_size and not rest:
+                work = role_work(job.over(dp_size), gpu=gpu, rates=rates, gpus_per_node=gpus_per_node, held=held)
+                rows[nodes] = [work[phase] for phase in PHASES]
+        return rows
 
-        return work
-
-    works = [work_on(place) for place in range(len(placed))]
+    tables = [table(job) for job in placed]
     best: Split | None = None
-    free = [range(unit, num_nodes + 1, unit) for unit in units[:-1]]
-    for sizes in itertools.product(*free):
-        last = num_nodes - sum(sizes)
-        if last < units[-1] or last % units[-1]:
+    for sizes in itertools.product(*(range(unit, num_nodes + 1, unit) for unit in units[:-2])):
+        left = num_nodes - sum(sizes)
+        if left < 2:
             continue
-        parts = [work(nodes) for work, nodes in zip(works, (*sizes, last), strict=True)]
-        seconds = sum(max(part[phase] for part in parts) for phase in PHASES)
-        if best is None or seconds < best.seconds:
-            names = [job.role for job in placed]
-            best = Split(dict(zip(names, (*sizes, last), strict=True)), seconds)
+        one = np.arange(1, left)  # nodes of the last role but one; the last one has the rest
+        phases = np.maximum(tables[-2][one], tables[-1][left - one])
+        for of_role, nodes in zip(tables, sizes, strict=False):
+            phases = np.maximum(phases, of_role[nodes])
+        seconds = phases.sum(axis=1)
+        place = int(seconds.argmin())
+        if seconds[place] < (math.inf if best is None else best.seconds):
+            nodes_of = (*sizes, int(one[place]), int(left - one[place]))
+            best = Split({job.role: nodes for job, nodes in zip(placed, nodes_of, strict=True)}, float(seconds[place]))
     return best
 
 
-def _generation(job: Job, *, ppo: PPOConfig, gpu: Device, rates: Efficiencies) -> float:
-    """All answers of a replica at once, token by token, through the stages in turn; each token reads all weights."""
-    tp, weights = job.parallel.tensor_model_parallel_size, num_parameters(job.model)
-    answers = -(-ppo.rollout_batch_size // job.dp_size)
-    read = weights * DTYPE_BYTES[job.model.params_dtype] / tp / (gpu.memory_bandwidth * rates.memory)
-    computed = 2 * weights * answers / tp / (gpu.peak_flops * rates.matmul)
-    overhead = section("generation")["step_overhead_seconds"] * (job.model.num_layers or 0)
+def _generation(job: Job, answers: Answers, *, gpu: Device, rates: Efficiencies) -> float:
+    """The answers of a replica token by token, so many at once; each token reads all weights, and the keys and values
+    of what came before, half of the answers on average."""
+    model, ppo, tp = job.model, answers.ppo, job.parallel.tensor_model_parallel_size
+    weights, width = num_parameters(model), DTYPE_BYTES[model.params_dtype]
+    number = -(-ppo.rollout_batch_size // job.dp_size)
+    rounds = -(-number // MAX_SEQUENCES)
+    context = answer_length(answers) - ppo.max_response_length // 2
+    assert model.num_layers and model.num_attention_heads, "the shape is complete"
+    known = 2 * width * (model.num_query_groups or model.num_attention_heads) * model.head_dim * model.num_layers
+    read = (rounds * weights * width + number * context * known) / tp / (gpu.memory_bandwidth * rates.memory)
+    computed = 2 * weights * number / tp / (gpu.peak_flops * rates.matmul)
+    overhead = rounds * section("generation")["step_overhead_seconds"] * model.num_layers
     return ppo.max_response_length * (max(read, computed) + overhead)

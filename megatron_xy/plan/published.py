@@ -1,4 +1,7 @@
-"""The planner beside published runs: Megatron-LM's table on H100, and XuanYuan2's speeds by bucket on A800."""
+"""The planner beside published runs: Megatron-LM's table on H100, XuanYuan2's speeds by bucket on A800, and others'.
+
+Rows of docs/plan.md's tables; the first fits the efficiency of matrix products.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ class Comparison:
     layout: str
     published: float
     predicted: float
+    why: str = ""  # they differ
 
     @property
     def deviation(self) -> float:
@@ -93,3 +97,39 @@ def xuanyuan2() -> list[Comparison]:
         Comparison(f"{bucket}", "tp 8 x pp 4", measured[bucket] / measured[first], speeds[bucket] / speeds[first])
         for bucket in measured
     ]
+
+
+def others() -> list[Comparison]:
+    """Runs of other code, as this code would run their model in their layout, in bf16."""
+    tables = published()
+    comparisons = []
+    for run in tables["runs"]:
+        layers, hidden, ffn, heads, groups, vocabulary = tables["shapes"][run["shape"]]
+        tp, pp, vp, dp_size, micro = run["tp"], run["pp"], run.get("vp"), run["dp"], run.get("micro", 1)
+        model = ModelConfig(
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            vocab_size=vocabulary,
+            params_dtype="bf16",
+            recompute_granularity=run.get("recompute", "none"),
+        )
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vp,
+            sequence_parallel=tp > 1,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        )
+        sequence, gpu = run["sequence"], device(run["gpu"])
+        job = Job("model", model, parallel, dp_size, sequence * micro, run["batch"] // dp_size // micro)
+        per_second = run.get("teraflops", 0) * 1e12 or run.get("mfu", 0) * gpu.peak_flops
+        measured = run.get("tokens") or per_second / flops_per_token(model, attention_length=sequence)
+        predicted = step_time(job, bucket=sequence, gpu=gpu, rates=efficiencies()).tokens_per_second
+        layout = f"tp {tp} x pp {pp}{f' (vp {vp})' if vp else ''} x dp {dp_size}"
+        comparisons.append(Comparison(run["name"], f"{gpu.name}, {layout}", measured, predicted, run["why"]))
+    return comparisons

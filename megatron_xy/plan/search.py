@@ -1,26 +1,28 @@
-"""Layouts of a run's ranks that fit, the fastest first; and the nearest changes that would make one fit."""
+"""Layouts of a run, or of PPO's roles, that fit, the fastest first; and the nearest changes that would make one fit."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from megatron_xy.config import InvalidConfig, ModelConfig, ParallelConfig, RunConfig, check_world
+from megatron_xy.config import InvalidConfig, RoleConfig, RunConfig, check_world, role_names, role_sections
 from megatron_xy.plan.assumptions import Device, Efficiencies
 from megatron_xy.plan.overview import Plan, make_plan
-
-TENSOR_SIZES, PIPELINE_SIZES = (1, 2, 4, 8), (1, 2, 4, 8, 16)
-RECOMPUTATIONS = ("none", "selective", "full")
+from megatron_xy.plan.placements import PIPELINE_SIZES, RECOMPUTATIONS, TENSOR_SIZES, differences, placements
 
 
 def search(config: RunConfig, *, num_nodes: int, gpus_per_node: int, gpu: Device, rates: Efficiencies) -> list[Plan]:
-    """Plans of every layout that the rules allow and that fits, by tokens/s. Tasks of one model."""
-    plans = []
-    for candidate in _candidates(config, world_size=num_nodes * gpus_per_node, gpus_per_node=gpus_per_node):
-        plan = make_plan(candidate, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
-        if plan.fits:
-            plans.append(plan)
-    return sorted(plans, key=lambda plan: -plan.tokens_per_second)
+    """Plans of every layout that the rules allow and that fits, by tokens/s; of PPO the best for each way to share."""
+    candidates: Iterable[RunConfig]
+    if config.task == "ppo":
+        candidates = placements(config, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
+    else:
+        candidates = _candidates(config, world_size=num_nodes * gpus_per_node, gpus_per_node=gpus_per_node)
+    plans = [
+        make_plan(candidate, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates, with_split=False)
+        for candidate in candidates
+    ]
+    return sorted((plan for plan in plans if plan.fits), key=lambda plan: -plan.tokens_per_second)
 
 
 def nearest_fits(plan: Plan, found: list[Plan]) -> list[Plan]:
@@ -32,18 +34,25 @@ def nearest_fits(plan: Plan, found: list[Plan]) -> list[Plan]:
 
 
 def changes(before: RunConfig, after: RunConfig) -> list[str]:
-    """What differs in layout and recomputation, as overrides."""
-    pairs: list[tuple[str, ModelConfig | ParallelConfig, ModelConfig | ParallelConfig]] = [
-        ("parallel", before.parallel, after.parallel),
-        ("model", before.model, after.model),
+    """What differs in ranks, layout and recomputation, as overrides."""
+    if before.task != "ppo":
+        found = {
+            "parallel": differences(before.parallel, after.parallel),
+            "model": differences(before.model, after.model),
+        }
+    else:
+        found = {}
+        for name in role_names(before):
+            (was_model, was_parallel), (model, parallel) = role_sections(before, name), role_sections(after, name)
+            was, now = ((config.roles or {}).get(name, RoleConfig()) for config in (before, after))
+            found[f"roles.{name}"] = {"ranks": now.ranks} if now.ranks != was.ranks else {}
+            found[f"roles.{name}.parallel"] = differences(was_parallel, parallel)
+            found[f"roles.{name}.model"] = differences(was_model, model)
+    return [
+        f"{section}.{key}={'null' if value is None else str(value).lower()}"
+        for section, changed in found.items()
+        for key, value in changed.items()
     ]
-    told = []
-    for name, old, new in pairs:
-        for key in type(old).model_fields:
-            if getattr(old, key) != getattr(new, key):
-                value = getattr(new, key)
-                told.append(f"{name}.{key}={'null' if value is None else str(value).lower()}")
-    return told
 
 
 def _candidates(config: RunConfig, *, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:

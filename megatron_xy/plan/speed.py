@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_xy.flops import flops_per_token, num_parameters, recomputed_flops, stage_share, step_flops
 from megatron_xy.plan.assumptions import Device, Efficiencies
-from megatron_xy.plan.memory import Job, stage_memory
+from megatron_xy.plan.memory import Held, Job, held_between_steps
 from megatron_xy.plan.parameters import DTYPE_BYTES, stage_layers
 
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic
@@ -56,7 +56,7 @@ def traffic(job: Job) -> Traffic:
     layers = sum(stage_layers(model, parallel, stage=0)) * job.num_micro_batches
     state = DTYPE_BYTES[model.params_dtype] * (model.hidden_size or 0) * job.micro_batch_tokens
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    memory = stage_memory(job, stage=0)
+    held = held_between_steps(job, stage=0)
     gathers, scatters = _layer_collectives(model.recompute_granularity)
     per_layer = gathers + scatters if parallel.sequence_parallel else 2 * (scatters - 1) + 2
     # The embedding scatters, and gathers its gradient; an output layer gathers twice, and scatters once.
@@ -65,7 +65,7 @@ def traffic(job: Job) -> Traffic:
         at_ends = 2 + (3 if stages == 1 and model.head == "language_model" else 0)
     passes = 0 if stages == 1 else 2 * parallel.num_chunks - 1
     sent = state // (tp if parallel.sequence_parallel else 1)
-    reduced = memory.gradients + (memory.weights if parallel.use_distributed_optimizer else memory.gradients)
+    reduced = held.gradients + (held.weights if parallel.use_distributed_optimizer else held.gradients)
     return Traffic(
         tensor_parallel=0 if tp == 1 else (layers * per_layer + at_ends * job.num_micro_batches) * state,
         pipeline=passes * job.num_micro_batches * sent,
@@ -73,8 +73,13 @@ def traffic(job: Job) -> Traffic:
     )
 
 
-def step_time(job: Job, *, bucket: int, gpu: Device, rates: Efficiencies, gpus_per_node: int = 8) -> StepTime:
-    """A step whose samples are documents of `bucket` tokens, attention over the whole of each."""
+def step_time(
+    job: Job, *, bucket: int, gpu: Device, rates: Efficiencies, gpus_per_node: int = 8, held: Held | None = None
+) -> StepTime:
+    """A step whose samples are documents of `bucket` tokens, attention over the whole of each.
+
+    held: what a rank of the first stage does, where it is known already.
+    """
     parallel, model = job.parallel, job.model
     assert model.hidden_size and model.ffn_hidden_size and model.num_layers, "the shape is complete"
     tp, stages, chunks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_chunks
@@ -107,10 +112,12 @@ def step_time(job: Job, *, bucket: int, gpu: Device, rates: Efficiencies, gpus_p
     wire = _link(gpu, rates, is_in_node=is_pipeline_in_node)
     waits = 2 * batches if chunks == 1 else 2 * (stages - 1)
     pipeline = 0.0 if stages == 1 else waits * state / hidden_split / wire
-    memory = stage_memory(job, stage=0)
-    data_parallel = _exposed_data_parallel(job, one=one, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
-    owned = memory.parameters / (job.dp_size if parallel.use_distributed_optimizer else 1)
-    optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * rates.memory)
+    data_parallel = optimizer = 0.0
+    if job.is_trained:
+        held = held or held_between_steps(job, stage=0)
+        data_parallel = _exposed_data_parallel(job, held, one=one, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+        owned = held.parameters / (job.dp_size if parallel.use_distributed_optimizer else 1)
+        optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * rates.memory)
     seconds = batches * one + bubble + pipeline + data_parallel + optimizer
     num_gpus = tp * stages * job.dp_size
     per_second = tokens * batches * job.dp_size / seconds / num_gpus
@@ -148,20 +155,21 @@ def _layer_collectives(granularity: str) -> tuple[int, int]:
     return 6 + again[0], 4 + again[1]
 
 
-def _exposed_data_parallel(job: Job, *, one: float, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> float:
+def _exposed_data_parallel(
+    job: Job, held: Held, *, one: float, gpu: Device, rates: Efficiencies, gpus_per_node: int
+) -> float:
     """What is left of reducing gradients and gathering weights beside the last backward and the first forward pass."""
     if job.dp_size == 1:
         return 0.0
     parallel = job.parallel
-    memory = stage_memory(job, stage=0)
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     link = _link(gpu, rates, is_in_node=tp * stages * job.dp_size <= gpus_per_node)
     ring = (job.dp_size - 1) / job.dp_size
-    reduce = memory.gradients * ring / link
+    reduce = held.gradients * ring / link
     if not parallel.use_distributed_optimizer:
         reduce, gather = 2 * reduce, 0.0
     else:
-        gather = memory.weights * ring / link
+        gather = held.weights * ring / link
     if parallel.overlap_grad_reduce:
         reduce = max(
             reduce - one * (1 - FORWARD_SHARE), reduce / max(1, sum(stage_layers(job.model, parallel, stage=0)))

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_xy.config import RunConfig
 from megatron_xy.plan.calibrate import Calibration
 from megatron_xy.plan.overview import RECOMPUTE_MODES, Plan, RolePlan
 from megatron_xy.plan.ppo import TimeLine
@@ -16,6 +17,8 @@ from megatron_xy.plan.search import changes
 from megatron_xy.ppo.placement import spelt_ranks
 
 GB = 1e9
+UNITS = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+NO_LAYOUT = "no layout of these ranks fits; take more nodes, or a smaller micro_batch_tokens"
 
 
 def tables(plan: Plan) -> Iterator[RenderableType]:
@@ -31,7 +34,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         yield _quantising(plan)
 
 
-def layouts(plan: Plan, found: Sequence[Plan], *, most: int = 10) -> RenderableType:
+def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Iterator[RenderableType]:
     """The layouts of a search; what each changes, as overrides."""
     table = _table(
         f"{len(found)} layouts fit; the fastest",
@@ -44,25 +47,48 @@ def layouts(plan: Plan, found: Sequence[Plan], *, most: int = 10) -> RenderableT
         "overrides",
     )
     for other in found[:most]:
-        parallel = other.config.parallel
-        chunks = f" (vp {parallel.num_chunks})" if parallel.num_chunks > 1 else ""
         table.add_row(
-            f"tp {parallel.tensor_model_parallel_size} x pp {parallel.pipeline_model_parallel_size}{chunks} x "
-            f"dp {other.roles[0].job.dp_size}",
+            _sizes(other.roles[0]),
             other.config.model.recompute_granularity,
             f"{other.worst_bytes / GB:.0f}",
             f"{other.tokens_per_second:,.0f}",
             f"{100 * other.mfu:.1f} %",
             f"{other.days:,.1f}",
-            " ".join(changes(plan.config, other.config)) or "as configured",
+            " ".join(changes(given, other.config)) or "as configured",
         )
-    return table
+    yield table
+
+
+def placements(given: RunConfig, found: Sequence[Plan], *, most: int = 5) -> Iterator[RenderableType]:
+    """Of PPO's roles, one for each way to share ranks; and the fastest one as overrides."""
+    if not found:
+        yield Text(NO_LAYOUT, style="red")
+        return
+    table = _table(
+        f"{len(found)} ways to share ranks fit, each at its best",
+        "step s", "MFU", "GB", "days", "role", "ranks", "layout", "recompute",
+    )  # fmt: skip
+    for other in found[:most]:
+        told = (f"{other.step_seconds:.1f}", f"{100 * other.mfu:.1f} %", f"{other.worst_bytes / GB:.0f}")
+        for number, role in enumerate(other.roles):
+            job = role.job
+            table.add_row(
+                *((*told, f"{other.days:,.2f}") if number == 0 else ("",) * 4),
+                job.role,
+                spelt_ranks(job.ranks),
+                _sizes(role),
+                job.model.recompute_granularity if job.is_trained else "",
+            )
+        table.add_section()
+    yield table
+    overrides = changes(given, found[0].config)
+    yield Text("the fastest, as overrides:\n" + "\n".join(f"  {line}" for line in overrides or ["none: as configured"]))
 
 
 def remedies(plan: Plan, found: Sequence[Plan]) -> RenderableType:
     """What would make a plan fit."""
     if not found:
-        return Text("no layout of these ranks fits; take more nodes, or a smaller micro_batch_tokens", style="red")
+        return Text(NO_LAYOUT, style="red")
     lines = [
         f"  {' '.join(changes(plan.config, other.config))}: {other.worst_bytes / GB:.0f} GB, "
         f"{other.tokens_per_second:,.0f} tokens/s/GPU"
@@ -119,13 +145,17 @@ def _bar(num_layers: int, role: RolePlan) -> str:
 
 
 def _layout(role: RolePlan) -> str:
-    parallel = role.job.parallel
-    chunks = f" (vp {parallel.num_chunks})" if parallel.num_chunks > 1 else ""
     return (
-        f"tp {parallel.tensor_model_parallel_size} x pp {parallel.pipeline_model_parallel_size}{chunks} x "
-        f"dp {role.job.dp_size}; {role.job.num_micro_batches} micro-batches of {role.job.micro_batch_tokens}; "
+        f"{_sizes(role)}; {role.job.num_micro_batches} micro-batches of {role.job.micro_batch_tokens}; "
         f"vocabulary padded to {role.padded_vocab_size:,}"
     )
+
+
+def _sizes(role: RolePlan) -> str:
+    parallel = role.job.parallel
+    chunks = f" (vp {parallel.num_chunks})" if parallel.num_chunks > 1 else ""
+    sizes = f"tp {parallel.tensor_model_parallel_size} x pp {parallel.pipeline_model_parallel_size}{chunks}"
+    return f"{sizes} x dp {role.job.dp_size}"
 
 
 def _memory(plan: Plan) -> RenderableType:
@@ -138,21 +168,25 @@ def _memory(plan: Plan) -> RenderableType:
         "activations",
         "of micro-batches",
         "buffers",
+        *(["generation"] if plan.time_line else []),
         "total",
         *(f"if {mode}" for mode in RECOMPUTE_MODES),
     )
-    table = _table("memory a rank, GB (recompute: " + plan.config.model.recompute_granularity + ")", *headings)
+    largest = max(role.worst.total for role in plan.roles)
+    unit, name = (GB, "GB") if largest >= GB else (1e6, "MB")
+    table = _table(f"memory a rank, {name} (recompute: " + plan.config.model.recompute_granularity + ")", *headings)
     for role in plan.roles:
         for memory in role.stages:
             values = (memory.weights, memory.gradients, memory.optimizer, memory.kept + memory.working)
             table.add_row(
                 role.job.role if memory.stage == 0 else "",
                 str(memory.stage),
-                *(f"{value / GB:.1f}" for value in values),
+                *(f"{value / unit:.1f}" for value in values),
                 f"{memory.in_flight:.1f}",
-                f"{memory.buffers / GB:.2f}",
-                f"{memory.total / GB:.1f}",
-                *(f"{total / GB:.1f}" for total in role.totals_of(memory.stage).values()),
+                f"{memory.buffers / unit:.2f}",
+                *([f"{memory.cache / unit:.1f}"] if plan.time_line else []),
+                f"{memory.total / unit:.1f}",
+                *(f"{total / unit:.1f}" for total in role.totals_of(memory.stage).values()),
                 style="bold" if memory is role.worst else "",
             )
     return table
@@ -163,7 +197,7 @@ def _speed(plan: Plan) -> RenderableType:
         "role",
         "bucket",
         "share",
-        "step s",
+        "step",
         "matmul",
         "attention",
         "other",
@@ -187,7 +221,7 @@ def _speed(plan: Plan) -> RenderableType:
                 role.job.role,
                 str(step.bucket),
                 f"{100 * plan.bucket_shares[step.bucket]:.0f} %",
-                f"{step.seconds:.2f}",
+                _seconds(step.seconds),
                 *(f"{100 * part / step.seconds:.1f}" for part in parts),
                 f"{step.tokens_per_second:,.0f}",
                 f"{100 * step.mfu:.1f}",
@@ -197,26 +231,25 @@ def _speed(plan: Plan) -> RenderableType:
 
 
 def _costs(plan: Plan) -> RenderableType:
-    kept, sent = plan.reliability, plan.roles[0].traffic
+    kept, sent, gpu_hours = plan.reliability, plan.roles[0].traffic, plan.days * 24 * plan.world_size
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_row(
-        "mix of buckets",
-        f"{plan.tokens_per_second:,.0f} tokens/s/GPU, MFU {100 * plan.mfu:.1f} %, {plan.step_seconds:.2f} s a step",
+        "whole step" if plan.time_line else "mix of buckets",
+        f"{plan.tokens_per_second:,.0f} tokens/s/GPU, MFU {100 * plan.mfu:.1f} %, {_seconds(plan.step_seconds)} a step",
     )
     table.add_row(
         "whole run",
-        f"{plan.num_tokens / 1e9:,.1f} G tokens: {_duration(plan.days)}, "
-        f"{plan.days * 24 * plan.world_size:,.0f} GPU hours; {_duration(plan.days / kept.ettr)} with stops",
+        f"{_number(plan.num_tokens)} tokens: {_duration(plan.days)}, "
+        f"{gpu_hours:,.{0 if gpu_hours >= 10 else 1}f} GPU hours; {_duration(plan.days / kept.ettr)} with stops",
     )
     table.add_row(
         "sent a step and rank",
-        f"tp {sent.tensor_parallel / GB:,.0f} GB, "
-        f"pp {sent.pipeline / GB:,.1f} GB, dp {sent.data_parallel / GB:,.1f} GB",
+        f"tp {_number(sent.tensor_parallel)}B, pp {_number(sent.pipeline)}B, dp {_number(sent.data_parallel)}B",
     )
     table.add_row(
         "checkpoint",
-        f"{kept.checkpoint_bytes / GB:,.0f} GB in {kept.write_seconds:,.0f} s; "
-        f"training waits {kept.stall_seconds:.1f} s",
+        f"{_number(kept.checkpoint_bytes)}B in {_seconds(kept.write_seconds)}; "
+        f"training waits {_seconds(kept.stall_seconds)}",
     )
     table.add_row(
         "stops",
@@ -258,7 +291,26 @@ def _time_line(plan: Plan, line: TimeLine) -> RenderableType:
 
 
 def _duration(days: float) -> str:
-    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+    if days >= 1:
+        return f"{days:,.1f} days"
+    hours = 24 * days
+    return (
+        f"{hours:.1f} hours"
+        if hours >= 1
+        else f"{60 * hours:.1f} minutes"
+        if hours >= 1 / 60
+        else _seconds(3600 * hours)
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 100 else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def _number(value: float) -> str:
+    """Of tokens or bytes: 302 G, 4.81 M."""
+    unit = next((unit for unit in ("T", "G", "M", "k") if value >= UNITS[unit]), None)
+    return f"{value:.0f} " if unit is None else f"{value / UNITS[unit]:.3g} {unit}"
 
 
 def _table(title: str, *headings: str) -> Table:

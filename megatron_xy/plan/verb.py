@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from megatron_xy.config import load_config
+from megatron_xy.config import InvalidConfig, load_config
 from megatron_xy.errors import ConfigError
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan
-from megatron_xy.plan.search import nearest_fits, search
-from megatron_xy.plan.told import calibrated, layouts, remedies, tables
+from megatron_xy.plan.search import changes, nearest_fits, search
+from megatron_xy.plan.told import NO_LAYOUT, calibrated, layouts, placements, remedies, tables
 
 UNITS = {"M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
@@ -34,30 +35,40 @@ def plan(
 ) -> Plan:
     """Plans a run, prints the plan, returns it. Raises ConfigError: as `check` does; where GPU or shape are not known.
 
+    do_search: ranks layouts too; a config whose own does not go with so many ranks is planned in the fastest of them.
     calibrate_by: a run's folder, whose speeds set the efficiencies.
     """
-    config = load_config(path, overrides=overrides, world_size=num_nodes * gpus_per_node)
     chosen, rates = device(gpu), efficiencies()
+    refused = None
+    try:
+        given = load_config(path, overrides=overrides, world_size=num_nodes * gpus_per_node)
+    except InvalidConfig as error:
+        if not do_search:
+            raise
+        given, refused = load_config(path, overrides=overrides), error
     calibration = None
     if calibrate_by is not None:
         calibration = calibrate(calibrate_by, gpu=chosen, rates=rates, gpus_per_node=gpus_per_node)
         rates = calibration.rates
+    find = partial(search, given, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=chosen, rates=rates)
+    found = find() if do_search else []
+    if refused and not found:
+        raise ConfigError(f"{refused}\n{NO_LAYOUT}")
     made = make_plan(
-        config,
+        found[0].config if refused else given,
         num_nodes=num_nodes,
         gpus_per_node=gpus_per_node,
         gpu=chosen,
         rates=rates,
         num_tokens=None if tokens is None else parsed_tokens(tokens),
     )
-    if do_search and config.task == "ppo":
-        raise ConfigError("--search: task ppo has several models; plan each one's layout by its roles' sections")
-    looked = do_search or (not made.fits and config.task != "ppo")
-    found = search(config, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=chosen, rates=rates) if looked else []
+    looked = do_search or not made.fits
+    if looked and not do_search:
+        found = find()
     if as_json:
-        result = made.to_json()
+        result = made.to_json() | {"overrides": changes(given, made.config)}
         if looked:
-            result["layouts"] = [other.to_json() for other in found[:20]]
+            result["layouts"] = [other.to_json() | {"overrides": changes(given, other.config)} for other in found[:20]]
         if calibration is not None:
             result["calibration"] = dataclasses.asdict(calibration)
         print(json.dumps(result))
@@ -65,10 +76,13 @@ def plan(
     console = Console(width=max(Console().width, 150), highlight=False)
     if calibration is not None:
         console.print(calibrated(calibration))
+    if refused:
+        console.print(f"{refused}\nPlanned in the fastest layout that the search below finds.")
     for table in tables(made):
         console.print(table)
     if do_search:
-        console.print(layouts(made, found))
+        for part in layouts(given, found) if given.ppo is None else placements(given, found):
+            console.print(part)
     elif looked:
         console.print(remedies(made, nearest_fits(made, found)))
     return made

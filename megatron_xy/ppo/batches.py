@@ -67,6 +67,15 @@ def plan_answers(lengths: Sequence[int], *, budget: int, dp_size: int, multiple:
     return ranks
 
 
+def equal_answers(number: int, *, length: int, budget: int, dp_size: int, multiple: int = 1) -> tuple[int, int]:
+    """Micro-batches of a rank, and answers in the fullest one, where `plan_answers` has `number` of one length."""
+    a_micro_batch = budget // length
+    num_bins = -(-number * length // budget)
+    num_bins = max(num_bins, -(-number // a_micro_batch))
+    num_bins += -num_bins % (dp_size * multiple)
+    return num_bins // dp_size, -(-number // num_bins)
+
+
 def _work(length: int) -> float:
     """Relative cost of a document of `length` tokens: attention's square beside the rest, for usual widths."""
     return length + length * length / 20_000

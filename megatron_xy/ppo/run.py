@@ -21,6 +21,7 @@ from megatron_xy.config import (
     check_role_shapes,
     check_world,
     placed_roles,
+    room_for_answers,
 )
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
@@ -89,15 +90,7 @@ def look_at(config: RunConfig, *, world_size: int) -> Material:
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_vocabularies(roles, tokenizer)
     prompts = PromptFile(ppo.prompts, seed=config.seed)
-    name, room = min(
-        ((name, min(role.model.max_position_embeddings, role.micro_batch_tokens)) for name, role in roles.items()),
-        key=lambda pair: pair[1],
-    )
-    if room <= ppo.max_response_length:
-        raise ConfigError(
-            f"ppo.max_response_length ({ppo.max_response_length}) leaves no room for a prompt: the {name} has "
-            f"{room} tokens (the smaller one of max_position_embeddings and micro_batch_tokens); lower it"
-        )
+    name, room = room_for_answers(roles.values(), ppo)
     reason = f"the {name} has {room} tokens for prompt and answer, ppo.max_response_length is {ppo.max_response_length}"
     by_template = {template: Renderer(tokenizer, template) for template in {r.chat_template for r in roles.values()}}
     for renderer in by_template.values():

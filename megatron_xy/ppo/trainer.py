@@ -16,7 +16,7 @@ import torch
 from megatron_xy import course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter
 from megatron_xy.checkpoint_choice import find_resumable
-from megatron_xy.checkpoint_files import TrainingState, read_manifest, write_shard
+from megatron_xy.checkpoint_files import METADATA, TrainingState, read_manifest
 from megatron_xy.checkpoint_folders import sweep
 from megatron_xy.checkpoint_state import load_state
 from megatron_xy.config import RunConfig
@@ -36,6 +36,7 @@ from megatron_xy.ppo.samples import sample_line, samples
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import storage_errors
+from megatron_xy.tensor_files import write_tensors
 from megatron_xy.watchdog import Watchdog
 from megatron_xy.weights import load_initial_weights, split_origin
 
@@ -313,7 +314,7 @@ class PPOTrainer:
         with storage_errors(folder):
             folder.mkdir(exist_ok=True)
         name = f"iter_{iteration:07d}.safetensors"
-        write_shard(folder, file=f".tmp-{name}", tensors=tensors, on_progress=lambda size: went_forward())
+        write_tensors(folder / f".tmp-{name}", tensors, metadata=METADATA, on_progress=lambda size: went_forward())
         with storage_errors(folder):
             (folder / f".tmp-{name}").replace(folder / name)
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def dry_runs(jobs: list[tuple[RunConfig, int, list[int]]]) -> list[list[dict[str, Any]]]:
-    """What these ranks of jobs (config, world size, ranks) hold and send: RankFindings as dicts, [job][rank]."""
+    """What ranks of jobs (config, world size, ranks) hold and send: dicts of RankFindings, [job][rank and role]."""
     lines = [
         json.dumps({"config": job.model_dump_json(), "world_size": size, "ranks": ranks}) for job, size, ranks in jobs
     ]
@@ -31,14 +30,14 @@ def dry_runs(jobs: list[tuple[RunConfig, int, list[int]]]) -> list[list[dict[str
 
 def _main() -> None:
     device.start_dry()
-    from megatron_xy.dryrun.training import dry_run
+    from megatron_xy.dryrun import verb
 
     findings = []
     for job in map(json.loads, sys.stdin):
         config = RunConfig.model_validate_json(job["config"])
-        bucket, world_size = config.training.micro_batch_tokens, job["world_size"]
-        runs = (dry_run(config, rank=rank, world_size=world_size, bucket=bucket) for rank in job["ranks"])
-        findings.append([asdict(role) for roles in runs for role in roles])
+        size = job["world_size"]
+        found = verb.run(config, ranks=job["ranks"], world_size=size, bucket=None, say=lambda line: None)
+        findings.append(found["ranks"])
     print(json.dumps(findings))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_xy import checkpoint_files as files
+from megatron_xy.block_reader import tensor_hashes
 from megatron_xy.config import ModelConfig, OptimizerConfig
-from megatron_xy.tensor_reader import tensor_hashes
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks

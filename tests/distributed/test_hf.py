@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from megatron_xy import checkpoint_files as files
+from megatron_xy.block_reader import tensor_hashes
 from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf import verb
@@ -24,7 +25,6 @@ from megatron_xy.hf.convert import to_checkpoint, to_hf
 from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import TOLERANCE, transformers_logits
-from megatron_xy.tensor_reader import tensor_hashes
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
@@ -175,7 +175,7 @@ def test_a_folder_of_transformers_gives_its_logits_in_every_layout_and_comes_bac
     results = run_ranks(logits_of_folders, layout, loads, saved, world_size=layout.world_size)
     for name, folder in folders.items():
         back, checkpoint = tmp_path / f"{name}-back", open_source("ckpt", saved / name / "iter_0000001")
-        dtype = torch.bfloat16 if name.endswith("bf16") else None  # the run computes in fp32
+        dtype = "bfloat16" if name.endswith("bf16") else None  # the run computes in fp32
         to_hf(checkpoint, back, dtype=dtype, tokenizer=None, say=lambda text: None)
         assert_same_weights(folder, back)
     for load, ours in zip(loads, results[-1], strict=True):

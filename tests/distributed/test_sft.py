@@ -163,7 +163,9 @@ def hf_weights() -> dict[str, np.ndarray]:
     weights = {}
     for named in role.named_parameters():
         tensor = named.shard.trim(named.parameter.detach())
-        weights |= {part: shard.take(tensor).numpy() for part, shard in hf_shards(named.name, MODEL).items()}
+        for part, shard in hf_shards(named.name, MODEL).items():
+            boxes = [tensor[tuple(map(slice, box.start, box.stop))] for box in shard.boxes]
+            weights[part] = torch.cat(boxes).numpy()
     return weights
 
 

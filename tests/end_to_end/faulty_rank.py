@@ -47,33 +47,33 @@ def block_the_data() -> None:
 
 def block_the_save() -> None:
     """The shard is written to a pipe that nobody reads."""
-    from megatron_xy import checkpoint_files
+    from megatron_xy import checkpoint
 
-    write_shard = checkpoint_files.write_shard
+    write_tensors = checkpoint.write_tensors
 
-    def blocked(directory: Path, **arguments: object) -> object:
-        os.mkfifo(directory / "pipe")
-        (directory / "pipe").open("wb")
-        return write_shard(directory, **arguments)
+    def blocked(path: Path, *arguments: object, **options: object) -> object:
+        os.mkfifo(path.with_name("pipe"))
+        path.with_name("pipe").open("wb")
+        return write_tensors(path, *arguments, **options)
 
-    checkpoint_files.write_shard = blocked
+    checkpoint.write_tensors = blocked
 
 
 def slow_save() -> None:
     """The shard takes FAULT_SECONDS to write, a little at a time."""
-    from megatron_xy import checkpoint_files
+    from megatron_xy import checkpoint
 
-    write_shard = checkpoint_files.write_shard
+    write_tensors = checkpoint.write_tensors
 
-    def slow(directory: Path, **arguments: object) -> object:
+    def slow(path: Path, *arguments: object, **options: object) -> object:
         until = time.monotonic() + float(os.environ["FAULT_SECONDS"])
         while time.monotonic() < until:
-            (directory / "slow").write_bytes(bytes(2**20))
+            path.with_name("slow").write_bytes(bytes(2**20))
             time.sleep(0.1)
-        (directory / "slow").unlink()
-        return write_shard(directory, **arguments)
+        path.with_name("slow").unlink()
+        return write_tensors(path, *arguments, **options)
 
-    checkpoint_files.write_shard = slow
+    checkpoint.write_tensors = slow
 
 
 def slow_down() -> None:

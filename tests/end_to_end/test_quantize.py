@@ -16,16 +16,7 @@ import pytest
 
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from tests.end_to_end.random_model import write_random_model
-from tests.end_to_end.tiny_run import (
-    ONE_RANK,
-    make_data,
-    run_command,
-    run_to_end,
-    started,
-    wait_for_end,
-    wait_until,
-    write_config,
-)  # fmt: skip
+from tests.end_to_end.tiny_run import run_to_end, started, trained, wait_for_end, wait_until
 from tools.train_tokenizer import train
 
 HAS_BITSANDBYTES = all(find_spec(name) for name in ("bitsandbytes", "accelerate"))
@@ -65,10 +56,7 @@ def checked(*arguments: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/, run/ with a checkpoint of 60 steps, and hf/, the same in bf16."""
     path = tmp_path_factory.mktemp("quantize")
-    write_config(path / "run.yaml", data=make_data(path))
-    options = (f"run_dir={path / 'run'}", "training.train_iters=60", "checkpoint.save_interval=60", *ONE_RANK)
-    assert run_to_end(run_command(path / "run.yaml", *options, ranks=1)).code == 0
-    checkpoint = path / "run" / "checkpoints" / "iter_0000060"
+    checkpoint = trained(path, "training.train_iters=60", "checkpoint.save_interval=60") / "checkpoints/iter_0000060"
     checked("convert", "--from", f"ckpt:{checkpoint}", "--to", f"hf:{path / 'hf'}", "--dtype", "bf16")
     return path
 

@@ -8,15 +8,19 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_xy import checkpoint_files as files
+from megatron_xy.block_reader import BlockReader, tensor_hashes
 from megatron_xy.checkpoint_files import Manifest, Piece, TensorEntry
 from megatron_xy.errors import ConfigError, DataError, StorageError
-from megatron_xy.shards import Box, ParameterShard
-from megatron_xy.tensor_reader import TensorReader, tensor_hashes
+from megatron_xy.safetensors_file import FileRange, write_safetensors
+from megatron_xy.shards import Box, ParameterShard, whole
+from megatron_xy.tensor_files import bits_of, dtype_name, write_tensors
+from megatron_xy.tensor_reader import TensorReader
 
 # Global name -> [(file, boxes)]: rows, the gated fc1, columns, one whole, int64 and bf16.
 FULL = {
@@ -49,7 +53,7 @@ def write_checkpoint(folder, *, cuts=CUTS, full=FULL, state=None):
     manifest = Manifest(state={**STATE, **(state or {})}, tensors={}, rank_state={}, files={})
     for name, pieces in cuts.items():
         tensor = full[name]
-        entry = TensorEntry(tuple(tensor.shape), files.DTYPE_NAMES[tensor.dtype])
+        entry = TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype))
         for letter, boxes in pieces:
             file = f"{letter}.safetensors"
             shard = ParameterShard(entry.shape, tuple(Box(*box) for box in boxes))
@@ -61,7 +65,7 @@ def write_checkpoint(folder, *, cuts=CUTS, full=FULL, state=None):
     held[first]["rank_state.cpu"] = GENERATOR_STATE
     manifest.rank_state["0"] = {"cpu": first}
     for file, tensors in held.items():
-        manifest.files[file] = files.write_shard(folder, file=file, tensors=tensors)
+        manifest.files[file] = write_tensors(folder / file, tensors, metadata=files.METADATA)
     files.write_manifest(folder, manifest)
     return manifest
 
@@ -111,10 +115,26 @@ def test_a_part_is_read_into_another_dtype_and_its_padding_stays(checkpoint):
     assert (local[4:] == -1).all()
 
 
+def test_what_takes_several_reads_and_writes_comes_back_whole(tmp_path):
+    """Columns of which a part of the rows is read at a time, written by more than a megabyte; also in another type."""
+    full = torch.randn(700, 1500, generator=torch.Generator().manual_seed(0))
+    cuts = {"w": [("a", [((0, 0), (700, 701))]), ("b", [((0, 701), (700, 1500))])]}
+    manifest = write_checkpoint(tmp_path / "columns", cuts=cuts, full={"w": full})
+    files.verify_files(tmp_path / "columns", manifest)
+    assert torch.equal(load_file(tmp_path / "columns" / "a.safetensors")["w"], full[:, :701])
+    cast = torch.full((702, 1500), -1.0, dtype=torch.bfloat16)
+    with TensorReader(tmp_path / "columns", manifest) as reader:
+        assert torch.equal(reader.read_full("w"), full)
+        reader.read_into("w", cast, whole((700, 1500)))
+        blocks = np.concatenate([block.copy() for block in reader.blocks("w", dtype="bfloat16")])
+    assert torch.equal(cast[:700], full.bfloat16()) and (cast[700:] == -1).all()
+    assert np.array_equal(blocks, bits_of(cast[:700]))
+
+
 def test_hashes_are_those_of_the_tensors_however_they_are_cut(checkpoint, tmp_path):
-    whole = {name: [("w", [((0,) * full.dim(), tuple(full.shape))])] for name, full in FULL.items()}
-    other = tmp_path / "whole"
-    write_checkpoint(other, cuts=whole)
+    uncut = {name: [("w", [((0,) * full.dim(), tuple(full.shape))])] for name, full in FULL.items()}
+    other = tmp_path / "uncut"
+    write_checkpoint(other, cuts=uncut)
     hashes = [dict(tensor_hashes(folder, open_whole(folder))) for folder in (checkpoint, other)]
     assert hashes[0] == hashes[1] and hashes[0].keys() == FULL.keys()
     changed = tmp_path / "changed"
@@ -296,6 +316,15 @@ def test_a_shard_without_the_tensor_that_the_manifest_promises_is_damaged(checkp
         reader.read_full("norm.weight")
 
 
+def test_a_file_that_is_cut_while_it_is_copied_is_damaged(checkpoint, tmp_path):
+    with BlockReader(checkpoint, files.read_manifest(checkpoint)) as reader:
+        parts = list(reader.parts("norm.weight", whole((3,)), dtype="float32"))
+        assert all(isinstance(part, FileRange) for part in parts)
+        os.truncate(checkpoint / "a.safetensors", parts[0].position + 5)
+        with pytest.raises(DataError, match=rf"a\.safetensors is damaged: it ends at byte {parts[0].position + 5}"):
+            write_safetensors(tmp_path / "x", {"w": ("float32", (3,))}, parts_of=lambda _: parts, metadata={})
+
+
 class Exploit:
     """Runs when unpickled."""
 
@@ -322,7 +351,7 @@ def test_a_pickle_in_a_shards_place_is_never_run(checkpoint, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="cannot be written"):
-        files.write_shard(tmp_path / "nowhere", file="a.safetensors", tensors={"x": torch.ones(2)})
+        write_tensors(tmp_path / "nowhere" / "a.safetensors", {"x": torch.ones(2)}, metadata={})
     with pytest.raises(StorageError, match="cannot be written"):
         files.write_manifest(tmp_path / "nowhere", Manifest({}, {}, {}, {}))
 

@@ -1,6 +1,8 @@
 """Conversion between checkpoint and HF folder: byte-equal round trips, whole or absent, and what is refused."""
 
+import errno
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -13,7 +15,7 @@ from megatron_xy import checkpoint_files as files
 from megatron_xy import model_ranks
 from megatron_xy.checkpoint_files import TrainingState
 from megatron_xy.config import ModelConfig
-from megatron_xy.errors import ConfigError, DataError, UsageError
+from megatron_xy.errors import ConfigError, DataError, StorageError, UsageError
 from megatron_xy.hf import convert, release, verb
 from megatron_xy.hf import target as hf_target
 from megatron_xy.hf.config import hf_config
@@ -22,6 +24,7 @@ from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.reader import DTYPES, INDEX, hf_manifest
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
+from megatron_xy.tensor_files import dtype_name, torch_dtype
 from megatron_xy.tensor_reader import TensorReader
 from megatron_xy.weights import resolve_model
 from tools.train_tokenizer import train
@@ -59,7 +62,7 @@ def hf_folder(folder, *, model=MODEL, dtype=torch.float32, tensors=None):
     """A folder as transformers lays it out, with tokenizer files that nobody here reads."""
     folder.mkdir(parents=True)
     token_ids = {"bos_token_id": 5, "eos_token_id": [6, 7]}
-    config = hf_config(model, dtype=files.DTYPE_NAMES[dtype], token_ids=token_ids)
+    config = hf_config(model, dtype=dtype_name(dtype), token_ids=token_ids)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(random_tensors(model, dtype) if tensors is None else tensors, folder / SINGLE, metadata={"format": "pt"})
     for name in FILES:
@@ -129,6 +132,39 @@ def test_the_layouts_are_those_of_megatron(tmp_path):
         assert torch.equal(qkv[group, 2], heads["k"][group]) and torch.equal(qkv[group, 3], heads["v"][group])
     assert torch.equal(fc1[:48], hf["model.layers.0.mlp.gate_proj.weight"])
     assert torch.equal(fc1[48:], hf["model.layers.0.mlp.up_proj.weight"])
+
+
+def raising(number):
+    def answer(*_):
+        raise OSError(number, "as a file system says it")
+
+    return answer
+
+
+def halting(*arguments, copy=os.copy_file_range):
+    """A kernel that copies a byte at a time from even places and nothing from odd ones."""
+    source, target, _, position, place = arguments
+    return copy(source, target, 1, position, place) if position % 2 == 0 else 0
+
+
+@pytest.mark.parametrize(
+    "kernel", [raising(errno.EXDEV), raising(errno.EINVAL), raising(errno.ENOSYS), lambda *_: 0, halting]
+)
+def test_what_the_kernel_does_not_copy_is_copied_here(tmp_path, monkeypatch, kernel):
+    folder = hf_folder(tmp_path / "hf")
+    monkeypatch.setattr(os, "copy_file_range", kernel)
+    back = there_and_back(folder, tmp_path)
+    original, again = load_file(folder / SINGLE), load_file(back / SINGLE)
+    assert original.keys() == again.keys() and all(torch.equal(again[name], original[name]) for name in original)
+    files.verify_files(tmp_path / "ckpt", files.read_manifest(tmp_path / "ckpt"))
+
+
+def test_a_disk_that_is_full_is_a_storage_error_and_leaves_nothing(tmp_path, monkeypatch):
+    folder = hf_folder(tmp_path / "hf")
+    monkeypatch.setattr(os, "copy_file_range", raising(errno.ENOSPC))
+    with pytest.raises(StorageError, match="as a file system says it"):
+        hf_to_checkpoint(folder, tmp_path / "ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_large_models_are_written_in_several_files_with_an_index(tmp_path):
@@ -217,7 +253,7 @@ def test_tokenizer_settings_of_transformers_5_are_written_so_that_version_4_open
 @pytest.mark.parametrize(("dtype", "computed"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
 def test_a_model_is_computed_in_the_type_of_its_weights(tmp_path, dtype, computed):
     """config.json says fp32; a converted checkpoint's model section says nothing."""
-    folder = hf_folder(tmp_path / "hf", tensors=random_tensors(MODEL, DTYPES[dtype]))
+    folder = hf_folder(tmp_path / "hf", tensors=random_tensors(MODEL, torch_dtype(DTYPES[dtype])))
     hf_to_checkpoint(folder, tmp_path / "ckpt")
     assert model_ranks.stored_dtype(f"hf:{folder}") == model_ranks.stored_dtype(f"ckpt:{tmp_path / 'ckpt'}") == computed
 
@@ -473,7 +509,7 @@ def test_a_wrong_shape_is_told_with_both_shapes(tmp_path):
 def test_quantised_weights_are_refused(tmp_path):
     tensors = random_tensors(MODEL)
     tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
-    refused(hf_folder(tmp_path / "hf", tensors=tensors), r"model\.norm\.weight is of type torch\.int8")
+    refused(hf_folder(tmp_path / "hf", tensors=tensors), r"model\.norm\.weight is of type int8")
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):

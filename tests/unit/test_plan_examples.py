@@ -2,24 +2,28 @@
 
 import dataclasses
 import json
+import random
 import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from megatron_xy.config import load_config
+from megatron_xy.config import InvalidConfig, ParallelConfig, check_world, load_config
 from megatron_xy.errors import ConfigError
+from megatron_xy.plan import verb
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan
 from megatron_xy.plan.picture import save_picture
-from megatron_xy.plan.search import nearest_fits, search
+from megatron_xy.plan.search import changes, nearest_fits, search
 from megatron_xy.plan.speed import step_time
 from megatron_xy.plan.verb import parsed_tokens
 
+ROLES = ("actor", "critic", "reference", "reward")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NODES = {
     "xuanyuan2_70b/pretrain.yaml": 64,
@@ -123,6 +127,78 @@ def test_roles_that_share_ranks_take_turns():
     assert line.phases["score"] == pytest.approx(sum(work["score"] for work in line.work.values()))
 
 
+@pytest.mark.parametrize("num_nodes", [64, 1])
+def test_placements_of_ppos_roles_are_found_and_their_overrides_give_them(num_nodes):
+    name, small = "xuanyuan2_70b/ppo.yaml", []
+    if num_nodes == 1:  # parts of a node, and models that fit on them
+        stages = "parallel.pipeline_model_parallel_size=1"
+        small = [f"{where}model.num_layers=12" for where in ("", "roles.critic.", "roles.reward.")]
+        small += [f"roles.{role}.{change}" for role in ROLES for change in ("share=null", "ranks=0-7", stages)]
+    plan = planned(name, *small, num_nodes=num_nodes)
+    began = time.process_time()
+    found = search(plan.config, num_nodes=num_nodes, gpus_per_node=8, gpu=plan.gpu, rates=efficiencies())
+    assert time.process_time() - began < 3
+    steps = [other.step_seconds for other in found]
+    assert steps == sorted(steps) and all(other.fits for other in found)
+    assert steps[0] < plan.step_seconds
+    ways = {tuple(role.job.ranks == other.roles[0].job.ranks for role in other.roles) for other in found}
+    assert len(ways) > 1, "roles are tried apart and together"
+    for other in found:
+        for role in other.roles:
+            tp, ranks = role.job.parallel.tensor_model_parallel_size, role.job.ranks
+            assert all(ranks[first] // 8 == ranks[first + tp - 1] // 8 for first in range(0, len(ranks), tp))
+    again = planned(name, *small, *changes(plan.config, found[0].config), num_nodes=num_nodes)
+    assert again.step_seconds == pytest.approx(steps[0])
+    assert again.worst_bytes == found[0].worst_bytes
+
+
+def test_a_search_needs_no_layout_that_goes_with_the_ranks(capsys):
+    path, options = EXAMPLES / "xuanyuan2_70b/ppo.yaml", {"gpu": "h100", "tokens": None, "calibrate_by": None}
+    options |= {"overrides": [], "num_nodes": 6, "gpus_per_node": 8}
+    with pytest.raises(InvalidConfig, match="must be a multiple of its tensor x pipeline"):
+        verb.plan(path, **options, do_search=False, as_json=False)
+    made = verb.plan(path, **options, do_search=True, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert made.world_size == 48 and made.fits
+    assert told["overrides"] == told["layouts"][0]["overrides"]
+    load_config(path, overrides=told["overrides"], world_size=48)
+
+
+def test_no_placement_drawn_at_random_is_faster_than_the_best_one_found():
+    draw = random.Random(7)
+    plan = planned("xuanyuan2_70b/ppo.yaml", num_nodes=16)
+    cluster = {"num_nodes": 16, "gpus_per_node": 8, "gpu": plan.gpu, "rates": efficiencies()}
+    best = search(plan.config, **cluster)[0].step_seconds
+    num_fitting = 0
+    for _ in range(120):
+        borders = sorted(draw.sample(range(1, 16), 2))
+        parts = [range(8 * first, 8 * last) for first, last in zip([0, *borders], [*borders, 16], strict=True)]
+        placed = {}
+        for place, role in enumerate(ROLES):  # every part has a role, and some have two
+            ranks = parts[place] if place < 3 else draw.choice(parts)
+            parallel = {"tensor_model_parallel_size": draw.choice([2, 4, 8])}
+            parallel |= {"pipeline_model_parallel_size": draw.choice([1, 2, 4]), "use_distributed_optimizer": True}
+            was = plan.config.roles[role]
+            model = was.model.model_copy(update={"recompute_granularity": draw.choice(["none", "selective", "full"])})
+            placed[role] = was.model_copy(
+                update={
+                    "share": None,
+                    "ranks": f"{ranks[0]}-{ranks[-1]}",
+                    "model": model,
+                    "parallel": ParallelConfig(**parallel),
+                }
+            )
+        config = plan.config.model_copy(update={"roles": placed})
+        try:
+            check_world(config, world_size=128)
+        except InvalidConfig:
+            continue
+        drawn = make_plan(config, **cluster, with_split=False)
+        num_fitting += drawn.fits
+        assert not drawn.fits or drawn.step_seconds > 0.98 * best
+    assert num_fitting > 5
+
+
 def test_a_plan_is_drawn(tmp_path):
     save_picture(planned("xuanyuan2_70b/ppo.yaml"), tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -159,4 +235,4 @@ def test_the_total_of_every_mode_of_recomputation_is_told(name):
             assert bool(totals) is role.job.is_trained
             if totals:
                 assert totals[role.job.model.recompute_granularity] == memory.total
-                assert totals["none"] > totals["selective"] > totals["full"]
+                assert totals["none"] > totals["selective"] >= totals["full"]  # generation's cache may be more

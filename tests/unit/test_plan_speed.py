@@ -10,7 +10,7 @@ from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.phases import run_sampler
 from megatron_xy.plan.assumptions import efficiencies
 from megatron_xy.plan.overview import buckets_of
-from megatron_xy.plan.published import fitted_matmul, megatron_lm, xuanyuan2
+from megatron_xy.plan.published import fitted_matmul, megatron_lm, others, xuanyuan2
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 
@@ -36,6 +36,18 @@ def test_the_table_in_the_docs_is_what_the_planner_says():
     for row in xuanyuan2():
         points = 100 * (row.predicted - row.published)
         assert f"| {row.name} | {row.published:.3f} | {row.predicted:.3f} | {points:+.1f} |" in text
+
+
+def test_other_published_runs_stand_beside_with_what_sets_them_apart():
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    rows = others()
+    for row in rows:
+        speeds = f"{row.published:,.0f} | {row.predicted:,.0f} | {100 * row.deviation:+.0f} %"
+        assert f"| {row.name} | {row.layout} | {speeds} | {row.why} |" in text
+    # What the planner is for, bf16 at scale on GPUs that it knows: not refitted when something else changes.
+    at_scale = [row for row in rows if "Llama 3.1 405B, " in row.name and "GPUs" in row.name]
+    assert len(at_scale) == 2 and all(abs(row.deviation) < 0.15 for row in at_scale)
+    assert all(row.deviation < 0 for row in rows if "Bridge" in row.name), "FP8 is faster than what is planned"
 
 
 @pytest.mark.parametrize("weights", [None, {"a": 3.0, "b": 1.0}])

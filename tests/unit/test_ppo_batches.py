@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.ppo.batches import pack_answers, plan_answers, width_of
+from megatron_xy.ppo.batches import equal_answers, pack_answers, plan_answers, width_of
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -56,3 +56,19 @@ def test_work_is_spread_evenly():
 def test_an_answer_beyond_the_budget_is_refused():
     with pytest.raises(ValueError, match="30 tokens do not fit into 20"):
         plan_answers([5, 30], budget=20, dp_size=1)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    number=st.integers(1, 80),
+    length=st.integers(1, 30),
+    room=st.integers(0, 100),
+    dp_size=st.integers(1, 6),
+    rounds=st.integers(1, 3),
+)
+def test_answers_of_one_length_are_shared_out_as_the_planner_says(number, length, room, dp_size, rounds):
+    budget = length + room
+    plan = plan_answers([length] * number, budget=budget, dp_size=dp_size, multiple=rounds)
+    batches, most = equal_answers(number, length=length, budget=budget, dp_size=dp_size, multiple=rounds)
+    assert batches == len(plan[0])
+    assert most * length == width_of(plan, [length] * number, multiple=1)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_xy.errors import ConfigError, UsageError
-from megatron_xy.hf import target as hf_target
 from megatron_xy.hf.quantize import quantize
+from megatron_xy.tensor_files import write_tensors
 from tests.end_to_end.random_model import write_random_model
 
 HAS_BITSANDBYTES = all(find_spec(name) for name in ("bitsandbytes", "accelerate"))
@@ -72,10 +72,10 @@ def test_a_killed_command_goes_on_file_by_file(tmp_path: Path, monkeypatch: pyte
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(arguments)
-        return hf_target.write_safetensors(*arguments, **options)
+        return write_tensors(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(bits, "write_safetensors", write)
+        patch.setattr(bits, "write_tensors", write)
         run(source=source, target=f"hf:{target}")
     assert not target.exists()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".tmp-ours").glob("*.safetensors")}

@@ -80,6 +80,11 @@ def test_every_element_is_copied_once_between_any_two_cuts(cutting, from_padding
             for here, there in target.overlaps(source):
                 assert here.of(local).shape == there.of(held).shape
                 here.of(local).copy_(there.of(held))
+                assert (there.span is not None) == there.of(held).is_contiguous()
+                if there.span is not None:
+                    assert torch.equal(held.reshape(-1)[slice(*there.span)], there.of(held).reshape(-1))
+                found = [part.of(held) for _, part in there.in_rows(to_padding + 5)]
+                assert torch.equal(torch.cat(found), there.of(held))
                 here.of(times).add_(1)
         assert (target.trim(times) == 1).all()
         assert times.sum() == target.numel, "padding belongs to no global tensor"
@@ -96,7 +101,7 @@ def test_parts_follow_each_other_and_are_small(cutting, max_numel):
         parts = list(boxes.in_parts(max_numel))
         row = max(torch.Size(box.shape[1:]).numel() for box in shard.boxes)
         assert all(part.numel <= max(max_numel, row) for part in parts)
-        assert torch.equal(torch.cat([part.take(full) for part in parts]), boxes.take(full))
+        assert torch.equal(torch.cat([local_of(part, full) for part in parts]), local_of(boxes, full))
 
 
 boxes = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=2).map(

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,7 +195,8 @@ def test_the_corpus_s_first_documents_decide(tmp_path, rows, monkeypatch, tokeni
     read = []
     monkeypatch.setattr(engine_choice, "GATE_DOCUMENTS", 150)
     monkeypatch.setattr(engine_choice, "BATCH_CHARACTERS", 700)
-    monkeypatch.setattr(engine_choice, "fast_tokenizer", lambda model, batches: read.extend(batches) or "not today")
+    monkeypatch.setattr(engine_choice, "disagreement", lambda fast, batches: read.extend(batches) or "not today")
+    monkeypatch.setattr(engine_choice, "unsuitable", lambda tokenizer: None)
     task = task_for(tmp_path, [b"{", *rows[:100]], tokenizer)
     more = task_for(tmp_path / "more", rows[100:], tokenizer)
     said = []
@@ -223,3 +226,12 @@ def test_results_come_in_the_order_of_the_tasks_and_progress_reaches_the_total(w
 def test_a_killed_worker_ends_the_build_with_what_to_do():
     with Workers(2, progress=None) as pool, pytest.raises(PeerLost, match="run the same command again"):
         list(pool.run("square", square_or_die, [1, -1, 2], total=3, unit="tasks"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process can tell its threads")
+@pytest.mark.parametrize(("beside", "found"), [("alone", ["by the build"]), ("with_thread", [])])
+def test_workers_are_forked_with_what_the_build_loaded_where_that_is_safe(beside, found):
+    command = [sys.executable, Path(__file__).with_name("look_from_workers.py"), beside]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert printed == f"{[found, found]}\n"

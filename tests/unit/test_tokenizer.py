@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_xy.data.engines import TokenBatch
-from megatron_xy.data.fast_engine import CHECKED_SHARE, FastTokenizer, awkward_texts, chosen_texts, fast_tokenizer
+from megatron_xy.data.fast_engine import (
+    CHECKED_SHARE,
+    FastTokenizer,
+    awkward_texts,
+    chosen_texts,
+    disagreement,
+    unsuitable,
+)
 from megatron_xy.data.sentencepiece_json import inexact_reasons, parse_model, tokenizer_json
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
@@ -109,6 +116,15 @@ def test_refusals_name_the_file_and_the_reason(folder, tmp_path):
             load_tokenizer(tmp_path / name)
     with pytest.raises(DataError, match=r"outside 0\.\.400"):
         load_tokenizer(folder).decode([5, 400])
+
+
+@pytest.mark.parametrize("depth", [200, 100_000])
+def test_a_model_of_endless_nesting_is_refused_before_python_parses_it(folder, tmp_path, depth):
+    start_of_group = b"\xfb\x3e"  # of an unknown field: what CVE-2025-4565 has pure-Python protobuf recurse over
+    nested = (folder / "tokenizer.model").read_bytes() + depth * start_of_group
+    (tmp_path / "nested.model").write_bytes(nested)
+    with pytest.raises(DataError, match=r"nested\.model"):
+        load_tokenizer(tmp_path / "nested.model")
 
 
 def test_an_engine_that_lets_text_become_control_ids_is_caught(folder):
@@ -226,15 +242,16 @@ def test_models_that_no_tokenizer_json_reproduces_are_left_to_sentencepiece(tmp_
     pytest.importorskip("fastokens")
     tokenizer = load_tokenizer(trained(tmp_path / "some.model", **options))
     assert any(reason in why for why in inexact_reasons(parse_model(tokenizer.engine.serialized)))
-    assert reason in fast_tokenizer(tokenizer, [["a text"]])
+    assert reason in unsuitable(tokenizer)
 
 
 @pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}])
 def test_the_gate_lets_an_exact_model_through(tmp_path, options):
     pytest.importorskip("fastokens")
     tokenizer = load_tokenizer(trained(tmp_path / "some.model", **options))
-    fast = fast_tokenizer(tokenizer, [LINES, TEXTS])
-    assert isinstance(fast, FastTokenizer)
+    assert unsuitable(tokenizer) is None
+    fast = FastTokenizer(tokenizer)
+    assert disagreement(fast, [LINES, TEXTS]) is None
     assert fast.name.startswith("fastokens ") and len(fast.conversion_sha256) == 64
 
 
@@ -256,8 +273,10 @@ def test_the_gate_stops_a_model_that_fastokens_reads_otherwise(tmp_path):
     for piece in model.pieces:
         piece.score = -1.0 if piece.type == 1 else piece.score
     (tmp_path / "tied.model").write_bytes(model.SerializeToString())
-    reason = fast_tokenizer(load_tokenizer(tmp_path / "tied.model"), [])
-    assert "differs from sentencepiece" in reason and "on a text awkward" in reason
+    tokenizer = load_tokenizer(tmp_path / "tied.model")
+    assert unsuitable(tokenizer) is None
+    reason = disagreement(FastTokenizer(tokenizer), [])
+    assert reason is not None and "differs from sentencepiece" in reason and "on a text awkward" in reason
 
 
 def test_the_corpus_s_own_texts_are_compared_too(folder):
@@ -269,7 +288,7 @@ def test_the_corpus_s_own_texts_are_compared_too(folder):
             asked.append(batch)
             yield batch
 
-    assert isinstance(fast_tokenizer(load_tokenizer(folder), batches()), FastTokenizer)
+    assert disagreement(FastTokenizer(load_tokenizer(folder)), batches()) is None
     assert asked == [["the fox"], ["a dog", "over"]]
 
 
@@ -277,7 +296,7 @@ def test_names_of_control_pieces_are_never_found_in_a_text_by_fastokens(tmp_path
     """fastokens finds by its name a piece whose characters are no pieces, such as "<" in this model."""
     pytest.importorskip("fastokens")
     tokenizer = load_tokenizer(trained(tmp_path / "few.model", lines=LINES[:1] * 20, vocab_size=300))
-    assert "no pieces for the characters" in fast_tokenizer(tokenizer, [])
+    assert "no pieces for the characters" in unsuitable(tokenizer)
     texts = ["<s>", "a</s>b", "the <unk>", " <s>"]
     batch = FastTokenizer(tokenizer).encode_flat(texts)
     assert batch.ids.tolist() == tokenizer.encode_flat(texts).ids.tolist()
@@ -285,9 +304,9 @@ def test_names_of_control_pieces_are_never_found_in_a_text_by_fastokens(tmp_path
 
 def test_fastokens_is_not_needed(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
-    assert "not installed (pip install 'megatron-xy[fast]')" in fast_tokenizer(load_tokenizer(folder), [])
+    assert "not installed (pip install 'megatron-xy[fast]')" in unsuitable(load_tokenizer(folder))
     write_json_tokenizer(tmp_path, json_contents())
-    assert "SentencePiece models only" in fast_tokenizer(load_tokenizer(tmp_path / "tokenizer.json"), [])
+    assert "SentencePiece models only" in unsuitable(load_tokenizer(tmp_path / "tokenizer.json"))
 
 
 def test_a_difference_is_found_in_the_text_that_has_it_and_only_where_it_is_looked_for(folder):
