@@ -15,6 +15,7 @@ from typing import Literal
 
 import yaml
 
+from megatron_xy.errors import StorageError
 from megatron_xy.storage import storage_errors, temporary_name
 
 # (accepted from, below; None: open, is needed, what for)
@@ -53,7 +54,7 @@ class Finding:
 
 
 def machine_findings(folder: Path, *, has_gpu: bool) -> list[Finding]:
-    """All of this machine; `folder` is where the disk is tried, 256 MB that are removed again. Raises StorageError."""
+    """All of this machine; `folder` is where the disk is tried, 256 MB that are removed again."""
     return [*_versions(), *_advisories(), *_limits(has_gpu=has_gpu), *_disk(folder)]
 
 
@@ -131,6 +132,9 @@ def _limits(*, has_gpu: bool) -> Iterator[Finding]:
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
+    if not folder.is_dir():
+        yield Finding("fail", "disk writes", f"{folder} is no folder", "make it, or name another with --folder")
+        return
     free = shutil.disk_usage(folder).free
     remedy = "" if free >= FREE_BYTES else "make room: a checkpoint has 14 bytes a parameter (bf16 weights, fp32 AdamW)"
     yield Finding("warn" if remedy else "ok", "free space", f"{free / 2**30:.1f} GiB in {folder.resolve()}", remedy)
@@ -148,6 +152,9 @@ def _disk(folder: Path) -> Iterator[Finding]:
                 stream.flush()
                 os.fsync(stream.fileno())
             rate = DISK_BYTES / (time.monotonic() - began)
+    except StorageError as error:
+        yield Finding("fail", "disk writes", str(error), "make room for runs, and let their user write there")
+        return
     finally:
         path.unlink(missing_ok=True)
     remedy = "" if rate >= SLOW_DISK else "put run_dir on a faster file system, or save less often"

@@ -45,12 +45,15 @@ def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
     config: of `complete_options`. Raises DataError for damaged weights, PeerLost, ConfigError where memory runs out.
     """
     timeout = backend_timeout(config.runtime.timeout_seconds)
-    with parallel.errors_told(when_memory_runs_out="split the model further, or take fewer sequences at a time"):
-        if environment.is_set():
+    is_alone = not environment.is_set()
+    told = parallel.errors_told(when_memory_runs_out="split the model further, or take fewer sequences at a time")
+    with contextlib.ExitStack() as stack, told:
+        if is_alone:
+            parallel.start_alone()
+            stack.callback(parallel.stop_distributed)  # behind an error, too: the process may go on to another model
+        else:
             waits.install()
             parallel.start_distributed(timeout_seconds=timeout)
-        else:
-            parallel.start_alone()
         groups = parallel.build_groups(
             name, ranks=range(environment.world_size()), parallel=config.parallel, timeout_seconds=timeout
         )
@@ -60,4 +63,5 @@ def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
         )
         load_initial_weights(role, seed=config.seed)
         yield role
-        parallel.stop_distributed()
+        if not is_alone:
+            parallel.stop_distributed()

@@ -26,7 +26,7 @@ def session(config: RunConfig, *, log: RunLog, watchdog: Watchdog, began: float)
         stack.enter_context(log)
         if rank == 0:
             stack.enter_context(run_folder.lock(config.run_dir))
-            run_folder.clear_exit(config.run_dir, of_others_only=True)
+            run_folder.clear_exit(config.run_dir, began=time.time() - (time.monotonic() - began))
             run_folder.clear_heartbeats(config.run_dir, from_rank=world_size)
             write_text(config.run_dir / "run.yaml", dump_config(config))
             run_folder.write_env(config.run_dir, extra={"device": device.name(), "world_size": world_size})

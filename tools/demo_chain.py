@@ -1,9 +1,10 @@
 """From nothing to a model that PPO has taught, on this machine's CPU: what `make demo-chain` runs.
 
 Corpus, tokenizer, data and pre-training as `make demo` has them -> fine-tuning on conversations -> a reward model from
-pairs of answers -> PPO with four roles on 4 ranks -> HF export -> a report. The stages are examples/tiny's files as
-they stand but for their run folders; every step is a command that is printed and can be typed. What PPO taught is
-measured by the toy preferences' own rule, which no stage is told, on prompts that no stage has seen.
+pairs of answers -> PPO with four roles on 4 ranks -> HF folders of the models before and after it, in bf16 and in 8
+bits -> a report. The stages are examples/tiny's files as they stand but for their run folders; every step is a command
+that is printed and can be typed. What PPO taught is measured by the toy preferences' own rule, which no stage is told,
+on prompts that no stage has seen.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from demo_steps import RANKS, ROOT, Failed, Steps, new_folder, rows, run, tool, verb
+from demo_steps import BUCKETS, RANKS, ROOT, Failed, Steps, new_folder, rows, run, tool, verb
 from toy_preferences import true_score
 
 from megatron_xy.errors import MegatronXYError
@@ -28,6 +31,7 @@ PRETRAIN_ITERS, SFT_ITERS, PPO_ITERS = 100, 150, 40  # as in these files
 ASKED = 100  # prompts on which the actor before and after PPO are compared
 LONGEST = 24  # tokens of an answer
 TIE_BAND = 0.05  # scores that far apart are the same
+MOST_LOST = 0.01  # of the perplexity, in 8 bits
 
 
 def main() -> int:
@@ -37,6 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars, which are lines here
     folder = new_folder(options.output)
     try:
         Chain(folder).run()
@@ -79,13 +84,10 @@ class Chain(Steps):
             "side by side", "both models' answers, blinded, in the eyes of the reward model and of the rule"
         ):
             self._side_by_side(selected)
-        with self.step("export", "the actor to HF format, opened by transformers in a process of its own"):
-            released = self.folder / "hf-ppo"
-            options = ["--tokenizer", tokenizer, "--verify"]
-            said = run(*verb("convert"), "--from", taught, "--to", f"hf:{released}", *options)
-            self.statements.append(next(line for line in said if line.startswith("logits of transformers")))
+        with self.step("release", "both models as HF folders, in bf16 and in 8 bits, opened by transformers"):
+            table = self._release({"sft": actor, "ppo": taught}, held_out=conversations / "held_out.jsonl")
         self.stop_the_clock()
-        self._report(base, sft, reward, ppo, released, samples)
+        self._report(base, sft, reward, ppo, samples=samples, table=table)
 
     def _stage(self, name: str, *overrides: str) -> Path:
         """Runs the example of that name in a run folder of that name, and makes its report."""
@@ -148,7 +150,38 @@ class Chain(Steps):
             shares = ", ".join(f"{name} {in_all[name]['percent']:.0f} %" for name in ("good", "same", "bad"))
             self.statements.append(f"after PPO beside before, in the eyes of the {annotator}: {shares}")
 
-    def _report(self, base: Path, sft: Path, reward: Path, ppo: Path, released: Path, samples: str) -> None:
+    def _release(self, models: dict[str, str], *, held_out: Path) -> list[str]:
+        """Writes hf-NAME and hf-NAME-int8 of each; returns how they compare on conversations that none has seen."""
+        tokenizer, data = self.folder / "tokenizer.model", self.folder / "held_out"
+        packed = ["--buckets", BUCKETS, "--source-field", "source", "--chat-template", "xuanyuan"]
+        run(*verb("data", "build"), "--input", held_out, "--tokenizer", tokenizer, "--output", data, *packed)
+        for name, model in models.items():
+            released = ["--to", f"hf:{self.folder / f'hf-{name}'}", "--dtype", "bf16", "--tokenizer", tokenizer]
+            said = run(*verb("convert"), "--from", model, *released, "--verify")
+        self.statements.append(next(line for line in said if line.startswith("logits of transformers")))
+        if missing := [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]:
+            self.statements.append(
+                f"not released in 8 bits: {', '.join(missing)} not installed; pip install 'megatron-xy[int8]'"
+            )
+            print(self.statements[-1])
+            return []
+        table: list[str] = []
+        for name in models:
+            plain, int8 = (f"hf:{self.folder / f'hf-{name}{form}'}" for form in ("", "-int8"))
+            run(*verb("quantize"), "--from", plain, "--to", int8, "--scheme", "int8")
+            said = run(*verb("compare"), plain, int8, "--data", data, "--write-cards")
+            head, *lines = [line for line in said if line.startswith(("form ", plain))]
+            of_plain, of_int8 = (
+                float(re.split("  +", line)[re.split("  +", head).index("perplexity")]) for line in lines
+            )
+            table += [head, *lines]
+            self.statements.append(f"{name}: perplexity of answers {of_plain:.3f} in bf16, {of_int8:.3f} in 8 bits")
+            print(self.statements[-1])
+            if of_int8 > of_plain * (1 + MOST_LOST):
+                raise Failed(f"8 bits cost {name} more than {MOST_LOST:.0%} of its perplexity")
+        return table
+
+    def _report(self, base: Path, sft: Path, reward: Path, ppo: Path, *, samples: str, table: list[str]) -> None:
         losses = [(row["iteration"], row["loss"]) for row in rows(sft, EVALUATIONS)]
         accuracy = rows(reward, EVALUATIONS)[-1]["held_out"]["accuracy"]
         self.statements[:0] = [
@@ -165,7 +198,8 @@ class Chain(Steps):
             ("fine-tuning, with its report", str(sft)),
             ("reward model, with its report", str(reward)),
             ("PPO: metrics, checkpoints of actor and critic", str(ppo)),
-            ("the actor in HF format", str(released)),
+            ("the model before PPO in HF format; -int8: in 8 bits", str(self.folder / "hf-sft")),
+            ("the actor in HF format; -int8: in 8 bits", str(self.folder / "hf-ppo")),
             ("side by side with the model before PPO, by the reward model", str(self.folder / "side_by_side-reward")),
             ("the same by the rule", str(self.folder / "side_by_side-rule")),
         ]
@@ -180,6 +214,7 @@ class Chain(Steps):
             timings=self.timings,
             sections=[
                 ReportSection("What was shown", statements=self.statements),
+                *([ReportSection("Released forms", text="\n".join(table))] if table else []),
                 ReportSection("Where everything lies", rows=places),
                 ReportSection("Answers before and after PPO", text=samples),
                 ReportSection("What to try next", statements=steps),

@@ -5,7 +5,6 @@ Questions of four choices in 10 categories, as published: columns Question, A, B
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,10 @@ from datasets import Dataset
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.benchmarks.questions import CHOICES, read_questions
+from megatron_xy.errors import ConfigError
 
 NAME = "financeiq"
-CHOICES = ("A", "B", "C", "D")
-COLUMNS = ("Question", *CHOICES, "Answer")
 EXAMPLES = 5  # unless told otherwise
 HOW_TO_GET = (
     "its folders dev and test come from the FinanceIQ data set of Duxiaoman-DI: "
@@ -87,17 +85,4 @@ def _task(
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise ConfigError(f"--data-dir: {path} is not there, which has the examples of its category; {HOW_TO_GET}")
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise DataError(f"{path} has no column {', '.join(missing)}; must have {', '.join(COLUMNS)}")
-        rows = []
-        for row in reader:
-            if any(row[name] is None for name in COLUMNS) or row["Answer"].strip() not in CHOICES:
-                raise DataError(
-                    f"{path}:{reader.line_num}: must have a question, four choices and an answer A, B, C or D"
-                )
-            rows.append({name: row[name].strip() for name in COLUMNS})
-    if not rows:
-        raise DataError(f"{path} holds no questions; copy it again, or remove it")
-    return rows
+    return read_questions(path, question="Question", answer="Answer")

@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from lm_eval.evaluator import evaluate as run_lm_eval
 
 from megatron_xy.benchmarks.backend import MegatronXYLM
-from megatron_xy.benchmarks.financeiq import NAME as FINANCEIQ
-from megatron_xy.benchmarks.financeiq import metrics_of
-from megatron_xy.benchmarks.tasks import SEED, load_tasks
-from megatron_xy.errors import ConfigError
-
-BOOTSTRAPS = 1000  # for standard errors of metrics that have no formula
-_NO_METRICS = ("alias", "name", "sample_len", "sample_count")
-Say = Callable[[str], None]
-Metrics = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    """What is asked, of whatever model: the tasks, loaded, and how they are put."""
-
-    names: list[str]
-    loaded: dict[str, Any]
-    num_fewshot: int | None
-    limit: int | None
-    apply_chat_template: bool
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What an evaluation is known by, besides the model."""
-        return {
-            "tasks": self.names,
-            "num_fewshot": self.num_fewshot,
-            "limit": self.limit,
-            "apply_chat_template": self.apply_chat_template,
-        }
+from megatron_xy.benchmarks.suite import Benchmarks, Metrics
 
 
 @dataclass(frozen=True)
@@ -54,26 +20,8 @@ class Placement:
     chat_template: str | None
 
 
-def load_benchmarks(
-    tasks: str,
-    *,
-    data_dir: Path | None,
-    num_fewshot: int | None,
-    limit: int | None,
-    apply_chat_template: bool,
-    say: Say,
-) -> Benchmarks:
-    """The benchmarks with all their data. Raises ConfigError for names and data that are not there, DataError."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it tells of every task
-    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
-    if not names:
-        raise ConfigError(f"--tasks ({tasks}): must name one or more, such as {FINANCEIQ},ceval-valid")
-    loaded = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot, say=say)
-    return Benchmarks(names, loaded, num_fewshot, limit, apply_chat_template)
-
-
 def evaluate(origin: str, benchmarks: Benchmarks, placement: Placement, *, folder: Path | None = None) -> Metrics:
-    """{task: {metric: value}}, in lm-eval's names; of financeiq {"acc": ..., "acc_CATEGORY": ...}.
+    """What the model in `origin` answers to the benchmarks.
 
     folder: where a killed evaluation is gone on with; None: it starts afresh. Raises JobEnded where the model's ranks
     ended badly, ConfigError, DataError, StorageError.
@@ -87,39 +35,4 @@ def evaluate(origin: str, benchmarks: Benchmarks, placement: Placement, *, folde
             tokenizer=placement.tokenizer,
             chat_template=placement.chat_template,
         )
-        for task in benchmarks.loaded["tasks"].values():
-            task.set_fewshot_seed(seed=SEED)
-        found = run_lm_eval(
-            lm=backend,
-            task_dict=benchmarks.loaded,
-            limit=benchmarks.limit,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
-            apply_chat_template=benchmarks.apply_chat_template,
-            fewshot_as_multiturn=benchmarks.apply_chat_template,
-        )
-    return _metrics(found, benchmarks.names)
-
-
-def rows_of(metrics: Metrics) -> list[str]:
-    """A line a metric, for people."""
-    width = max(len(name) for of_task in metrics.values() for name in of_task)
-    return [
-        f"{task}  {name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{task}  {name:<{width}}  {value}"
-        for task, of_task in metrics.items()
-        for name, value in of_task.items()
-    ]
-
-
-def _metrics(found: dict[str, Any], names: Sequence[str]) -> Metrics:
-    results: dict[str, dict[str, Any]] = {**found["results"], **found.get("groups", {})}
-    metrics: Metrics = {}
-    for name, values in results.items():
-        if not name.startswith(FINANCEIQ):
-            metrics[name] = {
-                metric.removesuffix(",none"): value for metric, value in values.items() if metric not in _NO_METRICS
-            }
-    if FINANCEIQ in names:
-        counts = {name: n["effective"] for name, n in found["n-samples"].items() if name.startswith(f"{FINANCEIQ}_")}
-        metrics[FINANCEIQ] = metrics_of(results, counts)
-    return metrics
+        return benchmarks.ask(backend)

@@ -18,9 +18,10 @@ from typing import Any
 from megatron_xy import checkpoint_files as files
 from megatron_xy import run_folder
 from megatron_xy.benchmarks.answering import JobEnded
-from megatron_xy.benchmarks.verb import Benchmarks, Placement, evaluate
+from megatron_xy.benchmarks.suite import Benchmarks
+from megatron_xy.benchmarks.verb import Placement, evaluate
 from megatron_xy.checkpoint_folders import iteration_folder, saved_iterations
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigError, DataError
 from megatron_xy.storage import storage_errors, sync_folder
 
 EVALUATIONS = "evaluations.jsonl"
@@ -34,11 +35,12 @@ Say = Callable[[str], None]
 def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: Say) -> int:
     """Evaluates every verified checkpoint as it comes, until the run is done; returns the exit code.
 
-    Raises ConfigError where there is no run, RunDirBusy where another watch is at it.
+    Of a PPO run it is the actor's. Raises ConfigError where there is no run, or one of reward models, RunDirBusy where
+    another watch is at it.
     """
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: there is no such run; name the run_dir of one that has begun")
-    passed_over: set[int] = set()
+    passed_over: dict[int, bool] = {}  # whether it is there, but bad
     with run_folder.lock(run_dir, name=LOCK):
         _mend(run_dir / EVALUATIONS)
         for iteration in _done(run_dir / EVALUATIONS, benchmarks):  # a kill may have come behind the line
@@ -46,20 +48,28 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
         while True:
             is_over = _is_done(run_dir)  # looked at first: what is saved before the end is there then
             done = _done(run_dir / EVALUATIONS, benchmarks)
-            left = sorted(set(saved_iterations(run_dir / "checkpoints")) - done - passed_over)
+            left = sorted(set(saved_iterations(run_dir / "checkpoints")) - done - passed_over.keys())
             for iteration in left:
                 code = _evaluate_one(run_dir, iteration, benchmarks, placement, passed_over=passed_over, say=say)
                 if code:
                     return code
             if is_over and not left:
-                say(f"{run_dir}: the run is done, and its checkpoints are evaluated")
-                return 0
+                bad = sorted(iteration for iteration, is_bad in passed_over.items() if is_bad)
+                but = f" but for {', '.join(map(str, bad))}, which are bad" if bad else ""
+                say(f"{run_dir}: the run is done, and its checkpoints are evaluated{but}")
+                return EXIT_BAD_DATA if bad else EXIT_DONE
             if not left:
                 time.sleep(POLL_SECONDS)
 
 
 def _evaluate_one(
-    run_dir: Path, iteration: int, benchmarks: Benchmarks, placement: Placement, *, passed_over: set[int], say: Say
+    run_dir: Path,
+    iteration: int,
+    benchmarks: Benchmarks,
+    placement: Placement,
+    *,
+    passed_over: dict[int, bool],
+    say: Say,
 ) -> int:
     """One checkpoint's line, or why there is none; returns the exit code of ranks that ended badly."""
     folder = iteration_folder(run_dir / "checkpoints", iteration)
@@ -68,6 +78,8 @@ def _evaluate_one(
     work = _work_folder(run_dir, iteration, benchmarks)
     try:
         manifest = files.read_manifest(folder)
+        if manifest.state.get("task") == "reward":
+            raise ConfigError(f"{run_dir}: is a run of reward models, which answer no questions; `score` asks them")
         files.verify_files(folder, manifest, files=sorted(manifest.files))
         with storage_errors(work):
             work.mkdir(parents=True, exist_ok=True)
@@ -75,13 +87,13 @@ def _evaluate_one(
         began = time.monotonic()
         metrics = evaluate(f"ckpt:{folder}", benchmarks, placement, folder=work)
     except (ConfigError, DataError, JobEnded) as error:
-        if folder.exists() and isinstance(error, JobEnded):
+        if folder.exists() and isinstance(error, JobEnded) and error.code != EXIT_BAD_DATA:
             return error.code
         if folder.exists() and isinstance(error, ConfigError):
             raise
         why = str(error) if folder.exists() else "it was removed meanwhile (checkpoint.keep_latest)"
         say(f"iteration {iteration} is passed over: {why}")
-        passed_over.add(iteration)
+        passed_over[iteration] = folder.exists()
         return 0
     record = {
         "iteration": iteration,
@@ -91,9 +103,10 @@ def _evaluate_one(
     }
     _append(run_dir / EVALUATIONS, record)
     shutil.rmtree(work)
-    shown = {f"{task} {name}": value for task, of_task in metrics.items() for name, value in of_task.items()}
-    first = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if name.endswith(" acc"))
-    say(f"iteration {iteration}: {first or 'done'}")
+    accuracies = [
+        f"{task} acc {metrics[task]['acc']:.4f}" for task in benchmarks.names if "acc" in metrics.get(task, {})
+    ]
+    say(f"iteration {iteration}: {', '.join(accuracies) or 'done'}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,9 +13,17 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_xy.cli.options import AsJson, say
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 
 Scheme = Literal["int8", "nf4", "gptq-w4a16", "w8a8", "w8a16"]
+NumFewshot = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, help="examples; each task's own, financeiq's 5, unless given")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="questions of each task, for trying")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="of financeiq; of other tasks' data sets, as OWNER/NAME in it")
+]
+ApplyChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", help="ask as in a conversation")]
 
 
 def evaluate(
@@ -23,19 +32,13 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
     ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="examples; each task's own, financeiq's 5, unless given")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="questions of each task, for trying")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="of financeiq; of other tasks' data sets, as OWNER/NAME in it")
-    ] = None,
+    num_fewshot: NumFewshot = None,
+    limit: Limit = None,
+    data_dir: DataDir = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="every checkpoint of RUN as it comes, until it is done")
     ] = False,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="ask as in a conversation")
-    ] = False,
+    apply_chat_template: ApplyChatTemplate = False,
     chat_template: Annotated[
         str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="the model's unless given")
     ] = None,
@@ -44,30 +47,25 @@ def evaluate(
     nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
 ) -> None:
     """Benchmarks by lm-eval, of a model under any layout, or of every checkpoint of a run as it comes."""
-    if find_spec("lm_eval") is None:
-        raise ConfigError("evaluate needs lm-eval; it comes with the extra: pip install 'megatron-xy[evaluate]'")
     from megatron_xy.config import load_model_options
     from megatron_xy.model_job import leave_on_signals
 
     if watch == model.startswith(("ckpt:", "hf:")):
-        raise ConfigError(f"{model}: must be {'a run_dir, with --watch' if watch else 'ckpt:DIR or hf:DIR'}")
+        raise UsageError(f"{model}: must be {'a run_dir, with --watch' if watch else 'ckpt:DIR or hf:DIR'}")
     if nproc_per_node == 1:
         leave_on_signals("; the same command goes on" if watch else "; nothing is kept")
-    # Before lm-eval is imported: data are what is there, and nothing is fetched behind anyone's back.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars for each task; ours say how far the model is
+    _prepare_lm_eval()
     options = load_model_options(
         f"ckpt:{model}" if watch else model, overrides=overrides or [], world_size=nproc_per_node
     )
     from megatron_xy import device
 
     device.start(num_threads=options.runtime.num_threads)
-    from megatron_xy.benchmarks import verb
+    from megatron_xy.benchmarks import suite, verb
     from megatron_xy.benchmarks.answering import JobEnded
     from megatron_xy.benchmarks.watch import watch as watch_run
 
-    benchmarks = verb.load_benchmarks(
+    benchmarks = suite.load_benchmarks(
         tasks,
         data_dir=data_dir,
         num_fewshot=num_fewshot,
@@ -82,7 +80,7 @@ def evaluate(
         metrics = verb.evaluate(model, benchmarks, placement)
     except JobEnded as ended:
         sys.exit(ended.code)
-    print(json.dumps(metrics, ensure_ascii=False) if as_json else "\n".join(verb.rows_of(metrics)))
+    print(json.dumps(metrics, ensure_ascii=False) if as_json else "\n".join(suite.rows_of(metrics)))
 
 
 def quantize(
@@ -98,7 +96,12 @@ def quantize(
     ] = None,
 ) -> None:
     """Writes a model in 8 or 4 bits as an HF folder, whole or not at all."""
-    _need_quantisers()
+    if scheme in ("int8", "nf4"):
+        _need("transformers", "accelerate", "bitsandbytes", extra="int8")
+    else:
+        _need("transformers", "llmcompressor", extra="quantize")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder without a tokenizer is not looked for elsewhere
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # its bars say how far it is
     from megatron_xy.hf.quantize import quantize as write_quantised
 
     write_quantised(
@@ -116,20 +119,60 @@ def compare(
     forms: Annotated[list[str], typer.Argument(metavar="hf:DIR...", help="forms of one model, one not quantised")],
     data: Annotated[Path, typer.Option("--data", metavar="DIR", help="held-out documents, of `data build`")],
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="of each source and bucket")] = 16,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAME,...", help="benchmarks of each form, as for `evaluate`")
+    ] = None,
+    num_fewshot: NumFewshot = None,
+    limit: Limit = None,
+    data_dir: DataDir = None,
+    apply_chat_template: ApplyChatTemplate = False,
+    write_cards: Annotated[
+        bool, typer.Option("--write-cards", help="the table also into each form's README.md")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compares a model's released forms: size, memory, perplexity by bucket and source, divergence from bf16."""
-    _need_quantisers()
-    from megatron_xy.hf.compare import compare as compared
-    from megatron_xy.hf.compare import rows_of
+    """Compares a model's released forms: size, memory, perplexity, divergence from bf16, benchmarks."""
+    ways = {"--num-fewshot": num_fewshot, "--limit": limit, "--data-dir": data_dir}
+    ways["--apply-chat-template"] = apply_chat_template or None
+    if tasks is None and (idle := [name for name, value in ways.items() if value is not None]):
+        raise UsageError(f"{', '.join(idle)}: of benchmarks; name them with --tasks")
+    _need("transformers", "accelerate", extra="int8")
+    if write_cards and limit is not None:
+        raise UsageError("--limit is for trying; --write-cards takes all questions")
+    asked: dict[str, str] = {}
+    ask = None
+    if tasks is not None:
+        _prepare_lm_eval()
+        from megatron_xy.benchmarks.opened import ask_opened
+        from megatron_xy.benchmarks.suite import load_benchmarks
 
-    table = compared(forms, data, num_samples=num_samples, say=say)
-    print(json.dumps(table, ensure_ascii=False) if as_json else "\n".join(rows_of(table)))
-
-
-def _need_quantisers() -> None:
-    missing = [name for name in ("transformers", "bitsandbytes", "llmcompressor") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} not installed; they come with the extra: pip install 'megatron-xy[quantize]'"
+        benchmarks = load_benchmarks(
+            tasks,
+            data_dir=data_dir,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            say=say,
         )
+        examples = "" if num_fewshot is None else f" {num_fewshot}-shot"
+        asked = {name: f"{name}{examples}" for name in benchmarks.names}
+        ask = partial(ask_opened, benchmarks=benchmarks)
+    from megatron_xy.hf import compare as comparing
+
+    table = comparing.compare(forms, data, num_samples=num_samples, ask=ask, say=say)
+    if write_cards:
+        comparing.write_cards(table, data=data, num_samples=num_samples, tasks=asked)
+    print(json.dumps(table, ensure_ascii=False) if as_json else "\n".join(comparing.rows_of(table, tasks=asked)))
+
+
+def _prepare_lm_eval() -> None:
+    """Before it is imported: data are what is there, and nothing is fetched behind anyone's back."""
+    _need("lm_eval", extra="evaluate")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars for each task; ours say how far the model is
+
+
+def _need(*modules: str, extra: str) -> None:
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise ConfigError(f"needs {', '.join(missing)}, of the extra {extra}: pip install 'megatron-xy[{extra}]'")

@@ -106,7 +106,7 @@ def dryrun(
         print(json.dumps(result))
     else:
         for table in verb.tables(result):
-            Console(width=max(Console().width, 150)).print(table)
+            Console(width=max(Console().width, 170)).print(table)
 
 
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:

@@ -89,7 +89,6 @@ def _merges(model: Any) -> list[list[str]]:
     ranked = []
     for piece, (score, index) in normal.items():
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in normal and right in normal:
+            if (left := piece[:cut]) in normal and (right := piece[cut:]) in normal:
                 ranked.append((-score, index, normal[left][1], normal[right][1], left, right))
     return [[left, right] for *_, left, right in sorted(ranked)]

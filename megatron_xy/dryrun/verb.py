@@ -100,7 +100,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     unit, num_bytes = ("GiB", 2**30) if max(found["peak"] for found in result["ranks"]) >= 2**30 else ("MiB", 2**20)
     title = f"{result['task']} on {result['world_size']} ranks, samples of {result['bucket']} tokens: {unit} a rank"
     memory = Table(title=title, title_justify="left")
-    for column in ("rank", "role", "stage", "tp", "dp", "layers", "micro-batches", "parameters", *SIZES):
+    sizes = [size for size in SIZES if any(found[size] for found in result["ranks"])]
+    for column in ("rank", "role", "stage", "tp", "dp", "layers", "micro-batches", "parameters", *sizes):
         memory.add_column(column, justify="left" if column == "role" else "right")
     ranks_by_traffic: dict[tuple[Any, ...], list[str]] = {}
     for found in result["ranks"]:
@@ -108,7 +109,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             *(str(found[key]) for key in ("rank", "role", "pp_rank", "tp_rank", "dp_rank", "num_layers")),
             str(found["num_micro_batches"]),
             f"{found['parameters']:,}",
-            *(f"{found[size] / num_bytes:,.3f}" for size in SIZES),
+            *(f"{found[size] / num_bytes:,.3f}" for size in sizes),
         )
         traffic = (found["role"], *(tuple(part.values()) for part in found["collectives"]))
         ranks_by_traffic.setdefault(traffic, []).append(str(found["rank"]))

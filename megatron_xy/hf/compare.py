@@ -1,77 +1,108 @@
-"""`megatron-xy compare`: released forms of one model -> one table: sizes, perplexity by bucket and source, divergence.
+"""`megatron-xy compare`: released forms of one model -> one table: sizes, perplexity, divergence, benchmarks.
 
-Each form is opened by transformers as its users do, on the same held-out documents of a `data build` folder.
+Each form is opened by transformers as its users do, whatever its architecture, on the same held-out documents of a
+`data build` folder. The table goes to the terminal and, where wanted, into each form's model card.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_xy import __version__
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.progress import Progress, showing_progress
 from megatron_xy.data.sampler import SampleId
-from megatron_xy.errors import ConfigError
-from megatron_xy.hf.config import read_hf_config
-from megatron_xy.hf.folder import read_object
+from megatron_xy.errors import ConfigError, DataError, UsageError
+from megatron_xy.hf.folder import file_inside, read_object
+from megatron_xy.hf.release import MODEL_CARD
 from megatron_xy.hf.verb import place
+from megatron_xy.storage import write_text
 
+CARD_BEGINS, CARD_ENDS = "<!-- megatron-xy compare: begins -->", "<!-- megatron-xy compare: ends -->"
+# What a form is opened with, and the extra that brings it, by its quant_method.
+QUANTISERS = {"bitsandbytes": ("bitsandbytes", "int8"), "compressed-tensors": ("compressed_tensors", "quantize")}
 Say = Callable[[str], None]
+Ask = Callable[[Any, Path], dict[str, dict[str, Any]]]  # an opened model and its folder -> {task: {metric: value}}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A released form: as it was named, its folder, and how it is quantised, None where it is not."""
+
+    name: str
+    folder: Path
+    quantised_by: str | None
+    vocab_size: int
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or what of it lies in a sample, as token ids [length], and where it lies."""
+    """A document, or what of it lies in a sample, and where it lies: token ids [length].
+
+    asked [length - 1]: the places of `tokens` whose next token counts; of conversations, those before the answers'.
+    """
 
     source: str
     bucket: int
     tokens: list[int]
+    asked: list[int]
 
 
-def compare(forms: Sequence[str], data: Path, *, num_samples: int, say: Say) -> dict[str, dict[str, Any]]:
-    """{hf:DIR: {bytes_on_disk, bytes_in_memory, perplexity, perplexity_by_bucket, perplexity_by_source, kl}}.
+def compare(
+    names: Sequence[str], data: Path, *, num_samples: int, ask: Ask | None, say: Say
+) -> dict[str, dict[str, Any]]:
+    """{hf:DIR: {bytes_on_disk, bytes_in_memory, perplexity, perplexity_by_bucket, perplexity_by_source, kl, ...}}.
 
     kl: mean over tokens of the divergence of a form's next-token distribution from that of the first one that is not
-    quantised. num_samples: of each source and bucket. Raises ConfigError, DataError.
+    quantised. num_samples: of each source and bucket. ask: gives `benchmarks` of each. Raises UsageError, ConfigError,
+    DataError.
     """
-    folders = [_folder(form) for form in forms]
-    shapes = [read_hf_config(folder) for folder in folders]
-    plain = [folder for folder in folders if not (read_object(folder, "config.json") or {}).get("quantization_config")]
-    if not plain:
-        raise ConfigError(f"{', '.join(forms)}: one of them must be the form that is not quantised, to compare with")
+    forms = [_form(name) for name in dict.fromkeys(names)]
+    plain = next((form for form in forms if form.quantised_by is None), None)
+    if plain is None:
+        raise ConfigError(f"{', '.join(names)}: one of them must be the form that is not quantised, to compare with")
     dataset = PackedDataset([data])
-    if (known := min(shape.vocab_size or 0 for shape in shapes)) < dataset.vocab_size:
+    if (known := min(form.vocab_size for form in forms)) < dataset.vocab_size:
         raise ConfigError(f"--data ({data}): has a vocabulary of {dataset.vocab_size}, more than the models' {known}")
     documents = list(_documents(dataset, num_samples=num_samples))
-    reference = _opened(plain[0])
+    if not documents:
+        raise DataError(f"--data ({data}): holds no token that follows another; build it from longer documents")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says in each layer that it casts
+    reference = _opened(plain)
     table: dict[str, dict[str, Any]] = {}
-    for form, folder in zip(forms, folders, strict=True):
-        say(f"{folder}: {len(documents):,} documents, {sum(len(it.tokens) for it in documents):,} tokens")
-        model = reference if folder == plain[0] else _opened(folder)
-        table[form] = {
-            "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-            "bytes_in_memory": int(model.get_memory_footprint()),
-            **_measured(model, reference, documents),
+    for form in forms:
+        say(f"{form.folder}: {len(documents):,} documents, {sum(len(it.asked) for it in documents):,} tokens")
+        model = reference if form is plain else _opened(form)
+        at_load = int(model.get_memory_footprint())  # compressed-tensors unpacks a form when it is first computed
+        with _transformers_errors(form.folder), showing_progress() as show:
+            measured = _measured(model, reference, documents, show=show)
+        files = [path for path in form.folder.iterdir() if path.is_file() and path.name != MODEL_CARD]
+        table[form.name] = {
+            "bytes_on_disk": sum(path.stat().st_size for path in files),
+            "bytes_in_memory": at_load,
+            **measured,
+            **({} if ask is None else {"benchmarks": ask(model, form.folder)}),
         }
     return table
 
 
-def rows_of(table: dict[str, dict[str, Any]]) -> list[str]:
-    """The table for people, its numbers by part in further columns."""
-    columns: list[list[str]] = [["form", *table]]
-    columns.append(["MB on disk", *(f"{row['bytes_on_disk'] / 1e6:,.1f}" for row in table.values())])
-    columns.append(["MB at load", *(f"{row['bytes_in_memory'] / 1e6:,.1f}" for row in table.values())])
-    columns.append(["perplexity", *(f"{row['perplexity']:.3f}" for row in table.values())])
-    for by in ("perplexity_by_bucket", "perplexity_by_source"):
-        for part in next(iter(table.values()))[by]:
-            columns.append([part, *(f"{row[by][part]:.3f}" for row in table.values())])
-    columns.append(["KL", *(f"{row['kl']:.2e}" for row in table.values())])
+def rows_of(table: dict[str, dict[str, Any]], *, tasks: Mapping[str, str]) -> list[str]:
+    """The table for people, a line a form, its numbers by part in further columns; tasks: {asked for: as told}."""
+    columns = _columns(table, names=list(table), tasks=tasks)
     widths = [max(map(len, column)) for column in columns]
     return [
         "  ".join(f"{column[line]:<{width}}" for column, width in zip(columns, widths, strict=True)).rstrip()
@@ -79,50 +110,136 @@ def rows_of(table: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
+def write_cards(table: dict[str, dict[str, Any]], *, data: Path, num_samples: int, tasks: Mapping[str, str]) -> None:
+    """The table at the end of each form's README.md, instead of an earlier one. Raises DataError, StorageError."""
+    folders = {name: place(name, "compare")[1] for name in table}
+    short = [folder.resolve().name for folder in folders.values()]
+    names = short if len(set(short)) == len(short) else list(table)
+    head, *lines = _columns(table, names=names, tasks=tasks)
+    markdown = [head, ["---"] * len(head), *lines]
+    section = "\n".join(
+        [
+            CARD_BEGINS,
+            "## Forms of this model",
+            "",
+            f"Measured by megatron_xy {__version__} on {data.resolve().name}, up to {num_samples} samples of each "
+            "source and bucket: perplexity in all, by bucket and by source; KL, the mean divergence of the next-token "
+            "distribution from the form that is not quantised.",
+            "",
+            *(f"| {' | '.join(cells)} |" for cells in markdown),
+            CARD_ENDS,
+        ]
+    )
+    for folder in folders.values():
+        path = file_inside(folder, MODEL_CARD)
+        try:
+            card = "# Model card" if path is None else path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise DataError(f"{path} is no text: {error}; remove it") from None
+        earlier = f"{re.escape(CARD_BEGINS)}.*?{re.escape(CARD_ENDS)}"
+        rest = re.sub(earlier, "", card, flags=re.DOTALL).rstrip()
+        write_text(folder / MODEL_CARD, f"{rest}\n\n{section}\n")
+
+
+def _columns(table: dict[str, dict[str, Any]], *, names: Sequence[str], tasks: Mapping[str, str]) -> list[list[str]]:
+    """What there is to tell of each form, its name before: a measure, then one cell a form."""
+    rows = list(table.values())
+    columns = [["form", *names]]
+    columns.append(["MB on disk", *(f"{row['bytes_on_disk'] / 1e6:,.1f}" for row in rows)])
+    columns.append(["MB at load", *(f"{row['bytes_in_memory'] / 1e6:,.1f}" for row in rows)])
+    columns.append(["perplexity", *(f"{row['perplexity']:.3f}" for row in rows)])
+    for kind in ("bucket", "source"):
+        for part in rows[0][f"perplexity_by_{kind}"]:
+            columns.append([f"{kind} {part}", *(f"{row[f'perplexity_by_{kind}'][part]:.3f}" for row in rows)])
+    columns.append(["KL", *(f"{row['kl']:.2e}" for row in rows)])
+    found = rows[0].get("benchmarks", {})
+    for task in [task for task in tasks if task in found] or found:  # a tag's tasks have no mean
+        metric = "acc" if "acc" in found[task] else next(iter(found[task]))
+        columns.append(
+            [f"{tasks.get(task, task)} {metric}", *(f"{row['benchmarks'][task][metric]:.4f}" for row in rows)]
+        )
+    return columns
+
+
 @torch.inference_mode()
-def _measured(model: Any, reference: Any, documents: Sequence[Document]) -> dict[str, Any]:
-    losses: dict[tuple[str, str], float] = defaultdict(float)
-    counts: dict[tuple[str, str], int] = defaultdict(int)
+def _measured(model: Any, reference: Any, documents: Sequence[Document], *, show: Progress) -> dict[str, Any]:
+    losses: dict[tuple[str, int | str], float] = defaultdict(float)
+    counts: dict[tuple[str, int | str], int] = defaultdict(int)
     divergence = 0.0
-    for document in documents:
-        ids = torch.tensor([document.tokens], device=model.device)
-        logprobs = model(ids).logits[0, :-1].float().log_softmax(dim=-1)
-        loss = -float(logprobs.gather(1, ids[0, 1:, None]).double().sum())
+    for number, document in enumerate(documents, start=1):
+        ids, asked = torch.tensor([document.tokens], device=model.device), document.asked
+        logprobs = model(ids).logits[0, asked].float().log_softmax(dim=-1)
+        labels = [document.tokens[place + 1] for place in asked]
+        loss = -float(logprobs[range(len(labels)), labels].double().sum())
         if model is not reference:
-            expected = reference(ids.to(reference.device)).logits[0, :-1].float().log_softmax(dim=-1)
+            expected = reference(ids.to(reference.device)).logits[0, asked].float().log_softmax(dim=-1)
             expected = expected.to(logprobs.device)
             divergence += float((expected.exp() * (expected - logprobs)).sum(dim=-1).double().sum())
-        for part in (("all", ""), ("bucket", str(document.bucket)), ("source", document.source)):
+        for part in (("all", ""), ("bucket", document.bucket), ("source", document.source)):
             losses[part] += loss
-            counts[part] += len(document.tokens) - 1
-    perplexities = {part: math.exp(min(losses[part] / counts[part], 700.0)) for part in losses}
+            counts[part] += len(asked)
+        show("compare", number, len(documents), "documents")
+
+    def perplexities(kind: str) -> dict[str, float]:
+        parts = sorted(part for part in losses if part[0] == kind)
+        return {str(part[1]): math.exp(min(losses[part] / counts[part], 700.0)) for part in parts}
+
     return {
-        "perplexity": perplexities["all", ""],
-        "perplexity_by_bucket": {name: value for (kind, name), value in perplexities.items() if kind == "bucket"},
-        "perplexity_by_source": {name: value for (kind, name), value in perplexities.items() if kind == "source"},
+        "perplexity": perplexities("all")[""],
+        "perplexity_by_bucket": perplexities("bucket"),
+        "perplexity_by_source": perplexities("source"),
         "kl": divergence / counts["all", ""],
     }
 
 
 def _documents(dataset: PackedDataset, *, num_samples: int) -> Iterator[Document]:
-    """Of the first samples of each source and bucket; a single token has nothing to predict."""
+    """Of the first samples of each source and bucket, those in which there is something to predict."""
     for stream in dataset.streams:
         for index in range(min(num_samples, stream.num_samples)):
             sample = dataset.sample(SampleId(stream.source, stream.bucket, index))
+            learned = np.ones(len(sample.tokens), dtype=bool) if sample.learned is None else sample.learned
             begin = 0
             for length in sample.piece_lengths.tolist():
-                if length > 1:
-                    yield Document(stream.source, stream.bucket, sample.tokens[begin : begin + length].tolist())
+                asked = np.flatnonzero(learned[begin + 1 : begin + length]).tolist()
+                if asked:
+                    tokens = sample.tokens[begin : begin + length].tolist()
+                    yield Document(stream.source, stream.bucket, tokens, asked)
                 begin += length
 
 
-def _opened(folder: Path) -> Any:
-    where = "auto" if torch.accelerator.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=where).eval()
-
-
-def _folder(form: str) -> Path:
-    kind, folder = place(form, "compare")
+def _form(name: str) -> Form:
+    kind, folder = place(name, "compare")
     if kind != "hf":
-        raise ConfigError(f"compare {form}: must be hf:DIR; `convert` and `quantize` write such folders")
-    return folder
+        raise UsageError(f"compare {name}: must be hf:DIR; `convert` and `quantize` write such folders")
+    values = read_object(folder, "config.json")
+    if values is None:
+        raise ConfigError(f"{folder} has no config.json; name a folder that `convert` or `quantize` wrote")
+    if any("SequenceClassification" in str(kind) for kind in values.get("architectures") or ()):
+        raise ConfigError(f"{folder} holds a reward model; only language models are compared")
+    quantised_by = (values.get("quantization_config") or {}).get("quant_method")
+    package, extra = QUANTISERS.get(str(quantised_by), ("transformers", "hf"))
+    if find_spec(package) is None:
+        raise ConfigError(f"{folder} needs {package}, of the extra {extra}: pip install 'megatron-xy[{extra}]'")
+    with _transformers_errors(folder):
+        vocab_size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    return Form(name, folder, quantised_by, int(vocab_size))
+
+
+def _opened(form: Form) -> Any:
+    where = "auto" if torch.accelerator.is_available() else "cpu"
+    with _transformers_errors(form.folder):
+        return AutoModelForCausalLM.from_pretrained(form.folder, dtype="auto", device_map=where).eval()
+
+
+@contextmanager
+def _transformers_errors(folder: Path) -> Iterator[None]:
+    """Turns what transformers says of a folder that it cannot open, or compute here, into a DataError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"{folder}: does not fit beside the form it is compared with: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"{folder}: transformers cannot open it, or not compute it on this machine: {error}; write it again, or "
+            "compare on another one"
+        ) from error

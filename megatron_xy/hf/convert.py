@@ -17,8 +17,9 @@ from megatron_xy.hf.reader import INDEX, SINGLE
 from megatron_xy.hf.release import TOKENIZER_FILES, copy_side_files, write_release_files
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import Output, plan_files, whole_or_absent, write_files
+from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor
 from megatron_xy.shards import whole
-from megatron_xy.storage import write_json
+from megatron_xy.storage import write_json, write_text
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
 MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, some at a time
@@ -43,14 +44,7 @@ def to_hf(
     DataError or StorageError.
     """
     manifest, model = source.manifest, source.model
-    outputs = [
-        Output(part, name, shard, dtype or manifest.tensors[name].dtype)
-        for name in global_names(model)
-        for part, shard in hf_shards(name, model).items()
-    ]
-    planned = plan_files(outputs, max_bytes=max_shard_bytes or MAX_SHARD_BYTES)
-    names = [f"model-{number:05d}-of-{len(planned):05d}.safetensors" for number in range(1, len(planned) + 1)]
-    shards = dict(zip(names if len(planned) > 1 else [SINGLE], planned, strict=True))
+    shards = plan_hf_files(source, dtype=dtype, max_bytes=max_shard_bytes or MAX_SHARD_BYTES)
     dtype_name = dtype or manifest.tensors[EMBEDDING].dtype
     work = {**_work("hf", source, shards), "tokenizer": str(tokenizer)}
     with whole_or_absent(target, work=work) as folder, source.verified() if verify else nullcontext():
@@ -58,13 +52,34 @@ def to_hf(
         values = hf_config(model, dtype=dtype_name, token_ids=token_ids, model_type=source.kept.get("model_type"))
         write_json(folder / CONFIG, values)
         facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata={"format": "pt"}, say=say)
-        if len(shards) > 1:
-            weight_map = {output.name: file for file, held in shards.items() for output in held}
-            total = sum(output.num_bytes for output in outputs)
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        lines = [f"{told['sha256']}  {file}\n" for file, told in sorted(facts.items())]
-        (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+        write_index(folder, facts)
     say(f"wrote {target}: {len(shards)} safetensors file(s), {dtype_name}")
+
+
+def plan_hf_files(source: Source, *, dtype: str | None, max_bytes: int) -> dict[str, list[Output]]:
+    """{file: the HF tensors of it}, named as transformers does. dtype: the source's own if None."""
+    outputs = [
+        Output(part, name, shard, dtype or source.manifest.tensors[name].dtype)
+        for name in global_names(source.model)
+        for part, shard in hf_shards(name, source.model).items()
+    ]
+    planned = plan_files(outputs, max_bytes=max_bytes)
+    names = [f"model-{number:05d}-of-{len(planned):05d}.safetensors" for number in range(1, len(planned) + 1)]
+    return dict(zip(names if len(planned) > 1 else [SINGLE], planned, strict=True))
+
+
+def write_index(folder: Path, facts: dict[str, dict[str, Any]]) -> None:
+    """Writes the files' checksums and, where there are several, which tensor lies in which of them."""
+    if len(facts) > 1:
+        held: dict[str, dict[str, StoredTensor]] = {}
+        for file in facts:
+            opened = SafetensorsFile(folder / file)
+            opened.close()
+            held[file] = opened.tensors
+        weight_map = {name: file for file, tensors in held.items() for name in tensors}
+        total = sum(tensor.num_bytes for tensors in held.values() for tensor in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_text(folder / CHECKSUMS, "".join(f"{told['sha256']}  {file}\n" for file, told in sorted(facts.items())))
 
 
 def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_xy import __version__
@@ -38,9 +39,18 @@ Say = Callable[[str], None]
 
 
 def write_release_files(
-    folder: Path, source: Source, *, tokenizer: Path | None, dtype: str, say: Say
+    folder: Path,
+    source: Source,
+    *,
+    tokenizer: Path | None,
+    dtype: str,
+    say: Say,
+    quantisation: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Writes all but weights and config.json; returns the token ids that config.json carries."""
+    """Writes all but weights and config.json; returns the token ids that config.json carries.
+
+    quantisation: what the model card says of it.
+    """
     kept = _write_tokenizer(folder, source, tokenizer=tokenizer, say=say)
     token_ids: dict[str, Any] = kept.get("token_ids", {})
     if not (folder / GENERATION_CONFIG).exists():
@@ -49,7 +59,7 @@ def write_release_files(
     if isinstance(template, str):
         write_text(folder / CHAT_TEMPLATE, template)
         _add_end_of_answers(folder, kept, template)
-    write_text(folder / MODEL_CARD, _model_card(source, dtype=dtype))
+    write_text(folder / MODEL_CARD, _model_card(source, dtype=dtype, quantisation=quantisation))
     return token_ids
 
 
@@ -79,7 +89,10 @@ def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, sa
     if tokenizer is None and not any(file_inside(source.folder, name) for name in TOKENIZER_FILES):
         named = source.manifest.state.get("tokenizer")
         if named is None or not Path(named).exists():
-            say("warning: no tokenizer found, neither beside the weights nor where their run had it; name --tokenizer")
+            say(
+                "warning: no tokenizer found, neither beside the weights nor where their run had it; "
+                "`convert --tokenizer` adds one"
+            )
             copy_side_files(source.folder, folder)
             return source.kept
         tokenizer = Path(named)
@@ -121,7 +134,7 @@ def _spell_for_both_versions(folder: Path) -> None:
         write_json(folder / TOKENIZER_CONFIG, spelt)
 
 
-def _model_card(source: Source, *, dtype: str) -> str:
+def _model_card(source: Source, *, dtype: str, quantisation: Mapping[str, str]) -> str:
     """README.md of a release: the model's shape, and what the checkpoint and its run's folder say of the training."""
     model, state = source.model, source.manifest.state
     rows: dict[str, Any] = {
@@ -130,6 +143,7 @@ def _model_card(source: Source, *, dtype: str) -> str:
         "vocabulary": model.vocab_size, "context": model.max_position_embeddings, "RoPE theta": model.rotary_base,
         "RoPE scaling": json.dumps(model.rope_scaling) if model.rope_scaling else "none", "dtype": dtype,
     }  # fmt: skip
+    rows |= quantisation
     rows |= {name.replace("_", " "): state[name] for name in _FACTS if state.get("iteration")}
     rows |= {name.replace("_", " "): state[name] for name in ("origin", "task", "seed") if name in state}
     record = _last_record(source.folder, state.get("iteration"))

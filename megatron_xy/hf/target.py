@@ -103,47 +103,62 @@ def write_files(
     metadata: dict[str, str],
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Writes safetensors files out of the source's pieces, some at a time; returns {file: {bytes, sha256}}.
+    """Writes safetensors files out of the source's pieces, some at a time; returns {file: {bytes, sha256}}."""
+
+    def write(path: Path, outputs: list[Output]) -> dict[str, Any]:
+        return _write_file(path, outputs, source=source, manifest=manifest, metadata=metadata)
+
+    return finish_files(folder, files, write=write, num_writers=MAX_WRITERS, say=say)
+
+
+def finish_files(
+    folder: Path,
+    files: dict[str, list[Output]],
+    *,
+    write: Callable[[Path, list[Output]], dict[str, Any]],
+    num_writers: int,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Has each file written under a temporary name and given its own; returns {file: {bytes, sha256}}, as `write` says.
 
     Files that an earlier command has done are left as they are.
     """
     total = sum(output.num_bytes for outputs in files.values() for output in outputs)
     progress = _Progress(total, say)
 
-    def write(item: tuple[str, list[Output]]) -> tuple[str, dict[str, Any]]:
+    def finish(item: tuple[str, list[Output]]) -> tuple[str, dict[str, Any]]:
         file, outputs = item
-        receipt = folder / f"{file}{_RECEIPT}"
+        path, receipt = folder / file, folder / f"{file}{_RECEIPT}"
         facts = _told(receipt)
-        if facts is None or not (folder / file).is_file() or (folder / file).stat().st_size != facts["bytes"]:
-            facts = _write_file(folder / file, outputs, source=source, manifest=manifest, metadata=metadata)
+        if facts is None or not path.is_file() or path.stat().st_size != facts["bytes"]:
+            temporary = path.with_name(temporary_name(file))
+            facts = write(temporary, outputs)
+            with storage_errors(path):
+                temporary.replace(path)
             write_json(receipt, facts)
         progress.add(sum(output.num_bytes for output in outputs))
         return file, facts
 
-    with ThreadPoolExecutor(min(MAX_WRITERS, os.cpu_count() or 1)) as pool:
-        return dict(pool.map(write, files.items()))
+    with ThreadPoolExecutor(min(num_writers, os.cpu_count() or 1)) as pool:
+        return dict(pool.map(finish, files.items()))
 
 
 def _write_file(
     path: Path, outputs: list[Output], *, source: Path, manifest: Manifest, metadata: dict[str, str]
 ) -> dict[str, Any]:
     by_name = {output.name: output for output in outputs}
-    temporary = path.with_name(temporary_name(path.name))
     with BlockReader(source, manifest) as reader:
 
         def parts_of(name: str) -> Iterable[Bits | FileRange]:
             output = by_name[name]
             return reader.parts(output.tensor, output.shard, dtype=output.dtype)
 
-        facts = write_safetensors(
-            temporary,
+        return write_safetensors(
+            path,
             {output.name: (output.dtype, output.shard.local_shape) for output in outputs},
             parts_of=parts_of,
             metadata=metadata,
         )
-    with storage_errors(path):
-        temporary.replace(path)
-    return facts
 
 
 class _Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import yaml
 from megatron_xy.config import InvalidConfig, load_config
 from megatron_xy.import_args.shell import UNKNOWN, program_arguments
 
+SEVERAL = ("--data-path",)  # flags with more than one value
 _TABLE = Path(__file__).with_name("flags.yaml")
 
 
@@ -44,38 +46,52 @@ class Imported:
 def import_args(script: Path) -> Imported:
     """What `script` asks of Megatron-LM, in our words. Raises DataError where it starts no Python program."""
     table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
-    flags = _flags(program_arguments(script))
-    imported = Imported()
+    program = program_arguments(script)
+    flags, stray = _flags(program.arguments)
+    imported = Imported(left_out=[*program.notes, *(f"{word}: may be more flags" for word in stray)])
     for key, entry in table["keys"].items():
         _take(imported, key, entry, flags)
     _derive(imported, flags)
     taken = {entry["flag"] for entry in table["keys"].values()} | set(table["derived"])
+    alone = {*table["alone"], *(entry["flag"] for entry in table["keys"].values() if entry["kind"] == "flag")}
     for flag, words in flags.items():
         given = " ".join([flag, *words])
+        if flag in alone and words:
+            imported.left_out.append(
+                f"{' '.join(words)}: stands behind {flag}, which takes no value; may be more flags"
+            )
         if flag in table["always"]:
             expected = table["always"][flag]
-            if expected is not None and not _same(words, expected):
-                imported.left_out.append(f"{given}: always {expected} here")
+            choices = expected if isinstance(expected, list) else [expected]
+            if expected is not None and not any(_same(words, choice) for choice in choices):
+                imported.left_out.append(f"{given}: always {' or '.join(choices)} here")
         elif flag not in taken:
-            imported.left_out.append(f"{given}: no such choice here")
+            reasons = (why for pattern, why in table["reasons"].items() if fnmatch.fnmatchcase(flag, pattern))
+            imported.left_out.append(f"{given}: {next(reasons, 'no such choice here')}")
     missing = [flag for flag in table["needed"] if flag not in flags]
+    if not any(flag in flags for flag in table["rope"]):
+        missing.append(" or ".join(table["rope"]))
     imported.left_out += [f"{flag} is not given, and is always so here" for flag in missing]
     imported.values = dict(sorted(imported.values.items(), key=lambda item: _place(item[0], table["keys"])))
     imported.problems = _problems(imported)
     return imported
 
 
-def _flags(words: Sequence[str]) -> dict[str, list[str]]:
-    """{--flag: its values}; the last of two counts, as for argparse."""
+def _flags(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """({--flag: its values}, words that belong to none, or may not); the last of two counts, as for argparse."""
     flags: dict[str, list[str]] = {}
     current: list[str] = []
+    stray = current
     for word in words:
         if re.match(r"--[a-zA-Z]", word):
             flag, equals, value = word.partition("=")
             flags[flag.replace("_", "-")] = current = [value] if equals else []
         else:
             current.append(word)
-    return flags
+    for flag, values in flags.items():
+        if flag not in SEVERAL and len(values) > 1 and values[-1] == UNKNOWN:
+            stray.append(f"{values.pop()} behind {flag}")
+    return flags, stray
 
 
 def _take(imported: Imported, key: str, entry: dict[str, Any], flags: dict[str, list[str]]) -> None:
@@ -109,22 +125,47 @@ def _derive(imported: Imported, flags: dict[str, list[str]]) -> None:
         words = flags.get(flag, [])
         return int(words[0]) if len(words) == 1 and words[0].isdigit() else None
 
+    def unsettled(flag: str, why: str) -> None:
+        if flag in flags:
+            imported.left_out.append(f"{' '.join([flag, *flags[flag]])}: {why}")
+
     values = imported.values
     length = number("--seq-length")
     for flag, key in (("--micro-batch-size", "micro_batch_tokens"), ("--global-batch-size", "global_batch_tokens")):
         size = number(flag)
         if size is not None and length is not None:
             values[f"training.{key}"] = (size * length, f"{flag} {size} x --seq-length {length}")
+        else:
+            unsettled(flag, f"it or --seq-length is not known without running the script; set training.{key}")
     samples, batch = number("--train-samples"), number("--global-batch-size")
     if samples is not None and batch:
         values["training.train_iters"] = (samples // batch, f"--train-samples {samples} / --global-batch-size {batch}")
+    else:
+        unsettled("--train-samples", "not known without running the script; set training.train_iters")
+    _derive_schedule(imported, flags, length=length)
+    hidden, heads = number("--hidden-size"), number("--num-attention-heads")
+    if (width := number("--kv-channels")) is not None and (hidden is None or not heads or width * heads != hidden):
+        unsettled("--kv-channels", "heads are as wide as hidden_size / num_attention_heads here")
+    if "--num-query-groups" in flags and "--group-query-attention" not in flags:
+        values.pop("model.num_query_groups", None)
+        unsettled("--num-query-groups", "Megatron ignores it without --group-query-attention")
+    if "--swiglu" in flags and "--ffn-hidden-size" not in flags and hidden is not None:
+        size = int(4 * hidden * 2 / 3) // 64 * 64
+        values["model.ffn_hidden_size"] = (size, "--ffn-hidden-size is not given: Megatron's default with --swiglu")
     layers, stages = number("--num-layers"), number("--pipeline-model-parallel-size")
     chunk = number("--num-layers-per-virtual-pipeline-stage")
     if layers and stages and chunk:
         origin = f"--num-layers-per-virtual-pipeline-stage {chunk}: {layers} layers / {stages} stages / {chunk}"
         values["parallel.virtual_pipeline_model_parallel_size"] = (layers // stages // chunk, origin)
+    else:
+        unsettled("--num-layers-per-virtual-pipeline-stage", "it, the layers or the stages are not known")
     if "--recompute-activations" in flags:
         values["model.recompute_granularity"] = ("selective", "--recompute-activations")
+    if values.get("model.recompute_granularity", ("", ""))[0] == "selective":
+        origin = (
+            f"{values['model.recompute_granularity'][1]}: the MLP here, as attention kernels recompute by themselves"
+        )
+        values["model.recompute_granularity"] = ("selective", origin)
     if "--bf16" in flags:
         values["model.params_dtype"] = ("bf16", "--bf16")
     if (minutes := number("--distributed-timeout-minutes")) is not None:
@@ -134,12 +175,42 @@ def _derive(imported: Imported, flags: dict[str, list[str]]) -> None:
     )
     if implementation is not None:
         values["model.layer_spec"] = (implementation, "--transformer-impl")
-    paths = [word for word in flags.get("--data-path", []) if not re.fullmatch(r"[\d.]+", word)]
+    else:
+        unsettled("--transformer-impl", "local or transformer_engine here, model.layer_spec")
+    words = flags.get("--data-path", [])
+    weights = [word for word in words if re.fullmatch(r"[\d.]+([eE]-?\d+)?", word)]
+    paths = [word for word in words if word not in weights and UNKNOWN not in word]
+    if any(UNKNOWN in word for word in words):
+        unsettled("--data-path", "not known without running the script; set data.path")
     if paths:
-        origin = (
-            "--data-path: name what `data build` wrote of the same corpus, and the weights by source in data.weights"
-        )
+        origin = "--data-path: name what `data build` wrote of the same corpus"
+        origin += f"; weights by source, in their order {' '.join(weights)}: data.weights" if weights else ""
         values["data.path"] = (paths if len(paths) > 1 else paths[0], origin)
+
+
+def _derive_schedule(imported: Imported, flags: dict[str, list[str]], *, length: int | None) -> None:
+    """A schedule in samples is one in tokens here; a warm-up in parts of the decay is one in iterations."""
+    values = imported.values
+    for name in ("warmup", "decay", "wsd_decay"):
+        flag = f"--lr-{name.replace('_', '-')}-samples"
+        words = flags.get(flag, [])
+        if len(words) == 1 and words[0].isdigit() and length is not None:
+            values[f"optimizer.lr_{name}_tokens"] = (
+                int(words[0]) * length,
+                f"{flag} {words[0]} x --seq-length {length}",
+            )
+            values.pop(f"optimizer.lr_{name}_iters", None)
+        elif flag in flags:
+            imported.left_out.append(f"{' '.join([flag, *words])}: not known; set optimizer.lr_{name}_tokens")
+    if "--lr-warmup-fraction" in flags:
+        words = flags["--lr-warmup-fraction"]
+        whole = values.get("optimizer.lr_decay_iters") or values.get("training.train_iters")
+        given = f"--lr-warmup-fraction {' '.join(words)}"
+        if whole is not None and len(words) == 1 and re.fullmatch(r"[\d.]+([eE]-?\d+)?", words[0]):
+            steps = round(float(words[0]) * int(whole[0]))
+            values["optimizer.lr_warmup_iters"] = (steps, f"{given} of {whole[0]} iterations")
+        else:
+            imported.left_out.append(f"{given}: it or the iterations are not known; set optimizer.lr_warmup_iters")
 
 
 def _same(words: Sequence[str], expected: str) -> bool:

@@ -84,6 +84,15 @@ class Job:
         return self.run_dir / "logs"
 
     @property
+    def pyxis_image(self) -> str | None:
+        """The container as pyxis takes it: registry#name:tag, where others write registry/name:tag; a file as it is."""
+        if self.container is None or "#" in self.container or self.container.startswith(("/", ".")):
+            return self.container
+        registry, slash, image = self.container.partition("/")
+        has_registry = bool(slash) and (registry == "localhost" or "." in registry or ":" in registry)
+        return f"{registry}#{image}" if has_registry else self.container
+
+    @property
     def time_seconds(self) -> int | None:
         """The time limit; a bare number is minutes, as for Slurm."""
         if self.time is None:
@@ -151,6 +160,8 @@ def _kubernetes_problems(job: Job) -> Iterator[Problem]:
     pattern, words = _DNS_LABEL
     if not re.fullmatch(pattern, job.name):
         yield Problem("--name", f"--name ({job.name!r}) on kubernetes: {words}")
+    if job.exclude is not None and "[" in job.exclude:
+        yield Problem("--exclude", f"--exclude ({job.exclude}) on kubernetes: names in full, by commas, without ranges")
     if job.container is None:
         yield Problem("--container", "--container IMAGE is missing: what the pods run")
     if job.volume_claim is None:

@@ -42,7 +42,7 @@ def script(job: Job) -> str:
     values = {"job": job, "variables": variables(job), "launcher": launcher, "worker": shlex.join(_worker(job))}
     if job.target == "slurm":
         return templates.get_template("slurm.sh").render(values)
-    node_script = templates.get_template("node.sh").render(values)
+    node_script = templates.get_template("node.sh").render(values, node_name=f'"$HOSTNAME.{job.name}"')
     return templates.get_template("jobset.yaml").render(values, node_script=node_script)
 
 

@@ -30,15 +30,15 @@ def submit(job: Job) -> str:
 
     Raises ConfigError where the scheduler's program is not there or refuses the job.
     """
-    if job.target == "slurm":
-        run_folder.prepare(job.run_dir)
-        job.log_dir.mkdir(exist_ok=True)
     command = _COMMANDS[job.target]
     if shutil.which(command[0]) is None:
         raise ConfigError(
             f"--on {job.target} --submit needs {command[0]}, which is not on PATH; run it where {command[0]} is, or "
             "leave --submit out and take the printed script there"
         )
+    if job.target == "slurm":
+        run_folder.prepare(job.run_dir)
+        job.log_dir.mkdir(exist_ok=True)
     answer = subprocess.run(command, input=script(job), capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise ConfigError(f"{' '.join(command)} refused the job ({answer.returncode}): {answer.stderr.strip()}")

@@ -20,6 +20,7 @@ from megatron_xy.flops import num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
 from megatron_xy.plan.memory import Job, RoleMemory, jobs, stage_memory
 from megatron_xy.plan.ppo import Split, TimeLine, answer_length, best_split, time_line, useful_flops
+from megatron_xy.plan.quantising import Quantising, quantising
 from megatron_xy.plan.speed import StepTime, Traffic, checkpoint_bytes, step_time, traffic
 from megatron_xy.stages import padded_vocab_size
 
@@ -92,6 +93,7 @@ class Plan:
     reliability: Reliability
     time_line: TimeLine | None  # of a PPO step
     best_split: Split | None
+    quantising: tuple[Quantising, ...]  # of the model that is released; none of a reward model
 
     @property
     def world_size(self) -> int:
@@ -125,6 +127,7 @@ class Plan:
             "time_line": self.time_line
             and dataclasses.asdict(self.time_line) | {"idle_shares": self.time_line.idle_shares},
             "best_split": self.best_split and dataclasses.asdict(self.best_split),
+            "quantising": [dataclasses.asdict(scheme) for scheme in self.quantising],
             "roles": [
                 {
                     "role": role.job.role,
@@ -205,6 +208,7 @@ def make_plan(
         reliability=_reliability(config, roles, step_seconds=step_seconds, num_nodes=num_nodes, world_size=world_size),
         time_line=line,
         best_split=split,
+        quantising=quantising(main.job.model, gpu=gpu, rates=rates) if main.job.model.head == "language_model" else (),
     )
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_xy.flops import flops_per_token, num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
-from megatron_xy.plan.memory import MAX_SEQUENCES, Answers, Held, Job
+from megatron_xy.plan.memory import MAX_SEQUENCES, Answers, Held, Job, held_between_steps
 from megatron_xy.plan.parameters import DTYPE_BYTES
 from megatron_xy.plan.speed import FORWARD_SHARE, step_time
 
@@ -103,26 +106,32 @@ def best_split(
     placed = list(jobs)
     units = [math.ceil(job.parallel.model_parallel_size / gpus_per_node) for job in placed]
 
-    def work_on(place: int) -> Callable[[int], dict[str, float]]:
-        @cache
-        def work(nodes: int) -> dict[str, float]:
-            dp_size = nodes * gpus_per_node // placed[place].parallel.model_parallel_size
-            return role_work(placed[place].over(dp_size), gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+    def table(job: Job) -> NDArray[np.float64]:
+        """[nodes + 1, phases] seconds; without nodes for a replica it never ends."""
+        held = held_between_steps(replace(job, dp_size=1), stage=0)
+        rows = np.full((num_nodes + 1, len(PHASES)), np.inf)
+        for nodes in range(num_nodes + 1):
+            dp_size, rest = divmod(nodes * gpus_per_node, job.parallel.model_parallel_size)
+            if dp_size and not rest:
+                work = role_work(job.over(dp_size), gpu=gpu, rates=rates, gpus_per_node=gpus_per_node, held=held)
+                rows[nodes] = [work[phase] for phase in PHASES]
+        return rows
 
-        return work
-
-    works = [work_on(place) for place in range(len(placed))]
+    tables = [table(job) for job in placed]
     best: Split | None = None
-    free = [range(unit, num_nodes + 1, unit) for unit in units[:-1]]
-    for sizes in itertools.product(*free):
-        last = num_nodes - sum(sizes)
-        if last < units[-1] or last % units[-1]:
+    for sizes in itertools.product(*(range(unit, num_nodes + 1, unit) for unit in units[:-2])):
+        left = num_nodes - sum(sizes)
+        if left < 2:
             continue
-        parts = [work(nodes) for work, nodes in zip(works, (*sizes, last), strict=True)]
-        seconds = sum(max(part[phase] for part in parts) for phase in PHASES)
-        if best is None or seconds < best.seconds:
-            names = [job.role for job in placed]
-            best = Split(dict(zip(names, (*sizes, last), strict=True)), seconds)
+        one = np.arange(1, left)  # nodes of the last role but one; the last one has the rest
+        phases = np.maximum(tables[-2][one], tables[-1][left - one])
+        for of_role, nodes in zip(tables, sizes, strict=False):
+            phases = np.maximum(phases, of_role[nodes])
+        seconds = phases.sum(axis=1)
+        place = int(seconds.argmin())
+        if seconds[place] < (math.inf if best is None else best.seconds):
+            nodes_of = (*sizes, int(one[place]), int(left - one[place]))
+            best = Split({job.role: nodes for job, nodes in zip(placed, nodes_of, strict=True)}, float(seconds[place]))
     return best
 
 

@@ -17,6 +17,7 @@ from megatron_xy.plan.search import changes
 from megatron_xy.ppo.placement import spelt_ranks
 
 GB = 1e9
+UNITS = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 NO_LAYOUT = "no layout of these ranks fits; take more nodes, or a smaller micro_batch_tokens"
 
 
@@ -29,6 +30,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     if plan.time_line is not None:
         yield _time_line(plan, plan.time_line)
     yield _costs(plan)
+    if plan.quantising:
+        yield _quantising(plan)
 
 
 def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Iterator[RenderableType]:
@@ -169,19 +172,21 @@ def _memory(plan: Plan) -> RenderableType:
         "total",
         *(f"if {mode}" for mode in RECOMPUTE_MODES),
     )
-    table = _table("memory a rank, GB (recompute: " + plan.config.model.recompute_granularity + ")", *headings)
+    largest = max(role.worst.total for role in plan.roles)
+    unit, name = (GB, "GB") if largest >= GB else (1e6, "MB")
+    table = _table(f"memory a rank, {name} (recompute: " + plan.config.model.recompute_granularity + ")", *headings)
     for role in plan.roles:
         for memory in role.stages:
             values = (memory.weights, memory.gradients, memory.optimizer, memory.kept + memory.working)
             table.add_row(
                 role.job.role if memory.stage == 0 else "",
                 str(memory.stage),
-                *(f"{value / GB:.1f}" for value in values),
+                *(f"{value / unit:.1f}" for value in values),
                 f"{memory.in_flight:.1f}",
-                f"{memory.buffers / GB:.2f}",
-                *([f"{memory.cache / GB:.1f}"] if plan.time_line else []),
-                f"{memory.total / GB:.1f}",
-                *(f"{total / GB:.1f}" for total in role.totals_of(memory.stage).values()),
+                f"{memory.buffers / unit:.2f}",
+                *([f"{memory.cache / unit:.1f}"] if plan.time_line else []),
+                f"{memory.total / unit:.1f}",
+                *(f"{total / unit:.1f}" for total in role.totals_of(memory.stage).values()),
                 style="bold" if memory is role.worst else "",
             )
     return table
@@ -192,7 +197,7 @@ def _speed(plan: Plan) -> RenderableType:
         "role",
         "bucket",
         "share",
-        "step s",
+        "step",
         "matmul",
         "attention",
         "other",
@@ -216,7 +221,7 @@ def _speed(plan: Plan) -> RenderableType:
                 role.job.role,
                 str(step.bucket),
                 f"{100 * plan.bucket_shares[step.bucket]:.0f} %",
-                f"{step.seconds:.2f}",
+                _seconds(step.seconds),
                 *(f"{100 * part / step.seconds:.1f}" for part in parts),
                 f"{step.tokens_per_second:,.0f}",
                 f"{100 * step.mfu:.1f}",
@@ -226,26 +231,25 @@ def _speed(plan: Plan) -> RenderableType:
 
 
 def _costs(plan: Plan) -> RenderableType:
-    kept, sent = plan.reliability, plan.roles[0].traffic
+    kept, sent, gpu_hours = plan.reliability, plan.roles[0].traffic, plan.days * 24 * plan.world_size
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_row(
         "whole step" if plan.time_line else "mix of buckets",
-        f"{plan.tokens_per_second:,.0f} tokens/s/GPU, MFU {100 * plan.mfu:.1f} %, {plan.step_seconds:.2f} s a step",
+        f"{plan.tokens_per_second:,.0f} tokens/s/GPU, MFU {100 * plan.mfu:.1f} %, {_seconds(plan.step_seconds)} a step",
     )
     table.add_row(
         "whole run",
-        f"{plan.num_tokens / 1e9:,.1f} G tokens: {_duration(plan.days)}, "
-        f"{plan.days * 24 * plan.world_size:,.0f} GPU hours; {_duration(plan.days / kept.ettr)} with stops",
+        f"{_number(plan.num_tokens)} tokens: {_duration(plan.days)}, "
+        f"{gpu_hours:,.{0 if gpu_hours >= 10 else 1}f} GPU hours; {_duration(plan.days / kept.ettr)} with stops",
     )
     table.add_row(
         "sent a step and rank",
-        f"tp {sent.tensor_parallel / GB:,.0f} GB, "
-        f"pp {sent.pipeline / GB:,.1f} GB, dp {sent.data_parallel / GB:,.1f} GB",
+        f"tp {_number(sent.tensor_parallel)}B, pp {_number(sent.pipeline)}B, dp {_number(sent.data_parallel)}B",
     )
     table.add_row(
         "checkpoint",
-        f"{kept.checkpoint_bytes / GB:,.0f} GB in {kept.write_seconds:,.0f} s; "
-        f"training waits {kept.stall_seconds:.1f} s",
+        f"{_number(kept.checkpoint_bytes)}B in {_seconds(kept.write_seconds)}; "
+        f"training waits {_seconds(kept.stall_seconds)}",
     )
     table.add_row(
         "stops",
@@ -253,6 +257,18 @@ def _costs(plan: Plan) -> RenderableType:
         f"({kept.best_interval_seconds / 60:.0f} min): ETTR {100 * kept.ettr:.2f} %, as configured "
         f"({plan.config.checkpoint.save_interval}) {100 * kept.ettr_as_configured:.2f} %",
     )
+    return table
+
+
+def _quantising(plan: Plan) -> RenderableType:
+    title = f"quantize: int8, nf4 on a CPU core, else one {plan.gpu.name}"
+    table = _table(title, "scheme", "result GB", "disk GB", "memory GB", "GPU GB", "hours")
+    for form in plan.quantising:
+        table.add_row(
+            form.scheme,
+            *(f"{value / GB:,.1f}" for value in (form.result_bytes, form.disk_bytes, form.host_bytes, form.gpu_bytes)),
+            f"{form.hours:,.1f}",
+        )
     return table
 
 
@@ -275,12 +291,31 @@ def _time_line(plan: Plan, line: TimeLine) -> RenderableType:
 
 
 def _duration(days: float) -> str:
-    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+    if days >= 1:
+        return f"{days:,.1f} days"
+    hours = 24 * days
+    return (
+        f"{hours:.1f} hours"
+        if hours >= 1
+        else f"{60 * hours:.1f} minutes"
+        if hours >= 1 / 60
+        else _seconds(3600 * hours)
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 100 else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def _number(value: float) -> str:
+    """Of tokens or bytes: 302 G, 4.81 M."""
+    unit = next((unit for unit in ("T", "G", "M", "k") if value >= UNITS[unit]), None)
+    return f"{value:.0f} " if unit is None else f"{value / UNITS[unit]:.3g} {unit}"
 
 
 def _table(title: str, *headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for heading in headings:
-        is_text = heading in ("role", "layout", "ranks", "layers", "recompute", "overrides")
+        is_text = heading in ("role", "scheme", "layout", "ranks", "layers", "recompute", "overrides")
         table.add_column(heading, justify="left" if is_text else "right")
     return table

@@ -17,7 +17,10 @@ def draw_benchmarks(metrics: Metrics, *, evaluations: Metrics) -> Figure:
     axes = figure.subplots()
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in sorted(evaluations.records, key=lambda record: int(record["iteration"])):
-        for task, values in (record.get("results") or {}).items():
+        results = record.get("results") or {}
+        # Of a group such as mmlu its mean, not its 57 parts; a tag has none, and stands for its parts.
+        for task in [task for task in record.get("tasks") or () if task in results] or results:
+            values = results[task]
             metric = next((name for name in HEADLINES if name in values), None)
             if metric is not None:
                 examples = f", {record['num_fewshot']}-shot" if record.get("num_fewshot") is not None else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 from megatron_xy.errors import (
@@ -22,6 +23,7 @@ from megatron_xy.run_folder.locks import exit_lock, foreign_lock
 from megatron_xy.run_folder.starts import current_attempt, this_start
 from megatron_xy.storage import write_json
 
+STAGGER_SECONDS = 2.0
 EXIT_NAMES = {
     EXIT_DONE: "done",
     EXIT_COMPARISON_FAILED: "comparison_failed",
@@ -88,15 +90,21 @@ def read_exit(run_dir: Path) -> ExitRecord | None:
         return None
 
 
-def clear_exit(run_dir: Path, *, of_others_only: bool = False) -> None:
+def clear_exit(run_dir: Path, *, began: float | None = None) -> None:
     """Removes exit.json: before a start, by whoever starts the ranks, so that no rank's early end is lost.
 
-    `of_others_only` leaves what a rank of this very start wrote: for a rank 0 that nobody cleared it for.
+    `began`, the wall time at which this process did, leaves what a rank of this very start has written since: for a
+    rank 0 that nobody cleared it for. An earlier torchrun may have had the same address and port.
     """
     with exit_lock(run_dir):
-        standing = read_exit(run_dir) if of_others_only else None
-        if standing is None or standing.start != this_start():
+        standing = read_exit(run_dir) if began is not None else None
+        if standing is None or began is None or standing.start != this_start() or _is_before(standing, began):
             (run_dir / "exit.json").unlink(missing_ok=True)
+
+
+def _is_before(record: ExitRecord, began: float) -> bool:
+    """Ranks begin within seconds of each other; between two starts of torchrun lie more than these."""
+    return datetime.fromisoformat(record.time).timestamp() + STAGGER_SECONDS < began
 
 
 def _weight(code: int) -> int:

@@ -123,6 +123,29 @@ assert "megatron" not in sys.modules
 """
 
 
+CHECK_DRY = f"""
+{SNAPSHOT}
+from megatron_xy import device
+before = snapshot()
+assert device.start_dry() == torch.device("meta") and device.backend() not in ("gloo", "nccl")
+names = changed(before)
+attention = "functional.scaled_dot_product_attention"
+assert {{name for name in names if name.startswith("functional.")}} == {{attention}}, names
+assert {{name.partition(".")[0] for name in names}} == {{"torch", "Tensor", "cuda", "random", "nvtx", "functional"}}
+assert "torch.nn." + attention in device.patched(), device.patched()
+assert torch.zeros(2, device="cuda").is_meta and torch.zeros(2, device="cpu").device.type == "cpu"
+weight = torch.ones(2, device="cuda", requires_grad=True)
+weight.grad = torch.ones_like(weight)
+torch.optim.AdamW([weight], fused=True).step()
+query = torch.zeros(1, 2, 8, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+kept = []
+keep = lambda tensor: kept.append(tensor.numel()) or tensor
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+assert max(kept) == query.numel(), "no scores are kept, as a flash kernel keeps none"
+"""
+
+
 def run_python(program: str) -> None:
     """Runs the program in a fresh interpreter without a GPU in sight; its traceback where it fails."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -144,5 +167,5 @@ def test_on_a_cpu_the_stand_in_works_and_patches_what_it_says() -> None:
     run_python(CHECK_CPU)
 
 
-def test_mcore_waits_for_the_device() -> None:
-    run_python(CHECK_MCORE)
+def test_mcore_waits_for_the_device_and_a_dry_run_patches_what_it_says() -> None:
+    run_python(CHECK_MCORE + CHECK_DRY)

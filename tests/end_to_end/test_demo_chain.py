@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ def test_the_chain_ends_with_a_model_that_ppo_has_taught(tmp_path: Path) -> None
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     assert time.monotonic() - began < MOST_SECONDS
     folder = tmp_path / "demo" / "latest"
-    assert (folder / "hf-ppo" / "model.safetensors").is_file()
+    forms = ("", "-int8") if find_spec("bitsandbytes") else ("",)
+    for released in [folder / f"hf-{model}{form}" for model in ("sft", "ppo") for form in forms]:
+        assert (released / "model.safetensors").is_file()
+        assert ("## Forms of this model" in (released / "README.md").read_text()) == (len(forms) == 2)
     assert (folder / "ppo" / "report" / "index.html").is_file()
     scores = [json.loads(line)["score_mean"] for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert scores[-1] > scores[0] + 1

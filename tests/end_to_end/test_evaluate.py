@@ -1,12 +1,9 @@
-"""`evaluate`: lm-eval's own hf backend and ours agree under every layout; a watch evaluates each checkpoint once."""
+"""`evaluate`: lm-eval's own hf backend and ours agree under every layout, and what is missing is named."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,33 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from megatron_xy.config import ModelConfig
-from megatron_xy.hf.config import hf_config
-from megatron_xy.hf.names import global_names, hf_shards
-from megatron_xy.hf.tokenizer import write_hf_tokenizer
-from megatron_xy.report.verb import make_report
-from tests.end_to_end.tiny_run import (
-    ONE_RANK,
-    Ended,
-    copy_run,
-    make_data,
-    run_command,
-    run_to_end,
-    started,
-    wait_for_end,
-    wait_until,
-    write_config,
-)  # fmt: skip
-from tests.unit.small_corpus import WORDS, train_tokenizer
+from tests.end_to_end.small_benchmark import evaluate, needs_lm_eval, write_financeiq, write_model, write_questions
+from tests.unit.small_corpus import WORDS
 
-needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: the extra evaluate")
-MODEL = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=320,
-    max_position_embeddings=512,
-)  # fmt: skip
 LAYOUT = ("--nproc-per-node", "4", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
 REQUESTS: list[tuple[str, list[Any]]] = [
     ("loglikelihood", [["the quick", " brown fox"], ["the quick ", "dog"], ["", "the lazy dog"], ["</s>the", " a"]]),
@@ -76,48 +50,24 @@ if __name__ == "__main__":
         for name, rows in found["samples"].items()
     }
     answers["accuracies"] = {name: it["acc,none"] for name, it in found["results"].items() if "acc,none" in it}
+    loaded = load_tasks(["financeiq"], data_dir=Path(what["data"]), num_fewshot=0, say=print)
+    asked_in_turns = {"apply_chat_template": True, "fewshot_as_multiturn": True, "log_samples": True}
+    found = evaluate(lm=model, task_dict=loaded, bootstrap_iters=0, **asked_in_turns)
+    answers["in_a_conversation"] = {
+        name: [[float(choice[0]) for choice in row["filtered_resps"]] for row in rows]
+        for name, rows in found["samples"].items()
+    }
     print("answers:" + json.dumps(answers))
 """
-
-
-def write_questions(path: Path, *, number: int, seed: int) -> None:
-    """A category's CSV file as FinanceIQ has them."""
-    draw = random.Random(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["", "Question", "A", "B", "C", "D", "Answer"])
-        for place in range(number):
-            question = " ".join(draw.choices(WORDS, k=5))
-            writer.writerow([place, question, *draw.sample(WORDS, 4), draw.choice("ABCD")])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf/, a small model with its tokenizer; data/dev and data/test of two categories."""
     path = tmp_path_factory.mktemp("evaluate")
-    (path / "hf").mkdir()
-    write_hf_tokenizer(train_tokenizer(path / "tokenizer.model"), path / "hf", model_max_length=512)
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        part: torch.randn(shard.local_shape, generator=generator) * 0.3
-        for name in global_names(MODEL)
-        for part, shard in hf_shards(name, MODEL).items()
-    }
-    # No bytes, which transformers decodes otherwise where they are no text, and no ids beyond the tokenizer's.
-    tensors["lm_head.weight"][:259] = tensors["lm_head.weight"][300:] = 0
-    save_file(tensors, path / "hf" / "model.safetensors", metadata={"format": "pt"})
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    (path / "hf" / "config.json").write_text(json.dumps(hf_config(MODEL, dtype="float32", token_ids=ids)))
-    for split, number in (("dev", 5), ("test", 8)):
-        for seed, category in enumerate(("税务师", "FRM (one)")):
-            write_questions(path / "data" / split / f"{category}.csv", number=number, seed=seed + number)
+    write_model(path)
+    write_financeiq(path / "data")
     return path
-
-
-def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_xy", "evaluate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
 
 
 def answers_of(whose: str, folder: Path) -> dict[str, Any]:
@@ -137,11 +87,13 @@ def test_lm_evals_own_backend_gives_the_same_likelihoods_answers_and_accuracies(
         assert logprob == pytest.approx(expected, abs=1e-4) and is_greedy == was_greedy
     assert ours["loglikelihood_rolling"] == pytest.approx(theirs["loglikelihood_rolling"], rel=1e-6)
     assert ours["generate_until"] == theirs["generate_until"]
-    for name, rows in theirs["likelihoods"].items():
-        assert ours["likelihoods"][name] == [pytest.approx(row, abs=1e-4) for row in rows]
+    for kind in ("likelihoods", "in_a_conversation"):
+        for name, rows in theirs[kind].items():
+            assert ours[kind][name] == [pytest.approx(row, abs=1e-4) for row in rows]
+    assert ours["likelihoods"] != ours["in_a_conversation"]
     expected_metrics = {name.removeprefix("financeiq_"): value for name, value in theirs["accuracies"].items()}
     for layout in ((), LAYOUT):
-        ended = verb(
+        ended = evaluate(
             f"hf:{folder / 'hf'}", "--tasks", "financeiq", "--data-dir", str(folder / "data"), "--json", *layout
         )
         assert ended.returncode == 0, ended.stderr
@@ -175,7 +127,7 @@ def test_what_is_missing_is_named_before_a_model_is_loaded(folder: Path) -> None
     from megatron_xy.benchmarks.tasks import load_tasks
     from megatron_xy.errors import ConfigError, DataError
 
-    ended = verb(f"hf:{folder / 'hf'}", "--tasks", "ceval-valid_law", "--json")
+    ended = evaluate(f"hf:{folder / 'hf'}", "--tasks", "ceval-valid_law", "--json")
     assert ended.returncode == 78 and not ended.stdout
     assert "hf download --repo-type dataset ceval/ceval-exam --local-dir DIR/ceval/ceval-exam" in ended.stderr
     with pytest.raises(ConfigError, match="task financeiq needs --data-dir"):
@@ -211,43 +163,5 @@ def test_a_flat_folder_gives_a_question_the_others_of_its_category_for_examples(
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_lm_eval_it_is_said_what_to_install() -> None:
-    ended = verb("hf:none", "--tasks", "financeiq")
+    ended = evaluate("hf:none", "--tasks", "financeiq")
     assert ended.returncode == 78 and "megatron-xy[evaluate]" in ended.stderr
-
-
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole ones."""
-    path = run_dir / "evaluations.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-@needs_lm_eval
-def test_a_watch_that_is_killed_evaluates_every_checkpoint_once(tmp_path: Path, folder: Path) -> None:
-    write_config(tmp_path / "run.yaml", data=make_data(tmp_path))
-    run_dir = tmp_path / "run"
-    options = (f"run_dir={run_dir}", "checkpoint.keep_latest=9", *ONE_RANK)
-    assert run_to_end(run_command(tmp_path / "run.yaml", *options, ranks=1)).code == 0
-    unbroken = copy_run(run_dir, tmp_path / "unbroken", iterations=(4, 8, 12, 16))
-
-    def watching(run: Path) -> list[str]:
-        task = ("--tasks", "financeiq", "--num-fewshot", "2", "--data-dir", str(folder / "data"))
-        return [sys.executable, "-m", "megatron_xy", "evaluate", str(run), *task, "--watch"]
-
-    for kills in (1, 3):
-        with started(watching(run_dir)) as process:
-            wait_until(lambda kills=kills: len(lines_of(run_dir)) >= kills, process=process)
-            process.send_signal(signal.SIGKILL)
-            wait_for_end(process)
-        with (run_dir / "evaluations.jsonl").open("ab") as stream:
-            stream.write(b'{"iteration": 16, "tasks": ["fin')  # as a kill leaves it in the middle of a line
-    ended: Ended = run_to_end(watching(run_dir))
-    assert ended.code == 0 and "its checkpoints are evaluated" in ended.err, ended
-    records = lines_of(run_dir)
-    assert [record["iteration"] for record in records] == [4, 8, 12, 16]
-    assert not list((run_dir / ".evaluations").iterdir())
-    (unbroken / "exit.json").write_bytes((run_dir / "exit.json").read_bytes())
-    assert run_to_end(watching(unbroken)).code == 0
-    assert [record["results"] for record in lines_of(unbroken)] == [record["results"] for record in records]
-    assert (make_report(run_dir).parent / "benchmarks.png").is_file()
-    assert run_to_end(watching(run_dir)).code == 0 and lines_of(run_dir) == records, "there is nothing left to do"

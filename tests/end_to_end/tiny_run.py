@@ -100,6 +100,16 @@ def run_command(config: Path, *overrides: str, ranks: int, restarts: int = 0) ->
     return [sys.executable, "-m", "megatron_xy", "run", str(config), *options, *overrides]
 
 
+def trained(folder: Path, *overrides: str, ranks: int = 1) -> Path:
+    """FOLDER/run, a run that has ended, on one rank or in RUN.yaml's layout; run.yaml and data lie beside it."""
+    write_config(folder / "run.yaml", data=make_data(folder))
+    layout = ONE_RANK if ranks == 1 else ()
+    options = (f"run_dir={folder / 'run'}", *layout, *overrides)
+    ended = run_to_end(run_command(folder / "run.yaml", *options, ranks=ranks))
+    assert ended.code == 0, ended
+    return folder / "run"
+
+
 def torchrun_command(config: Path, *overrides: str) -> list[str]:
     """A bare torchrun of one rank, as argv."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]

@@ -300,6 +300,8 @@ def test_what_a_template_cannot_render_is_refused(folders, chats):
     "source",
     [
         "{{ ''.__class__.__mro__ }}",
+        "{{ (''|attr('__class__'))|attr('__mro__') }}",
+        "{{ ('{0.__class__}'|attr('format'))(messages) }}",
         "{{ messages.append(1) }}",
         "{% for i in range(10000000) %}{% endfor %}",
         "{{ self.__init__.__globals__ }}",

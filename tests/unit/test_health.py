@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def test_what_is_not_ok_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "pip install 'no-such-package>=1,<2'" in [finding.remedy for finding in findings]
 
 
+def test_a_folder_that_takes_no_runs_fails_by_itself(tmp_path: Path) -> None:
+    findings = machine_findings(tmp_path / "none", has_gpu=False)
+    (disk,) = (finding for finding in findings if finding.verdict == "fail")
+    assert disk.subject == "disk writes" and "is no folder" in disk.found and "--folder" in disk.remedy
+    read_only = Path("/proc")
+    (disk,) = (finding for finding in machine_findings(read_only, has_gpu=False) if finding.subject == "disk writes")
+    assert disk.verdict == "fail" and disk.remedy
+
+
 def test_an_old_version_meets_its_advisory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "version_of", lambda package: "2.5.1")
     told = {finding.subject: finding for finding in machine_findings(tmp_path, has_gpu=False)}
@@ -66,7 +76,8 @@ def test_an_old_version_meets_its_advisory(tmp_path: Path, monkeypatch: pytest.M
 def test_every_advisory_names_a_test_that_is_there() -> None:
     entries = yaml.safe_load((ROOT / "megatron_xy" / "advisories.yaml").read_text())
     for entry in entries:
-        path, _, rule = entry["test"].partition(", rule ")
-        if rule:
-            assert f'"{rule.split(chr(34))[1]}": (' in (ROOT / path).read_text(), entry["id"]
+        named = re.match(r'(tests/[\w/]+\.py)(?:::(test_\w+)|, rule "([^"]+)")', entry["test"])
+        assert named is not None, entry["id"]
+        text = (ROOT / named[1]).read_text()
+        assert (f"def {named[2]}(" if named[2] else f'"{named[3]}": (') in text, entry["id"]
         assert entry["package"] in health.RANGES or entry["package"] == "protobuf"

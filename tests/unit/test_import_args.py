@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
 from megatron_xy.config import load_config
 from megatron_xy.errors import DataError
+from megatron_xy.import_args import convert
 from megatron_xy.import_args.convert import import_args
 from megatron_xy.import_args.shell import UNKNOWN, program_arguments
 
@@ -19,28 +26,142 @@ SCRIPT = Path(__file__).with_name("megatron_scripts") / "llama70b.sh"
 
 def words_of(tmp_path: Path, text: str) -> list[str]:
     (tmp_path / "launch.sh").write_text(text)
-    return program_arguments(tmp_path / "launch.sh")
+    return program_arguments(tmp_path / "launch.sh").arguments
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("python a.py --x 1 \\\n  --y 2", ["--x", "1", "--y", "2"]),
-        ("A=(--x 1 # one\n--y 'b c'\n)\npython a.py ${A[@]}", ["--x", "1", "--y", "b c"]),
-        ('A=(--x 1)\nA+=( --y 2 )\npython a.py "${A[@]}" --z', ["--x", "1", "--y", "2", "--z"]),
-        ('O="--x 1 --y 2"\npython a.py $O', ["--x", "1", "--y", "2"]),
-        ("N=3; python a.py --x $N --y ${N}0 --z ${M:-4}", ["--x", "3", "--y", "30", "--z", "4"]),
-        (
-            "python a.py --x $1 --y $(date) --z `id` --w $((1+(2)))",
-            ["--x", UNKNOWN, "--y", UNKNOWN, "--z", UNKNOWN, "--w", UNKNOWN],
-        ),
-        ("python a.py --x '$N' \"\\$N\" > out 2>&1", ["--x", "$N", "$N"]),
-        ("export N=7\npython a.py --x $N && echo done", ["--x", "7"]),
-        ("# python b.py --old\npython a.py --it\\'s ''", ["--it's", ""]),
-    ],
-)
+WORDS = [
+    ("python a.py --x 1 \\\n  --y 2", ["--x", "1", "--y", "2"]),
+    ("A=(--x 1 # one\n--y 'b c'\n)\npython a.py \"${A[@]}\"", ["--x", "1", "--y", "b c"]),
+    ('A=(--x 1)\nA+=( --y 2 )\npython a.py "${A[@]}" --z', ["--x", "1", "--y", "2", "--z"]),
+    ('O="--x 1 --y 2"\npython a.py $O', ["--x", "1", "--y", "2"]),
+    ("N=3; python a.py --x $N --y ${N}0 --z ${M:-4}", ["--x", "3", "--y", "30", "--z", "4"]),
+    (
+        "python a.py --x $1 --y $(date) --z `id` --w $((1+(2)))",
+        ["--x", UNKNOWN, "--y", UNKNOWN, "--z", UNKNOWN, "--w", "3"],
+    ),
+    ("python a.py --x '$N' \"\\$N\" > out 2>&1", ["--x", "$N", "$N"]),
+    ("export N=7\npython a.py --x $N && echo done", ["--x", "7"]),
+    ('if [[ "$D" == "a" ]]; then A=(--x 1); else A=(--y 2); fi\nD=b\npython a.py "${A[@]}"', ["--y", "2"]),
+    ('D=a\nif [[ $D == b || -n "$D" && 2 -gt 1 ]]; then A=1; else A=2; fi\npython a.py --x $A', ["--x", "1"]),
+    ("D=b\nif [ $D = a ]; then\nA=1\nelif [ $D = b ]\nthen\nA=2\nelse\nA=3\nfi\npython a.py --x $A", ["--x", "2"]),
+    ("S=8b\ncase $S in 7b|8b) B=7 ;; *) B=0 ;; esac\npython a.py --x $B", ["--x", "7"]),
+    ('E=""\nA=()\n[ -z "$E" ] && A+=(--e)\n[ -n "$E" ] && A+=(--n)\npython a.py "${A[@]}"', ["--e"]),
+    ('A=(\n"--x hybrid"\n# --no\n--y 1 )\npython a.py ${A[@]}', ["--x", "hybrid", "--y", "1"]),
+    ('python a.py --x ${1:-"c/d"} --y "${Q:-${M:-5}}" --z ${N:+--no}', ["--x", "c/d", "--y", "5", "--z", UNKNOWN]),
+    ("N=4; M=$((N*8/2)); python a.py --x $(( $M + ${N} ))", ["--x", "20"]),
+    ('P="a/b.py"\ncmd="torchrun $P --x \'1 2\'"\necho $cmd\neval $cmd', ["--x", "1 2"]),
+    ('N=3\nsrun -l bash -c "cd /x && python -u a.py --x $N --y" | tee log', ["--x", "3", "--y"]),
+    ("cat > c <<EOF\n{ don't }\nEOF\npython a.py --x 1 > log 2>&1 &", ["--x", "1"]),
+    ("python a.py --x 1 --y 2\npython convert.py --z", ["--x", "1", "--y", "2"]),
+    ("declare -a A=(--x 1)\nreadonly B='--y 2'\npython a.py ${A[@]} $B", ["--x", "1", "--y", "2"]),
+    ("f() {\n  torchrun a.py --x 1 $@\n}\nf --y 2", ["--x", "1", UNKNOWN]),
+    ("# python b.py --old\npython a.py --it\\'s ''", ["--it's", ""]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), WORDS)
 def test_words_are_bashs(tmp_path: Path, text: str, words: list[str]) -> None:
     assert words_of(tmp_path, text) == words
+
+
+@pytest.mark.parametrize("text", [text for text, words in WORDS if UNKNOWN not in words])
+def test_bash_says_the_same(tmp_path: Path, text: str) -> None:
+    tools = {
+        "python": 'printf "%s\\0" "$@" >> "$SAID"; printf "END\\0" >> "$SAID"',
+        "srun": 'shift; exec "$@"',
+        "tee": "cat > log",
+    }
+    for name, does in (tools | {"torchrun": tools["python"]}).items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "launch.sh").write_text(text.replace("cd /x", "true") + "\nwait\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": str(tmp_path / "said")}
+    subprocess.run(["bash", "launch.sh"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=10)
+    said = (tmp_path / "said").read_text()
+    programs = [part.split("\0")[:-1] for part in said.split("END\0") if part]
+    behind = [words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :] for words in programs]
+    assert words_of(tmp_path, text) in behind
+
+
+@pytest.mark.parametrize("text", ["source launch.sh\npython a.py --x\n", "A='eval \"$A\"'\neval $A\npython a.py --x\n"])
+def test_a_script_that_starts_itself(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match="starts itself again"):
+        words_of(tmp_path, text)
+
+
+def test_what_only_a_run_would_tell_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "launch.sh").write_text(
+        "source nowhere.sh\nif [ $1 = x ]; then A=1; else A=2; fi\nif [ ! -d out ]; then mkdir out; fi\n"
+        "for i in 1 2; do B=$i; done\npython a.py --x $A --y $B \\\n  # --z \\\n  --w\n"
+    )
+    program = program_arguments(tmp_path / "launch.sh")
+    assert program.arguments == ["--x", "2", "--y", UNKNOWN]
+    begins = [note.partition(":")[0] for note in program.notes]
+    assert begins == ["source nowhere.sh", "if [ $1 = x ]", "for i in 1 2", "--w"]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "if",
+                "then",
+                "fi",
+                "case",
+                "in",
+                "esac",
+                "for",
+                "do",
+                "done",
+                "else",
+                "elif",
+                "[",
+                "]",
+                "&&",
+                "||",
+                "|",
+                ";;",
+                "A=(",
+                ")",
+                "(",
+                "$A",
+                "${A[@]}",
+                "${A",
+                "$((1/0))",
+                "$((",
+                "'",
+                '"',
+                "\\",
+                "\n",
+                ";",
+                " ",
+                "#",
+                "<<E",
+                "eval",
+                "$A$A",
+                "A=$A",
+                "source",
+                "x.sh",
+                "a.py",
+                "--x",
+                "A=x",
+                "bash -c",
+                "{",
+                "}",
+                "!",
+                "`",
+                "$(",
+            ]
+        )
+    )
+)
+def test_any_text_is_read_or_refused(parts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "x.sh"
+        script.write_text(" ".join(parts))
+        with contextlib.suppress(DataError):
+            program_arguments(script)
 
 
 def test_a_script_without_a_program(tmp_path: Path) -> None:
@@ -64,8 +185,79 @@ def test_a_llama_of_70b(tmp_path: Path) -> None:
     assert "num_layers: 80  # --num-layers" in imported.text()
     left_out = "\n".join(imported.left_out)
     assert "--save (not known): its value is not known" in left_out
-    assert "--num-experts 8: no such choice here" in left_out and "--split 949,50,1: no such" in left_out
+    assert "--num-experts 8: dense models here" in left_out and "--split 949,50,1: `data build --held-out`" in left_out
     assert "--swiglu" not in left_out and "dropout" not in left_out
+
+
+def test_a_llama_of_13b_over_a_sourced_file_and_tests() -> None:
+    imported = import_args(SCRIPT.with_name("llama13b_slurm.sh"))
+    values = {key: value for key, (value, _) in imported.values.items()}
+    assert (values["model.num_layers"], values["model.hidden_size"], values["model.ffn_hidden_size"]) == (
+        40,
+        5120,
+        13824,
+    )
+    assert values["parallel.pipeline_model_parallel_size"] == 2
+    assert values["model.recompute_granularity"] == "selective"
+    assert (values["training.micro_batch_tokens"], values["training.global_batch_tokens"]) == (2 * 4096, 512 * 4096)
+    assert (values["training.train_iters"], values["optimizer.lr_warmup_iters"]) == (4000, 40)
+    assert values["data.path"] == ["/data/corpus/zh", "/data/corpus/en"] and values["data.split_documents"] is True
+    assert "0.7 0.3: data.weights" in imported.text()
+    assert imported.problems == []
+    assert imported.left_out == []
+
+
+def test_a_llama_of_8b_of_arrays_and_tests() -> None:
+    imported = import_args(SCRIPT.with_name("llama8b_fp8.sh"))
+    values = {key: value for key, (value, _) in imported.values.items()}
+    assert (values["model.rotary_base"], values["model.vocab_size"], values["run_dir"]) == (
+        500_000, 128_256, "checkpoints/llama3_8b"
+    )  # fmt: skip
+    assert values["optimizer.lr_warmup_tokens"] == 12_800 * 8192 and "optimizer.lr_warmup_iters" not in values
+    assert values["runtime.timeout_seconds"] == 3600 and values["data.split_documents"] is False
+    assert [problem.partition(" ")[0] for problem in imported.problems] == ["data.path"]
+    left_out = "\n".join(imported.left_out)
+    for told in (
+        "--fp8-format hybrid: bf16",
+        "--apply-layernorm-1p",
+        "--exit-duration-in-mins 235",
+        "--load checkpoints",
+        "(not known) behind --distributed-timeout-minutes",
+        "NullTokenizer: always Llama2Tokenizer",
+    ):
+        assert told in left_out
+    assert "--data-path" not in left_out, "the branch of a real tokenizer is not taken"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPT.parent.glob("*.sh")), ids=lambda path: path.stem)
+def test_no_flag_is_dropped_silently(script: Path) -> None:
+    imported = import_args(script)
+    always = yaml.safe_load((Path(convert.__file__).parent / "flags.yaml").read_text())["always"]
+    told = imported.text() + "\n".join(imported.left_out)
+    for word in program_arguments(script).arguments:
+        if word.startswith("--"):
+            flag = word.partition("=")[0].replace("_", "-")
+            assert flag in told or flag in {*always, "--kv-channels", "--group-query-attention"}, flag
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "value"),
+    [
+        ("--hidden-size 4096 --swiglu", "model.ffn_hidden_size", 10880),
+        ("--num-query-groups 4", "model.num_query_groups", None),
+        ("--num-query-groups 4 --group-query-attention", "model.num_query_groups", 4),
+        ("--train-iters 500 --lr-decay-iters 400 --lr-warmup-fraction .05", "optimizer.lr_warmup_iters", 20),
+        ("--seq-length 4096 --lr-decay-samples 1000", "optimizer.lr_decay_tokens", 4_096_000),
+        ("--reset-attention-mask --bf16 $MORE", "data.split_documents", True),
+        ("--transformer-impl local", "model.layer_spec", "torch"),
+    ],
+)
+def test_flags_that_take_arithmetic_or_each_other(tmp_path: Path, flags: str, key: str, value: object) -> None:
+    (tmp_path / "launch.sh").write_text(f"python pretrain_gpt.py {flags}\n")
+    imported = import_args(tmp_path / "launch.sh")
+    assert imported.values.get(key, (None, ""))[0] == value
+    if "$MORE" in flags:
+        assert any("stands behind --bf16" in entry for entry in imported.left_out)
 
 
 def test_what_is_missing_is_listed(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -126,6 +128,7 @@ def test_slurm_starts_one_torchrun_a_good_node_with_the_words_as_given(cluster: 
     for node in ("node01", "node03"):
         assert recorded(cluster, f"torchrun-{node}") == [
             "--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-id=7-0", "--rdzv-endpoint=node01:29500",
+            f"--local-addr={node}",
             "--log-dir=run/logs/torchrun", "--tee=3", "-m", "megatron_xy", "pretrain", "run.yaml", ODD,
         ]  # fmt: skip
     assert not (cluster / "x").exists()
@@ -139,27 +142,29 @@ def test_slurm_without_enough_good_nodes(cluster: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
+    ("code", "failures", "requeued"),
     [
-        ("75", "9", True),
-        ("76", "0", True),
-        ("74", "2", True),
-        ("76", "3", False),
-        ("65", "0", False),
-        ("78", "0", False),
+        ("75", 9, True),
+        ("76", 0, True),
+        ("74", 2, True),
+        ("76", 3, False),
+        ("65", 0, False),
+        ("78", 0, False),
     ],
 )
-def test_slurm_goes_on_after_codes_that_are_worth_it(cluster: Path, code: str, restarts: str, requeued: bool) -> None:
-    answer = run_script(cluster, slurm_script(), FAKE_CODE=code, SLURM_RESTART_COUNT=restarts)
+def test_slurm_goes_on_after_codes_that_are_worth_it(cluster: Path, code: str, failures: int, requeued: bool) -> None:
+    (cluster / "run" / "logs").mkdir(parents=True)
+    (cluster / "run" / "logs" / "slurm-7.failures").write_text("76\n" * failures)  # of this job, earlier
+    answer = run_script(cluster, slurm_script(), FAKE_CODE=code, SLURM_RESTART_COUNT="50")  # clean stops, most of them
     assert answer.returncode == int(code)
     record = cluster / "record" / "scontrol"
     assert (record.read_text() == "requeue 7\n") if requeued else not record.exists()
 
 
 def test_slurm_forgets_the_last_try_and_takes_silence_for_a_lost_peer(cluster: Path) -> None:
-    (cluster / "run").mkdir()
+    (cluster / "run" / "logs").mkdir(parents=True)
     (cluster / "run" / "exit.json").write_text('{\n "code": 75,\n}\n')
-    answer = run_script(cluster, slurm_script(), SLURM_RESTART_COUNT="3")
+    answer = run_script(cluster, slurm_script("--restarts", "0"))
     assert answer.returncode == 1 and "no exit.json" in answer.stdout
     assert not (cluster / "record" / "scontrol").exists()
 
@@ -209,6 +214,24 @@ def test_pod_leaves_with_the_runs_code(cluster: Path, code: str) -> None:
     assert answer.returncode == int(code), answer.stderr
     argv = recorded(cluster, "torchrun-here")
     assert "--rdzv-endpoint=run-node-0-0.run:29500" in argv and argv[-1] == ODD
+    assert f"--local-addr={os.uname().nodename}.run" in argv
+
+
+@pytest.mark.parametrize(
+    ("image", "by_pyxis"),
+    [
+        ("nvcr.io/nvidia/pytorch:25.01-py3", "nvcr.io#nvidia/pytorch:25.01-py3"),
+        ("registry:5000/train:1", "registry:5000#train:1"),
+        ("nvcr.io#nvidia/pytorch:25.01-py3", "nvcr.io#nvidia/pytorch:25.01-py3"),
+        ("ubuntu:24.04", "ubuntu:24.04"),
+        ("team/train:1", "team/train:1"),
+        ("/images/train.sqsh", "/images/train.sqsh"),
+    ],
+)
+def test_pyxis_is_told_the_registry_its_way(cluster: Path, image: str, by_pyxis: str) -> None:
+    script = launched("run.yaml", "--on", "slurm", "--nodes", "2", "--gpus-per-node", "4", "--container", image)
+    assert f"--container-image={shlex.quote(by_pyxis)} " in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
 def test_kubernetes_needs(cluster: Path) -> None:

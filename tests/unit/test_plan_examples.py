@@ -127,7 +127,7 @@ def test_roles_that_share_ranks_take_turns():
     assert line.phases["score"] == pytest.approx(sum(work["score"] for work in line.work.values()))
 
 
-@pytest.mark.parametrize("num_nodes", [64, 16, 1])
+@pytest.mark.parametrize("num_nodes", [64, 1])
 def test_placements_of_ppos_roles_are_found_and_their_overrides_give_them(num_nodes):
     name, small = "xuanyuan2_70b/ppo.yaml", []
     if num_nodes == 1:  # parts of a node, and models that fit on them
@@ -170,7 +170,7 @@ def test_no_placement_drawn_at_random_is_faster_than_the_best_one_found():
     cluster = {"num_nodes": 16, "gpus_per_node": 8, "gpu": plan.gpu, "rates": efficiencies()}
     best = search(plan.config, **cluster)[0].step_seconds
     num_fitting = 0
-    for _ in range(300):
+    for _ in range(120):
         borders = sorted(draw.sample(range(1, 16), 2))
         parts = [range(8 * first, 8 * last) for first, last in zip([0, *borders], [*borders, 16], strict=True)]
         placed = {}
@@ -196,7 +196,7 @@ def test_no_placement_drawn_at_random_is_faster_than_the_best_one_found():
         drawn = make_plan(config, **cluster, with_split=False)
         num_fitting += drawn.fits
         assert not drawn.fits or drawn.step_seconds > 0.98 * best
-    assert num_fitting > 10
+    assert num_fitting > 5
 
 
 def test_a_plan_is_drawn(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.report.benchmarks import draw_benchmarks
 from megatron_xy.report.mixture import wanted_shares
 from megatron_xy.report.page import ReportSection
-from megatron_xy.report.records import read_metrics
+from megatron_xy.report.records import Metrics, read_metrics
 from megatron_xy.report.verb import make_report
 
 PICTURES = ("loss.png", "learning_rate_and_grad_norm.png", "throughput.png", "data.png")
@@ -171,6 +172,22 @@ def test_evaluations_odd_steps_stragglers_and_epochs_are_shown(tmp_path):
     text = Page((folder / "index.html").read_text()).text
     assert not (folder / EVALUATION_PICTURE).exists(), "of the earlier report"
     assert "Evaluation" not in text and "held-out" not in text and "Odd steps and stragglers" not in text
+
+
+def test_of_a_group_of_benchmarks_only_the_mean_is_drawn():
+    results = {"mmlu": {"acc": 0.5}, "mmlu_law": {"acc": 0.25}, "a": {"acc": 0.1}, "b": {"f1": 0.2}}
+    rows = [
+        {"iteration": place, "tasks": [name], "num_fewshot": 5, "results": results}
+        for place, name in enumerate(("mmlu", "a tag"), start=1)
+    ]
+    shown = [
+        [line.get_label() for line in draw_benchmarks(Metrics([]), evaluations=Metrics([row])).axes[0].lines]
+        for row in rows
+    ]
+    assert shown == [
+        ["mmlu acc, 5-shot"],
+        ["mmlu acc, 5-shot", "mmlu_law acc, 5-shot", "a acc, 5-shot", "b f1, 5-shot"],
+    ]
 
 
 def test_the_mixture_asked_for_follows_the_phases():

@@ -137,6 +137,21 @@ def test_a_cleared_or_missing_exit_is_none_and_a_damaged_one_is_named(tmp_path):
         read_exit(tmp_path)
 
 
+def test_a_rank_0_that_nobody_cleared_it_for_keeps_what_its_own_start_wrote(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    record_exit(tmp_path, code=70, message="of this start", rank=1)
+    clear_exit(tmp_path, began=time.time())
+    assert read_exit(tmp_path) is not None
+    clear_exit(tmp_path, began=time.time() + 10)  # an earlier torchrun at the same port
+    assert read_exit(tmp_path) is None
+    record_exit(tmp_path, code=70, message="of another start", rank=1)
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    clear_exit(tmp_path, began=time.time())
+    assert read_exit(tmp_path) is None
+
+
 def test_a_heartbeat_tells_iteration_phase_and_process(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGATRON_XY_ATTEMPT", "2")
     prepare(tmp_path)

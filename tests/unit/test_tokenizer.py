@@ -118,6 +118,15 @@ def test_refusals_name_the_file_and_the_reason(folder, tmp_path):
         load_tokenizer(folder).decode([5, 400])
 
 
+@pytest.mark.parametrize("depth", [200, 100_000])
+def test_a_model_of_endless_nesting_is_refused_before_python_parses_it(folder, tmp_path, depth):
+    start_of_group = b"\xfb\x3e"  # of an unknown field: what CVE-2025-4565 has pure-Python protobuf recurse over
+    nested = (folder / "tokenizer.model").read_bytes() + depth * start_of_group
+    (tmp_path / "nested.model").write_bytes(nested)
+    with pytest.raises(DataError, match=r"nested\.model"):
+        load_tokenizer(tmp_path / "nested.model")
+
+
 def test_an_engine_that_lets_text_become_control_ids_is_caught(folder):
     tokenizer = load_tokenizer(folder)
     for ids, reason in (([5, 1, 7], "control id"), ([5, 400], "in the vocabulary")):

@@ -1,12 +1,14 @@
 # One node's share: torchrun and its ranks. USR1 or TERM goes to the ranks themselves, which save and leave with 75; through
-# torchrun a save would have 30 s. torchrun ignores USR1, which a scheduler may send to every process.
+# torchrun a save would have 30 s. torchrun ignores USR1, which a scheduler may send to every process. Ranks meet at the first
+# node's --local-addr, a name that all resolve; left out, it would be what the node calls itself, which may be localhost.
 train_node() {
+    local node_name={{ node_name }} status=1
     mkdir -p {{ (job.log_dir / "torchrun") | quoted }}
     (
         trap '' USR1
         exec {{ launcher }} \
             --nnodes={{ job.nodes }} --nproc-per-node={{ job.gpus_per_node }} \
-            --rdzv-backend=c10d --rdzv-id="$rendezvous_id" --rdzv-endpoint="$head_node:{{ job.port }}" \
+            --rdzv-backend=c10d --rdzv-id="$rendezvous_id" --rdzv-endpoint="$head_node:{{ job.port }}" --local-addr="$node_name" \
             --log-dir={{ (job.log_dir / "torchrun") | quoted }} --tee=3 \
             {{ worker }}
     ) &

@@ -24,11 +24,12 @@ set -u
 export {{ variable.name }}="${{ "{" }}{{ variable.name }}:-{{ variable.value }}{{ "}" }}"
 {% endfor %}
 
+{% set node_name = '"$SLURMD_NODENAME"' %}
 {% include "node.sh" %}
 
-# Nodes whose GPUs do not all answer are left out{{ " and spare ones take their place" if job.spare_nodes else "" }}.
+# Nodes whose GPUs do not all answer within a minute are left out{{ " and spare ones take their place" if job.spare_nodes else "" }}.
 bad_nodes=$(srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c \
-    '[ "$(nvidia-smi -L | grep -c "^GPU ")" -eq {{ job.gpus_per_node }} ] || echo "$SLURMD_NODENAME"' | sort | paste -sd,)
+    '[ "$(timeout 60 nvidia-smi -L | grep -c "^GPU ")" -eq {{ job.gpus_per_node }} ] || echo "$SLURMD_NODENAME"' | sort | paste -sd,)
 [ -z "$bad_nodes" ] || echo "left out, since not all {{ job.gpus_per_node }} GPUs answer: $bad_nodes; exclude them from the next job with --exclude"
 good_nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF -f <(tr , '\n' <<< "${bad_nodes:-,}" | grep .) | head -n {{ job.nodes }})
 if [ "$(wc -l <<< "$good_nodes")" -lt {{ job.nodes }} ]; then
@@ -42,13 +43,14 @@ export head_node rendezvous_id
 rm -f {{ (job.run_dir / "exit.json") | quoted }}  # what an earlier try left
 
 srun --nodes={{ job.nodes }} --ntasks={{ job.nodes }} --ntasks-per-node=1 --nodelist="$(paste -sd, <<< "$good_nodes")" \
-    --kill-on-bad-exit=0 --wait={{ job.timeout_seconds + 60 }} --label \
+    --kill-on-bad-exit=0 --wait={{ job.timeout_seconds + 60 }} --label --cpu-bind=none \
 {% if job.container %}
-    --container-image={{ job.container | quoted }} --container-workdir={{ job.workdir | quoted }} \
+    --container-image={{ job.pyxis_image | quoted }} --container-workdir={{ job.workdir | quoted }} \
     --container-mounts={{ ([job.workdir ~ ":" ~ job.workdir] + job.mounts | list) | join(",") | quoted }} \
 {% endif %}
     bash -c "$(declare -f train_node); train_node" &
 step=$!
+status=1
 trap 'kill -USR1 "$step"' USR1  # srun passes it on to every node
 while kill -0 "$step" 2> /dev/null; do
     wait "$step"
@@ -59,8 +61,10 @@ code=$(exit_code)
 echo "the run ended with ${code:-no exit.json; srun with $status}"
 case "${code:-76}" in
     75) scontrol requeue "$SLURM_JOB_ID" ;;  # stopped cleanly: the same job goes on from its checkpoint
-    74 | 76)  # storage failed or a node was lost: another try may not meet it again
-        if [ "${SLURM_RESTART_COUNT:-0}" -lt {{ job.restarts }} ]; then
+    74 | 76)  # storage failed or a node was lost: another try may not meet it again. Slurm's own count holds clean stops, too
+        failures={{ job.log_dir | string | quoted }}"/slurm-$SLURM_JOB_ID.failures"
+        echo "${code:-76}" >> "$failures"
+        if [ "$(wc -l < "$failures")" -le {{ job.restarts }} ]; then
             scontrol requeue "$SLURM_JOB_ID"
         fi
         ;;

@@ -1,0 +1,87 @@
+"""`compare`: the table of a model's forms, for people and in their model cards, and arguments that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_xy.cli import app
+from megatron_xy.errors import ConfigError, DataError, UsageError
+from megatron_xy.hf.compare import compare, rows_of, write_cards
+
+
+def row(perplexity: float, *, accuracy: float) -> dict[str, Any]:
+    """A form's measures."""
+    return {
+        "bytes_on_disk": 2_000_000,
+        "bytes_in_memory": 1_500_000,
+        "perplexity": perplexity,
+        "perplexity_by_bucket": {"128": perplexity, "1024": 2.0},
+        "perplexity_by_source": {"code": 3.0},
+        "kl": 0.0,
+        "benchmarks": {"mmlu": {"acc": accuracy, "acc_stderr": 0.1}, "mmlu_law": {"acc": 0.0}},
+    }
+
+
+def test_the_table_stands_once_in_every_model_card_however_often_it_is_written(tmp_path: Path) -> None:
+    for name in ("bf16", "int8"):
+        (tmp_path / name).mkdir()
+    card = tmp_path / "bf16" / "README.md"
+    card.write_text("---\nlibrary_name: transformers\n---\n\n# Model card\n\nA model.\n")
+    table = {f"hf:{tmp_path / 'bf16'}": row(5.0, accuracy=0.5), f"hf:{tmp_path / 'int8'}": row(5.25, accuracy=0.25)}
+    for perplexity in (9.0, 5.0):
+        first = {name: {**it, "perplexity": perplexity} for name, it in table.items()}
+        write_cards(first, data=tmp_path / "data", num_samples=4, tasks={"mmlu": "mmlu 5-shot"})
+    text = card.read_text()
+    assert text.startswith("---\nlibrary_name: transformers\n---\n\n# Model card\n\nA model.\n\n")
+    assert text.count("## Forms of this model") == 1 and "9.000" not in text
+    for line in ("| form | bf16 | int8 |", "| perplexity | 5.000 | 5.000 |", "| mmlu 5-shot acc | 0.5000 | 0.2500 |"):
+        assert line in text.splitlines()
+    assert "mmlu_law" not in text and str(tmp_path) not in text
+    assert (tmp_path / "int8" / "README.md").read_text().startswith("# Model card\n\n")
+    write_cards(
+        {name: {**it, "perplexity": 5.0} for name, it in table.items()},
+        data=tmp_path / "data",
+        num_samples=4,
+        tasks={"mmlu": "mmlu 5-shot"},
+    )
+    assert card.read_text() == text
+    assert sorted(path.name for path in card.parent.iterdir()) == ["README.md"]
+
+
+def test_people_see_a_line_a_form() -> None:
+    head, first, second = rows_of(
+        {"hf:a": row(5.0, accuracy=0.5), "hf:b": row(6.0, accuracy=0.25)}, tasks={"mmlu": "mmlu 5-shot"}
+    )
+    assert head.split("  ")[0] == "form" and head.index("bucket 128") < head.index("bucket 1024")
+    assert first.split()[:4] == ["hf:a", "2.0", "1.5", "5.000"] and second.split()[-1] == "0.2500"
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    def compared(name: str, config: str | None) -> None:
+        (tmp_path / name).mkdir()
+        if config is not None:
+            (tmp_path / name / "config.json").write_text(config)
+        compare([f"hf:{tmp_path / name}"], tmp_path, num_samples=1, ask=None, say=print)
+
+    with pytest.raises(UsageError, match="must be hf:DIR"):
+        compare([f"ckpt:{tmp_path}"], tmp_path, num_samples=1, ask=None, say=print)
+    with pytest.raises(ConfigError, match=r"has no config.json"):
+        compared("empty", None)
+    with pytest.raises(DataError, match="damaged"):
+        compared("damaged", "{")
+    with pytest.raises(DataError, match="transformers cannot open it"):
+        compared("unknown", '{"model_type": "none"}')
+    with pytest.raises(ConfigError, match="reward model"):
+        compared("reward", '{"architectures": ["LlamaForSequenceClassification"]}')
+    with pytest.raises(ConfigError, match="one of them must be the form that is not quantised"):
+        compared("int8", '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}')
+
+
+@pytest.mark.parametrize("option", [["--limit", "3"], ["--num-fewshot", "0"], ["--apply-chat-template"]])
+def test_how_benchmarks_are_put_needs_their_names(option: list[str]) -> None:
+    with pytest.raises(UsageError, match=f"{option[0]}: .*name them with --tasks"):
+        CliRunner().invoke(app, ["compare", "hf:none", "--data", "none", *option], catch_exceptions=False)
