@@ -15,7 +15,8 @@ contradicts itself, the answers are the same. Both go on where a killed run stop
 
 report takes all sheets and writes report.json, bars.png and index.html: the shares of good, same and bad grades and the
 win-and-tie rate, in all, by domain and by category, in percent with 95% intervals; how far annotators agree; the
-questions that were lost most clearly. Grades that are missing, doubled or contradictory are named (65).
+questions that were lost most clearly. Grades that are missing, doubled, contradictory or of another export are named
+(65).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from annotation import lines_of, named_file, prompt_of, response_of, shown_prompt, write_sheet
+from annotation import lines_of, named_file, pair_shown, prompt_of, response_of, shown_prompt, write_sheet
 
 from megatron_xy.data.rows import read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
@@ -209,11 +210,9 @@ def _sheet(key: Sequence[dict[str, Any]], annotator: str) -> list[dict[str, Any]
     """The questions of one annotator, blinded."""
     rows = []
     for row in key:
-        if (a := row["A"].get(annotator)) is None:
-            continue
-        b = "baseline" if a == "candidate" else "candidate"
-        asked = {"id": row["id"], "annotator": annotator, "category": row["category"], "prompt": row["prompt"]}
-        rows.append({**asked, "A": row[a]["response"], "B": row[b]["response"], "grade": None})
+        if annotator in row["A"]:
+            asked = {"id": row["id"], "annotator": annotator, "category": row["category"]}
+            rows.append({**asked, **pair_shown(row, annotator), "grade": None})
     return rows
 
 

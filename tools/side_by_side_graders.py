@@ -52,6 +52,7 @@ def grade_by_reward_model(sheet: Path, output: Path, *, model: str, tie_band: fl
         {
             "id": row["id"],
             "annotator": row["annotator"],
+            "pair": row["pair"],
             "grade": grade_of(*pair, tie_band=tie_band),
             "scores": pair,
         }
@@ -101,7 +102,8 @@ def _graded(row: dict[str, Any], *, ask: Callable[[str], str]) -> dict[str, Any]
     straight = _side(ask(QUESTION.format(prompt=prompt, a=row["A"], b=row["B"])))
     turned = _side(ask(QUESTION.format(prompt=prompt, a=row["B"], b=row["A"])))
     grade = {("A", "B"): "good", ("B", "A"): "bad"}.get((straight, turned), "same")
-    return {"id": row["id"], "annotator": row["annotator"], "grade": grade, "replies": [straight, turned]}
+    known = {name: row[name] for name in ("id", "annotator", "pair")}
+    return {**known, "grade": grade, "replies": [straight, turned]}
 
 
 def _side(reply: str) -> str:
@@ -112,7 +114,7 @@ def _side(reply: str) -> str:
 
 def _rows(sheet: Path) -> list[dict[str, Any]]:
     def parse(row: dict[str, Any]) -> dict[str, Any]:
-        if not {"id", "annotator", "prompt", "A", "B"} <= row.keys():
+        if not {"id", "annotator", "pair", "prompt", "A", "B"} <= row.keys():
             raise BadRow("is no row of a sheet that `export` wrote")
         return row
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import krippendorff
 import matplotlib
 import numpy
-from annotation import read_sheet, shown_prompt
+from annotation import pair_shown, read_sheet, shown_prompt
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -27,6 +29,9 @@ from megatron_xy.storage import write_bytes, write_json, write_text
 GRADES = ("good", "same", "bad")
 RESAMPLES = 2000
 BAR_COLOURS = dict(zip(GRADES, (COLOURS[2], "#c9ccd1", COLOURS[1]), strict=True))
+_NO_LETTER = re.compile(r"[\W\d_]")
+KEPT_LETTERS = 10_000  # a spreadsheet's cell ends after 32,767 characters
+FEWEST_LETTERS = 12  # of a text that no spreadsheet takes for a date
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "SimHei", "PingFang SC")
 
 
@@ -116,7 +121,7 @@ def read_questions(key: Path, sheets: Sequence[Path]) -> list[Question]:
     problems = []
     for path in sheets:
         try:
-            read_sheet(path, _taker(rows, given, path), columns=("id", "annotator", "grade"))
+            read_sheet(path, _taker(rows, given, path), columns=("id", "annotator", "pair", "grade"))
         except DataError as error:
             problems.append(str(error))
     for annotator in sorted({name for row in rows.values() for name in row["A"]}):
@@ -235,6 +240,12 @@ def _taker(
             raise BadRow(f"id ({number[:20]}) is none of the key's")
         if annotator not in rows[number]["A"]:
             raise BadRow(f"annotator ({annotator[:20]}) was not asked question {number}")
+        shown = pair_shown(rows[number], annotator)
+        if str(row.get("pair") or "").strip() != shown["pair"]:
+            raise BadRow(f"pair of {number} is not the key's: the grade is of another export; name that one's key")
+        is_kept = _is_kept_by_spreadsheet if path.suffix == ".csv" else operator.eq
+        if edited := [name for name in ("prompt", "A", "B") if name in row and not is_kept(row[name], shown[name])]:
+            raise BadRow(f"{' and '.join(edited)} of {number} is not what was exported; take the sheet as it was")
         if grade not in GRADES:
             raise BadRow(f"grade ({grade[:20]}) must be one of {', '.join(GRADES)}")
         if (number, annotator) in given:
@@ -244,6 +255,12 @@ def _taker(
         given[number, annotator] = grade, path
 
     return take
+
+
+def _is_kept_by_spreadsheet(given: str | None, text: Any) -> bool:
+    """Whether a cell still says this, as far as it can: a spreadsheet changes numbers and dates and cuts long texts."""
+    letters, told = (_NO_LETTER.sub("", it)[:KEPT_LETTERS] for it in (shown_prompt(text), given or ""))
+    return len(letters) < FEWEST_LETTERS or letters == told
 
 
 def _key_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -99,7 +100,7 @@ def test_each_question_goes_to_three_annotators_who_do_not_see_which_model_said_
         asked = {name for name, rows in sheets.items() if row["id"] in {other["id"] for other in rows}}
         assert asked == set(row["A"]) and len(asked) == 3
     for name, rows in sheets.items():
-        assert list(rows[0]) == ["id", "annotator", "category", "prompt", "A", "B", "grade"]
+        assert list(rows[0]) == ["id", "annotator", "category", "pair", "prompt", "A", "B", "grade"]
         assert 0.25 < sum(row["A"].startswith("new") for row in rows) / 60 < 0.75, "places are drawn"
         assert [row["id"] for row in rows] != sorted(row["id"] for row in rows), "everyone has an order of their own"
         with (out / f"{name}.csv").open(encoding="utf-8-sig", newline="") as stream:
@@ -222,6 +223,40 @@ def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> N
     told = problem_of(*sheets).splitlines()
     assert "grade (better) must be one of good, same, bad" in told[0]
     assert "annotator (4) was not asked" in told[1] and "id (9) is none of the key's" in told[2]
+
+
+def test_grades_of_another_export_or_of_an_edited_sheet_are_named(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "数学")] * 4)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    names = ["1", "2", "3"]
+    export_pairs(files, tmp_path / "other", kinds={}, annotators=names, per_question=3, seed=1)
+    everything = {f"q{number:06d}": "good" for number in range(1, 5)}
+    sheets = [graded(out, name, everything) for name in names]
+    foreign = graded(tmp_path / "other", "3", everything)
+    key = out / "key.jsonl"
+
+    def problems_of(sheet: Path) -> str:
+        with pytest.raises(DataError) as caught:
+            read_questions(key, [*sheets[:2], sheet])
+        return str(caught.value)
+
+    assert f"{foreign}:2: pair of q" in problems_of(foreign) and "of another export" in problems_of(foreign)
+    rows = rows_of(sheets[2])
+    saved = [{name: row[name] for name in ("id", "annotator", "pair", "grade")} for row in rows]  # as the page does
+    assert len(read_questions(key, [*sheets[:2], write_rows(tmp_path / "saved.jsonl", saved)])) == 4
+    edited = write_rows(tmp_path / "edited.jsonl", [*rows[:2], {**rows[2], "A": rows[2]["A"] + "!"}, rows[3]])
+    assert f"{edited}:3: A of {rows[2]['id']} is not what was exported" in problems_of(edited)
+    text = (out / "3.csv").read_text(encoding="utf-8-sig").replace("<b> to", "<b>to")  # as some spreadsheet has it
+    for row in rows:
+        text = re.sub(rf"^({row['id']},.*,)$", rf"\g<1>{row['grade']}", text, flags=re.MULTILINE)
+    table = tmp_path / "3.csv"
+    for encoding in ("utf-8-sig", "gb18030"):
+        table.write_text(text, encoding=encoding)
+        assert len(read_questions(key, [*sheets[:2], table])) == 4
+    lines = text.splitlines(keepends=True)
+    swapped = lines[2].replace("new says", "NEW says")
+    table.write_text("".join([*lines[:2], swapped, *lines[3:]]), encoding="utf-8")
+    assert f"{table}:3: " in problems_of(table) and "is not what was exported" in problems_of(table)
 
 
 def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(tmp_path: Path) -> None:
