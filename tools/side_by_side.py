@@ -7,7 +7,8 @@
 export takes what `megatron-xy generate` wrote, the model to be judged first, then the one it is measured against;
 domain and category come from the file of prompts. Every question goes to three annotators (or N), who each get a sheet,
 NAME.jsonl and NAME.csv, and NAME.html, a page to grade on that needs nothing else. Which model said what is in
-key.jsonl alone: the places are drawn for each annotator. A grade says what A is beside B: good, same or bad.
+key.jsonl alone: the places are drawn for each annotator. A grade says what A is beside B: good, same or bad. Nothing
+is overwritten: a folder that holds anything but this very export is refused (78).
 
 grade fills in a sheet by machine: by a reward model, whose scores at most --tie-band apart are the same, or by a
 language model behind an OpenAI-compatible endpoint (--endpoint URL --model NAME), asked in both orders; where it
@@ -28,6 +29,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,21 @@ from annotation import lines_of, named_file, pair_shown, prompt_of, response_of,
 
 from megatron_xy.data.rows import read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
-from megatron_xy.storage import write_text
+from megatron_xy.storage import TEMPORARY_PREFIX, write_text
 
 KEY = "key"
 UNNAMED = "unnamed"  # the domain or category of prompts that name none
 PAGE = Path(__file__).with_name("side_by_side_page.html")
 SHOWN_PROMPTS = 5
+SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, or found: was_there says that nothing was missing."""
+
+    questions: int
+    was_there: bool
 
 
 def main() -> int:
@@ -84,7 +95,7 @@ def _carry_out(options: argparse.Namespace) -> list[str]:
     if options.verb == "export":
         files = [named_file(text) for text in options.answers]
         kinds = {} if options.prompts is None else kinds_in(options.prompts)
-        count = export_pairs(
+        written = export_pairs(
             files,
             options.output,
             kinds=kinds,
@@ -92,10 +103,7 @@ def _carry_out(options: argparse.Namespace) -> list[str]:
             per_question=options.annotators_a_question,
             seed=options.seed,
         )
-        names = ", ".join(options.annotators)
-        return [
-            f"wrote {count:,} questions to {options.output}: a jsonl, csv and html file each for {names}; key.jsonl"
-        ]
+        return _told(written, options)
     if options.verb == "grade":
         from side_by_side_graders import grade_by_endpoint, grade_by_reward_model
 
@@ -119,6 +127,16 @@ def _carry_out(options: argparse.Namespace) -> list[str]:
     return write_report(options.key, options.grades, options.output, num_losses=options.losses)
 
 
+def _told(written: Exported, options: argparse.Namespace) -> list[str]:
+    names = ", ".join(options.annotators)
+    if written.was_there:
+        return [f"{options.output} holds these {written.questions:,} questions already; it stays as it is"]
+    return [
+        f"wrote {written.questions:,} questions to {options.output}: a jsonl, csv and html file each for {names}; "
+        "key.jsonl"
+    ]
+
+
 def kinds_in(prompts: Path) -> dict[str, tuple[str, str]]:
     """{prompt as JSON: (domain, category)} of rows with prompt. Raises ConfigError or DataError."""
 
@@ -136,10 +154,11 @@ def export_pairs(
     annotators: Sequence[str],
     per_question: int,
     seed: int,
-) -> int:
-    """Writes key, sheets and pages of (model, file of answers), two of them; returns the number of questions.
+) -> Exported:
+    """Writes key, sheets and pages of (model, file of answers), two of them; of the very same export what is missing.
 
-    Raises ConfigError for annotators that do not do, DataError where the files do not answer the same prompts.
+    Raises ConfigError for annotators that do not do and a folder that holds something else, DataError where the files
+    do not answer the same prompts.
     """
     _check(annotators, per_question=per_question)
     (candidate, candidate_answers), (baseline, baseline_answers) = (
@@ -168,14 +187,30 @@ def export_pairs(
                 "A": {name: chance.choice(("candidate", "baseline")) for name in asked},
             }
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in annotators:
+    if not _has_key(folder, lines_of(key)):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"{KEY}.jsonl", lines_of(key))  # first: by it the same export is known
+    missing = [name for name in annotators if not (folder / f"{name}.html").exists()]
+    for name in missing:
         rows = _sheet(key, name)
         random.Random(f"{seed}/{name}").shuffle(rows)
         write_sheet(folder, name, rows)
-        write_text(folder / f"{name}.html", page_of(rows, annotator=name))
-    write_text(folder / f"{KEY}.jsonl", lines_of(key))
-    return len(key)
+        write_text(folder / f"{name}.html", page_of(rows, annotator=name))  # last: where it lies, the sheets do
+    return Exported(len(key), was_there=not missing)
+
+
+def _has_key(folder: Path, text: str) -> bool:
+    """Whether this very export has begun there. Raises ConfigError for a folder that holds anything else."""
+    key = folder / f"{KEY}.jsonl"
+    if key.is_file() and key.read_bytes() == text.encode():
+        return True
+    there = sorted(path.name for path in folder.glob("*") if not path.name.startswith(TEMPORARY_PREFIX))
+    if there:
+        raise ConfigError(
+            f"--output ({folder}) holds something else than this export, such as {', '.join(there[:SHOWN_NAMES])}, and "
+            "nothing is overwritten, which may be graded; name another folder, or remove this one"
+        )
+    return False
 
 
 def _check(annotators: Sequence[str], *, per_question: int) -> None:

@@ -74,7 +74,8 @@ def exported(folder: Path, kinds: list[tuple[str, str]], *, annotators: tuple[st
         write_rows(folder / f"{model}.jsonl", answers)
     files = [(model, folder / f"{model}.jsonl") for model in ("new", "old")]
     found = kinds_in(write_rows(folder / "prompts.jsonl", named))
-    assert export_pairs(files, folder / "out", kinds=found, annotators=annotators, per_question=3, seed=0) == len(kinds)
+    written = export_pairs(files, folder / "out", kinds=found, annotators=annotators, per_question=3, seed=0)
+    assert written.questions == len(kinds) and not written.was_there
     return folder / "out"
 
 
@@ -107,8 +108,33 @@ def test_each_question_goes_to_three_annotators_who_do_not_see_which_model_said_
             table = list(csv.DictReader(stream))
         assert [row["A"] for row in table] == [row["A"] for row in rows] and table[0]["grade"] == ""
     before = (out / "anna.html").read_text(encoding="utf-8")
+    shutil.rmtree(out)
     exported(tmp_path, [("general", "数学")] * 80, annotators=("anna", "bo", "chen", "dora"))
     assert (out / "anna.html").read_text(encoding="utf-8") == before, "the seed settles everything"
+
+
+def test_nothing_is_overwritten_but_the_same_export_finds_itself(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "chat")] * 4)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+
+    def export(seed: int, folder: Path = out) -> Any:
+        found = kinds_in(tmp_path / "prompts.jsonl")
+        return export_pairs(files, folder, kinds=found, annotators=["1", "2", "3"], per_question=3, seed=seed)
+
+    everything = {f"q{number:06d}": "good" for number in range(1, 5)}
+    graded(out, "1", everything).replace(out / "1.jsonl")  # filled in where it lies
+    (out / "2.html").unlink()  # as after a kill
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert not export(0).was_there and (out / "2.html").exists()
+    assert export(0).was_there
+    with pytest.raises(ConfigError, match=r"holds something else than this export, such as 1.csv, 1.html, 1.jsonl"):
+        export(1)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    other = tmp_path / "notes"
+    other.mkdir()
+    (other / "diary.txt").write_text("dear")
+    with pytest.raises(ConfigError, match=r"diary.txt"):
+        export(0, other)
 
 
 def test_models_that_answer_different_prompts_make_no_pairs(tmp_path: Path) -> None:
