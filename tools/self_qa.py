@@ -197,6 +197,8 @@ def answer_fault(answer: str, text: str, *, has_ended: bool) -> str | None:
     """Why an answer is pruned; None where it stays."""
     if not has_ended:
         return "cut"
+    if not answer:
+        return "empty"
     if _KNOWS_NOT.search(answer):
         return "says that the text does not tell"
     return _fault(answer, text, lengths=ANSWER_LENGTH)
@@ -262,8 +264,7 @@ def _by_generate(model: str, options: list[str], prompts: Path, output: Path, mo
         command = [sys.executable, "-m", "megatron_xy", "generate", model, *files, *limits, *options]
         if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)  # it has said what is wrong
-    rows = read_rows(output, option="answers", parse=lambda row: (str(row["response"]), row["finish_reason"] == "stop"))
-    return [row.value for row in rows]
+    return _answers_in(output)
 
 
 def _by_endpoint(endpoint: ChatEndpoint, prompts: Path, output: Path, most_tokens: int) -> list[Answer]:
@@ -276,7 +277,9 @@ def _by_endpoint(endpoint: ChatEndpoint, prompts: Path, output: Path, most_token
         try:
             for number, text in enumerate(texts):
                 if number not in done:
-                    writer.add(number, {"response": endpoint.ask(text, max_tokens=most_tokens)})
+                    reply = endpoint.ask(text, max_tokens=most_tokens)
+                    reason = "stop" if reply.has_ended else "length"
+                    writer.add(number, {"response": reply.text, "finish_reason": reason})
                     _say(f"  {output.stem}: {number + 1:,} of {len(texts):,}")
         finally:
             writer.close()
@@ -285,8 +288,12 @@ def _by_endpoint(endpoint: ChatEndpoint, prompts: Path, output: Path, most_token
     if not _is_made_with(output, facts):
         write_json(_facts_of(output), facts)
         results.complete(facts, wanted=len(texts), what=output.stem, work=work, say=_say)
-    rows = read_rows(output, option="answers", parse=lambda row: str(row["response"]))
-    return [(row.value, True) for row in rows]
+    return _answers_in(output)
+
+
+def _answers_in(output: Path) -> list[Answer]:
+    rows = read_rows(output, option="answers", parse=lambda row: (str(row["response"]), row["finish_reason"] == "stop"))
+    return [row.value for row in rows]
 
 
 def _say(text: str) -> None:

@@ -85,7 +85,7 @@ def grade_by_endpoint(sheet: Path, output: Path, *, url: str, model: str | None,
         try:
             for number, row in enumerate(rows):
                 if number not in done:
-                    writer.add(number, _graded(row, ask=lambda text: endpoint.ask(text, max_tokens=8)))
+                    writer.add(number, _graded(row, ask=lambda text: endpoint.ask(text, max_tokens=8).text))
                     print(f"  {number + 1:,} of {len(rows):,} graded", file=sys.stderr, flush=True)
         finally:
             writer.close()
