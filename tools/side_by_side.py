@@ -12,7 +12,8 @@ is overwritten: a folder that holds anything but this very export is refused (78
 
 grade fills in a sheet by machine: by a reward model, whose scores at most --tie-band apart are the same, or by a
 language model behind an OpenAI-compatible endpoint (--endpoint URL --model NAME), asked in both orders; where it
-contradicts itself, the answers are the same. Both go on where a killed run stopped.
+contradicts itself, the answers are the same. Replies that say neither A, B nor same are counted and kept; where more
+than 5% of the questions have one, these stay without a grade (65). Both go on where a killed run stopped.
 
 report takes all sheets and writes report.json, bars.png and index.html: the shares of good, same and bad grades and the
 win-and-tie rate, in all, by domain and by category, in percent with 95% intervals; how far annotators agree; the
@@ -75,6 +76,7 @@ def main() -> int:
     grade.add_argument("--tie-band", type=float, default=0.0, help="scores that far apart are the same")
     grade.add_argument("--model", metavar="NAME", help="of the endpoint")
     grade.add_argument("--key-variable", default="OPENAI_API_KEY", help="the environment variable with its key, if any")
+    grade.add_argument("--most-tokens", type=int, default=1024, help="of the endpoint's reply, reasoning included")
     report = verbs.add_parser("report")
     report.add_argument("--key", type=Path, required=True)
     report.add_argument("--grades", type=Path, nargs="+", required=True, metavar="FILE")
@@ -111,15 +113,15 @@ def _carry_out(options: argparse.Namespace) -> list[str]:
             count = grade_by_reward_model(
                 options.sheet, options.output, model=options.reward_model, tie_band=options.tie_band
             )
-        else:
-            count = grade_by_endpoint(
-                options.sheet,
-                options.output,
-                url=options.endpoint,
-                model=options.model,
-                key_variable=options.key_variable,
-            )
-        return [f"wrote {options.output}: {count:,} grades"]
+            return [f"wrote {options.output}: {count:,} grades"]
+        return grade_by_endpoint(
+            options.sheet,
+            options.output,
+            url=options.endpoint,
+            model=options.model,
+            key_variable=options.key_variable,
+            most_tokens=options.most_tokens,
+        )
     if find_spec("krippendorff") is None:
         raise ConfigError("report needs krippendorff, which comes with the extra: pip install 'megatron-xy[judge]'")
     from side_by_side_report import write_report

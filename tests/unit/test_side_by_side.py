@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from side_by_side import export_pairs, kinds_in
 from side_by_side_graders import grade_by_endpoint, grade_of
 from side_by_side_report import alpha, read_questions, sharpest_losses, write_report
+from side_by_side_verdict import verdict_of
 
 # Good, same and bad of 70B-Chat after PPO against before, in percent, as the report of XuanYuan2-70B has them, with
 # counts that round to them; a domain's total is published apart from its categories and does not follow from them.
@@ -295,8 +296,9 @@ def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(t
         return "A" if text.index("new says") < text.index("old says") else " **b**"
 
     with endpoint(prefers_new_but_for_question_1) as (url, asked):
-        arguments = {"url": url, "model": "judge", "key_variable": "NO_SUCH_KEY"}
-        assert grade_by_endpoint(out / "1.jsonl", out / "graded.jsonl", **arguments) == 4
+        arguments = {"url": url, "model": "judge", "key_variable": "NO_SUCH_KEY", "most_tokens": 64}
+        told = grade_by_endpoint(out / "1.jsonl", out / "graded.jsonl", **arguments)
+        assert told == [f"wrote {out / 'graded.jsonl'}: 4 grades"]
     assert len(asked) == 8
     for row in rows_of(out / "graded.jsonl"):
         is_new = key[row["id"]]["A"]["1"] == "candidate"
@@ -304,6 +306,44 @@ def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(t
         assert row["grade"] == expected
     with pytest.raises(StorageError, match="gave no answer"):
         grade_by_endpoint(out / "1.jsonl", out / "later.jsonl", **arguments)
+
+
+def test_unreadable_replies_are_few_ties_that_are_told_or_no_grades_at_all(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "chat")] * 40)
+    arguments: dict[str, Any] = {"model": "judge", "key_variable": "NO_SUCH_KEY", "most_tokens": 64}
+
+    def judge(text: str) -> str:
+        number = int(text.split("question ")[1].split("\n")[0])
+        return "I cannot judge this." if number in unclear else "<think>B is better?</think>Answer: A"
+
+    with endpoint(judge) as (url, _):
+        unclear = {7, 8}
+        told = grade_by_endpoint(out / "1.jsonl", out / "few.jsonl", url=url, **arguments)
+        assert "of 40 questions 2 have a reply that says neither" in told[1] and "counted as same" in told[1]
+        unclear = {7, 8, 9}
+        with pytest.raises(DataError, match=r"of 40 questions 3 have a reply .*more than 5%"):
+            grade_by_endpoint(out / "1.jsonl", out / "many.jsonl", url=url, **arguments)
+    assert {row["grade"] for row in rows_of(out / "few.jsonl")} == {"same"}
+    without = [row for row in rows_of(out / "many.jsonl") if row["grade"] is None]
+    assert len(without) == 3 and without[0]["replies"] == ["I cannot judge this."] * 2
+    assert without[0]["verdicts"] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("A", "A"), (" **b**", "B"), ("[[A]]", "A"), ("same.", "same"), ("A is better", "A"), ("Answer: B", "B"),
+        ("**Answer:** B", "B"), ("The better answer is A.", "A"), ("Answer B is clearly better as it is short", "B"),
+        ("<think>\nA is better? No.\nAnswer: A\n</think>\n\nB", "B"), ("A. It answers the question.", "A"),
+        ("B, because A is wrong", "B"), ("Both are right.\n\nVerdict: tie", "same"), ("They are equally good.", "same"),
+        ("Neither A nor B is better.", "same"), ("I prefer B", "B"), ("答案\uff1aB", "B"), ("A更好\u3002", "A"),
+        ("B does not answer, so A is better.", "A"), ("Answer A: short. Answer B: long.\nWinner: B", "B"),
+        ("", None), ("<think>A is better", None), ("A good question. I cannot say.", None), ("Maybe", None),
+        ("A is better in tone, B is better in facts.", None), ("I do not think A is better", None), ("C", None),
+    ],
+)  # fmt: skip
+def test_a_reply_says_which_answer_it_prefers_or_is_unreadable(reply: str, verdict: str | None) -> None:
+    assert verdict_of(reply) == verdict
 
 
 class Browser:
