@@ -50,10 +50,14 @@ SHOWN_NAMES = 3
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, or found: was_there says that nothing was missing."""
+    """What an export wrote, or found: was_there says that nothing was missing.
+
+    idle: the annotators who get no question, and no sheet.
+    """
 
     questions: int
     was_there: bool
+    idle: list[str]
 
 
 def main() -> int:
@@ -130,13 +134,16 @@ def _carry_out(options: argparse.Namespace) -> list[str]:
 
 
 def _told(written: Exported, options: argparse.Namespace) -> list[str]:
-    names = ", ".join(options.annotators)
     if written.was_there:
         return [f"{options.output} holds these {written.questions:,} questions already; it stays as it is"]
-    return [
+    names = ", ".join(name for name in options.annotators if name not in written.idle)
+    lines = [
         f"wrote {written.questions:,} questions to {options.output}: a jsonl, csv and html file each for {names}; "
         "key.jsonl"
     ]
+    if written.idle:
+        lines.append(f"there are too few questions for annotators {', '.join(written.idle)}: they get none")
+    return lines
 
 
 def kinds_in(prompts: Path) -> dict[str, tuple[str, str]]:
@@ -192,13 +199,14 @@ def export_pairs(
     if not _has_key(folder, lines_of(key)):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{KEY}.jsonl", lines_of(key))  # first: by it the same export is known
-    missing = [name for name in annotators if not (folder / f"{name}.html").exists()]
+    busy = [name for name in annotators if any(name in row["A"] for row in key)]
+    missing = [name for name in busy if not (folder / f"{name}.html").exists()]
     for name in missing:
         rows = _sheet(key, name)
         random.Random(f"{seed}/{name}").shuffle(rows)
         write_sheet(folder, name, rows)
         write_text(folder / f"{name}.html", page_of(rows, annotator=name))  # last: where it lies, the sheets do
-    return Exported(len(key), was_there=not missing)
+    return Exported(len(key), was_there=not missing, idle=[name for name in annotators if name not in busy])
 
 
 def _has_key(folder: Path, text: str) -> bool:

@@ -114,6 +114,16 @@ def test_each_question_goes_to_three_annotators_who_do_not_see_which_model_said_
     assert (out / "anna.html").read_text(encoding="utf-8") == before, "the seed settles everything"
 
 
+def test_annotators_for_whom_there_are_too_few_questions_get_no_sheet(tmp_path: Path) -> None:
+    exported(tmp_path, [("general", "chat")] * 2)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    out = tmp_path / "few"
+    assert export_pairs(files, out, kinds={}, annotators=["1", "2", "3"], per_question=1, seed=0).idle == ["3"]
+    assert not list(out.glob("3.*"))
+    sheets = [graded(out, name, dict.fromkeys(("q000001", "q000002"), "good")) for name in "12"]
+    assert len(read_questions(out / "key.jsonl", sheets)) == 2
+
+
 def test_nothing_is_overwritten_but_the_same_export_finds_itself(tmp_path: Path) -> None:
     out = exported(tmp_path, [("general", "chat")] * 4)
     files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
