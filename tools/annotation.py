@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import write_text
+from megatron_xy.storage import storage_errors, write_text
 
 
 def named_file(text: str) -> tuple[str, Path]:
@@ -62,6 +62,14 @@ def pair_shown(row: dict[str, Any], annotator: str) -> dict[str, Any]:
 def lines_of(rows: Iterable[dict[str, Any]]) -> str:
     """The text of a jsonl file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes --output. Raises ConfigError where it is a file, StorageError where it cannot be made."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output ({folder}) is a file; name a folder")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_sheet(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from annotation import lines_of
+from annotation import lines_of, make_folder
 from chat_endpoint import ChatEndpoint, endpoint_of
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +40,7 @@ from megatron_xy.data.rows import read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.reward.split import clusters_of
-from megatron_xy.storage import file_sha256, storage_errors, write_json, write_text
+from megatron_xy.storage import file_sha256, write_json, write_text
 
 ASK = {
     "zh": "阅读下面的文字, 提出{count}个问题。每个问题都要能脱离这段文字单独理解, 不要提到这段文字。"
@@ -130,8 +130,7 @@ def self_qa(options: argparse.Namespace) -> dict[str, dict[str, int]]:
             raise ConfigError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be 1 or more")
     model = model_of(options)
     folder: Path = options.output
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     read = read_documents(options.documents, text_field=options.text_field, source_field=options.source_field)
     documents = [(document, _start_of(document.text, most=options.most_characters)) for document in read]
     if not documents:

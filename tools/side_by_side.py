@@ -35,7 +35,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from annotation import lines_of, named_file, pair_shown, prompt_of, response_of, shown_prompt, write_sheet
+from annotation import lines_of, make_folder, named_file, pair_shown, prompt_of, response_of, shown_prompt, write_sheet
 
 from megatron_xy.data.rows import read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
@@ -197,7 +197,7 @@ def export_pairs(
             }
         )
     if not _has_key(folder, lines_of(key)):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_text(folder / f"{KEY}.jsonl", lines_of(key))  # first: by it the same export is known
     busy = [name for name in annotators if any(name in row["A"] for row in key)]
     missing = [name for name in busy if not (folder / f"{name}.html").exists()]

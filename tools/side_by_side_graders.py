@@ -41,6 +41,8 @@ def grade_by_reward_model(sheet: Path, output: Path, *, model: str, tie_band: fl
     """
     if tie_band < 0:
         raise ConfigError(f"--tie-band ({tie_band}): must not be below 0")
+    if output.is_dir():
+        raise ConfigError(f"--output ({output}) is a folder; name a file")
     rows = _rows(sheet)
     answers, scores = (output.with_name(f"{output.name}.{what}.jsonl") for what in ("answers", "scores"))
     said = [(row["prompt"], row[side]) for row in rows for side in "AB"]

@@ -14,7 +14,7 @@ from typing import Any
 import krippendorff
 import matplotlib
 import numpy
-from annotation import pair_shown, read_sheet, shown_prompt
+from annotation import make_folder, pair_shown, read_sheet, shown_prompt
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -86,7 +86,7 @@ def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses:
     first = questions[0].row
     models = {side: first[side]["model"] for side in ("candidate", "baseline")}
     lost = sharpest_losses(questions, most=num_losses)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     found = {
         **models,
         "krippendorff_alpha": agreement,

@@ -149,5 +149,5 @@ def test_wrong_options_and_full_disks_are_errors(folder: Path) -> None:
     files = [("small", folder / "small.jsonl")]
     with pytest.raises(ConfigError, match=r"--pairs-per-prompt \(-1\) must be 1 or more"):
         preferences.export_pairs(files, folder / "new", sources={}, per_prompt=-1, seed=0)
-    with pytest.raises(StorageError, match=r"small.jsonl cannot be written"):
-        preferences.export_pairs(files, folder / "small.jsonl", sources={}, per_prompt=1, seed=0)
+    with pytest.raises(StorageError, match=r"below cannot be written"):
+        preferences.export_pairs(files, folder / "small.jsonl" / "below", sources={}, per_prompt=1, seed=0)

@@ -23,7 +23,7 @@ from tests.unit.chat_server import endpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from side_by_side import export_pairs, kinds_in
-from side_by_side_graders import grade_by_endpoint, grade_of
+from side_by_side_graders import grade_by_endpoint, grade_by_reward_model, grade_of
 from side_by_side_report import alpha, read_questions, sharpest_losses, write_report
 from side_by_side_verdict import verdict_of
 
@@ -122,6 +122,20 @@ def test_annotators_for_whom_there_are_too_few_questions_get_no_sheet(tmp_path: 
     assert not list(out.glob("3.*"))
     sheets = [graded(out, name, dict.fromkeys(("q000001", "q000002"), "good")) for name in "12"]
     assert len(read_questions(out / "key.jsonl", sheets)) == 2
+
+
+def test_an_output_that_is_a_file_or_lies_below_one_is_refused(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "chat")] * 2)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    a_file = tmp_path / "new.jsonl"
+    for folder, error in ((a_file, ConfigError), (a_file / "below", StorageError)):
+        with pytest.raises(error, match=r"new\.jsonl"):
+            export_pairs(files, folder, kinds={}, annotators=["1"], per_question=1, seed=0)
+    sheets = [graded(out, name, dict.fromkeys(("q000001", "q000002"), "good")) for name in "123"]
+    with pytest.raises(ConfigError, match="is a file; name a folder"):
+        write_report(out / "key.jsonl", sheets, a_file, num_losses=1)
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
+        grade_by_reward_model(out / "1.jsonl", tmp_path, model="ckpt:none", tie_band=0)
 
 
 def test_nothing_is_overwritten_but_the_same_export_finds_itself(tmp_path: Path) -> None:
