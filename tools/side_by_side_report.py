@@ -118,15 +118,17 @@ def read_questions(key: Path, sheets: Sequence[Path]) -> list[Question]:
     """
     rows = {row.value["id"]: row.value for row in read_rows(key, option="--key", parse=_key_row)}
     given: dict[tuple[str, str], tuple[str, Path]] = {}
+    faulty: set[tuple[str, str]] = set()  # graded, but not so that it counts
     problems = []
     for path in sheets:
         try:
-            read_sheet(path, _taker(rows, given, path), columns=("id", "annotator", "pair", "grade"))
+            read_sheet(path, _taker(rows, given, faulty, path), columns=("id", "annotator", "pair", "grade"))
         except DataError as error:
             problems.append(str(error))
     for annotator in sorted({name for row in rows.values() for name in row["A"]}):
-        missing = [number for number, row in rows.items() if annotator in row["A"] and (number, annotator) not in given]
-        if missing and not problems:
+        asked = [(number, annotator) for number, row in rows.items() if annotator in row["A"]]
+        missing = [pair[0] for pair in asked if pair not in given and pair not in faulty]
+        if missing:
             shown = ", ".join(missing[:SHOWN_PROBLEMS]) + (", ..." if len(missing) > SHOWN_PROBLEMS else "")
             problems.append(f"{len(missing):,} grades of annotator {annotator} are missing: {shown}")
     if problems:
@@ -227,21 +229,25 @@ def draw_bars(standings: dict[tuple[str, str], Standing]) -> bytes:
 
 
 def _taker(
-    rows: dict[str, dict[str, Any]], given: dict[tuple[str, str], tuple[str, Path]], path: Path
+    rows: dict[str, dict[str, Any]],
+    given: dict[tuple[str, str], tuple[str, Path]],
+    faulty: set[tuple[str, str]],
+    path: Path,
 ) -> Callable[[dict[str, Any]], None]:
-    """What notes the grade of a sheet's row in `given`, with the sheet that it stands in."""
+    """What notes the grade of a sheet's row in `given`, with the sheet that it stands in, or in `faulty`."""
 
     def take(row: dict[str, Any]) -> None:
-        number, annotator = str(row.get("id", "")).strip(), str(row.get("annotator", "")).strip()
+        number, annotator, pair = (str(row.get(name) or "").strip() for name in ("id", "annotator", "pair"))
         grade = str(row.get("grade") or "").strip().lower()
         if not grade:
             return
+        faulty.add((number, annotator))
         if number not in rows:
             raise BadRow(f"id ({number[:20]}) is none of the key's")
         if annotator not in rows[number]["A"]:
             raise BadRow(f"annotator ({annotator[:20]}) was not asked question {number}")
         shown = pair_shown(rows[number], annotator)
-        if str(row.get("pair") or "").strip() != shown["pair"]:
+        if pair != shown["pair"]:
             raise BadRow(f"pair of {number} is not the key's: the grade is of another export; name that one's key")
         is_kept = _is_kept_by_spreadsheet if path.suffix == ".csv" else operator.eq
         if edited := [name for name in ("prompt", "A", "B") if name in row and not is_kept(row[name], shown[name])]:

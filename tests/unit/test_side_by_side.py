@@ -261,7 +261,11 @@ def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> N
         assert not (tmp_path / "report").exists()
         return str(caught.value)
 
-    assert problem_of(*sheets[:2]) == "4 grades of annotator 3 are missing: q000001, q000002, q000003, q000004"
+    ids = "q000001, q000002, q000003, q000004"
+    assert problem_of(*sheets[:2]) == f"4 grades of annotator 3 are missing: {ids}"
+    told = problem_of(sheets[0], sheets[0]).splitlines()
+    assert f"annotator 1 has graded {rows_of(sheets[0])[0]['id']}" in told[0], "with what else is wrong"
+    assert told[-2:] == [f"4 grades of annotator {name} are missing: {ids}" for name in "23"]
     write_rows(sheets[2], [{**row, "grade": None if row["id"] == "q000002" else row["grade"]} for row in rows])
     assert problem_of(*sheets) == "1 grades of annotator 3 are missing: q000002"
     write_rows(sheets[2], [*rows, rows[0]])
@@ -272,6 +276,7 @@ def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> N
     assert f"but {rows[1]['grade']} before in {sheets[2]}" in problem_of(*sheets, again)
     write_rows(sheets[2], [{**rows[0], "grade": "better"}, {**rows[1], "annotator": "4"}, {**rows[2], "id": "9"}])
     told = problem_of(*sheets).splitlines()
+    assert told[-1] == f"3 grades of annotator 3 are missing: {', '.join(sorted(row['id'] for row in rows[1:]))}"
     assert "grade (better) must be one of good, same, bad" in told[0]
     assert "annotator (4) was not asked" in told[1] and "id (9) is none of the key's" in told[2]
 
