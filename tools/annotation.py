@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.storage import storage_errors, write_text
 
 
 def named_file(text: str) -> tuple[str, Path]:
-    """(model, path) of an option MODEL=FILE. Raises ConfigError."""
+    """(model, path) of an option MODEL=FILE. Raises UsageError."""
     name, separator, path = text.partition("=")
     if not (separator and name and path):
-        raise ConfigError(f"--answers ({text}): must be MODEL=FILE, such as small=runs/answers.jsonl")
+        raise UsageError(f"--answers ({text}): must be MODEL=FILE, such as small=runs/answers.jsonl")
     return name, Path(path)
 
 

@@ -9,7 +9,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.errors import DataError, StorageError, UsageError
 
 SECONDS = 120
 CUT = ("length", "content_filter")  # the finish reasons of answers that did not come to their end
@@ -64,9 +64,9 @@ def _reply(choice: dict[str, Any]) -> Reply:
 
 
 def endpoint_of(url: str, model: str | None, *, key_variable: str) -> ChatEndpoint:
-    """What the options name. Raises ConfigError."""
+    """What the options name. Raises UsageError."""
     if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--endpoint ({url}) must begin with http:// or https://, such as http://localhost:8000/v1")
+        raise UsageError(f"--endpoint ({url}) must begin with http:// or https://, such as http://localhost:8000/v1")
     if model is None:
-        raise ConfigError("--endpoint goes with --model NAME, the model that is to be asked there")
+        raise UsageError("--endpoint goes with --model NAME, the model that is to be asked there")
     return ChatEndpoint(url, model, key_variable)

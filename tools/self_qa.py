@@ -37,7 +37,7 @@ from rich.table import Table
 from megatron_xy.data.documents import Document
 from megatron_xy.data.inputs import read_documents
 from megatron_xy.data.rows import read_rows
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.reward.split import clusters_of
 from megatron_xy.storage import file_sha256, write_json, write_text
@@ -96,7 +96,7 @@ class Asked:
 
 
 def main() -> int:
-    """The exit code: 0, 65 (bad documents; nothing is left), 74 (nothing can be written) or 78 (wrong options)."""
+    """The exit code: 0, 2 (wrong options), 65 (bad documents; none left), 74 (no storage) or 78 (no such path)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", nargs="+", required=True, metavar="PATH")
     parser.add_argument("--text-field", default="text")
@@ -127,7 +127,7 @@ def self_qa(options: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Writes rows, what was pruned and the report: {questions or answers: {kept or reason: number}}."""
     for name in ("questions", "most_characters", "most_tokens"):
         if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be 1 or more")
+            raise UsageError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be 1 or more")
     model = model_of(options)
     folder: Path = options.output
     make_folder(folder)
@@ -167,12 +167,12 @@ def self_qa(options: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 
 def model_of(options: argparse.Namespace) -> Model:
-    """What answers prompts: our own model, or one behind an endpoint. Raises ConfigError."""
+    """What answers prompts: our own model, or one behind an endpoint. Raises UsageError."""
     if options.endpoint is not None:
         endpoint = endpoint_of(options.endpoint, options.model, key_variable=options.key_variable)
         return lambda prompts, output, most_tokens: _by_endpoint(endpoint, prompts, output, most_tokens)
     if not options.model.startswith(("ckpt:", "hf:")):
-        raise ConfigError(f"--model ({options.model}) must be ckpt:DIR or hf:DIR, or goes with --endpoint URL")
+        raise UsageError(f"--model ({options.model}) must be ckpt:DIR or hf:DIR, or goes with --endpoint URL")
     ranks = ["--nproc-per-node", str(options.nproc_per_node), *options.overrides]
     return lambda prompts, output, most_tokens: _by_generate(options.model, ranks, prompts, output, most_tokens)
 

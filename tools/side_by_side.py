@@ -38,7 +38,7 @@ from typing import Any
 from annotation import lines_of, make_folder, named_file, pair_shown, prompt_of, response_of, shown_prompt, write_sheet
 
 from megatron_xy.data.rows import read_rows
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
 from megatron_xy.storage import TEMPORARY_PREFIX, write_text
 
 KEY = "key"
@@ -61,7 +61,7 @@ class Exported:
 
 
 def main() -> int:
-    """The exit code: 0, 65 (bad rows or grades), 74 (nothing can be written) or 78 (no such file)."""
+    """The exit code: 0, 2 (wrong options), 65 (bad rows or grades), 74 (no storage) or 78 (no such file)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     export = verbs.add_parser("export")
@@ -166,15 +166,15 @@ def export_pairs(
 ) -> Exported:
     """Writes key, sheets and pages of (model, file of answers), two of them; of the very same export what is missing.
 
-    Raises ConfigError for annotators that do not do and a folder that holds something else, DataError where the files
-    do not answer the same prompts.
+    Raises UsageError for annotators that do not do, ConfigError for a folder that holds something else, DataError
+    where the files do not answer the same prompts.
     """
     _check(annotators, per_question=per_question)
     (candidate, candidate_answers), (baseline, baseline_answers) = (
         (name, _first_answers(path)) for name, path in files
     )
     if candidate == baseline:
-        raise ConfigError(f"--answers {candidate}=... {baseline}=...: the two models must have different names")
+        raise UsageError(f"--answers {candidate}=... {baseline}=...: the two models must have different names")
     if unpaired := candidate_answers.keys() ^ baseline_answers.keys():
         shown = "; ".join(shown_prompt(json.loads(prompt))[:60] for prompt in sorted(unpaired)[:SHOWN_PROMPTS])
         raise DataError(f"{len(unpaired):,} prompts are answered in one of the files only, such as: {shown}")
@@ -225,14 +225,14 @@ def _has_key(folder: Path, text: str) -> bool:
 
 def _check(annotators: Sequence[str], *, per_question: int) -> None:
     if not 1 <= per_question <= len(annotators):
-        raise ConfigError(
+        raise UsageError(
             f"--annotators-a-question ({per_question}): must be 1 to the number of annotators ({len(annotators)})"
         )
     if len(set(annotators)) != len(annotators):
-        raise ConfigError(f"--annotators {' '.join(annotators)}: must be different names")
+        raise UsageError(f"--annotators {' '.join(annotators)}: must be different names")
     for name in annotators:
         if not re.fullmatch(r"[\w-]+", name) or name == KEY:
-            raise ConfigError(f"--annotators {name}: must be letters, digits, _ and -, as it names files; not {KEY}")
+            raise UsageError(f"--annotators {name}: must be letters, digits, _ and -, as it names files; not {KEY}")
 
 
 def page_of(rows: Sequence[dict[str, Any]], *, annotator: str) -> str:

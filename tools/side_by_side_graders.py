@@ -13,7 +13,7 @@ from chat_endpoint import endpoint_of
 from side_by_side_verdict import verdict_of
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.storage import file_sha256, write_text
 
@@ -37,10 +37,10 @@ def grade_by_reward_model(sheet: Path, output: Path, *, model: str, tie_band: fl
     """Grades a sheet by what `megatron-xy score` says of both answers; returns the number of grades.
 
     An answer that says nothing is not scored: it is worse than one that says something, and the same as another one.
-    Raises ConfigError, DataError or StorageError; where `score` ends badly, ends with its exit code.
+    Raises UsageError, ConfigError, DataError or StorageError; where `score` ends badly, ends with its exit code.
     """
-    if tie_band < 0:
-        raise ConfigError(f"--tie-band ({tie_band}): must not be below 0")
+    if not tie_band >= 0:
+        raise UsageError(f"--tie-band ({tie_band}): must not be below 0")
     if output.is_dir():
         raise ConfigError(f"--output ({output}) is a folder; name a file")
     rows = _rows(sheet)
@@ -81,8 +81,11 @@ def grade_by_endpoint(
     """Grades a sheet by a language model that sees each pair in both orders; returns what is to be said of it.
 
     A question of which a reply is unreadable is a tie, told; where they are more than UNREADABLE_SHARE, they stay
-    without a grade and DataError is raised. Raises ConfigError or StorageError too; what was graded until then is kept.
+    without a grade and DataError is raised. Raises UsageError, ConfigError or StorageError too; what was graded until
+    then is kept.
     """
+    if most_tokens < 1:
+        raise UsageError(f"--most-tokens ({most_tokens}) must be 1 or more")
     endpoint = endpoint_of(url, model, key_variable=key_variable)
     rows, results = _rows(sheet), PartialResults(output)
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
-from megatron_xy.errors import DataError
+from megatron_xy.errors import DataError, UsageError
 from megatron_xy.report.axes import COLOURS, finish
 from megatron_xy.report.numbers import without_nan
 from megatron_xy.report.page import ReportSection, page
@@ -79,7 +79,9 @@ class Standing:
 
 
 def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses: int) -> list[str]:
-    """Writes the report and returns its table as lines. Raises ConfigError, DataError or StorageError."""
+    """Writes the report and returns its table as lines. Raises UsageError, ConfigError, DataError or StorageError."""
+    if num_losses < 0:
+        raise UsageError(f"--losses ({num_losses}) must not be below 0")
     questions = read_questions(key, sheets)
     standings = {name: standing(group) for name, group in groups_of(questions).items()}
     agreement = alpha(questions)

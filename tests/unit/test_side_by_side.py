@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.errors import ConfigError, DataError, StorageError, UsageError
 from tests.unit.chat_server import endpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import side_by_side
 from side_by_side import export_pairs, kinds_in
 from side_by_side_graders import grade_by_endpoint, grade_by_reward_model, grade_of
 from side_by_side_report import alpha, read_questions, sharpest_losses, write_report
@@ -138,6 +139,29 @@ def test_an_output_that_is_a_file_or_lies_below_one_is_refused(tmp_path: Path) -
         grade_by_reward_model(out / "1.jsonl", tmp_path, model="ckpt:none", tie_band=0)
 
 
+def test_wrong_options_are_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(exported(tmp_path, [("general", "chat")] * 2))
+    one, two = str(tmp_path / "new.jsonl"), str(tmp_path / "old.jsonl")
+    export = ["export", "--output", str(tmp_path / "new"), "--answers", f"a={one}"]
+    grade = ["grade", "--sheet", f"{out}/1.jsonl", "--output", str(tmp_path / "grades.jsonl")]
+    report = ["report", "--key", f"{out}/key.jsonl", "--grades", f"{out}/1.jsonl", "--output", str(tmp_path / "r")]
+    for options, said in (
+        ([*export, f"b={two}", "--annotators-a-question", "5"], "--annotators-a-question (5)"),
+        ([*export, f"a={two}"], "must have different names"),
+        ([*export, two], "must be MODEL=FILE"),
+        ([*export, f"b={two}", "--annotators", "a/b", "c", "d"], "--annotators a/b"),
+        ([*grade, "--endpoint", "http://localhost/v1"], "goes with --model NAME"),
+        ([*grade, "--reward-model", "ckpt:none", "--tie-band", "-1"], "--tie-band (-1.0)"),
+        ([*grade, "--endpoint", "http://localhost/v1", "--model", "m", "--most-tokens", "0"], "--most-tokens (0)"),
+        ([*report, "--losses", "-1"], "--losses (-1)"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["side_by_side.py", *options])
+        assert side_by_side.main() == 2
+        assert said in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten_but_the_same_export_finds_itself(tmp_path: Path) -> None:
     out = exported(tmp_path, [("general", "chat")] * 4)
     files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
@@ -167,10 +191,10 @@ def test_models_that_answer_different_prompts_make_no_pairs(tmp_path: Path) -> N
     two = write_rows(tmp_path / "two.jsonl", [{"prompt": "x", "response": "1"}])
     with pytest.raises(DataError, match="1 prompts are answered in one of the files only, such as: y"):
         export_pairs([("a", one), ("b", two)], tmp_path / "out", kinds={}, annotators="123", per_question=3, seed=0)
-    with pytest.raises(ConfigError, match="must have different names"):
+    with pytest.raises(UsageError, match="must have different names"):
         export_pairs([("a", one), ("a", one)], tmp_path / "out", kinds={}, annotators="123", per_question=3, seed=0)
     for names in (["a", "b"], ["a", "b", "b"], ["a", "b", "../c"], ["a", "b", "key"]):
-        with pytest.raises(ConfigError, match="--annotators"):
+        with pytest.raises(UsageError, match="--annotators"):
             export_pairs([("a", one), ("b", one)], tmp_path / "out", kinds={}, annotators=names, per_question=3, seed=0)
     assert not (tmp_path / "out").exists()
 
