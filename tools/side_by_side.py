@@ -52,12 +52,13 @@ SHOWN_NAMES = 3
 class Exported:
     """What an export wrote, or found: was_there says that nothing was missing.
 
-    idle: the annotators who get no question, and no sheet.
+    idle: the annotators who get no question, and no sheet. unknown: prompts that the file of prompts does not have.
     """
 
     questions: int
     was_there: bool
     idle: list[str]
+    unknown: int
 
 
 def main() -> int:
@@ -143,6 +144,8 @@ def _told(written: Exported, options: argparse.Namespace) -> list[str]:
     ]
     if written.idle:
         lines.append(f"there are too few questions for annotators {', '.join(written.idle)}: they get none")
+    if written.unknown:
+        lines.append(f"{written.unknown:,} prompts are not in --prompts: their domain and category are {UNNAMED}")
     return lines
 
 
@@ -167,7 +170,7 @@ def export_pairs(
     """Writes key, sheets and pages of (model, file of answers), two of them; of the very same export what is missing.
 
     Raises UsageError for annotators that do not do, ConfigError for a folder that holds something else, DataError
-    where the files do not answer the same prompts.
+    where the files do not answer the same prompts, or `kinds`, unless empty, has none of them.
     """
     _check(annotators, per_question=per_question)
     (candidate, candidate_answers), (baseline, baseline_answers) = (
@@ -179,6 +182,11 @@ def export_pairs(
         shown = "; ".join(shown_prompt(json.loads(prompt))[:60] for prompt in sorted(unpaired)[:SHOWN_PROMPTS])
         raise DataError(f"{len(unpaired):,} prompts are answered in one of the files only, such as: {shown}")
     prompts = sorted(candidate_answers)
+    unknown = len(candidate_answers.keys() - kinds.keys()) if kinds else 0
+    if unknown == len(prompts):
+        raise DataError(
+            f"--prompts has none of the {unknown:,} prompts that are answered; name the file that `generate` was given"
+        )
     random.Random(seed).shuffle(prompts)
     key = []
     for place, prompt in enumerate(prompts):
@@ -206,7 +214,8 @@ def export_pairs(
         random.Random(f"{seed}/{name}").shuffle(rows)
         write_sheet(folder, name, rows)
         write_text(folder / f"{name}.html", page_of(rows, annotator=name))  # last: where it lies, the sheets do
-    return Exported(len(key), was_there=not missing, idle=[name for name in annotators if name not in busy])
+    idle = [name for name in annotators if name not in busy]
+    return Exported(len(key), was_there=not missing, idle=idle, unknown=unknown)
 
 
 def _has_key(folder: Path, text: str) -> bool:

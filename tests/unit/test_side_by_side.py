@@ -139,6 +139,18 @@ def test_an_output_that_is_a_file_or_lies_below_one_is_refused(tmp_path: Path) -
         grade_by_reward_model(out / "1.jsonl", tmp_path, model="ckpt:none", tie_band=0)
 
 
+def test_prompts_that_name_no_kind_are_counted_and_a_file_of_others_is_refused(tmp_path: Path) -> None:
+    exported(tmp_path, [("general", "chat")] * 3)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    arguments: dict[str, Any] = {"annotators": ["1"], "per_question": 1, "seed": 0}
+    kinds = {json.dumps("question 0"): ("finance", "service")}
+    assert export_pairs(files, tmp_path / "some", kinds=kinds, **arguments).unknown == 2
+    assert export_pairs(files, tmp_path / "none_given", kinds={}, **arguments).unknown == 0
+    with pytest.raises(DataError, match="--prompts has none of the 3 prompts that are answered"):
+        export_pairs(files, tmp_path / "other", kinds={json.dumps("another"): ("a", "b")}, **arguments)
+    assert not (tmp_path / "other").exists()
+
+
 def test_wrong_options_are_wrong_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
