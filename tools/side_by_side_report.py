@@ -6,6 +6,7 @@ import io
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from annotation import make_folder, pair_shown, read_sheet, shown_prompt
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.cells import cell_len, set_cell_size
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import DataError, UsageError
@@ -32,6 +34,7 @@ BAR_COLOURS = dict(zip(GRADES, (COLOURS[2], "#c9ccd1", COLOURS[1]), strict=True)
 _NO_LETTER = re.compile(r"[\W\d_]")
 KEPT_LETTERS = 10_000  # a spreadsheet's cell ends after 32,767 characters
 FEWEST_LETTERS = 12  # of a text that no spreadsheet takes for a date
+LAST_RESORT = "Last Resort High-Efficiency"  # comes with matplotlib and has a box for every character
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "SimHei", "PingFang SC")
 
 
@@ -98,7 +101,8 @@ def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses:
         "sharpest_losses": [{"id": question.row["id"], "grades": question.grades} for question in lost],
     }
     write_json(folder / "report.json", without_nan(found))
-    image = draw_bars(standings)
+    font = chinese_font("".join(f"{domain}{category}" for domain, category in standings))
+    image = draw_bars(standings, font=font)
     write_bytes(folder / "bars.png", image)
     table = table_of(standings)
     title = f"{models['candidate']} against {models['baseline']}"
@@ -108,9 +112,10 @@ def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses:
     ]
     caption = f"What annotators said of {title}, by category: good, same, bad, in percent of the grades."
     write_text(folder / "index.html", page(title, sections=sections, pictures=[(image, caption)]))
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return [title, *lines, _agreement_told(agreement, questions), f"wrote {folder / 'index.html'}"]
+    widths = [max(cell_len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join(map(set_cell_size, row, widths)).rstrip() for row in table]
+    boxes = [] if font else ["no installed font has the Chinese of bars.png, which shows boxes; index.html has a table"]
+    return [title, *lines, _agreement_told(agreement, questions), *boxes, f"wrote {folder / 'index.html'}"]
 
 
 def read_questions(key: Path, sheets: Sequence[Path]) -> list[Question]:
@@ -199,16 +204,29 @@ def table_of(standings: dict[tuple[str, str], Standing]) -> list[list[str]]:
     return rows
 
 
-def draw_bars(standings: dict[tuple[str, str], Standing]) -> bytes:
-    """A stacked bar a category, the best win-and-tie rate on top, behind those of the domains and of all: PNG."""
+def chinese_font(text: str) -> str | None:
+    """The name of an installed font that has the text's Chinese; None where none has it."""
+    wanted = {ord(character) for character in text if cell_len(character) > 1}
+    regular = [font for font in font_manager.fontManager.ttflist if font.style == "normal" and font.name != LAST_RESORT]
+    for font in sorted(regular, key=lambda font: (font.name not in CJK_FONTS, font.weight != 400, font.name)):
+        if all(map(font_manager.get_font(font.fname).get_char_index, wanted)):
+            return font.name
+    return None
+
+
+def draw_bars(standings: dict[tuple[str, str], Standing], *, font: str | None) -> bytes:
+    """A stacked bar a category, the best win-and-tie rate on top, behind those of the domains and of all: PNG.
+
+    font: for what DejaVu Sans does not have.
+    """
 
     def order(item: tuple[tuple[str, str], Standing]) -> tuple[bool, float]:
         return item[0][1] != "all", -item[1].win_and_tie.percent
 
     bars = sorted(standings.items(), key=order)
-    families = [*CJK_FONTS, "DejaVu Sans"]
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    with matplotlib.rc_context({"font.size": 11, "font.family": [name for name in families if name in installed]}):
+    families = [name for name in ("DejaVu Sans", font) if name]
+    with matplotlib.rc_context({"font.size": 11, "font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # where no font has it: told by write_report
         figure = Figure(figsize=(9, 1.4 + 0.42 * len(bars)), layout="constrained")
         axes = figure.subplots()
         places = numpy.arange(len(bars))

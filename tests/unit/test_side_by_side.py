@@ -12,11 +12,16 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from rich.cells import cell_len
 
 from megatron_xy.errors import ConfigError, DataError, StorageError, UsageError
 from tests.unit.chat_server import endpoint
@@ -268,6 +273,51 @@ def test_annotators_who_differ_are_counted_each_and_agreement_says_so(tmp_path: 
     assert [question.counts for question in questions] == [[3, 0, 0], [2, 1, 0], [0, 0, 3], [1, 0, 2]]
     assert [question.row["id"] for question in sharpest_losses(questions, most=5)] == ["q000003", "q000004"]
     assert 0.3 < alpha(questions) < 0.9
+
+
+def test_chinese_is_drawn_where_a_font_has_it_and_told_where_none_has(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("金融", "计算与数学"), ("general", "chat")])
+    sheets = [graded(out, name, {"q000001": "good", "q000002": "bad"}) for name in "123"]
+
+    def report() -> tuple[list[str], bytes]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lines = write_report(out / "key.jsonl", sheets, tmp_path / "report", num_losses=1)
+        return lines, (tmp_path / "report" / "bars.png").read_bytes()
+
+    installed = list(font_manager.fontManager.ttflist)
+    font_manager.fontManager.ttflist = [font for font in installed if font.name.startswith(("DejaVu", "Last Resort"))]
+    try:
+        lines, boxes = report()
+        assert any("no installed font has the Chinese of bars.png" in line for line in lines)
+        before_good = [line[: found.start()] for line in lines if (found := re.search(r"\d+\.\d\d \[", line))]
+        assert len(before_good) == 5 and len(set(map(cell_len, before_good))) == 1, "columns stand below each other"
+        font_manager.fontManager.addfont(font_of("金融计算与数学", tmp_path / "font.ttf"))
+        lines, drawn = report()
+        assert not any("no installed font" in line for line in lines) and drawn != boxes
+    finally:
+        font_manager.fontManager.ttflist = installed
+
+
+def font_of(characters: str, path: Path) -> Path:
+    """A font in which each of these characters is a triangle."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    pen.lineTo((900, 0))
+    pen.lineTo((450, 900))
+    pen.closePath()
+    names = [".notdef", *(f"uni{ord(character):04X}" for character in characters)]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap(dict(zip(map(ord, characters), names[1:], strict=True)))
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Triangles", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return path
 
 
 def test_one_annotator_has_no_one_to_agree_with(tmp_path: Path) -> None:
