@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument(
         "--key-variable", default="OPENAI_API_KEY", help="the environment variable with its key, if any"
     )
+    parser.add_argument("--chat-template", metavar="NAME|FILE", help="of our own model; the model's unless given")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of our own model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--questions", type=int, default=2, help="asked for, a document")
@@ -169,12 +170,17 @@ def self_qa(options: argparse.Namespace) -> dict[str, dict[str, int]]:
 def model_of(options: argparse.Namespace) -> Model:
     """What answers prompts: our own model, or one behind an endpoint. Raises UsageError."""
     if options.endpoint is not None:
+        if options.chat_template is not None:
+            raise UsageError("--chat-template goes with --model ckpt:DIR or hf:DIR; an endpoint applies its model's")
         endpoint = endpoint_of(options.endpoint, options.model, key_variable=options.key_variable)
         return lambda prompts, output, most_tokens: _by_endpoint(endpoint, prompts, output, most_tokens)
     if not options.model.startswith(("ckpt:", "hf:")):
         raise UsageError(f"--model ({options.model}) must be ckpt:DIR or hf:DIR, or goes with --endpoint URL")
+    template = [] if options.chat_template is None else ["--chat-template", options.chat_template]
     ranks = ["--nproc-per-node", str(options.nproc_per_node), *options.overrides]
-    return lambda prompts, output, most_tokens: _by_generate(options.model, ranks, prompts, output, most_tokens)
+    return lambda prompts, output, most_tokens: _by_generate(
+        options.model, template, ranks, prompts, output, most_tokens
+    )
 
 
 def questions_in(reply: str, *, most: int, has_ended: bool) -> Iterator[str]:
@@ -253,14 +259,16 @@ def _said(model: Model, folder: Path, name: str, prompts: Sequence[str], *, most
     return model(path, folder / f"{name}.jsonl", most_tokens)
 
 
-def _by_generate(model: str, options: list[str], prompts: Path, output: Path, most_tokens: int) -> list[Answer]:
+def _by_generate(
+    model: str, template: list[str], ranks: list[str], prompts: Path, output: Path, most_tokens: int
+) -> list[Answer]:
     """Ends with generate's exit code where it ends badly."""
-    facts = {"prompts": file_sha256(prompts), "model": model, "most_tokens": most_tokens}
+    facts = {"prompts": file_sha256(prompts), "model": " ".join([model, *template]), "most_tokens": most_tokens}
     if not _is_made_with(output, facts):
         write_json(_facts_of(output), facts)
         limits = ["--temperature", "0", "--max-response-length", str(most_tokens)]
         files = ["--prompts", str(prompts), "--output", str(output)]
-        command = [sys.executable, "-m", "megatron_xy", "generate", model, *files, *limits, *options]
+        command = [sys.executable, "-m", "megatron_xy", "generate", model, *files, *limits, *template, *ranks]
         if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)  # it has said what is wrong
     return _answers_in(output)

@@ -157,6 +157,9 @@ def test_wrong_options_are_named(documents: Path, tmp_path: Path, capsys: pytest
     assert run(documents, out, "--model", "m") == 2 and "--model (m) must be ckpt:DIR" in capsys.readouterr().err
     assert run(documents, out, "--model", "m", "--endpoint", "file:///etc") == 2
     assert run(documents, out, "--model", "hf:x", "--questions", "0") == 2
+    template = ["--chat-template", "chatml"]
+    assert run(documents, out, "--model", "m", "--endpoint", "http://localhost/v1", *template) == 2
+    assert "--chat-template goes with --model ckpt:DIR" in capsys.readouterr().err
     with endpoint(lambda text: "nothing to ask") as (url, _):
         assert run(documents, out, "--model", "m", "--endpoint", url) == 65
     assert not (out / "rows.jsonl").exists() and rows_of(out / "pruned.jsonl")
