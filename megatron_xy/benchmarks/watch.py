@@ -41,13 +41,14 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: there is no such run; name the run_dir of one that has begun")
     passed_over: dict[int, bool] = {}  # whether it is there, but bad
+    facts = {**benchmarks.facts, **placement.facts}
     with run_folder.lock(run_dir, name=LOCK):
         _mend(run_dir / EVALUATIONS)
-        for iteration in _done(run_dir / EVALUATIONS, benchmarks):  # a kill may have come behind the line
-            shutil.rmtree(_work_folder(run_dir, iteration, benchmarks), ignore_errors=True)
+        for iteration in _done(run_dir / EVALUATIONS, facts):  # a kill may have come behind the line
+            shutil.rmtree(_work_folder(run_dir, iteration, facts), ignore_errors=True)
         while True:
             is_over = _is_done(run_dir)  # looked at first: what is saved before the end is there then
-            done = _done(run_dir / EVALUATIONS, benchmarks)
+            done = _done(run_dir / EVALUATIONS, facts)
             left = sorted(set(saved_iterations(run_dir / "checkpoints")) - done - passed_over.keys())
             for iteration in left:
                 code = _evaluate_one(run_dir, iteration, benchmarks, placement, passed_over=passed_over, say=say)
@@ -75,7 +76,8 @@ def _evaluate_one(
     folder = iteration_folder(run_dir / "checkpoints", iteration)
     if (folder / ACTOR).is_dir():
         folder = folder / ACTOR
-    work = _work_folder(run_dir, iteration, benchmarks)
+    facts = {**benchmarks.facts, **placement.facts}
+    work = _work_folder(run_dir, iteration, facts)
     try:
         manifest = files.read_manifest(folder)
         if manifest.state.get("task") == "reward":
@@ -97,7 +99,7 @@ def _evaluate_one(
         return 0
     record = {
         "iteration": iteration,
-        **benchmarks.facts,
+        **facts,
         "results": metrics,
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -115,18 +117,18 @@ def _is_done(run_dir: Path) -> bool:
     return ended is not None and ended.code == 0
 
 
-def _done(path: Path, benchmarks: Benchmarks) -> set[int]:
-    """The iterations whose lines are there, of these benchmarks."""
-    facts = benchmarks.facts
+def _done(path: Path, facts: dict[str, Any]) -> set[int]:
+    """The iterations whose lines are there, of the same questions put in the same way."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            raise DataError(
-                f"{path}:{number}: no JSON; delete the line, and the checkpoint is evaluated again"
-            ) from None
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+            raise DataError(f"{path}:{number}: no evaluation; delete the line, and the checkpoint is evaluated again")
+        records.append(record)
     return {record["iteration"] for record in records if all(record.get(name) == facts[name] for name in facts)}
 
 
@@ -151,6 +153,6 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         sync_folder(path.parent)
 
 
-def _work_folder(run_dir: Path, iteration: int, benchmarks: Benchmarks) -> Path:
-    digest = hashlib.sha256(json.dumps(benchmarks.facts).encode()).hexdigest()
+def _work_folder(run_dir: Path, iteration: int, facts: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return run_dir / WORK / f"{iteration:07d}-{digest[:12]}"

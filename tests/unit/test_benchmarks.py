@@ -1,0 +1,60 @@
+"""What evaluations are known by: their questions, examples, chat template and tokenizer, however they are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_xy.errors import DataError
+from tests.end_to_end.small_benchmark import needs_lm_eval, write_financeiq, write_questions
+from tests.unit.small_corpus import train_tokenizer
+
+pytestmark = needs_lm_eval
+
+
+def facts_of(data: Path, *, num_fewshot: int = 2, **placed: str) -> dict[str, Any]:
+    from megatron_xy.benchmarks.suite import load_benchmarks
+    from megatron_xy.benchmarks.verb import Placement
+
+    benchmarks = load_benchmarks(
+        "financeiq", data_dir=data, num_fewshot=num_fewshot, limit=None, apply_chat_template=False, say=print
+    )
+    placement = Placement(1, [], placed.get("tokenizer"), placed.get("chat_template"))
+    return {**benchmarks.facts, **placement.facts}
+
+
+def test_other_questions_examples_templates_and_tokenizers_make_another_evaluation(tmp_path: Path) -> None:
+    data = write_financeiq(tmp_path / "data")
+    facts = facts_of(data)
+    assert facts == facts_of(write_financeiq(tmp_path / "copy")), "wherever the data lie"
+    examples, questions = (data / split / "税务师.csv" for split in ("dev", "test"))
+    without = facts_of(data, num_fewshot=0)
+    write_questions(examples, number=5, seed=9)
+    assert facts_of(data)["data"] != facts["data"] and facts_of(data, num_fewshot=0) == without
+    write_questions(questions, number=8, seed=9)
+    assert facts_of(data, num_fewshot=0)["data"] != without["data"]
+    template = tmp_path / "own.jinja"
+    seen = []
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        template.write_text(text)
+        seen.append(facts_of(data, chat_template=str(template))["chat_template"])
+    assert seen[0] != seen[1] and all(known.startswith("own.jinja ") for known in seen)
+    assert facts_of(data, chat_template="chatml")["chat_template"] == "chatml"
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
+    assert facts_of(data, tokenizer=str(tmp_path)) == facts_of(data, tokenizer=str(tokenizer)) != facts_of(data)
+
+
+def test_a_line_counts_for_what_it_says_alone(tmp_path: Path) -> None:
+    from megatron_xy.benchmarks.watch import _done
+
+    facts = {"tasks": ["financeiq"], "data": "aa", "chat_template": None}
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text('{"iteration": 4, "tasks": ["financeiq"], "data": "aa", "chat_template": null}\n{"iteration": 8}\n')
+    assert _done(path, facts) == {4}
+    assert _done(path, {**facts, "data": "bb"}) == _done(path, {**facts, "chat_template": "chatml"}) == set()
+    for damaged in ("{", "[]", "{}"):
+        path.write_text(f"{damaged}\n")
+        with pytest.raises(DataError, match=r"jsonl:1: no evaluation; delete the line"):
+            _done(path, facts)
