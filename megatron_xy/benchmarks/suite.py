@@ -50,6 +50,14 @@ class Benchmarks:
             "data": digest.hexdigest()[:DIGEST_LENGTH],
         }
 
+    def title(self, name: str) -> str:
+        """A benchmark's name with the number of examples that its tasks have before a question."""
+        group = self.loaded["groups"].get(name)
+        tasks = self.loaded["tasks"]  # of a tag, which is not told of, all
+        own = group.get_all_tasks() if group is not None else [tasks[name]] if name in tasks else tasks.values()
+        shots = sorted({int(task.get_config("num_fewshot") or 0) for task in own})
+        return f"{name} {shots[0]}-shot" if len(shots) == 1 else f"{name} {shots[0]}- to {shots[-1]}-shot"
+
     def ask(self, model: LM) -> Metrics:
         """{task: {metric: value}}, in lm-eval's names; of financeiq {"acc": ..., "acc_CATEGORY": ...}.
 

@@ -154,8 +154,7 @@ def compare(
             apply_chat_template=apply_chat_template,
             say=say,
         )
-        examples = "" if num_fewshot is None else f" {num_fewshot}-shot"
-        asked = {name: f"{name}{examples}" for name in benchmarks.names}
+        asked = {name: benchmarks.title(name) for name in benchmarks.names}
         ask = partial(ask_opened, benchmarks=benchmarks)
     from megatron_xy.hf import compare as comparing
 

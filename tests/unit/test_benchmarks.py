@@ -46,6 +46,33 @@ def test_other_questions_examples_templates_and_tokenizers_make_another_evaluati
     assert facts_of(data, tokenizer=str(tmp_path)) == facts_of(data, tokenizer=str(tokenizer)) != facts_of(data)
 
 
+def test_a_title_says_how_many_examples_there_are(tmp_path: Path) -> None:
+    from megatron_xy.benchmarks.suite import Benchmarks, load_benchmarks
+
+    def loaded(num_fewshot: int | None) -> Benchmarks:
+        return load_benchmarks(
+            "financeiq",
+            data_dir=tmp_path,
+            num_fewshot=num_fewshot,
+            limit=None,
+            apply_chat_template=False,
+            say=said.append,
+        )
+
+    said: list[str] = []
+    for name, number in (("one", 9), ("two", 9)):
+        write_questions(tmp_path / f"{name}.csv", number=number, seed=0)
+    assert [loaded(num).title("financeiq") for num in (None, 0)] == ["financeiq 5-shot", "financeiq 0-shot"]
+    write_questions(tmp_path / "two.csv", number=4, seed=0)
+    write_questions(tmp_path / "three.csv", number=4, seed=1)
+    said.clear()
+    assert loaded(None).title("financeiq") == "financeiq 3- to 5-shot"
+    assert said == [
+        f"warning: {tmp_path} has no dev and test; a question's examples are the other questions of its category, "
+        "fewer than 5 in three (3), two (3)"
+    ]
+
+
 def test_a_line_counts_for_what_it_says_alone(tmp_path: Path) -> None:
     from megatron_xy.benchmarks.watch import _done
 
