@@ -52,6 +52,8 @@ def evaluate(
 
     if watch == model.startswith(("ckpt:", "hf:")):
         raise UsageError(f"{model}: must be {'a run_dir, with --watch' if watch else 'ckpt:DIR or hf:DIR'}")
+    if watch and as_json:
+        raise UsageError("--json goes without --watch, which writes RUN/evaluations.jsonl")
     if nproc_per_node == 1:
         leave_on_signals("; the same command goes on" if watch else "; nothing is kept")
     _prepare_lm_eval()

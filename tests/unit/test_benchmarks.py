@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from megatron_xy.errors import DataError
+from megatron_xy.cli import app
+from megatron_xy.errors import DataError, UsageError
 from tests.end_to_end.small_benchmark import needs_lm_eval, write_financeiq, write_questions
 from tests.unit.small_corpus import train_tokenizer
 
@@ -85,3 +89,19 @@ def test_a_line_counts_for_what_it_says_alone(tmp_path: Path) -> None:
         path.write_text(f"{damaged}\n")
         with pytest.raises(DataError, match=r"jsonl:1: no evaluation; delete the line"):
             _done(path, facts)
+
+
+def test_json_of_a_watch_is_refused() -> None:
+    with pytest.raises(UsageError, match="--json goes without --watch"):
+        arguments = ["evaluate", "run", "--watch", "--tasks", "mmlu", "--json"]
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_a_stop_is_told_beside_the_results() -> None:
+    program = (
+        "import os, signal, time; from megatron_xy.model_job import leave_on_signals; "
+        "leave_on_signals('; the same command goes on'); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stdout) == (75, "")
+    assert ended.stderr == "stopped by SIGTERM; the same command goes on\n"
