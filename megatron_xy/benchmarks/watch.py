@@ -42,12 +42,14 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
         raise ConfigError(f"{run_dir}: there is no such run; name the run_dir of one that has begun")
     passed_over: dict[int, bool] = {}  # whether it is there, but bad
     facts = {**benchmarks.facts, **placement.facts}
+    told = ""
     with run_folder.lock(run_dir, name=LOCK):
         _mend(run_dir / EVALUATIONS)
         for iteration in _done(run_dir / EVALUATIONS, facts):  # a kill may have come behind the line
             shutil.rmtree(_work_folder(run_dir, iteration, facts), ignore_errors=True)
         while True:
-            is_over = _is_done(run_dir)  # looked at first: what is saved before the end is there then
+            ended = run_folder.read_exit(run_dir)  # looked at first: what is saved before the end is there then
+            is_over = ended is not None and ended.code == EXIT_DONE
             done = _done(run_dir / EVALUATIONS, facts)
             left = sorted(set(saved_iterations(run_dir / "checkpoints")) - done - passed_over.keys())
             for iteration in left:
@@ -60,6 +62,9 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
                 say(f"{run_dir}: the run is done, and its checkpoints are evaluated{but}")
                 return EXIT_BAD_DATA if bad else EXIT_DONE
             if not left:
+                if (waiting := _waits_for(run_dir, ended)) != told:
+                    say(waiting)
+                    told = waiting
                 time.sleep(POLL_SECONDS)
 
 
@@ -112,9 +117,13 @@ def _evaluate_one(
     return 0
 
 
-def _is_done(run_dir: Path) -> bool:
-    ended = run_folder.read_exit(run_dir)
-    return ended is not None and ended.code == 0
+def _waits_for(run_dir: Path, ended: run_folder.ExitRecord | None) -> str:
+    """What has to come before there is more to evaluate."""
+    newest = max(saved_iterations(run_dir / "checkpoints"), default=None)
+    what = "its first checkpoint" if newest is None else f"a checkpoint after iteration {newest}"
+    if ended is None:
+        return f"{run_dir}: waits for {what}"
+    return f"{run_dir}: the run has ended with {ended.code} ({ended.name}); waits for {what} of a start that resumes it"
 
 
 def _done(path: Path, facts: dict[str, Any]) -> set[int]:

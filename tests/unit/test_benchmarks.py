@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,31 @@ def test_a_stop_is_told_beside_the_results() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert (ended.returncode, ended.stdout) == (75, "")
     assert ended.stderr == "stopped by SIGTERM; the same command goes on\n"
+
+
+def test_a_watch_says_what_it_waits_for_and_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_xy.benchmarks import watch
+    from megatron_xy.benchmarks.suite import load_benchmarks
+    from megatron_xy.benchmarks.verb import Placement
+
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    data = write_financeiq(tmp_path / "data")
+    benchmarks = load_benchmarks(
+        "financeiq", data_dir=data, num_fewshot=0, limit=None, apply_chat_template=False, say=print
+    )
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        code, name = (75, "stopped") if len(said) == 1 else (0, "done")
+        ended = {"code": code, "name": name, "message": "", "rank": None, "host": "a", "time": "", "attempt": 1}
+        (run_dir / "exit.json").write_text(json.dumps({**ended, "start": "", "of_another_version": 1}))
+
+    assert watch.watch(run_dir, benchmarks, Placement(1, [], None, None), say=say) == 0
+    assert said == [
+        f"{run_dir}: waits for its first checkpoint",
+        f"{run_dir}: the run has ended with 75 (stopped); waits for its first checkpoint of a start that resumes it",
+        f"{run_dir}: the run is done, and its checkpoints are evaluated",
+    ]
