@@ -92,7 +92,8 @@ def quantize(
     ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="of the calibration")] = 256,
     ignore: Annotated[
-        list[str] | None, typer.Option("--ignore", help="a layer that stays as it is; repeat; lm_head unless given")
+        list[str] | None,
+        typer.Option("--ignore", metavar="NAME|re:PATTERN", help="layers that stay; repeat; lm_head unless given"),
     ] = None,
 ) -> None:
     """Writes a model in 8 or 4 bits as an HF folder, whole or not at all."""

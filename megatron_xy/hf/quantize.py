@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_xy.errors import ConfigError, UsageError
+from megatron_xy.hf.ignored import LM_HEAD, ignored_layers
 from megatron_xy.hf.release import write_release_files
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.target import whole_or_absent
@@ -34,22 +35,26 @@ def quantize(
     opened = open_source(from_kind, from_path)
     if opened.model.head != "language_model":
         raise ConfigError(f"--from {source}: is a reward model; only language models are quantised")
-    if opened.model.has_tied_output_layer and "lm_head" not in ignore:
-        ignore = [*ignore, "lm_head"]  # it is the embedding, which is not quantised
+    layers = ignored_layers(ignore, opened.model)
+    left = sorted({*ignore, *(name for name in layers if name == LM_HEAD)})
     work = {
         "to": scheme,
         "from": opened.fingerprint(),
         "calibration": str(calibration),
         "num_samples": num_samples,
-        "ignore": ignore,
+        "ignore": layers,
     }
-    facts = {"quantised from": from_path.name, "scheme": scheme, "left as they are": ", ".join(ignore)}
+    facts = {
+        "quantised from": from_path.name,
+        "scheme": scheme,
+        "left as they are": ", ".join(left).replace("|", r"\|"),
+    }
     release = partial(write_release_files, source=opened, tokenizer=None, dtype="bfloat16", say=say, quantisation=facts)
     with whole_or_absent(to_path, work=work) as folder:
         if calibration is None:
             from megatron_xy.hf.bits import write_bits
 
-            write_bits(folder, opened, scheme=scheme, ignore=ignore, token_ids=release(folder), say=say)
+            write_bits(folder, opened, scheme=scheme, ignore=layers, token_ids=release(folder), say=say)
         else:
             from megatron_xy.hf.gptq import write_gptq
 
@@ -59,7 +64,7 @@ def quantize(
                 scheme=scheme,
                 calibration=calibration,
                 num_samples=num_samples,
-                ignore=ignore,
+                ignore=layers,
                 beside=to_path,
                 say=say,
             )
