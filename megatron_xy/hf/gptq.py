@@ -20,10 +20,12 @@ from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.chat_template import ChatTemplate
+from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.calibration import read_calibration
 from megatron_xy.hf.convert import to_hf, write_index
+from megatron_xy.hf.release import tokenizer_place
 from megatron_xy.hf.source import Source
 from megatron_xy.storage import TEMPORARY_PREFIX, file_sha256, storage_errors
 
@@ -59,16 +61,18 @@ def write_gptq(
     if group.weights.group_size:
         group.weights.group_size = _group_size(source.model)
         say(f"{PRESETS[scheme]}: {group.weights.group_size} columns share a scale")
+    tokenizer = load_tokenizer(tokenizer_place(source) or source.folder)
+    rows = read_calibration(
+        calibration,
+        tokenizer=tokenizer,
+        chat_template=_template(source, tokenizer),
+        vocab_size=source.model.vocab_size or 0,
+        longest=min(LONGEST_ROW, source.model.max_position_embeddings),
+        number=num_samples,
+        seed=SEED,
+        say=say,
+    )
     with _as_hf(source, beside=beside, say=say) as origin, _empty_folder(beside, "offload") as offload:
-        load_tokenizer(origin)  # which llm-compressor asks for, though a data folder holds token ids
-        rows = read_calibration(
-            calibration,
-            model=origin,
-            vocab_size=source.model.vocab_size or 0,
-            longest=min(LONGEST_ROW, source.model.max_position_embeddings),
-            number=num_samples,
-            seed=SEED,
-        )
         model = _on_disk(origin, offload)
         samples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.rows]
         oneshot(
@@ -84,6 +88,12 @@ def write_gptq(
     (folder / "recipe.yaml").unlink()  # has YAML tags that make objects; the model card says what was done
     write_index(folder, {path.name: {"sha256": file_sha256(path)} for path in folder.glob("*.safetensors")})
     return rows.told
+
+
+def _template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """That of the conversations that the checkpoint has learned, if any."""
+    text = source.manifest.state.get("chat_template")
+    return ChatTemplate(text, name="of the checkpoint's run", tokenizer=tokenizer) if text is not None else None
 
 
 @contextmanager

@@ -75,6 +75,14 @@ def _add_end_of_answers(folder: Path, kept: dict[str, Any], template: str) -> No
         write_json(folder / GENERATION_CONFIG, {**values, "eos_token_id": [*known, *new]})
 
 
+def tokenizer_place(source: Source) -> Path | None:
+    """The source's folder where its tokenizer lies there, or else where its run had it; None where it is not there."""
+    if any(file_inside(source.folder, name) for name in TOKENIZER_FILES):
+        return source.folder
+    named = source.manifest.state.get("tokenizer")
+    return Path(named) if named is not None and Path(named).exists() else None
+
+
 def copy_side_files(source: Path, folder: Path) -> set[str]:
     """Copies tokenizer and generation files as they are; returns the names of those that there were."""
     found = {name: path for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if (path := file_inside(source, name))}
@@ -86,21 +94,17 @@ def copy_side_files(source: Path, folder: Path) -> set[str]:
 
 def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, say: Say) -> dict[str, Any]:
     """Tokenizer files where there is a tokenizer; returns what of the source's kept facts goes with it."""
-    if tokenizer is None and not any(file_inside(source.folder, name) for name in TOKENIZER_FILES):
-        named = source.manifest.state.get("tokenizer")
-        if named is None or not Path(named).exists():
-            say(
-                "warning: no tokenizer found, neither beside the weights nor where their run had it; "
-                "`convert --tokenizer` adds one"
-            )
-            copy_side_files(source.folder, folder)
-            return source.kept
-        tokenizer = Path(named)
-    if tokenizer is None:
+    place = tokenizer or tokenizer_place(source)
+    if place is None:
+        say(
+            "warning: no tokenizer found, neither beside the weights nor where their run had it; "
+            "`convert --tokenizer` adds one"
+        )
+    if place is None or (tokenizer is None and place == source.folder):
         copy_side_files(source.folder, folder)
         _spell_for_both_versions(folder)
         return source.kept
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(place)
     model = source.model
     assert model.vocab_size, "what is converted has a whole shape"
     if loaded.vocab_size > model.vocab_size:
