@@ -14,6 +14,7 @@ import typer
 
 from megatron_xy.cli.options import AsJson, say
 from megatron_xy.errors import ConfigError, UsageError
+from megatron_xy.signals import cleaned_up_on_signals
 
 Scheme = Literal["int8", "nf4", "gptq-w4a16", "w8a8", "w8a16"]
 NumFewshot = Annotated[
@@ -97,23 +98,26 @@ def quantize(
     ] = None,
 ) -> None:
     """Writes a model in 8 or 4 bits as an HF folder, whole or not at all."""
-    if scheme in ("int8", "nf4"):
+    is_in_files = scheme in ("int8", "nf4")
+    if is_in_files:
         _need("transformers", "accelerate", "bitsandbytes", extra="int8")
     else:
         _need("transformers", "llmcompressor", extra="quantize")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder without a tokenizer is not looked for elsewhere
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # its bars say how far it is
-    from megatron_xy.hf.quantize import quantize as write_quantised
+    goes_on = "the same command goes on with the files that are done" if is_in_files else "the same command begins anew"
+    with cleaned_up_on_signals(f"; {goes_on}"):
+        from megatron_xy.hf.quantize import quantize as write_quantised
 
-    write_quantised(
-        source,
-        target,
-        scheme=scheme,
-        calibration=calibration,
-        num_samples=num_samples,
-        ignore=ignore or ["lm_head"],
-        say=say,
-    )
+        write_quantised(
+            source,
+            target,
+            scheme=scheme,
+            calibration=calibration,
+            num_samples=num_samples,
+            ignore=ignore or ["lm_head"],
+            say=say,
+        )
 
 
 def compare(

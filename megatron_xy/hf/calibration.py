@@ -45,7 +45,7 @@ def read_calibration(
     """`number` samples of a data folder, whole ones, each source and bucket by its tokens; or rows of a jsonl file.
 
     tokenizer: the model's; chat_template: of a jsonl file's conversations, the tokenizer's own if None; longest: tokens
-    of a row, cut beyond. Fewer than `number` are all that there are, which `say` is told. Raises ConfigError, DataError.
+    of a row, cut beyond. `say` hears where there are fewer than `number`. Raises ConfigError, DataError.
     """
     if path.is_dir():
         check_tokenizers(path, tokenizer.path, say=say)

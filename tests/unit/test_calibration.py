@@ -60,7 +60,7 @@ def test_as_many_samples_as_asked_for_are_drawn_and_fewer_only_where_there_are_n
 def test_data_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
     lines = [" ".join("qwxyzkj"[number % 7] * 3 for number in range(first, first + 40)) for first in range(9)]
     (tmp_path / "tokenizer.model").write_bytes(train(lines, vocab_size=280))
-    with pytest.raises(DataError, match="data was built with another tokenizer than .*tokenizer.model: token "):
+    with pytest.raises(DataError, match=r"data was built with another tokenizer than .*tokenizer\.model: token "):
         read(folder / "data", tokenizer=tmp_path, number=4, vocab_size=10**6)
 
 
