@@ -24,6 +24,7 @@ from megatron_xy.data.chat_template import ChatTemplate
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.calibration import read_calibration
+from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import to_hf, write_index
 from megatron_xy.hf.release import tokenizer_place
 from megatron_xy.hf.source import Source
@@ -86,7 +87,10 @@ def write_gptq(
         )
         model.save_pretrained(folder, save_compressed=True, max_shard_size=max_shard_bytes or MAX_SHARD_BYTES)
     (folder / "recipe.yaml").unlink()  # has YAML tags that make objects; the model card says what was done
-    write_index(folder, {path.name: {"sha256": file_sha256(path)} for path in folder.glob("*.safetensors")})
+    weights = list(folder.glob("*.safetensors"))
+    for path in weights:
+        path.chmod((folder / CONFIG).stat().st_mode)  # safetensors' own are its owner's alone, whatever the umask
+    write_index(folder, {path.name: {"sha256": file_sha256(path)} for path in weights})
     return rows.told
 
 
