@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,7 +106,7 @@ def quantize(
     else:
         _need("transformers", "llmcompressor", extra="quantize")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder without a tokenizer is not looked for elsewhere
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # its bars say how far it is
+    _quiet_libraries()
     goes_on = "the same command goes on with the files that are done" if is_in_files else "the same command begins anew"
     with cleaned_up_on_signals(f"; {goes_on}"):
         from megatron_xy.hf.quantize import quantize as write_quantised
@@ -176,6 +178,16 @@ def _prepare_lm_eval() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # its bars for each task; ours say how far the model is
+
+
+def _quiet_libraries() -> None:
+    """Before they are imported: no bars, and no advice on what is as it should be."""
+    os.environ.setdefault("TQDM_DELAY", "1e9")  # seconds until a bar is shown; some take no heed of TQDM_DISABLE
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+    # What they warn of: no kernel from elsewhere; layers that lie on disk; a function that has another name now.
+    for name in ("bitsandbytes", "accelerate", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
 
 
 def _need(*modules: str, extra: str) -> None:

@@ -16,8 +16,11 @@ from compressed_tensors.offload import load_offloaded_model
 from compressed_tensors.quantization import preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.data.chat_template import ChatTemplate
@@ -79,7 +82,10 @@ def write_gptq(
         oneshot(
             model=model,
             dataset=Dataset.from_list(samples),
-            recipe=GPTQModifier(config_groups={"group_0": group}, ignore=ignore),
+            recipe=[
+                GPTQModifier(config_groups={"group_0": group}, ignore=ignore),
+                _Progress(num_layers=source.model.num_layers or 0, say=say),
+            ],
             tokenizer=AutoTokenizer.from_pretrained(origin),
             max_seq_length=max(map(len, rows.rows)),
             num_calibration_samples=len(samples),
@@ -92,6 +98,26 @@ def write_gptq(
         path.chmod((folder / CONFIG).stat().st_mode)  # safetensors' own are its owner's alone, whatever the umask
     write_index(folder, {path.name: {"sha256": file_sha256(path)} for path in weights})
     return rows.told
+
+
+class _Progress(Modifier):  # type: ignore[misc]
+    """Says how far the calibration is, at each tenth of the layers."""
+
+    num_layers: int
+    say: Say
+    done: int = 0
+
+    def on_initialize(self, state: State, **_: Any) -> bool:
+        """Nothing is to be made ready."""
+        return True
+
+    def on_sequential_epoch_end(self, state: State, event: Event, modules: list[torch.nn.Module], **_: Any) -> None:
+        """After a part of the model: a layer, or what stands before and behind them."""
+        if not any(isinstance(module, GradientCheckpointingLayer) for module in modules):
+            return
+        self.done += 1
+        if 10 * self.done // self.num_layers > 10 * (self.done - 1) // self.num_layers:
+            self.say(f"{self.done} of {self.num_layers} layers quantised")
 
 
 def _template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -108,7 +134,7 @@ def _as_hf(source: Source, *, beside: Path, say: Say) -> Iterator[Path]:
         return
     with _empty_folder(beside, "bf16") as folder:
         folder.rmdir()  # a conversion makes it
-        to_hf(source, folder, dtype="bfloat16", tokenizer=None, say=say)
+        to_hf(source, folder, dtype="bfloat16", tokenizer=None, say=lambda text: say(f"for the calibration: {text}"))
         yield folder
 
 
