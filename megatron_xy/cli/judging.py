@@ -94,6 +94,9 @@ def quantize(
         Path | None, typer.Option("--calibration", metavar="DIR|F.jsonl", help="of `data build`, or rows with text")
     ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="of the calibration")] = 256,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of F.jsonl's messages; else the model's")
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option("--ignore", metavar="NAME|re:PATTERN", help="layers that stay; repeat; lm_head unless given"),
@@ -117,6 +120,7 @@ def quantize(
             scheme=scheme,
             calibration=calibration,
             num_samples=num_samples,
+            chat_template=chat_template,
             ignore=ignore or ["lm_head"],
             say=say,
         )

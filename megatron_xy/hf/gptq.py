@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.chat_template import ChatTemplate
+from megatron_xy.data.chat_template import ChatTemplate, load_chat_template
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.calibration import read_calibration
@@ -52,6 +52,7 @@ def write_gptq(
     scheme: str,
     calibration: Path,
     num_samples: int,
+    chat_template: str | None = None,
     ignore: list[str],
     beside: Path,
     say: Say,
@@ -69,7 +70,7 @@ def write_gptq(
     rows = read_calibration(
         calibration,
         tokenizer=tokenizer,
-        chat_template=_template(source, tokenizer),
+        chat_template=_template(chat_template, source, tokenizer),
         vocab_size=source.model.vocab_size or 0,
         longest=min(LONGEST_ROW, source.model.max_position_embeddings),
         number=num_samples,
@@ -120,8 +121,10 @@ class _Progress(Modifier):  # type: ignore[misc]
             self.say(f"{self.done} of {self.num_layers} layers quantised")
 
 
-def _template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """That of the conversations that the checkpoint has learned, if any."""
+def _template(given: str | None, source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The one given, or else that of the conversations that the checkpoint has learned, if any."""
+    if given is not None:
+        return load_chat_template(given, tokenizer)
     text = source.manifest.state.get("chat_template")
     return ChatTemplate(text, name="of the checkpoint's run", tokenizer=tokenizer) if text is not None else None
 

@@ -18,12 +18,20 @@ Say = Callable[[str], None]
 
 
 def quantize(
-    source: str, target: str, *, scheme: str, calibration: Path | None, num_samples: int, ignore: list[str], say: Say
+    source: str,
+    target: str,
+    *,
+    scheme: str,
+    calibration: Path | None,
+    num_samples: int,
+    chat_template: str | None = None,
+    ignore: list[str],
+    say: Say,
 ) -> None:
     """Writes the HF folder `target`; the same command goes on with what a killed one left, or does it again.
 
-    ignore: names of layers that stay as they are. Raises UsageError for arguments that do not go together, ConfigError
-    for paths, DataError for a damaged source, StorageError.
+    ignore: names of layers that stay as they are; chat_template: a name or a file. Raises UsageError for arguments
+    that do not go together, ConfigError for paths and names, DataError for a damaged source, StorageError.
     """
     (from_kind, from_path), (to_kind, to_path) = place(source, "--from"), place(target, "--to")
     if to_kind != "hf":
@@ -32,6 +40,8 @@ def quantize(
         raise UsageError(f"--scheme {scheme} takes no --calibration")
     if scheme not in BITSANDBYTES and calibration is None:
         raise UsageError(f"--scheme {scheme} needs --calibration, a `data build` folder or a jsonl file")
+    if chat_template is not None and (calibration is None or calibration.is_dir()):
+        raise UsageError("--chat-template goes with --calibration F.jsonl, for conversations; a data folder has tokens")
     opened = open_source(from_kind, from_path)
     if opened.model.head != "language_model":
         raise ConfigError(f"--from {source}: is a reward model; only language models are quantised")
@@ -42,6 +52,7 @@ def quantize(
         "from": opened.fingerprint(),
         "calibration": str(calibration),
         "num_samples": num_samples,
+        "chat_template": chat_template,
         "ignore": layers,
     }
     facts = {
@@ -64,6 +75,7 @@ def quantize(
                 scheme=scheme,
                 calibration=calibration,
                 num_samples=num_samples,
+                chat_template=chat_template,
                 ignore=layers,
                 beside=to_path,
                 say=say,
