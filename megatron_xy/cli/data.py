@@ -126,7 +126,9 @@ def data_stats(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Documents, tokens, samples, shares and the three ratios of a data folder."""
+    """Documents, tokens, samples, shares and the three ratios of a data folder, beside samples of fixed length; what of
+    the corpus was left out.
+    """
     from megatron_xy.data.examine import dataset_stats
 
     if pictures is not None:
@@ -223,9 +225,16 @@ def _numbers(text: str, *, option: str) -> list[int]:
 
 
 def _show_stats(stats: Any, directory: Path, *, as_json: bool) -> None:
+    from megatron_xy.data.progress import left_out, ratios_table, stats_table
+
+    lines = left_out(stats, directory=directory)
     if as_json:
         print(json.dumps(stats))
+        if lines:
+            say("; ".join(lines))
         return
-    from megatron_xy.data.progress import stats_table
-
-    Console().print(stats_table(stats, title=str(directory)))
+    console = Console(highlight=False)
+    console.print(stats_table(stats, title=str(directory)))
+    console.print(ratios_table(stats))
+    for line in lines:
+        print(line)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_xy.data.alternatives import fixed_length_alternatives
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
 from megatron_xy.data.origins import mask_path, read_mask, read_rows
@@ -18,6 +19,7 @@ from megatron_xy.storage import file_sha256
 def dataset_stats(directory: Path | str) -> dict[str, Any]:
     """Documents, tokens, samples, the three ratios; per source and bucket samples, tokens, share and padding.
 
+    `fixed_length`: the ratios of samples of fixed length made of the same documents, see `fixed_length_alternatives`.
     `share` is the part of all samples' length, padding included. Raises ConfigError, DataError as `read_manifest`.
     """
     manifest = read_manifest(Path(directory))
@@ -29,6 +31,7 @@ def dataset_stats(directory: Path | str) -> dict[str, Any]:
             "tokens": source.tokens,
             "samples": source.samples,
             "tokens_learned": source.tokens if source.tokens_learned is None else source.tokens_learned,
+            "truncated_documents": source.truncated_documents,
             "share": source.packed_length / whole,
             "padding_ratio": 1 - source.tokens / source.packed_length,
             "truncation_ratio": source.truncated_documents / source.documents,
@@ -43,7 +46,13 @@ def dataset_stats(directory: Path | str) -> dict[str, Any]:
                 for size, bucket in source.buckets.items()
             },
         }
-    return {**manifest.statistics.model_dump(), "buckets": manifest.buckets, "sources": sources}
+    return {
+        **manifest.statistics.model_dump(),
+        "truncated_documents": sum(source.truncated_documents for source in manifest.sources.values()),
+        "buckets": manifest.buckets,
+        "sources": sources,
+        "fixed_length": fixed_length_alternatives(manifest),
+    }
 
 
 def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -> None:
