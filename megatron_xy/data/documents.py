@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +67,7 @@ class Part:
     first_line: int
     file: int = 0  # number of the input, from 0
     selection: Selection | None = None  # None: every document is taken
+    stamp: tuple[int, ...] = ()  # `file_stamp` of the file when it was scanned; (): not known
 
 
 @dataclass(frozen=True)
@@ -151,16 +153,52 @@ def read_part(
         fields = _Fields(text_field, source_field, conversations)
         rows = _read_lines(part, advance, fields)
     duplicates = _duplicates(part)
-    for line, row in rows:
-        report.lines += 1
-        if isinstance(row, _BadLine):
-            report.bad(part.path, line, str(row))
-        elif not row.text:
-            report.skipped_empty += 1
-        elif part.selection is None or _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
-            yield Document(row.text, row.source, part.path, line, part.file, row.conversation)
+    with reading_unchanged(part):
+        for line, row in rows:
+            report.lines += 1
+            if isinstance(row, _BadLine):
+                report.bad(part.path, line, str(row))
+            elif not row.text:
+                report.skipped_empty += 1
+            elif part.selection is None or _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
+                yield Document(row.text, row.source, part.path, line, part.file, row.conversation)
     if not part.path.endswith(JSON_LINES):
         advance(part.stop - part.start)
+
+
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """What tells that an input was written to: size and time of change, of both files of a Megatron dataset.
+
+    Raises DataError where it is gone.
+    """
+    try:
+        found = [file.stat() for file in ((path, path.with_suffix(".idx")) if path.suffix == ".bin" else (path,))]
+    except FileNotFoundError as error:
+        raise changed(path) from error
+    return tuple(number for each in found for number in (each.st_size, each.st_mtime_ns))
+
+
+@contextmanager
+def reading_unchanged(part: Part) -> Iterator[None]:
+    """Around what reads a part. Raises DataError where the file is not, or no more, what was scanned."""
+    path = Path(part.path)
+
+    def check() -> None:
+        if part.stamp and file_stamp(path) != part.stamp:
+            raise changed(path)
+
+    check()
+    try:
+        yield
+    except Exception:
+        check()  # the reason of what went wrong
+        raise
+    check()
+
+
+def changed(path: Path | str) -> DataError:
+    """For an input that is not what was scanned."""
+    return DataError(f"{path} changed while it was read; leave the corpus alone and run again")
 
 
 def parquet_reader() -> ModuleType:
@@ -263,7 +301,7 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
         except DAMAGE as error:
             raise DataError(f"{part.path}: damaged after line {line - 1}: {error}; copy it again") from error
     if not zipped and position != part.stop:
-        raise DataError(f"{part.path} changed while it was read; leave the corpus alone and run again")
+        raise changed(part.path)
     advance(part.stop - told)
 
 
