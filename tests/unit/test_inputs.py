@@ -42,7 +42,10 @@ def write_parquet(path, columns, **options):
     return path
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), "str")])
+@pytest.mark.parametrize(
+    "kind",
+    [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(), "str")],
+)
 def test_parquet_gives_the_documents_of_jsonl(tmp_path, tokenizer, kind):
     rows = texts(200)
     sources = ["a" if n % 3 else "b" for n in range(200)]
