@@ -23,7 +23,7 @@ COPY_TOKENS = 1 << 22  # held in memory at a time, or one document
 def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
     """One token shard from parts of Megatron datasets, unless its receipt says that it is done.
 
-    No end-of-document token is added, whatever the task says. Documents without a token are left out and counted.
+    Documents are taken as they lie; those without a token are left out and counted.
     Raises DataError where a dataset is damaged or an id lies outside the tokenizer's vocabulary.
     """
     done = read_receipt(task.folder)

@@ -7,14 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import sentencepiece
+from typer.testing import CliRunner
 
+from megatron_xy.cli import app
 from megatron_xy.data import build, tokenize, workers
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import EXIT_USAGE, ConfigError, DataError
 from tests.unit.small_corpus import content, train_tokenizer
 
 BUCKETS = (16, 32, 64)
@@ -204,8 +206,19 @@ def test_arguments_and_places_are_checked_before_anything_is_written(corpus, tok
     assert not (tmp_path / "out").exists() and not (corpus / "out").exists()
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match="no document with text"):
+        build_dataset([tmp_path / "empty.txt"], tokenizer=tokenizer, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"source_field \(src\) names a field of rows, and no input has rows"):
         run(tmp_path / "empty.txt", tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_seq_length_and_buckets_do_not_go_together(corpus, tokenizer, tmp_path):
+    given = ["data", "build", "--input", corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out"]
+    fixed = ["--packing", "concatenate", "--seq-length", "32"]
+    refused = CliRunner().invoke(app, [*map(str, given), *fixed, "--buckets", "16,32"])
+    assert refused.exit_code == EXIT_USAGE and not (tmp_path / "out").exists()
+    assert CliRunner().invoke(app, [*map(str, given), *fixed]).exit_code == 0
+    assert read_manifest(tmp_path / "out").buckets == [32]
 
 
 def test_too_many_sources_are_refused(tokenizer, tmp_path):
