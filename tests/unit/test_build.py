@@ -244,6 +244,13 @@ def flip(path):
         (lambda out, shard: flip(out / "tokenizer.model"), "not the tokenizer of the manifest"),
         (lambda out, shard: os.truncate(out / "manifest.json", 100), r"manifest\.json is damaged"),
         (lambda out, shard: (out / "manifest.json").unlink(), r"holds no manifest\.json"),
+        (
+            lambda out, shard: shutil.copy(out / f"{shard}.bin", out / "code/extra.bin"),
+            r"not list: code/extra\.bin; rem",
+        ),
+        (lambda out, shard: shutil.copytree(out / "code", out / "more"), r"not list: more, .* and \d+ more; remove it"),
+        (lambda out, shard: (out / ".tmp-1-manifest.json").touch(), r"\.tmp-1-manifest\.json \(left by a build that"),
+        (lambda out, shard: (out / "code" / ".tmp-x").touch(), r"does not list: code/\.tmp-x"),
     ],
 )
 def test_verify_names_what_is_wrong(corpus, tokenizer, tmp_path, damage, reason):
@@ -261,6 +268,13 @@ def test_a_manifest_that_contradicts_itself_is_refused(corpus, tokenizer, tmp_pa
     manifest = json.loads((output / "manifest.json").read_text())
     for change in (
         lambda m: m["statistics"].update(samples=1),
+        lambda m: m["statistics"].update(documents=m["statistics"]["documents"] + 5),
+        lambda m: m["statistics"].update(tokens=m["statistics"]["tokens"] + 5),
+        lambda m: m["sources"]["code"].update(tokens=m["sources"]["code"]["tokens"] + 5),
+        lambda m: (
+            m["sources"]["code"].update(documents=m["sources"]["code"]["documents"] + 5),
+            m["statistics"].update(documents=m["statistics"]["documents"] + 5),
+        ),
         lambda m: m.update(format_version=2),
         lambda m: m["sources"].update({"..": m["sources"]["code"]}),
         lambda m: m["sources"]["code"]["buckets"]["16"]["shards"][0].update(name="../../etc/bucket_00016/shard_00000"),
