@@ -286,8 +286,8 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
     with Path(part.path).open("rb") as stream:
         stream.seek(part.start)
         position = part.start
-        lines = open_compressed(Path(part.path), stream) if zipped else stream
         try:
+            lines = open_compressed(Path(part.path), stream) if zipped else stream
             while zipped or position < part.stop:
                 raw = lines.readline()
                 if not raw:

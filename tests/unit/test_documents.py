@@ -171,6 +171,16 @@ def test_a_damaged_compressed_file_never_passes_for_a_shorter_one(tmp_path, endi
             list(read_documents([path], bad_lines=policy))
 
 
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("zst", compress_zst)])
+def test_a_compressed_file_without_a_byte_is_a_cut_one_and_one_of_no_data_is_not(tmp_path, ending, compress):
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{ending}: damaged after line 0: the file has no bytes"):
+        list(read_documents([path]))
+    path.write_bytes(compress(b""))
+    assert list(read_documents([path])) == []
+
+
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 def test_reading_takes_as_much_memory_for_a_large_file_as_for_a_small_one(tmp_path, ending):
     compress = {"": bytes, ".gz": gzip.compress, ".zst": compress_zst}[ending]
