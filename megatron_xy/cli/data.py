@@ -21,7 +21,10 @@ def data_build(
     inputs: Annotated[
         list[str], typer.Option("--input", metavar="PATH...", help="files, folders or globs; repeat, or list them")
     ],
-    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="a SentencePiece tokenizer.model")],
+    tokenizer: Annotated[
+        Path,
+        typer.Option("--tokenizer", help="a SentencePiece tokenizer.model, a tokenizer.json, or a folder with one"),
+    ],
     output: Annotated[Path, typer.Option("--output", help="the data folder to make")],
     more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="further inputs")] = None,
     buckets: Annotated[

@@ -83,7 +83,7 @@ def build_dataset(
     check_policy(packing, overflow, buckets=sizes)
     loaded = load_anew(tokenizer)
     if append_eod and loaded.eos_id is None:
-        raise ConfigError(f"append_eod (true): the tokenizer {loaded.path} has no end token; leave it off")
+        raise ConfigError(f"append_eod (true): {loaded.without_end_token}; leave it off")
     chat = _chat_options(
         chat_template, loaded, overflow=chat_overflow, last_turn_only=last_turn_only, longest=sizes[-1], packing=packing
     )

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_xy.data.compressed import DAMAGE, open_compressed
 from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
-from megatron_xy.data.manifest import is_source_name
+from megatron_xy.data.manifest import RESERVED_NAMES, is_source_name
 from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.rows_files import FILES_OF_ROWS
@@ -107,10 +107,10 @@ class LineReport:
         self.bad_lines += other.bad_lines
         self.listed = (self.listed + other.listed)[:MOST_BAD_LINES_LISTED]
 
-    def raise_if_bad(self) -> None:
-        """DataError with the bad lines and their number, if there is one."""
+    def raise_if_bad(self, *, remedy: str = "mend them, or leave them out with bad_lines = skip") -> None:
+        """DataError with the bad lines, their number and the remedy, if there is one."""
         if self.bad_lines:
-            raise DataError(f"{self._list()}\n{self.bad_lines} bad line(s); mend them, or leave them out with skip")
+            raise DataError(f"{self._list()}\n{self.bad_lines} bad line(s); {remedy}")
 
     def raise_if_too_bad(self, *, most_lines: int | None = None) -> None:
         """DataError with the bad lines where they are more than BAD_LINES_LIMIT of `most_lines`, or else of all read.
@@ -121,7 +121,7 @@ class LineReport:
         if self.bad_lines > BAD_LINES_LIMIT * lines:
             raise DataError(
                 f"{self._list()}\n{self.bad_lines} bad line(s) of at most {lines}, more than {BAD_LINES_LIMIT:.1%}; "
-                "mend them, name the right fields, or leave them out with skip"
+                "mend them, name the right fields, or leave them out with bad_lines = skip"
             )
 
     def _list(self) -> str:
@@ -361,6 +361,8 @@ def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
     if fields.source is None:
         return _Contents(text, DEFAULT_SOURCE, conversation)
     source = _string(row, fields.source)
+    if source in RESERVED_NAMES:
+        raise _BadLine(f"source {source!r} has the name of something else in a data folder; give it another")
     if not is_source_name(source):
         raise _BadLine(f"source {source[:100]!r} cannot name a folder: 1 to 100 of A-Z a-z 0-9 . _ -, no dot in front")
     return _Contents(text, source, conversation)

@@ -105,6 +105,12 @@ def test_a_tokenizer_json_keeps_its_name_in_the_data_folder(corpus, tmp_path):
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "fox": 1, "dog": 2}, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.save(str(tmp_path / "words.json"))
+    looked_for = r"has no end token: it is looked for in tokenizer_config\.json beside it, which "
+    for config, reason in ((None, "is not there"), ("{}", "has none")):
+        if config is not None:
+            (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(ConfigError, match=looked_for + reason):
+            run(corpus, tmp_path / "words.json", tmp_path / "out", append_eod=True)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "dog"}')
     run(corpus, tmp_path / "words.json", tmp_path / "out")
     verify_dataset(tmp_path / "out")

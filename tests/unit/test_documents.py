@@ -71,7 +71,8 @@ BAD = [
     (b'{"text": "x"}', "no field 'src'"),
     (b'{"text": "x", "src": "../up"}', "cannot name a folder"),
     (b'{"text": "x", "src": ".hid"}', "cannot name a folder"),
-    (b'{"text": "x", "src": "manifest.json"}', "cannot name a folder"),
+    (b'{"text": "x", "src": "manifest.json"}', "has the name of something else in a data folder"),
+    (b'{"text": "x", "src": "held_out"}', "has the name of something else in a data folder"),
     (b'{"text": "x", "src": ""}', "cannot name a folder"),
 ]
 
