@@ -46,16 +46,16 @@ def read_questions(key: Path, sheets: Sequence[Path]) -> list[Question]:
     """
     rows = {row.value["id"]: row.value for row in read_rows(key, option="--key", parse=_key_row)}
     given: dict[tuple[str, str], tuple[str, Path]] = {}
-    faulty: set[tuple[str, str]] = set()  # graded, but not so that it counts
+    graded: set[tuple[str, str]] = set()  # also where it does not count
     problems = []
     for path in sheets:
         try:
-            read_sheet(path, _taker(rows, given, faulty, path), columns=("id", "annotator", "pair", "grade"))
+            read_sheet(path, _taker(rows, given, graded, path), columns=("id", "annotator", "pair", "grade"))
         except DataError as error:
             problems.append(str(error))
     for annotator in sorted({name for row in rows.values() for name in row["A"]}):
         asked = [(number, annotator) for number, row in rows.items() if annotator in row["A"]]
-        missing = [pair[0] for pair in asked if pair not in given and pair not in faulty]
+        missing = [pair[0] for pair in asked if pair not in graded]
         if missing:
             shown = ", ".join(missing[:SHOWN_PROBLEMS]) + (", ..." if len(missing) > SHOWN_PROBLEMS else "")
             problems.append(f"{len(missing):,} grades of annotator {annotator} are missing: {shown}")
@@ -75,17 +75,17 @@ def read_questions(key: Path, sheets: Sequence[Path]) -> list[Question]:
 def _taker(
     rows: dict[str, dict[str, Any]],
     given: dict[tuple[str, str], tuple[str, Path]],
-    faulty: set[tuple[str, str]],
+    graded: set[tuple[str, str]],
     path: Path,
 ) -> Callable[[dict[str, Any]], None]:
-    """What notes the grade of a sheet's row in `given`, with the sheet that it stands in, or in `faulty`."""
+    """What notes in `graded` that a sheet's row has a grade, and in `given` one that counts, with the sheet."""
 
     def take(row: dict[str, Any]) -> None:
         number, annotator, pair = (str(row.get(name) or "").strip() for name in ("id", "annotator", "pair"))
         grade = str(row.get("grade") or "").strip().lower()
         if not grade:
             return
-        faulty.add((number, annotator))
+        graded.add((number, annotator))
         if number not in rows:
             raise BadRow(f"id ({number[:20]}) is none of the key's")
         if annotator not in rows[number]["A"]:
