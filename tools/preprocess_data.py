@@ -64,7 +64,7 @@ def preprocess(
     """Writes one data set and returns its documents and tokens; a bad line is an error, and nothing is written then."""
     loaded = load_anew(tokenizer)
     if append_eod and loaded.eos_id is None:
-        raise ConfigError(f"--append-eod: the tokenizer {tokenizer} has no end token; leave it off")
+        raise ConfigError(f"--append-eod: {loaded.without_end_token}; leave it off")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".tmp-preprocess-", dir=prefix.parent))
     try:
@@ -87,7 +87,7 @@ def preprocess(
             with IndexedWriter(prefix, dtype=dtype_for(loaded.vocab_size)) as writer:
                 for shard in pool.run("tokenize", tokenize_shard, tasks, total=total, unit="bytes"):
                     report.add(shard.report)
-                    report.raise_if_bad()
+                    report.raise_if_bad(remedy="mend them: nothing of this data set was written")
                     if SHARD in shard.documents:
                         reader = IndexedReader(shard.folder / SHARD)
                         writer.add_documents(reader.tokens, lengths=reader.sequence_lengths)

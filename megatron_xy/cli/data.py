@@ -21,16 +21,21 @@ def data_build(
     inputs: Annotated[
         list[str], typer.Option("--input", metavar="PATH...", help="files, folders or globs; repeat, or list them")
     ],
-    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="a SentencePiece tokenizer.model")],
+    tokenizer: Annotated[
+        Path,
+        typer.Option("--tokenizer", help="a SentencePiece tokenizer.model, a tokenizer.json, or a folder with one"),
+    ],
     output: Annotated[Path, typer.Option("--output", help="the data folder to make")],
     more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="further inputs")] = None,
-    buckets: Annotated[str, typer.Option("--buckets", help="tokens, ascending, by commas")] = "2048,4096,8192,16384",
+    buckets: Annotated[
+        str | None, typer.Option("--buckets", help="tokens, ascending, by commas; otherwise 2048,4096,8192,16384")
+    ] = None,
     source_field: Annotated[
         str | None, typer.Option("--source-field", help="the row's field that names its source")
     ] = None,
     text_field: Annotated[str, typer.Option("--text-field", help="the row's field that holds the text")] = "text",
     append_eod: Annotated[
-        bool, typer.Option("--append-eod", help="end every document with the end-of-document token")
+        bool, typer.Option("--append-eod", help="end every text with the end-of-document token")
     ] = False,
     workers: Annotated[int, typer.Option("--workers", min=1, help="processes")] = 1,
     bad_lines: Annotated[
@@ -82,18 +87,23 @@ def data_build(
     """
     # A process with threads cannot be forked, and numpy would start some, of which a build has no use.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from megatron_xy.data.build import build_dataset
+    from megatron_xy.data.build import DEFAULT_BUCKETS, build_dataset
     from megatron_xy.data.build_folder import Share
     from megatron_xy.data.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
         raise typer.BadParameter("--packing concatenate and --seq-length go together", param_hint="--seq-length")
+    if seq_length is not None and buckets is not None:
+        raise typer.BadParameter(
+            "--seq-length gives samples of one length; leave --buckets off", param_hint="--buckets"
+        )
+    sizes = DEFAULT_BUCKETS if buckets is None else _numbers(buckets, option="--buckets")
     with showing_progress() as progress:
         stats = build_dataset(
             [*inputs, *(more_inputs or [])],
             tokenizer=tokenizer,
             output=output,
-            buckets=_numbers(buckets, option="--buckets") if seq_length is None else [seq_length],
+            buckets=sizes if seq_length is None else [seq_length],
             source_field=source_field,
             text_field=text_field,
             append_eod=append_eod,
@@ -126,7 +136,9 @@ def data_stats(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Documents, tokens, samples, shares and the three ratios of a data folder."""
+    """Documents, tokens, samples, shares and the three ratios of a data folder, beside samples of fixed length; what of
+    the corpus was left out.
+    """
     from megatron_xy.data.examine import dataset_stats
 
     if pictures is not None:
@@ -223,9 +235,16 @@ def _numbers(text: str, *, option: str) -> list[int]:
 
 
 def _show_stats(stats: Any, directory: Path, *, as_json: bool) -> None:
+    from megatron_xy.data.progress import left_out, ratios_table, stats_table
+
+    lines = left_out(stats, directory=directory)
     if as_json:
         print(json.dumps(stats))
+        if lines:
+            say("; ".join(lines))
         return
-    from megatron_xy.data.progress import stats_table
-
-    Console().print(stats_table(stats, title=str(directory)))
+    console = Console(highlight=False)
+    console.print(stats_table(stats, title=str(directory)))
+    console.print(ratios_table(stats))
+    for line in lines:
+        print(line)

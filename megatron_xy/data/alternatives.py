@@ -50,7 +50,7 @@ def fixed_length_alternatives(manifest: Manifest) -> dict[str, dict[str, Any]]:
     manifest does not keep their lengths.
     """
     kept = [(source, source.lengths) for source in manifest.sources.values() if source.lengths is not None]
-    documents = sum(count for _, lengths in kept for count in lengths.histogram.values())
+    documents = sum(lengths.documents for _, lengths in kept)
     tokens = sum(source.tokens + source.tokens_lost for source, _ in kept)
     result: dict[str, dict[str, Any]] = {}
     for size in (str(bucket) for bucket in manifest.buckets if kept):

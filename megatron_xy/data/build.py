@@ -63,7 +63,8 @@ def build_dataset(
     """Tokenise and pack a corpus into the data folder `output`; returns `dataset_stats`, "finished" and "reused".
 
     deduplicate: of documents with the same text, over all inputs, the first one stays. held_out: this fraction of the
-    documents, chosen by the hash of their text, goes into OUTPUT/held_out, a data folder of its own.
+    documents, chosen by the hash of their text, goes into OUTPUT/held_out, a data folder of its own. append_eod: end
+    every text with the end-of-document token; documents of Megatron datasets are taken as they lie, and refuse it.
     chat_template: take rows that hold conversations as such, rendered by this template (see load_chat_template); their
     answers are learned, or with last_turn_only the last one. chat_overflow: see ChatOverflow.
 
@@ -82,14 +83,14 @@ def build_dataset(
     check_policy(packing, overflow, buckets=sizes)
     loaded = load_anew(tokenizer)
     if append_eod and loaded.eos_id is None:
-        raise ConfigError(f"append_eod (true): the tokenizer {loaded.path} has no end token; leave it off")
+        raise ConfigError(f"append_eod (true): {loaded.without_end_token}; leave it off")
     chat = _chat_options(
         chat_template, loaded, overflow=chat_overflow, last_turn_only=last_turn_only, longest=sizes[-1], packing=packing
     )
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out ({held_out}) must be a fraction from 0 to below 1, such as 0.01")
     files = find_inputs(inputs)
-    _check_selection(files, deduplicate=deduplicate, held_out=held_out)
+    _check_inputs(files, append_eod=append_eod, source_field=source_field, looks_at_texts=deduplicate or held_out > 0)
     folder = Path(output)
     _check_output(folder, inputs, held_out=held_out)
     options = {
@@ -151,11 +152,22 @@ def _chat_options(
     return ChatOptions(template.name, template.source, overflow, last_turn_only, longest)
 
 
-def _check_selection(files: Sequence[Path], *, deduplicate: bool, held_out: float) -> None:
+def _check_inputs(files: Sequence[Path], *, append_eod: bool, source_field: str | None, looks_at_texts: bool) -> None:
+    """What is asked for can be done with inputs of these kinds."""
     tokens = [file for file in files if is_prefix(file)]
-    if tokens and (deduplicate or held_out):
+    if tokens and looks_at_texts:
         raise ConfigError(
             f"deduplicate and held_out look at texts, and input ({tokens[0]}) holds tokens; build from the texts"
+        )
+    if tokens and append_eod:
+        raise ConfigError(
+            f"append_eod (true) cannot be given with token inputs, whose documents are taken as they lie, and input "
+            f"({tokens[0]}) holds tokens; leave it off, or build from the texts"
+        )
+    if source_field is not None and all(is_prefix(file) or file.suffix == ".txt" for file in files):
+        raise ConfigError(
+            f"source_field ({source_field}) names a field of rows, and no input has rows: {files[0]} and the like have "
+            "no fields; leave it off"
         )
     if len(files) >= MOST_FILES:
         raise ConfigError(f"input names {len(files)} files, must be fewer than {MOST_FILES}; join small ones")

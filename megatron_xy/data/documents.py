@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_xy.data.compressed import DAMAGE, open_compressed
 from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
-from megatron_xy.data.manifest import is_source_name
+from megatron_xy.data.manifest import RESERVED_NAMES, is_source_name
 from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.rows_files import FILES_OF_ROWS
@@ -66,6 +67,7 @@ class Part:
     first_line: int
     file: int = 0  # number of the input, from 0
     selection: Selection | None = None  # None: every document is taken
+    stamp: tuple[int, ...] = ()  # `file_stamp` of the file when it was scanned; (): not known
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,10 @@ class LineReport:
         self.bad_lines += other.bad_lines
         self.listed = (self.listed + other.listed)[:MOST_BAD_LINES_LISTED]
 
-    def raise_if_bad(self) -> None:
-        """DataError with the bad lines and their number, if there is one."""
+    def raise_if_bad(self, *, remedy: str = "mend them, or leave them out with bad_lines = skip") -> None:
+        """DataError with the bad lines, their number and the remedy, if there is one."""
         if self.bad_lines:
-            raise DataError(f"{self._list()}\n{self.bad_lines} bad line(s); mend them, or leave them out with skip")
+            raise DataError(f"{self._list()}\n{self.bad_lines} bad line(s); {remedy}")
 
     def raise_if_too_bad(self, *, most_lines: int | None = None) -> None:
         """DataError with the bad lines where they are more than BAD_LINES_LIMIT of `most_lines`, or else of all read.
@@ -119,7 +121,7 @@ class LineReport:
         if self.bad_lines > BAD_LINES_LIMIT * lines:
             raise DataError(
                 f"{self._list()}\n{self.bad_lines} bad line(s) of at most {lines}, more than {BAD_LINES_LIMIT:.1%}; "
-                "mend them, name the right fields, or leave them out with skip"
+                "mend them, name the right fields, or leave them out with bad_lines = skip"
             )
 
     def _list(self) -> str:
@@ -151,16 +153,52 @@ def read_part(
         fields = _Fields(text_field, source_field, conversations)
         rows = _read_lines(part, advance, fields)
     duplicates = _duplicates(part)
-    for line, row in rows:
-        report.lines += 1
-        if isinstance(row, _BadLine):
-            report.bad(part.path, line, str(row))
-        elif not row.text:
-            report.skipped_empty += 1
-        elif part.selection is None or _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
-            yield Document(row.text, row.source, part.path, line, part.file, row.conversation)
+    with reading_unchanged(part):
+        for line, row in rows:
+            report.lines += 1
+            if isinstance(row, _BadLine):
+                report.bad(part.path, line, str(row))
+            elif not row.text:
+                report.skipped_empty += 1
+            elif part.selection is None or _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
+                yield Document(row.text, row.source, part.path, line, part.file, row.conversation)
     if not part.path.endswith(JSON_LINES):
         advance(part.stop - part.start)
+
+
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """What tells that an input was written to: size and time of change, of both files of a Megatron dataset.
+
+    Raises DataError where it is gone.
+    """
+    try:
+        found = [file.stat() for file in ((path, path.with_suffix(".idx")) if path.suffix == ".bin" else (path,))]
+    except FileNotFoundError as error:
+        raise changed(path) from error
+    return tuple(number for each in found for number in (each.st_size, each.st_mtime_ns))
+
+
+@contextmanager
+def reading_unchanged(part: Part) -> Iterator[None]:
+    """Around what reads a part. Raises DataError where the file is not, or no more, what was scanned."""
+    path = Path(part.path)
+
+    def check() -> None:
+        if part.stamp and file_stamp(path) != part.stamp:
+            raise changed(path)
+
+    check()
+    try:
+        yield
+    except Exception:
+        check()  # the reason of what went wrong
+        raise
+    check()
+
+
+def changed(path: Path | str) -> DataError:
+    """For an input that is not what was scanned."""
+    return DataError(f"{path} changed while it was read; leave the corpus alone and run again")
 
 
 def parquet_reader() -> ModuleType:
@@ -248,8 +286,8 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
     with Path(part.path).open("rb") as stream:
         stream.seek(part.start)
         position = part.start
-        lines = open_compressed(Path(part.path), stream) if zipped else stream
         try:
+            lines = open_compressed(Path(part.path), stream) if zipped else stream
             while zipped or position < part.stop:
                 raw = lines.readline()
                 if not raw:
@@ -263,7 +301,7 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
         except DAMAGE as error:
             raise DataError(f"{part.path}: damaged after line {line - 1}: {error}; copy it again") from error
     if not zipped and position != part.stop:
-        raise DataError(f"{part.path} changed while it was read; leave the corpus alone and run again")
+        raise changed(part.path)
     advance(part.stop - told)
 
 
@@ -323,6 +361,8 @@ def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
     if fields.source is None:
         return _Contents(text, DEFAULT_SOURCE, conversation)
     source = _string(row, fields.source)
+    if source in RESERVED_NAMES:
+        raise _BadLine(f"source {source!r} has the name of something else in a data folder; give it another")
     if not is_source_name(source):
         raise _BadLine(f"source {source[:100]!r} cannot name a folder: 1 to 100 of A-Z a-z 0-9 . _ -, no dot in front")
     return _Contents(text, source, conversation)

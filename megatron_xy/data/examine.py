@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from megatron_xy.data.alternatives import fixed_length_alternatives
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
-from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
+from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 from megatron_xy.data.origins import mask_path, read_mask, read_rows
 from megatron_xy.data.workers import Progress
 from megatron_xy.errors import DataError
-from megatron_xy.storage import file_sha256
+from megatron_xy.storage import TEMPORARY_PREFIX, file_sha256
 
 
 def dataset_stats(directory: Path | str) -> dict[str, Any]:
     """Documents, tokens, samples, the three ratios; per source and bucket samples, tokens, share and padding.
 
+    `fixed_length`: the ratios of samples of fixed length made of the same documents, see `fixed_length_alternatives`.
     `share` is the part of all samples' length, padding included. Raises ConfigError, DataError as `read_manifest`.
     """
     manifest = read_manifest(Path(directory))
@@ -29,6 +31,7 @@ def dataset_stats(directory: Path | str) -> dict[str, Any]:
             "tokens": source.tokens,
             "samples": source.samples,
             "tokens_learned": source.tokens if source.tokens_learned is None else source.tokens_learned,
+            "truncated_documents": source.truncated_documents,
             "share": source.packed_length / whole,
             "padding_ratio": 1 - source.tokens / source.packed_length,
             "truncation_ratio": source.truncated_documents / source.documents,
@@ -43,13 +46,20 @@ def dataset_stats(directory: Path | str) -> dict[str, Any]:
                 for size, bucket in source.buckets.items()
             },
         }
-    return {**manifest.statistics.model_dump(), "buckets": manifest.buckets, "sources": sources}
+    return {
+        **manifest.statistics.model_dump(),
+        "truncated_documents": sum(source.truncated_documents for source in manifest.sources.values()),
+        "buckets": manifest.buckets,
+        "sources": sources,
+        "fixed_length": fixed_length_alternatives(manifest),
+    }
 
 
 def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -> None:
     """Read a whole data folder: sizes, checksums, every sample within its bucket, every id within the vocabulary.
 
-    Raises ConfigError where the folder is missing, DataError with the file and the reason where anything is wrong.
+    A held-out part is a data folder of its own, of which nothing is read. Raises ConfigError where the folder is
+    missing, DataError with the file and the reason where anything is wrong or there is a file too many.
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
@@ -59,6 +69,7 @@ def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -
     for further in (manifest.bad_lines, manifest.tokenizer.config):
         if further is not None:
             _verify_file(folder / further.name, size=further.size, sha256=further.sha256)
+    _verify_listed(folder, manifest)
     shards = [
         (shard, int(size))
         for source in manifest.sources.values()
@@ -73,6 +84,24 @@ def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -
         done += shard.bin_bytes + shard.idx_bytes
     if progress is not None:
         progress("verify", total, total, "bytes")
+
+
+def _verify_listed(folder: Path, manifest: Manifest) -> None:
+    """Nothing lies in the folder but what the manifest lists, and the held-out part."""
+    listed = {MANIFEST_NAME, manifest.tokenizer.file}
+    listed |= {entry.name for entry in (manifest.bad_lines, manifest.tokenizer.config) if entry is not None}
+    for shard in (
+        shard for source in manifest.sources.values() for bucket in source.buckets.values() for shard in bucket.shards
+    ):
+        listed |= {f"{shard.name}.bin", f"{shard.name}.idx"}
+        listed |= {entry.name for entry in (shard.trace, shard.mask) if entry is not None}
+    folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - folders - listed
+    unlisted = sorted(name for name in found if PurePosixPath(name).parts[0] != HELD_OUT_NAME)
+    if unlisted:
+        named = ", ".join(unlisted[:5]) + (f" and {len(unlisted) - 5} more" if len(unlisted) > 5 else "")
+        left = " (left by a build that was stopped)" if unlisted[0].startswith(TEMPORARY_PREFIX) else ""
+        raise DataError(f"{folder} holds what its manifest does not list: {named}{left}; remove it")
 
 
 def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Manifest) -> None:

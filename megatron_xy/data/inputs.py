@@ -20,8 +20,10 @@ from megatron_xy.data.documents import (
     LineReport,
     Part,
     ScannedFile,
+    file_stamp,
     parquet_reader,
     read_part,
+    reading_unchanged,
 )
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.errors import ConfigError
@@ -71,8 +73,39 @@ def scan_file(
     """Checksum and parts of one corpus file, in one pass; parts have about `part_bytes` bytes where it can be cut.
 
     `advance` is told how many bytes were read since the last call. Raises DataError where a Parquet file or a Megatron
-    index is damaged.
+    index is damaged, or the file changed meanwhile.
     """
+    stamp = file_stamp(path)
+    with reading_unchanged(Part(str(path), 0, 0, 1, stamp=stamp)):
+        scanned = _scan(path, part_bytes=part_bytes, file=file, advance=advance)
+    return replace(scanned, parts=[replace(part, stamp=stamp) for part in scanned.parts])
+
+
+def read_documents(
+    inputs: Sequence[Path | str],
+    *,
+    text_field: str = "text",
+    source_field: str | None = None,
+    bad_lines: BadLinePolicy = "limit",
+) -> Iterator[Document]:
+    """All documents of `inputs` in order. Raises DataError at the end of a file that has bad lines, under "fail", or
+    in the end, under "limit"; ConfigError for Megatron's .bin/.idx, which hold no text.
+    """
+    total = LineReport()
+    for path in find_inputs(inputs):
+        if is_prefix(path):
+            raise ConfigError(f"input ({path}) holds tokens, not text; name text files here")
+        report = LineReport()
+        whole = Part(str(path), 0, path.stat().st_size, 1, stamp=file_stamp(path))
+        yield from read_part(whole, text_field=text_field, source_field=source_field, report=report)
+        if bad_lines == "fail":
+            report.raise_if_bad()
+        total.add(report)
+    if bad_lines == "limit":
+        total.raise_if_too_bad()
+
+
+def _scan(path: Path, *, part_bytes: int, file: int, advance: Callable[[int], None]) -> ScannedFile:
     digest, parts, size, lines = hashlib.sha256(), list[Part](), 0, 0
     divisible = path.name.endswith(".jsonl")
     start, first_line = 0, 1
@@ -101,30 +134,6 @@ def scan_file(
         return ScannedFile(str(path), size, digest.hexdigest(), parts, sum(rows for rows, _ in groups))
     most_lines = 1 if path.name.endswith(".txt") else None
     return ScannedFile(str(path), size, digest.hexdigest(), [Part(str(path), 0, size, 1, file)], most_lines)
-
-
-def read_documents(
-    inputs: Sequence[Path | str],
-    *,
-    text_field: str = "text",
-    source_field: str | None = None,
-    bad_lines: BadLinePolicy = "limit",
-) -> Iterator[Document]:
-    """All documents of `inputs` in order. Raises DataError at the end of a file that has bad lines, under "fail", or
-    in the end, under "limit"; ConfigError for Megatron's .bin/.idx, which hold no text.
-    """
-    total = LineReport()
-    for path in find_inputs(inputs):
-        if is_prefix(path):
-            raise ConfigError(f"input ({path}) holds tokens, not text; name text files here")
-        report = LineReport()
-        whole = Part(str(path), 0, path.stat().st_size, 1)
-        yield from read_part(whole, text_field=text_field, source_field=source_field, report=report)
-        if bad_lines == "fail":
-            report.raise_if_bad()
-        total.add(report)
-    if bad_lines == "limit":
-        total.raise_if_too_bad()
 
 
 def _expand(given: str) -> list[Path]:

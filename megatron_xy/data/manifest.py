@@ -74,6 +74,11 @@ class LengthsEntry(Entry):
     histogram: dict[str, int]
     fixed_length: dict[str, FixedLengthEntry]
 
+    @property
+    def documents(self) -> int:
+        """How many documents it covers."""
+        return sum(self.histogram.values())
+
 
 class SourceEntry(Entry):
     """One source; only buckets that hold samples are listed, keyed by their size in tokens."""
@@ -188,8 +193,13 @@ class Manifest(Entry):
                 counted = sum(shard.samples for shard in bucket.shards), sum(shard.tokens for shard in bucket.shards)
                 if counted != (bucket.samples, bucket.tokens):
                     raise ValueError(f"the shards of source {name}, bucket {size} do not add up")
-        if sum(source.samples for source in self.sources.values()) != self.statistics.samples:
-            raise ValueError("the samples of the sources do not add up")
+            if sum(bucket.tokens for bucket in source.buckets.values()) != source.tokens:
+                raise ValueError(f"the tokens of source {name} do not add up")
+            if source.lengths is not None and source.lengths.documents != source.documents + source.dropped_documents:
+                raise ValueError(f"the documents of source {name} do not add up")
+        for count in ("documents", "samples", "tokens"):
+            if sum(getattr(source, count) for source in self.sources.values()) != getattr(self.statistics, count):
+                raise ValueError(f"the {count} of the sources do not add up")
         return self
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet
 from megatron_xy.errors import DataError
 
 BATCH_ROWS = 1024  # in memory at a time
+STRINGS = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
 
 
 def row_groups(path: Path) -> list[tuple[int, int]]:
@@ -47,7 +48,7 @@ def _check_columns(path: Path, schema: Any, columns: Sequence[str]) -> None:
             raise DataError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}: name the right field")
         kind = schema.field(name).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        if kind not in STRINGS:
             raise DataError(f"{path}: column {name!r} holds {kind}, not strings; name the right field")
 
 

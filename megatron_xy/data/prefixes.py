@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_xy.data.documents import DEFAULT_SOURCE, LineReport, Part
+from megatron_xy.data.documents import DEFAULT_SOURCE, LineReport, Part, changed, reading_unchanged
 from megatron_xy.data.indexed import IndexedReader, dtype_for
 from megatron_xy.data.origins import TracedWriter, document_rows
 from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt
@@ -23,7 +23,7 @@ COPY_TOKENS = 1 << 22  # held in memory at a time, or one document
 def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
     """One token shard from parts of Megatron datasets, unless its receipt says that it is done.
 
-    No end-of-document token is added, whatever the task says. Documents without a token are left out and counted.
+    Documents are taken as they lie; those without a token are left out and counted.
     Raises DataError where a dataset is damaged or an id lies outside the tokenizer's vocabulary.
     """
     done = read_receipt(task.folder)
@@ -34,7 +34,8 @@ def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
     report = LineReport()
     with TracedWriter(task.folder / DEFAULT_SOURCE, dtype=dtype_for(vocab_size)) as writer:
         for part in task.parts:
-            _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
+            with reading_unchanged(part):
+                _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
     shard = TokenShard(task.folder, {DEFAULT_SOURCE: writer.num_documents} if writer.num_documents else {}, report)
     receipt = {"documents": shard.documents, "report": asdict(report)}
     write_text(TokenShard.receipt(task.folder), json.dumps(receipt))
@@ -49,7 +50,7 @@ def _copy(part: Part, writer: TracedWriter, *, vocab_size: int, report: LineRepo
     ends = ends[reader.document_indices[part.first_line - 1 :]]
     ends = ends[: int(np.searchsorted(ends, part.stop // itemsize, side="right"))]
     if not len(ends) or int(ends[0]) * itemsize != part.start or int(ends[-1]) * itemsize != part.stop:
-        raise DataError(f"{part.path} changed while it was read; leave the corpus alone and run again")
+        raise changed(part.path)
     first = 0
     while first < len(ends) - 1:
         last = int(np.searchsorted(ends, ends[first] + COPY_TOKENS, side="left"))

@@ -79,6 +79,15 @@ class Tokenizer:
         self._is_control = np.zeros(engine.vocab_size, dtype=bool)
         self._is_control[engine.control_ids] = True
 
+    @property
+    def without_end_token(self) -> str:
+        """What is said to who wants an end token where `eos_id` is None."""
+        where = ""
+        if self.file_name == TOKENIZER_JSON:
+            beside = "has none" if self.config_path is not None else "is not there"
+            where = f": it is looked for in {TOKENIZER_CONFIG} beside it, which {beside}"
+        return f"the tokenizer {self.path} has no end token{where}"
+
     def encode(self, text: str) -> NDArray[np.int32]:
         """Token ids [length] of one text, without control ids."""
         return self.encode_flat([text]).ids

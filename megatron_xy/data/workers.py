@@ -32,6 +32,16 @@ ExecutorName = Literal["local", "ray"]
 PROGRESS_SECONDS = 0.5
 CLAIM_SECONDS = 0.2  # between two looks at tasks that other builds have claimed
 
+_KILLED = (
+    "a worker process of the build was killed (out of memory?); run the same command again with fewer workers: it goes "
+    "on where it was"
+)
+_UNGUARDED = (
+    "a worker process of the build ended as it began: a script that builds must guard its own code by "
+    "if __name__ == '__main__', since workers of a process with threads import it; else the worker was killed (out of "
+    "memory?), and the same command with fewer workers goes on where it was"
+)
+
 
 @dataclass(frozen=True)
 class _Outcome(Generic[Result]):
@@ -65,6 +75,8 @@ class Workers:
         self._kind = executor
         self._prepare = prepare
         self._executor: Executor | None = None
+        self._spawned = False  # workers that import the calling script
+        self._has_results = False
         self._shared_done: Any = None  # what local processes have done; others tell at the end of each task
 
     def __enter__(self) -> Workers:
@@ -75,6 +87,7 @@ class Workers:
         elif self._count > 1:
             # A fork copies one thread; what another held at that moment, it would hold for ever.
             method = "fork" if _has_one_thread() else "spawn"
+            self._spawned = method == "spawn"
             if method == "fork":
                 self._prepare()
             context = multiprocessing.get_context(method)
@@ -113,10 +126,7 @@ class Workers:
         try:
             yield from self._run(function, tasks, claims, report)
         except BrokenProcessPool as error:
-            raise PeerLost(
-                "a worker process of the build was killed (out of memory?); run the same command again with fewer "
-                "workers: it goes on where it was"
-            ) from error
+            raise PeerLost(_UNGUARDED if self._spawned and not self._has_results else _KILLED) from error
         report.tick(total, force=True)
 
     def _run(
@@ -141,6 +151,7 @@ class Workers:
             done, _ = wait(running, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 index, outcome = running.pop(future), future.result()
+                self._has_results = True
                 if outcome.result is None:
                     claimed_by_others.append(index)
                 else:

@@ -1,16 +1,21 @@
 """What other builders answer with a partial result, a hang or silence: here each ends in an error, or is counted."""
 
+import gzip
+import hashlib
+import json
 import os
 import struct
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from megatron_xy.data import build, tokenize
+from megatron_xy.data import build, tokenize, workers
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.examine import verify_dataset
-from megatron_xy.data.indexed import HEADER, MAGIC, IndexedReader, bin_path, idx_path
+from megatron_xy.data.indexed import HEADER, MAGIC, IndexedReader, IndexedWriter, bin_path, idx_path
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
@@ -131,6 +136,57 @@ def test_leavings_of_another_build_are_never_taken_for_this_ones(tmp_path, token
     run(corpus, tokenizer, output)
     run(corpus, tokenizer, tmp_path / "fresh")
     assert content(output) == content(tmp_path / "fresh")
+
+
+def as_parquet(path, some):
+    pyarrow.parquet.write_table(pyarrow.table({"text": some}), path)
+
+
+def as_prefix(path, some):
+    with IndexedWriter(path.with_suffix(""), dtype=np.uint16) as writer:
+        for text in some:
+            writer.add_documents(np.full(len(text), 5, dtype=np.uint16), lengths=np.array([len(text)]))
+
+
+WRITTEN = {
+    "a.txt": lambda path, some: path.write_text(" ".join(some)),
+    "a.jsonl.gz": lambda path, some: path.write_bytes(gzip.compress(json.dumps({"text": some[0]}).encode())),
+    "a.jsonl": lambda path, some: write_rows(path, [{"text": text} for text in some]),
+    "a.parquet": as_parquet,
+    "a.bin": as_prefix,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("text", ["the fox", "a much longer text"])  # the same size, and another
+def test_a_corpus_that_changes_after_the_scan_is_refused(tmp_path, tokenizer, name, text):
+    def change(phase, done, total, unit):
+        if phase == "tokenize":
+            WRITTEN[name](tmp_path / name, [text] * 50)
+
+    WRITTEN[name](tmp_path / name, ["fox the"] * 50)
+    with pytest.raises(DataError, match=rf"{name} changed while it was read"):
+        run(tmp_path / name, tokenizer, tmp_path / "out", progress=change)
+    assert not (tmp_path / "out/manifest.json").exists()
+    stats = run(tmp_path / name, tokenizer, tmp_path / "out")
+    sha256 = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert stats["finished"] and (name == "a.bin" or read_manifest(tmp_path / "out").inputs[0].sha256 == sha256)
+
+
+def test_a_corpus_that_changes_while_a_part_is_read_is_refused_and_its_date_alone_makes_no_other_data(
+    tmp_path, tokenizer, monkeypatch
+):
+    def change(phase, done, total, unit):
+        if phase == "tokenize" and done:
+            os.utime(corpus)
+
+    monkeypatch.setattr(workers, "PROGRESS_SECONDS", 0)
+    corpus = write_rows(tmp_path / "a.jsonl", [{"text": "fox"}] * 50)
+    with pytest.raises(DataError, match="changed while it was read"):
+        run(corpus, tokenizer, tmp_path / "out", progress=change)
+    assert not run(corpus, tokenizer, tmp_path / "out")["reused"]
+    os.utime(corpus)
+    assert run(corpus, tokenizer, tmp_path / "out")["reused"]
 
 
 def flip(path, position):

@@ -7,14 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import sentencepiece
+from typer.testing import CliRunner
 
-from megatron_xy.data import build, tokenize, workers
+from megatron_xy.cli import app
+from megatron_xy.data import build, build_folder, tokenize, workers
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import EXIT_USAGE, ConfigError, DataError
 from tests.unit.small_corpus import content, train_tokenizer
 
 BUCKETS = (16, 32, 64)
@@ -103,6 +105,12 @@ def test_a_tokenizer_json_keeps_its_name_in_the_data_folder(corpus, tmp_path):
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "fox": 1, "dog": 2}, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.save(str(tmp_path / "words.json"))
+    looked_for = r"has no end token: it is looked for in tokenizer_config\.json beside it, which "
+    for config, reason in ((None, "is not there"), ("{}", "has none")):
+        if config is not None:
+            (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(ConfigError, match=looked_for + reason):
+            run(corpus, tmp_path / "words.json", tmp_path / "out", append_eod=True)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "dog"}')
     run(corpus, tmp_path / "words.json", tmp_path / "out")
     verify_dataset(tmp_path / "out")
@@ -187,6 +195,40 @@ def test_a_finished_folder_is_reused_and_never_overwritten(corpus, tokenizer, tm
     assert content(output) == before
 
 
+@pytest.mark.parametrize("options", [{}, {"append_eod": True}], ids=["the same", "another"])
+def test_a_build_that_comes_while_another_clears_away_takes_nothing(corpus, tokenizer, tmp_path, monkeypatch, options):
+    """It looked before the manifest was there, and opens the work folder when its lock and mark are gone already."""
+    output = tmp_path / "out"
+    run(corpus, tokenizer, output)
+    before = content(output)
+    work = output / build.WORK_FOLDER
+    (work / "packed").mkdir(parents=True)
+    (work / "publish.json").write_text('["code", "prose"]')
+    looks = iter([False])
+    monkeypatch.setattr(build_folder, "_is_finished", lambda folder: next(looks, True))
+    if options:
+        with pytest.raises(ConfigError, match="finished data set of other inputs or options"):
+            run(corpus, tokenizer, output, **options)
+    else:
+        assert run(corpus, tokenizer, output)["reused"] is True
+    assert content(output) == before and not work.exists()
+
+
+def test_a_manifest_half_written_when_the_build_was_killed_goes(corpus, tokenizer, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+
+    def stop(*arguments):
+        (output / ".tmp-1-manifest.json").write_text("{")
+        raise Stop
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(build_folder, "write_manifest", stop)
+        run(corpus, tokenizer, output)
+    run(corpus, tokenizer, output)
+    run(corpus, tokenizer, tmp_path / "unbroken")
+    assert content(output) == content(tmp_path / "unbroken")
+
+
 def test_arguments_and_places_are_checked_before_anything_is_written(corpus, tokenizer, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -204,8 +246,19 @@ def test_arguments_and_places_are_checked_before_anything_is_written(corpus, tok
     assert not (tmp_path / "out").exists() and not (corpus / "out").exists()
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match="no document with text"):
+        build_dataset([tmp_path / "empty.txt"], tokenizer=tokenizer, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"source_field \(src\) names a field of rows, and no input has rows"):
         run(tmp_path / "empty.txt", tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_seq_length_and_buckets_do_not_go_together(corpus, tokenizer, tmp_path):
+    given = ["data", "build", "--input", corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out"]
+    fixed = ["--packing", "concatenate", "--seq-length", "32"]
+    refused = CliRunner().invoke(app, [*map(str, given), *fixed, "--buckets", "16,32"])
+    assert refused.exit_code == EXIT_USAGE and not (tmp_path / "out").exists()
+    assert CliRunner().invoke(app, [*map(str, given), *fixed]).exit_code == 0
+    assert read_manifest(tmp_path / "out").buckets == [32]
 
 
 def test_too_many_sources_are_refused(tokenizer, tmp_path):
@@ -231,6 +284,13 @@ def flip(path):
         (lambda out, shard: flip(out / "tokenizer.model"), "not the tokenizer of the manifest"),
         (lambda out, shard: os.truncate(out / "manifest.json", 100), r"manifest\.json is damaged"),
         (lambda out, shard: (out / "manifest.json").unlink(), r"holds no manifest\.json"),
+        (
+            lambda out, shard: shutil.copy(out / f"{shard}.bin", out / "code/extra.bin"),
+            r"not list: code/extra\.bin; rem",
+        ),
+        (lambda out, shard: shutil.copytree(out / "code", out / "more"), r"not list: more, .* and \d+ more; remove it"),
+        (lambda out, shard: (out / ".tmp-1-manifest.json").touch(), r"\.tmp-1-manifest\.json \(left by a build that"),
+        (lambda out, shard: (out / "code" / ".tmp-x").touch(), r"does not list: code/\.tmp-x"),
     ],
 )
 def test_verify_names_what_is_wrong(corpus, tokenizer, tmp_path, damage, reason):
@@ -248,6 +308,13 @@ def test_a_manifest_that_contradicts_itself_is_refused(corpus, tokenizer, tmp_pa
     manifest = json.loads((output / "manifest.json").read_text())
     for change in (
         lambda m: m["statistics"].update(samples=1),
+        lambda m: m["statistics"].update(documents=m["statistics"]["documents"] + 5),
+        lambda m: m["statistics"].update(tokens=m["statistics"]["tokens"] + 5),
+        lambda m: m["sources"]["code"].update(tokens=m["sources"]["code"]["tokens"] + 5),
+        lambda m: (
+            m["sources"]["code"].update(documents=m["sources"]["code"]["documents"] + 5),
+            m["statistics"].update(documents=m["statistics"]["documents"] + 5),
+        ),
         lambda m: m.update(format_version=2),
         lambda m: m["sources"].update({"..": m["sources"]["code"]}),
         lambda m: m["sources"]["code"]["buckets"]["16"]["shards"][0].update(name="../../etc/bucket_00016/shard_00000"),

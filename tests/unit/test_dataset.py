@@ -60,7 +60,7 @@ def write_folder(folder, contents, *, buckets=(8, 16), tokenizer="a", vocab_size
         inputs=[],
         sources=sources,
         statistics=Statistics(
-            documents=1,
+            documents=len(sources),
             tokens=sum(source.tokens for source in sources.values()),
             samples=sum(source.samples for source in sources.values()),
             padding_ratio=0,

@@ -71,7 +71,8 @@ BAD = [
     (b'{"text": "x"}', "no field 'src'"),
     (b'{"text": "x", "src": "../up"}', "cannot name a folder"),
     (b'{"text": "x", "src": ".hid"}', "cannot name a folder"),
-    (b'{"text": "x", "src": "manifest.json"}', "cannot name a folder"),
+    (b'{"text": "x", "src": "manifest.json"}', "has the name of something else in a data folder"),
+    (b'{"text": "x", "src": "held_out"}', "has the name of something else in a data folder"),
     (b'{"text": "x", "src": ""}', "cannot name a folder"),
 ]
 
@@ -169,6 +170,16 @@ def test_a_damaged_compressed_file_never_passes_for_a_shorter_one(tmp_path, endi
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"a\.jsonl\.{ending}: damaged after line"):
             list(read_documents([path], bad_lines=policy))
+
+
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("zst", compress_zst)])
+def test_a_compressed_file_without_a_byte_is_a_cut_one_and_one_of_no_data_is_not(tmp_path, ending, compress):
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{ending}: damaged after line 0: the file has no bytes"):
+        list(read_documents([path]))
+    path.write_bytes(compress(b""))
+    assert list(read_documents([path])) == []
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])

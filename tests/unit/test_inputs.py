@@ -42,7 +42,10 @@ def write_parquet(path, columns, **options):
     return path
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), "str")])
+@pytest.mark.parametrize(
+    "kind",
+    [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(), "str")],
+)
 def test_parquet_gives_the_documents_of_jsonl(tmp_path, tokenizer, kind):
     rows = texts(200)
     sources = ["a" if n % 3 else "b" for n in range(200)]
@@ -143,3 +146,15 @@ def test_a_megatron_dataset_of_another_tokenizer_is_refused(tmp_path, tokenizer)
     with pytest.raises(DataError, match=r"given\.bin:701: token id 300 is outside the vocabulary of 300"):
         build([tmp_path / "given"], tokenizer, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_megatron_dataset_refuses_what_it_cannot_have(tmp_path, tokenizer):
+    write_prefix(tmp_path / "given", [[5, 6]])
+    write_rows(tmp_path / "b.jsonl", [{"text": "fox", "src": "b"}])
+    inputs = [tmp_path / "b.jsonl", tmp_path / "given"]
+    with pytest.raises(ConfigError, match=r"append_eod \(true\) cannot be given with token inputs"):
+        build(inputs, tokenizer, tmp_path / "out", append_eod=True)
+    with pytest.raises(ConfigError, match=r"source_field \(src\) names a field of rows, and no input has rows"):
+        build(inputs[1:], tokenizer, tmp_path / "out", source_field="src")
+    assert not (tmp_path / "out").exists()
+    assert list(build(inputs, tokenizer, tmp_path / "out", source_field="src")["sources"]) == ["b", "default"]

@@ -91,3 +91,13 @@ def test_build_dataset_is_data_build(corpus, tmp_path):
     answer = run("build_dataset", *flags)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["documents"] == len(rows)
+
+
+def test_preprocess_data_names_bad_lines_and_no_option_that_it_has_not(tmp_path, corpus):
+    file = write_rows(tmp_path / "bad.jsonl", [{"text": "fox"}, b"{"])
+    answer = run(
+        "preprocess_data", "--input", file, "--output-prefix", tmp_path / "out", "--tokenizer-model", corpus[1]
+    )
+    assert answer.returncode == 65 and f"{file}:2: invalid JSON" in answer.stderr
+    assert answer.stderr.endswith("1 bad line(s); mend them: nothing of this data set was written\n")
+    assert not list(tmp_path.glob("out*"))

@@ -1,14 +1,19 @@
 """Document lengths and fixed-length alternatives against definitions written out; the pictures of a data folder."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_xy.cli.data import data_stats
 from megatron_xy.data.alternatives import BIN_STARTS, fixed_length_alternatives, profile_lengths
 from megatron_xy.data.build import build_dataset
+from megatron_xy.data.examine import dataset_stats
 from megatron_xy.data.manifest import read_manifest, write_manifest
 from megatron_xy.data.pictures import draw_statistics
+from megatron_xy.data.progress import left_out
 from megatron_xy.errors import ConfigError
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
@@ -67,3 +72,47 @@ def test_pictures_are_drawn_or_refused(output, tmp_path):
     assert fixed_length_alternatives(read_manifest(tmp_path / "old")) == {}
     with pytest.raises(ConfigError, match="built without its documents' lengths"):
         draw_statistics(tmp_path / "old", tmp_path / "pictures")
+
+
+def test_nothing_that_is_left_out_goes_untold(tmp_path, output, capsys):
+    some = texts(200)
+    rows = [{"text": text} for text in ["", *some, *some[:9]]]
+    corpus = write_rows(tmp_path / "a.jsonl", [*rows, b"{", {"text": 1}])
+    tokenizer, out = output.parent / "fox.model", tmp_path / "out"
+    options = {"bad_lines": "skip", "overflow": "drop", "deduplicate": True, "held_out": 0.1, "buckets": (16, 64)}
+    stats = build_dataset([corpus], tokenizer=tokenizer, output=out, **options)
+    counts = ("documents", "dropped_documents", "held_out_documents", "duplicates", "skipped_empty")
+    of_held_out = read_manifest(out / "held_out").statistics.duplicates
+    assert all(stats[key] for key in counts) and sum(stats[key] for key in counts) + of_held_out == len(rows)
+    told = [
+        f"2 bad lines left out, of 212; listed in {out}/bad_lines.txt",
+        "1 documents without text left out",
+        f"{stats['duplicates']} duplicate documents left out",
+        f"{stats['held_out_documents']} documents held out, in {out}/held_out",
+        f"{stats['dropped_documents']} documents dropped, longer than the largest bucket",
+        f"{stats['tokens_lost']:,} tokens lost, of dropped documents and of what was cut off",
+    ]
+    assert left_out(stats, directory=out) == told
+    data_stats(out, as_json=False)
+    assert capsys.readouterr().out.splitlines()[-6:] == told
+    data_stats(out, as_json=True)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["bad_lines"] == 2 and printed.err.splitlines() == ["; ".join(told)]
+    cut = dataset_stats(output)
+    count = sum(source.truncated_documents for source in read_manifest(output).sources.values())
+    assert left_out(cut, directory=output) == [f"{count} documents truncated: cut into pieces, or cut short"]
+
+
+def test_stats_show_sources_shares_and_the_ratios_of_fixed_lengths(output, capsys):
+    stats = dataset_stats(output)
+    assert stats["fixed_length"] == fixed_length_alternatives(read_manifest(output))
+    data_stats(output, as_json=False)
+    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    for name, entry in stats["sources"].items():
+        documents, samples, tokens = (f"{entry[key]:,}" for key in ("documents", "samples", "tokens"))
+        shares = [f"{entry['share']:.2%}", f"{entry['padding_ratio']:.3%}"]
+        assert [name, "all", documents, samples, tokens, *shares] in rows
+    for size, entry in stats["fixed_length"].items():
+        ratios = [f"{entry[key]:.3%}" for key in ("padding_ratio", "truncation_ratio")]
+        assert [f"fixed length {size}", f"{entry['samples']:,}", *ratios, f"{entry['concatenation_ratio']:.2f}"] in rows

@@ -228,6 +228,21 @@ def test_a_killed_worker_ends_the_build_with_what_to_do():
         list(pool.run("square", square_or_die, [1, -1, 2], total=3, unit="tasks"))
 
 
+def test_a_script_that_does_not_guard_its_code_is_told_so(tmp_path):
+    script = tmp_path / "builds.py"
+    script.write_text(
+        "import threading, time\n"
+        "from megatron_xy.data.workers import Workers\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # so that workers are spawned\n"
+        "with Workers(2, progress=None) as pool:\n"
+        "    list(pool.run('round', round, [1, 2], total=2, unit='tasks'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    answer = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert answer.returncode and "PeerLost" in answer.stderr
+    assert "must guard its own code by if __name__ == '__main__'" in answer.stderr.splitlines()[-1]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only there a process can tell its threads")
 @pytest.mark.parametrize(("beside", "found"), [("alone", ["by the build"]), ("with_thread", [])])
 def test_workers_are_forked_with_what_the_build_loaded_where_that_is_safe(beside, found):
