@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.unit.chat_server import endpoint
+from tests.unit.small_corpus import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import self_qa
@@ -123,6 +124,22 @@ def test_answers_of_an_endpoint_that_are_cut_or_null_are_pruned(documents: Path,
         "None" not in (tmp_path / "out" / "rows.jsonl").read_text()
         and len(rows_of(tmp_path / "out" / "rows.jsonl")) == 1
     )
+
+
+@pytest.mark.slow  # three processes that open a model
+def test_a_model_without_a_chat_template_is_asked_by_the_named_one(
+    documents: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tests.end_to_end.random_model import write_random_model
+
+    folder = write_random_model(tmp_path / "hf", max_position_embeddings=2048)
+    train_tokenizer(folder / "tokenizer.model")
+    options = ["--model", f"hf:{folder}", "--most-tokens", "8", "--questions", "1"]
+    with pytest.raises(SystemExit, match="78"):
+        run(documents, tmp_path / "out", *options)
+    assert "came without a chat_template; name one of" in capfd.readouterr().err
+    assert run(documents, tmp_path / "out", *options, "--chat-template", "xuanyuan") == 65, "it talks at random"
+    assert len(rows_of(tmp_path / "out" / "questions.jsonl")) == 3
 
 
 @pytest.mark.parametrize(

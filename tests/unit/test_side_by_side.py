@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import side_by_side
 from side_by_side import export_pairs, kinds_in
 from side_by_side_graders import grade_by_endpoint, grade_by_reward_model, grade_of
-from side_by_side_report import alpha, read_questions, sharpest_losses, write_report
+from side_by_side_grades import read_questions
+from side_by_side_report import alpha, sharpest_losses, write_report
 from side_by_side_verdict import verdict_of
 
 # Good, same and bad of 70B-Chat after PPO against before, in percent, as the report of XuanYuan2-70B has them, with
