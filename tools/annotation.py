@@ -9,6 +9,8 @@ import csv
 import hashlib
 import io
 import json
+import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from typing import Any
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.storage import storage_errors, write_text
+
+_NO_LETTER = re.compile(r"[\W\d_]")
+KEPT_LETTERS = 10_000  # a spreadsheet's cell ends after 32,767 characters
+FEWEST_LETTERS = 12  # of a text that no spreadsheet takes for a date
 
 
 def named_file(text: str) -> tuple[str, Path]:
@@ -87,11 +93,28 @@ def write_sheet(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None
     write_text(folder / f"{name}.csv", "\ufeff" + table.getvalue())  # the mark by which spreadsheets know UTF-8
 
 
-def read_sheet(path: Path, take: Callable[[dict[str, Any]], None], *, columns: Sequence[str]) -> None:
+def edited_texts(row: dict[str, Any], shown: dict[str, Any], *, sheet: Path) -> list[str]:
+    """Which of prompt, A and B say something else in a filled-in row than was shown; what a row leaves out does not.
+
+    Of a csv letters are compared, as far as they go: a spreadsheet changes numbers and dates and cuts long texts.
+    """
+    is_same = _has_the_letters_of if sheet.suffix == ".csv" else operator.eq
+    return [name for name in ("prompt", "A", "B") if name in row and not is_same(row[name], shown[name])]
+
+
+def _has_the_letters_of(given: str | None, text: Any) -> bool:
+    letters, told = (_NO_LETTER.sub("", it)[:KEPT_LETTERS] for it in (shown_prompt(text), given or ""))
+    return len(letters) < FEWEST_LETTERS or letters == told
+
+
+def read_sheet(
+    path: Path, take: Callable[[dict[str, Any]], None], *, columns: Sequence[str], optional: Sequence[str] = ()
+) -> None:
     """Hands each row of a filled-in sheet, jsonl or csv, to `take`, which raises BadRow.
 
-    Of a csv that is not UTF-8 only `columns` are handed over, what else it says may be garbled. Raises ConfigError
-    where there is no file, DataError with FILE:LINE of every bad row (the first 20).
+    columns: without which a csv is none; optional: others of plain letters. Of a csv that is not UTF-8 only these are
+    handed over, what else it says may be garbled. Raises ConfigError where there is no file, DataError with FILE:LINE
+    of every bad row (the first 20).
     """
     if path.suffix != ".csv":
         read_rows(path, option="--grades", parse=take)
@@ -109,7 +132,7 @@ def read_sheet(path: Path, take: Callable[[dict[str, Any]], None], *, columns: S
             raise DataError(f"{path} has no column {', '.join(missing)}; fill in the exported csv, with commas between")
         for row in reader:
             try:
-                take({name: row[name] for name in columns} if is_garbled else row)
+                take({name: row[name] for name in (*columns, *optional) if name in row} if is_garbled else row)
             except BadRow as problem:
                 problems.append(f"{path}:{reader.line_num}: {problem}")
     except csv.Error as error:

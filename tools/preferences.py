@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from annotation import lines_of, make_folder, named_file, prompt_of, read_sheet, response_of, write_sheet
+from annotation import edited_texts, lines_of, make_folder, named_file, prompt_of, read_sheet, response_of, write_sheet
 
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.errors import DataError, MegatronXYError, UsageError
@@ -209,6 +209,10 @@ def _grades_in(path: Path, *, known: dict[str, Any]) -> dict[str, int]:
             return
         if number not in known:
             raise BadRow(f"id ({number[:20]}) is none of the key's")
+        if edited := edited_texts(row, known[number], sheet=path):
+            raise BadRow(
+                f"{' and '.join(edited)} of {number} is not the key's: the sheet is of another export, or was edited"
+            )
         if number in seen:
             raise BadRow(f"id ({number}) has been graded before in this file")
         if not re.fullmatch("[AB][0-3]", str(grade).strip().upper()):

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from annotation import pair_shown, read_sheet, shown_prompt
+from annotation import edited_texts, pair_shown, read_sheet
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import DataError
 
 GRADES = ("good", "same", "bad")
-_NO_LETTER = re.compile(r"[\W\d_]")
-KEPT_LETTERS = 10_000  # a spreadsheet's cell ends after 32,767 characters
-FEWEST_LETTERS = 12  # of a text that no spreadsheet takes for a date
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,9 @@ def read_questions(key: Path, sheets: Sequence[Path]) -> list[Question]:
     problems = []
     for path in sheets:
         try:
-            read_sheet(path, _taker(rows, given, graded, path), columns=("id", "annotator", "pair", "grade"))
+            read_sheet(
+                path, _taker(rows, given, graded, path), columns=("id", "annotator", "grade"), optional=("pair",)
+            )
         except DataError as error:
             problems.append(str(error))
     for annotator in sorted({name for row in rows.values() for name in row["A"]}):
@@ -81,7 +78,7 @@ def _taker(
     """What notes in `graded` that a sheet's row has a grade, and in `given` one that counts, with the sheet."""
 
     def take(row: dict[str, Any]) -> None:
-        number, annotator, pair = (str(row.get(name) or "").strip() for name in ("id", "annotator", "pair"))
+        number, annotator = (str(row.get(name) or "").strip() for name in ("id", "annotator"))
         grade = str(row.get("grade") or "").strip().lower()
         if not grade:
             return
@@ -91,10 +88,9 @@ def _taker(
         if annotator not in rows[number]["A"]:
             raise BadRow(f"annotator ({annotator[:20]}) was not asked question {number}")
         shown = pair_shown(rows[number], annotator)
-        if pair != shown["pair"]:
+        if "pair" in row and str(row["pair"]).strip() != shown["pair"]:
             raise BadRow(f"pair of {number} is not the key's: the grade is of another export; name that one's key")
-        is_kept = _is_kept_by_spreadsheet if path.suffix == ".csv" else operator.eq
-        if edited := [name for name in ("prompt", "A", "B") if name in row and not is_kept(row[name], shown[name])]:
+        if edited := edited_texts(row, shown, sheet=path):
             raise BadRow(f"{' and '.join(edited)} of {number} is not what was exported; take the sheet as it was")
         if grade not in GRADES:
             raise BadRow(f"grade ({grade[:20]}) must be one of {', '.join(GRADES)}")
@@ -105,12 +101,6 @@ def _taker(
         given[number, annotator] = grade, path
 
     return take
-
-
-def _is_kept_by_spreadsheet(given: str | None, text: Any) -> bool:
-    """Whether a cell still says this, as far as it can: a spreadsheet changes numbers and dates and cuts long texts."""
-    letters, told = (_NO_LETTER.sub("", it)[:KEPT_LETTERS] for it in (shown_prompt(text), given or ""))
-    return len(letters) < FEWEST_LETTERS or letters == told
 
 
 def _key_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -120,6 +120,19 @@ def test_bad_grades_are_named(folder: Path) -> None:
     assert not (folder / "pairs.jsonl").exists()
 
 
+def test_grades_of_another_export_are_named(folder: Path) -> None:
+    files = [(model, folder / f"{model}.jsonl") for model in ("small", "large")]
+    preferences.export_pairs(files, folder / "other", sources={}, per_prompt=2, seed=1)
+    filled = [{**row, "grade": "A2"} for row in rows_of(folder / "other" / "pairs.jsonl")]
+    write_rows(folder / "anna.jsonl", filled)
+    with pytest.raises(
+        DataError, match=r"anna\.jsonl:1: prompt.* of p000001 is not the key's: the sheet is of another"
+    ):
+        preferences.import_grades(folder / "out" / "key.jsonl", [folder / "anna.jsonl"], folder / "pairs.jsonl")
+    write_rows(folder / "bo.jsonl", [{name: row[name] for name in ("id", "grade")} for row in filled])  # at its word
+    preferences.import_grades(folder / "out" / "key.jsonl", [folder / "bo.jsonl"], folder / "pairs.jsonl")
+
+
 def test_one_answer_makes_no_pair(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"prompt": "x", "response": "same"}] * 2)
     with pytest.raises(DataError, match="no prompt has two different answers"):

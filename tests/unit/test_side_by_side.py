@@ -387,6 +387,8 @@ def test_grades_of_another_export_or_of_an_edited_sheet_are_named(tmp_path: Path
     rows = rows_of(sheets[2])
     saved = [{name: row[name] for name in ("id", "annotator", "pair", "grade")} for row in rows]  # as the page does
     assert len(read_questions(key, [*sheets[:2], write_rows(tmp_path / "saved.jsonl", saved)])) == 4
+    short = [{name: row[name] for name in ("id", "annotator", "grade")} for row in rows]
+    assert len(read_questions(key, [*sheets[:2], write_rows(tmp_path / "short.jsonl", short)])) == 4
     edited = write_rows(tmp_path / "edited.jsonl", [*rows[:2], {**rows[2], "A": rows[2]["A"] + "!"}, rows[3]])
     assert f"{edited}:3: A of {rows[2]['id']} is not what was exported" in problems_of(edited)
     text = (out / "3.csv").read_text(encoding="utf-8-sig").replace("<b> to", "<b>to")  # as some spreadsheet has it
