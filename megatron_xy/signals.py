@@ -63,7 +63,7 @@ class StopRequest:
 
     def __init__(self, *, on_leave: Callable[[str], None]) -> None:
         self.can_save = False  # set by the trainer once there is a loop whose steps end
-        self.nothing_to_save = "before the first step; there was nothing to save"  # said where a stop is at once
+        self.nothing_to_save = " before the first step; there was nothing to save"  # said where a stop is at once
         self.is_deaf = False  # set by the watchdog while it reports and ends the run
         self._on_leave = on_leave
         self._first_seen: float | None = None
@@ -81,7 +81,7 @@ class StopRequest:
             if self.is_deaf:
                 continue
             if not self.can_save:
-                self._leave(f"stopped by {name} {self.nothing_to_save}")
+                self._leave(f"stopped by {name}{self.nothing_to_save}")
             elif self._first_seen is None:
                 self._first_seen = now
             elif now - self._first_seen > SAME_REQUEST_SECONDS:

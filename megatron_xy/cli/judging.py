@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_xy.cli.options import AsJson, say
-from megatron_xy.errors import ConfigError, UsageError
+from megatron_xy.errors import EXIT_BAD_DATA, ConfigError, UsageError
 from megatron_xy.signals import cleaned_up_on_signals
 
 Scheme = Literal["int8", "nf4", "gptq-w4a16", "w8a8", "w8a16"]
@@ -55,6 +55,8 @@ def evaluate(
 
     if watch == model.startswith(("ckpt:", "hf:")):
         raise UsageError(f"{model}: must be {'a run_dir, with --watch' if watch else 'ckpt:DIR or hf:DIR'}")
+    if watch and as_json:
+        raise UsageError("--json goes without --watch, which writes RUN/evaluations.jsonl")
     if nproc_per_node == 1:
         leave_on_signals("; the same command goes on" if watch else "; nothing is kept")
     _prepare_lm_eval()
@@ -165,15 +167,18 @@ def compare(
             apply_chat_template=apply_chat_template,
             say=say,
         )
-        examples = "" if num_fewshot is None else f" {num_fewshot}-shot"
-        asked = {name: f"{name}{examples}" for name in benchmarks.names}
+        asked = {name: benchmarks.title(name) for name in benchmarks.names}
         ask = partial(ask_opened, benchmarks=benchmarks)
     from megatron_xy.hf import compare as comparing
 
-    table = comparing.compare(forms, data, num_samples=num_samples, ask=ask, say=say)
-    if write_cards:
-        comparing.write_cards(table, data=data, num_samples=num_samples, tasks=asked)
+    table, failed = comparing.compare(forms, data, num_samples=num_samples, ask=ask, say=say)
+    if write_cards and not failed:
+        comparing.write_cards(table, data=data, num_samples=num_samples, tasks=asked, say=say)
     print(json.dumps(table, ensure_ascii=False) if as_json else "\n".join(comparing.rows_of(table, tasks=asked)))
+    if failed:
+        cards = ", and no card written" if write_cards else ""
+        say(f"{', '.join(failed)}: not measured, as was said{cards}; the others are")
+        sys.exit(EXIT_BAD_DATA)
 
 
 def _prepare_lm_eval() -> None:
