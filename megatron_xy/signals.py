@@ -9,14 +9,45 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from megatron_xy.errors import EXIT_STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SECONDS = 2.0  # ctrl-C reaches a worker twice, from the terminal and from torchrun: one request
+
+
+class _Interrupt(BaseException):
+    """Passes what handles errors; of a KeyboardInterrupt Python itself keeps that there was one, and ends otherwise."""
+
+
+@contextmanager
+def cleaned_up_on_signals(what_stays: str) -> Iterator[None]:
+    """A stop signal ends the block as an error would, cleaned up, and the process with 75, saying what stays.
+
+    For work of the main thread in one process that leaves something to be removed. Further signals wait for that.
+    """
+    names: list[str] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        if not names:
+            names.append(signal.Signals(number).name)
+            raise _Interrupt
+
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        yield
+    except _Interrupt:
+        print(f"stopped by {names[0]}{what_stays}", flush=True)
+        sys.exit(EXIT_STOPPED)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def block_stop_signals() -> None:

@@ -47,8 +47,8 @@ def write_bits(
     uneven = {layer.in_features for layer in layers.values() if layer.in_features % NF4_BLOCK}
     if scheme == "nf4" and uneven:
         say(
-            f"warning: layers of {min(uneven)} columns, no multiple of {NF4_BLOCK}: bitsandbytes 0.50 does not compute "
-            f"them on a CPU with AVX512-BF16"
+            f"warning: layers of {min(uneven)} columns, no multiple of {NF4_BLOCK}: transformers opens the folder, but "
+            f"on a CPU with AVX512-BF16 it may fail to compute them, by bitsandbytes 0.50; take int8 there"
         )
 
     def write(path: Path, outputs: list[Output]) -> dict[str, Any]:

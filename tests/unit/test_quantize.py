@@ -36,6 +36,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ({"source": "none"}, "--from none: must be ckpt:DIR or hf:DIR"),
         ({"scheme": "w8a8"}, "--scheme w8a8 needs --calibration"),
         ({"calibration": Path("data")}, "--scheme int8 takes no --calibration"),
+        ({"chat_template": "chatml"}, "--chat-template goes with --calibration F.jsonl"),
     ],
 )
 def test_options_that_do_not_go_together_are_bad_usage(options: dict[str, Any], text: str) -> None:
