@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_xy.data import build, tokenize, workers
+from megatron_xy.data import build, build_folder, tokenize, workers
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader
@@ -185,6 +185,40 @@ def test_a_finished_folder_is_reused_and_never_overwritten(corpus, tokenizer, tm
     with pytest.raises(ConfigError, match="finished data set of other inputs or options"):
         run(corpus, tokenizer, output)
     assert content(output) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"append_eod": True}], ids=["the same", "another"])
+def test_a_build_that_comes_while_another_clears_away_takes_nothing(corpus, tokenizer, tmp_path, monkeypatch, options):
+    """It looked before the manifest was there, and opens the work folder when its lock and mark are gone already."""
+    output = tmp_path / "out"
+    run(corpus, tokenizer, output)
+    before = content(output)
+    work = output / build.WORK_FOLDER
+    (work / "packed").mkdir(parents=True)
+    (work / "publish.json").write_text('["code", "prose"]')
+    looks = iter([False])
+    monkeypatch.setattr(build_folder, "_is_finished", lambda folder: next(looks, True))
+    if options:
+        with pytest.raises(ConfigError, match="finished data set of other inputs or options"):
+            run(corpus, tokenizer, output, **options)
+    else:
+        assert run(corpus, tokenizer, output)["reused"] is True
+    assert content(output) == before and not work.exists()
+
+
+def test_a_manifest_half_written_when_the_build_was_killed_goes(corpus, tokenizer, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+
+    def stop(*arguments):
+        (output / ".tmp-1-manifest.json").write_text("{")
+        raise Stop
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(build_folder, "write_manifest", stop)
+        run(corpus, tokenizer, output)
+    run(corpus, tokenizer, output)
+    run(corpus, tokenizer, tmp_path / "unbroken")
+    assert content(output) == content(tmp_path / "unbroken")
 
 
 def test_arguments_and_places_are_checked_before_anything_is_written(corpus, tokenizer, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_xy.config import RunConfig
-from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.errors import DataError, StorageError, UsageError
 from megatron_xy.reward.pairs import load_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -147,7 +147,7 @@ def test_tables_survive_spreadsheets(folder: Path, tmp_path: Path) -> None:
 
 def test_wrong_options_and_full_disks_are_errors(folder: Path) -> None:
     files = [("small", folder / "small.jsonl")]
-    with pytest.raises(ConfigError, match=r"--pairs-per-prompt \(-1\) must be 1 or more"):
+    with pytest.raises(UsageError, match=r"--pairs-per-prompt \(-1\) must be 1 or more"):
         preferences.export_pairs(files, folder / "new", sources={}, per_prompt=-1, seed=0)
-    with pytest.raises(StorageError, match=r"small.jsonl cannot be written"):
-        preferences.export_pairs(files, folder / "small.jsonl", sources={}, per_prompt=1, seed=0)
+    with pytest.raises(StorageError, match=r"below cannot be written"):
+        preferences.export_pairs(files, folder / "small.jsonl" / "below", sources={}, per_prompt=1, seed=0)
