@@ -43,7 +43,7 @@ def cleaned_up_on_signals(what_stays: str) -> Iterator[None]:
     try:
         yield
     except _Interrupt:
-        print(f"stopped by {names[0]}{what_stays}", flush=True)
+        print(f"stopped by {names[0]}{what_stays}", file=sys.stderr, flush=True)
         sys.exit(EXIT_STOPPED)
     finally:
         for number, handler in before.items():

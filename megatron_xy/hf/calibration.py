@@ -17,7 +17,7 @@ from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.tokenizer import Tokenizer
-from megatron_xy.errors import DataError
+from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.tokenizer import check_tokenizers
 
 Say = Callable[[str], None]
@@ -90,7 +90,10 @@ def _of_rows(path: Path, *, tokenizer: Tokenizer, chat_template: ChatTemplate | 
 
     @cache
     def chat() -> Chat:
-        return Chat(tokenizer, chat_template or load_chat_template(OF_TOKENIZER, tokenizer))
+        try:
+            return Chat(tokenizer, chat_template or load_chat_template(OF_TOKENIZER, tokenizer))
+        except ConfigError as error:
+            raise ConfigError(f"{error}, with --chat-template") from None
 
     def parse(row: dict[str, Any]) -> list[int]:
         if isinstance(row.get("messages"), list):

@@ -74,7 +74,7 @@ def test_a_title_says_how_many_examples_there_are(tmp_path: Path) -> None:
     assert loaded(None).title("financeiq") == "financeiq 3- to 5-shot"
     assert said == [
         f"warning: {tmp_path} has no dev and test; a question's examples are the other questions of its category, "
-        "fewer than 5 in three (3), two (3)"
+        "fewer than 5 in 2 of 3 categories, 3 at the least"
     ]
 
 

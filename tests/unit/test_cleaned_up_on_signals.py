@@ -27,5 +27,5 @@ def test_a_stop_signal_ends_the_block_cleaned_up_and_the_process_with_75(
     with pytest.raises(SystemExit) as ended, cleaned_up_on_signals("; the same command goes on"):
         work()
     assert ended.value.code == 75 and done == ["cleaned up"]
-    assert capsys.readouterr().out == f"stopped by {number.name}; the same command goes on\n"
+    assert capsys.readouterr().err == f"stopped by {number.name}; the same command goes on\n"
     assert [signal.getsignal(other) for other in STOP_SIGNALS] == before

@@ -61,6 +61,19 @@ def test_a_folder_that_is_not_there_and_a_reward_model_are_refused(tmp_path: Pat
 
 
 @needs_bitsandbytes
+def test_layers_that_a_cpu_may_not_compute_in_four_bits_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, shape in enumerate(({}, {"intermediate_size": 208})):
+        source = write_random_model(tmp_path / f"hf-{number}", num_hidden_layers=1, **shape)
+        run(source=f"hf:{source}", target=f"hf:{tmp_path / str(number)}", scheme="nf4")
+        told = "warning: model.layers.0.mlp.gate_proj has 208 rows and 64 columns, no multiples of 32 and 64" in (
+            capsys.readouterr().out
+        )
+        assert told == bool(number)
+
+
+@needs_bitsandbytes
 def test_a_killed_command_goes_on_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_xy.hf import bits
 
