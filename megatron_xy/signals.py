@@ -1,4 +1,4 @@
-"""Requests to stop, taken in a thread: Python's own handlers do not run while the main thread waits in a collective.
+"""Requests to stop. A rank takes them in a thread: Python's handlers do not run while its main one is in a collective.
 
 SIGTERM (launchers), SIGUSR1 (schedulers, ahead of the time limit) and SIGINT (ctrl-C) ask for a stop. While there is
 nothing to save the process leaves at once; once training runs, all ranks save together at the next step's end. A second
@@ -11,9 +11,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from megatron_xy.errors import EXIT_STOPPED
+from megatron_xy.errors import EXIT_STOPPED, Stopped
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SECONDS = 2.0  # ctrl-C reaches a worker twice, from the terminal and from torchrun: one request
@@ -22,6 +23,20 @@ SAME_REQUEST_SECONDS = 2.0  # ctrl-C reaches a worker twice, from the terminal a
 def block_stop_signals() -> None:
     """Keeps the signals for the waiting thread. Called before any other thread exists: threads inherit the mask."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Around work in the main thread that may end anywhere and goes on from there: a signal ends it by Stopped."""
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup would have it
+    before = {number: signal.signal(number, signal.default_int_handler) for number in heeded}
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped("stopped on request; the same command goes on where it was") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

@@ -223,6 +223,8 @@ def _start_worker(shared_done: Any) -> None:
     global _shared_done
     _shared_done = shared_done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; what is begun is finished and kept
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)  # not what the parent it was forked from does
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
