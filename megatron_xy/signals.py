@@ -1,4 +1,4 @@
-"""Requests to stop, taken in a thread: Python's own handlers do not run while the main thread waits in a collective.
+"""Requests to stop. A rank takes them in a thread: Python's handlers do not run while its main one is in a collective.
 
 SIGTERM (launchers), SIGUSR1 (schedulers, ahead of the time limit) and SIGINT (ctrl-C) ask for a stop. While there is
 nothing to save the process leaves at once; once training runs, all ranks save together at the next step's end. A second
@@ -39,7 +39,8 @@ def cleaned_up_on_signals(what_stays: str) -> Iterator[None]:
             names.append(signal.Signals(number).name)
             raise _Interrupt
 
-    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup would have it
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     except _Interrupt:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_xy.cli.options import AsJson, Overrides, say, verified
+from megatron_xy.signals import cleaned_up_on_signals
 
 data_app = typer.Typer(no_args_is_help=True, help="Build, look at and verify bucketed datasets.")
 
@@ -83,7 +84,9 @@ def data_build(
 ) -> None:
     """Tokenises a corpus, texts or conversations, and packs it into buckets, as Megatron's .bin/.idx.
 
-    The same command on several machines that share the folders does the work together.
+    The same command on several machines that share the folders does the work together. Stopped or killed, it goes on
+    where it was (exit code 75 after ctrl-C, SIGTERM or SIGUSR1). A --shard that is done ends with 0, whether or not
+    the others are there: the data set is finished once DIR/manifest.json is.
     """
     # A process with threads cannot be forked, and numpy would start some, of which a build has no use.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -98,7 +101,7 @@ def data_build(
             "--seq-length gives samples of one length; leave --buckets off", param_hint="--buckets"
         )
     sizes = DEFAULT_BUCKETS if buckets is None else _numbers(buckets, option="--buckets")
-    with showing_progress() as progress:
+    with showing_progress() as progress, cleaned_up_on_signals("; the same command goes on where it was"):
         stats = build_dataset(
             [*inputs, *(more_inputs or [])],
             tokenizer=tokenizer,

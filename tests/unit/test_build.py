@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import EXIT_USAGE, ConfigError, DataError
+from megatron_xy.errors import EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+from megatron_xy.signals import STOP_SIGNALS, cleaned_up_on_signals
 from tests.unit.small_corpus import content, train_tokenizer
 
 BUCKETS = (16, 32, 64)
@@ -159,6 +161,21 @@ def test_a_stopped_build_goes_on_without_redoing_shards(corpus, tokenizer, tmp_p
     assert run(corpus, tokenizer, output, progress=look)["reused"] is False
     assert kept == receipts
     assert content(output) == content(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_build_that_is_asked_to_stop_says_that_it_goes_on(corpus, tokenizer, tmp_path, number, capsys):
+    def stop(phase, done, total, unit):
+        if phase == "pack":
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, cleaned_up_on_signals("; the same command goes on where it was"):
+        run(corpus, tokenizer, tmp_path / "out", workers=2, progress=stop)
+    assert ended.value.code == EXIT_STOPPED and "; the same command goes on where it was" in capsys.readouterr().err
+    assert signal.getsignal(number) == before and not (tmp_path / "out/manifest.json").exists()
+    run(corpus, tokenizer, tmp_path / "out")
+    verify_dataset(tmp_path / "out")
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
