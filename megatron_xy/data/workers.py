@@ -222,8 +222,9 @@ def _has_one_thread() -> bool:
 def _start_worker(shared_done: Any) -> None:
     global _shared_done
     _shared_done = shared_done
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the parent decides; what is begun is finished and kept
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by it the parent ends its workers; not what the parent does itself
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
