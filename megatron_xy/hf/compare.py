@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from megatron_xy import __version__
 from megatron_xy.data.dataset import PackedDataset
@@ -87,6 +89,8 @@ def compare(
     if not documents:
         raise DataError(f"--data ({data}): holds no token that follows another; build it from longer documents")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says in each layer that it casts
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     reference = _opened(plain)
     table: dict[str, dict[str, Any]] = {}
     failures: dict[str, MegatronXYError] = {}

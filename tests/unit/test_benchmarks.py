@@ -16,8 +16,6 @@ from megatron_xy.errors import DataError, UsageError
 from tests.end_to_end.small_benchmark import needs_lm_eval, write_financeiq, write_questions
 from tests.unit.small_corpus import train_tokenizer
 
-pytestmark = needs_lm_eval
-
 
 def facts_of(data: Path, *, num_fewshot: int = 2, **placed: str) -> dict[str, Any]:
     from megatron_xy.benchmarks.suite import load_benchmarks
@@ -30,6 +28,7 @@ def facts_of(data: Path, *, num_fewshot: int = 2, **placed: str) -> dict[str, An
     return {**benchmarks.facts, **placement.facts}
 
 
+@needs_lm_eval
 def test_other_questions_examples_templates_and_tokenizers_make_another_evaluation(tmp_path: Path) -> None:
     data = write_financeiq(tmp_path / "data")
     facts = facts_of(data)
@@ -51,6 +50,7 @@ def test_other_questions_examples_templates_and_tokenizers_make_another_evaluati
     assert facts_of(data, tokenizer=str(tmp_path)) == facts_of(data, tokenizer=str(tokenizer)) != facts_of(data)
 
 
+@needs_lm_eval
 def test_a_title_says_how_many_examples_there_are(tmp_path: Path) -> None:
     from megatron_xy.benchmarks.suite import Benchmarks, load_benchmarks
 
@@ -78,6 +78,7 @@ def test_a_title_says_how_many_examples_there_are(tmp_path: Path) -> None:
     ]
 
 
+@needs_lm_eval
 def test_a_line_counts_for_what_it_says_alone(tmp_path: Path) -> None:
     from megatron_xy.benchmarks.watch import _done
 
@@ -108,6 +109,7 @@ def test_a_stop_is_told_beside_the_results() -> None:
     assert ended.stderr == "stopped by SIGTERM; the same command goes on\n"
 
 
+@needs_lm_eval
 def test_a_watch_says_what_it_waits_for_and_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_xy.benchmarks import watch
     from megatron_xy.benchmarks.suite import load_benchmarks

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
 from megatron_xy.data.build import build_dataset
 from megatron_xy.errors import ConfigError, DataError, UsageError
-from megatron_xy.hf.compare import compare, rows_of, write_cards
+from megatron_xy.hf.compare import _uneven_layers, compare, rows_of, write_cards
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from tests.end_to_end.random_model import write_random_model
 from tests.unit.small_corpus import WORDS, texts, train_tokenizer, write_rows
@@ -131,6 +132,15 @@ def test_a_form_that_cannot_be_measured_does_not_lose_the_others(tmp_path: Path)
     build_dataset([corpus], tokenizer=tmp_path / "other", output=tmp_path / "foreign", buckets=[64])
     with pytest.raises(DataError, match=r"foreign was built with another tokenizer than .*third"):
         compare(forms, tmp_path / "foreign", num_samples=1, ask=None, say=said.append)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="the extra int8 is not installed")
+def test_the_layer_that_four_bits_do_not_fit_is_named() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    even, uneven = torch.nn.Sequential(Linear4bit(64, 32)), torch.nn.Sequential(Linear4bit(64, 32), Linear4bit(48, 32))
+    assert _uneven_layers(even) == ""
+    assert _uneven_layers(uneven).endswith("rows are a multiple of 32 and columns of 64, and 1 has 32 and 48; ")
 
 
 @pytest.mark.parametrize("option", [["--limit", "3"], ["--num-fewshot", "0"], ["--apply-chat-template"]])
