@@ -208,7 +208,11 @@ class Chats:
         """Raises ConfigError where there is no template."""
         self._chat = self.of_the_run()
         if self._chat is None:
-            self._chat = Chat(self._tokenizer, load_chat_template(OF_TOKENIZER, self._tokenizer))
+            try:
+                template = load_chat_template(OF_TOKENIZER, self._tokenizer)
+            except ConfigError as error:
+                raise ConfigError(f"{error}, with --chat-template") from None
+            self._chat = Chat(self._tokenizer, template)
         return self._chat
 
 

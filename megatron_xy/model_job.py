@@ -7,6 +7,7 @@ work folder of the verb's own, and every rank reads the job there.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,5 +71,5 @@ def leave_on_signals(what_stays: str) -> None:
     To be called before other threads exist.
     """
     signals.block_stop_signals()
-    stop = signals.StopRequest(on_leave=lambda message: print(message, flush=True))
+    stop = signals.StopRequest(on_leave=lambda message: print(message, file=sys.stderr, flush=True))
     stop.nothing_to_save = what_stays

@@ -9,34 +9,51 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
-from megatron_xy.errors import EXIT_STOPPED, Stopped
+from megatron_xy.errors import EXIT_STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SECONDS = 2.0  # ctrl-C reaches a worker twice, from the terminal and from torchrun: one request
 
 
-def block_stop_signals() -> None:
-    """Keeps the signals for the waiting thread. Called before any other thread exists: threads inherit the mask."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+class _Interrupt(BaseException):
+    """Passes what handles errors; of a KeyboardInterrupt Python itself keeps that there was one, and ends otherwise."""
 
 
 @contextmanager
-def stopping_at_once() -> Iterator[None]:
-    """Around work in the main thread that may end anywhere and goes on from there: a signal ends it by Stopped."""
+def cleaned_up_on_signals(what_stays: str) -> Iterator[None]:
+    """A stop signal ends the block as an error would, cleaned up, and the process with 75, saying what stays.
+
+    For work of the main thread in one process that leaves something to be removed. Further signals wait for that.
+    """
+    names: list[str] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        if not names:
+            names.append(signal.Signals(number).name)
+            raise _Interrupt
+
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup would have it
-    before = {number: signal.signal(number, signal.default_int_handler) for number in heeded}
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
-    except KeyboardInterrupt as error:
-        raise Stopped("stopped on request; the same command goes on where it was") from error
+    except _Interrupt:
+        print(f"stopped by {names[0]}{what_stays}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def block_stop_signals() -> None:
+    """Keeps the signals for the waiting thread. Called before any other thread exists: threads inherit the mask."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 class StopRequest:
@@ -47,7 +64,7 @@ class StopRequest:
 
     def __init__(self, *, on_leave: Callable[[str], None]) -> None:
         self.can_save = False  # set by the trainer once there is a loop whose steps end
-        self.nothing_to_save = "before the first step; there was nothing to save"  # said where a stop is at once
+        self.nothing_to_save = " before the first step; there was nothing to save"  # said where a stop is at once
         self.is_deaf = False  # set by the watchdog while it reports and ends the run
         self._on_leave = on_leave
         self._first_seen: float | None = None
@@ -65,7 +82,7 @@ class StopRequest:
             if self.is_deaf:
                 continue
             if not self.can_save:
-                self._leave(f"stopped by {name} {self.nothing_to_save}")
+                self._leave(f"stopped by {name}{self.nothing_to_save}")
             elif self._first_seen is None:
                 self._first_seen = now
             elif now - self._first_seen > SAME_REQUEST_SECONDS:

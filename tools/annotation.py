@@ -6,22 +6,29 @@ Shared by preferences.py, whose grades become training pairs, and side_by_side.p
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
-from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import write_text
+from megatron_xy.errors import ConfigError, DataError, UsageError
+from megatron_xy.storage import storage_errors, write_text
+
+_NO_LETTER = re.compile(r"[\W\d_]")
+KEPT_LETTERS = 10_000  # a spreadsheet's cell ends after 32,767 characters
+FEWEST_LETTERS = 12  # of a text that no spreadsheet takes for a date
 
 
 def named_file(text: str) -> tuple[str, Path]:
-    """(model, path) of an option MODEL=FILE. Raises ConfigError."""
+    """(model, path) of an option MODEL=FILE. Raises UsageError."""
     name, separator, path = text.partition("=")
     if not (separator and name and path):
-        raise ConfigError(f"--answers ({text}): must be MODEL=FILE, such as small=runs/answers.jsonl")
+        raise UsageError(f"--answers ({text}): must be MODEL=FILE, such as small=runs/answers.jsonl")
     return name, Path(path)
 
 
@@ -46,9 +53,29 @@ def shown_prompt(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
+def pair_shown(row: dict[str, Any], annotator: str) -> dict[str, Any]:
+    """What an annotator sees of a row of a side by side's key: prompt, A, B, and pair, a digest by which it is known.
+
+    Every export counts its questions from q000001 on; by the digest a grade is told from one of another export.
+    """
+    a = row["A"][annotator]
+    b = "baseline" if a == "candidate" else "candidate"
+    texts = {"A": row[a]["response"], "B": row[b]["response"]}
+    digest = hashlib.sha256(json.dumps([shown_prompt(row["prompt"]), *texts.values()]).encode()).hexdigest()
+    return {"pair": f"p{digest[:16]}", "prompt": row["prompt"], **texts}  # a letter first: no number to a spreadsheet
+
+
 def lines_of(rows: Iterable[dict[str, Any]]) -> str:
     """The text of a jsonl file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes --output. Raises ConfigError where it is a file, StorageError where it cannot be made."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output ({folder}) is a file; name a folder")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_sheet(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -66,28 +93,46 @@ def write_sheet(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None
     write_text(folder / f"{name}.csv", "\ufeff" + table.getvalue())  # the mark by which spreadsheets know UTF-8
 
 
-def read_sheet(path: Path, take: Callable[[dict[str, Any]], None], *, columns: Sequence[str]) -> None:
+def edited_texts(row: dict[str, Any], shown: dict[str, Any], *, sheet: Path) -> list[str]:
+    """Which of prompt, A and B say something else in a filled-in row than was shown; what a row leaves out does not.
+
+    Of a csv letters are compared, as far as they go: a spreadsheet changes numbers and dates and cuts long texts.
+    """
+    is_same = _has_the_letters_of if sheet.suffix == ".csv" else operator.eq
+    return [name for name in ("prompt", "A", "B") if name in row and not is_same(row[name], shown[name])]
+
+
+def _has_the_letters_of(given: str | None, text: Any) -> bool:
+    letters, told = (_NO_LETTER.sub("", it)[:KEPT_LETTERS] for it in (shown_prompt(text), given or ""))
+    return len(letters) < FEWEST_LETTERS or letters == told
+
+
+def read_sheet(
+    path: Path, take: Callable[[dict[str, Any]], None], *, columns: Sequence[str], optional: Sequence[str] = ()
+) -> None:
     """Hands each row of a filled-in sheet, jsonl or csv, to `take`, which raises BadRow.
 
-    Raises ConfigError where there is no file, DataError with FILE:LINE of every bad row (the first 20).
+    columns: without which a csv is none; optional: others of plain letters. Of a csv that is not UTF-8 only these are
+    handed over, what else it says may be garbled. Raises ConfigError where there is no file, DataError with FILE:LINE
+    of every bad row (the first 20).
     """
     if path.suffix != ".csv":
         read_rows(path, option="--grades", parse=take)
         return
     if not path.is_file():
         raise ConfigError(f"--grades ({path}): there is no such file")
-    content, problems = path.read_bytes(), []
+    content, problems, is_garbled = path.read_bytes(), list[str](), False
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = content.decode("gb18030", errors="replace")  # of a Chinese spreadsheet; ids and grades are ASCII
+        text, is_garbled = content.decode("gb18030", errors="replace"), True  # of a Chinese spreadsheet
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
             raise DataError(f"{path} has no column {', '.join(missing)}; fill in the exported csv, with commas between")
         for row in reader:
             try:
-                take(row)
+                take({name: row[name] for name in (*columns, *optional) if name in row} if is_garbled else row)
             except BadRow as problem:
                 problems.append(f"{path}:{reader.line_num}: {problem}")
     except csv.Error as error:

@@ -7,10 +7,20 @@ import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.errors import DataError, StorageError, UsageError
 
 SECONDS = 120
+CUT = ("length", "content_filter")  # the finish reasons of answers that did not come to their end
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model says, and whether it came to its end."""
+
+    text: str
+    has_ended: bool
 
 
 @dataclass(frozen=True)
@@ -21,8 +31,11 @@ class ChatEndpoint:
     model: str
     key_variable: str = "OPENAI_API_KEY"
 
-    def ask(self, text: str, *, max_tokens: int) -> str:
-        """What the model says at temperature 0. Raises StorageError where nothing comes, DataError for nonsense."""
+    def ask(self, text: str, *, max_tokens: int) -> Reply:
+        """What the model says at temperature 0; without content (null) it says nothing.
+
+        Raises StorageError where no answer comes, DataError for nonsense.
+        """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
@@ -32,7 +45,7 @@ class ChatEndpoint:
         try:
             request = urllib.request.Request(address, json.dumps(question).encode(), headers)
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-                return str(json.load(answer)["choices"][0]["message"]["content"])
+                return _reply(json.load(answer)["choices"][0])
         except (OSError, urllib.error.URLError) as error:
             raise StorageError(
                 f"--endpoint ({self.url}) gave no answer: {error}; the same command goes on once it does"
@@ -43,10 +56,17 @@ class ChatEndpoint:
             ) from error
 
 
+def _reply(choice: dict[str, Any]) -> Reply:
+    content = choice["message"]["content"]
+    if not isinstance(content, str | None):
+        raise TypeError(f"content is {type(content).__name__}")
+    return Reply(content or "", choice.get("finish_reason") not in CUT)
+
+
 def endpoint_of(url: str, model: str | None, *, key_variable: str) -> ChatEndpoint:
-    """What the options name. Raises ConfigError."""
+    """What the options name. Raises UsageError."""
     if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--endpoint ({url}) must begin with http:// or https://, such as http://localhost:8000/v1")
+        raise UsageError(f"--endpoint ({url}) must begin with http:// or https://, such as http://localhost:8000/v1")
     if model is None:
-        raise ConfigError("--endpoint goes with --model NAME, the model that is to be asked there")
+        raise UsageError("--endpoint goes with --model NAME, the model that is to be asked there")
     return ChatEndpoint(url, model, key_variable)

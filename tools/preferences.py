@@ -28,18 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from annotation import lines_of, named_file, prompt_of, read_sheet, response_of, write_sheet
+from annotation import edited_texts, lines_of, make_folder, named_file, prompt_of, read_sheet, response_of, write_sheet
 
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
-from megatron_xy.storage import storage_errors, write_text
+from megatron_xy.errors import DataError, MegatronXYError, UsageError
+from megatron_xy.storage import write_text
 
 COLUMNS = ("id", "prompt", "A", "B", "grade")
 Answers = dict[str, list[tuple[str, str]]]  # by prompt, as JSON: (model, response)
 
 
 def main() -> int:
-    """The exit code: 0, 65 (bad rows), 74 (a file cannot be written) or 78 (no such file, wrong option)."""
+    """The exit code: 0, 2 (wrong option), 65 (bad rows), 74 (a file cannot be written) or 78 (no such file)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     export = verbs.add_parser("export")
@@ -89,7 +89,7 @@ def export_pairs(
     Raises ConfigError, DataError or StorageError.
     """
     if per_prompt < 1:
-        raise ConfigError(f"--pairs-per-prompt ({per_prompt}) must be 1 or more")
+        raise UsageError(f"--pairs-per-prompt ({per_prompt}) must be 1 or more")
     answers: Answers = {}
     for model, path in files:
         for answer in read_rows(path, option="--answers", parse=_answer):
@@ -108,8 +108,7 @@ def export_pairs(
         raise DataError("no prompt has two different answers; generate more of them (-n 2)")
     random.Random(seed).shuffle(key)
     key = [{"id": f"p{number:06d}", **row} for number, row in enumerate(key, start=1)]
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     blinded = [{**{name: row[name] for name in COLUMNS[:-1]}, "grade": None} for row in key]
     write_sheet(folder, "pairs", blinded)
     write_text(folder / "key.jsonl", lines_of(key))
@@ -210,6 +209,10 @@ def _grades_in(path: Path, *, known: dict[str, Any]) -> dict[str, int]:
             return
         if number not in known:
             raise BadRow(f"id ({number[:20]}) is none of the key's")
+        if edited := edited_texts(row, known[number], sheet=path):
+            raise BadRow(
+                f"{' and '.join(edited)} of {number} is not the key's: the sheet is of another export, or was edited"
+            )
         if number in seen:
             raise BadRow(f"id ({number}) has been graded before in this file")
         if not re.fullmatch("[AB][0-3]", str(grade).strip().upper()):

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from annotation import lines_of
+from annotation import lines_of, make_folder
 from chat_endpoint import ChatEndpoint, endpoint_of
 from rich.console import Console
 from rich.table import Table
@@ -37,10 +37,10 @@ from rich.table import Table
 from megatron_xy.data.documents import Document
 from megatron_xy.data.inputs import read_documents
 from megatron_xy.data.rows import read_rows
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.reward.split import clusters_of
-from megatron_xy.storage import file_sha256, storage_errors, write_json, write_text
+from megatron_xy.storage import file_sha256, write_json, write_text
 
 ASK = {
     "zh": "阅读下面的文字, 提出{count}个问题。每个问题都要能脱离这段文字单独理解, 不要提到这段文字。"
@@ -96,7 +96,7 @@ class Asked:
 
 
 def main() -> int:
-    """The exit code: 0, 65 (bad documents; nothing is left), 74 (nothing can be written) or 78 (wrong options)."""
+    """The exit code: 0, 2 (wrong options), 65 (bad documents; none left), 74 (no storage) or 78 (no such path)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", nargs="+", required=True, metavar="PATH")
     parser.add_argument("--text-field", default="text")
@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument(
         "--key-variable", default="OPENAI_API_KEY", help="the environment variable with its key, if any"
     )
+    parser.add_argument("--chat-template", metavar="NAME|FILE", help="of our own model; the model's unless given")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of our own model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--questions", type=int, default=2, help="asked for, a document")
@@ -127,11 +128,10 @@ def self_qa(options: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Writes rows, what was pruned and the report: {questions or answers: {kept or reason: number}}."""
     for name in ("questions", "most_characters", "most_tokens"):
         if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be 1 or more")
+            raise UsageError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be 1 or more")
     model = model_of(options)
     folder: Path = options.output
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     read = read_documents(options.documents, text_field=options.text_field, source_field=options.source_field)
     documents = [(document, _start_of(document.text, most=options.most_characters)) for document in read]
     if not documents:
@@ -168,14 +168,19 @@ def self_qa(options: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 
 def model_of(options: argparse.Namespace) -> Model:
-    """What answers prompts: our own model, or one behind an endpoint. Raises ConfigError."""
+    """What answers prompts: our own model, or one behind an endpoint. Raises UsageError."""
     if options.endpoint is not None:
+        if options.chat_template is not None:
+            raise UsageError("--chat-template goes with --model ckpt:DIR or hf:DIR; an endpoint applies its model's")
         endpoint = endpoint_of(options.endpoint, options.model, key_variable=options.key_variable)
         return lambda prompts, output, most_tokens: _by_endpoint(endpoint, prompts, output, most_tokens)
     if not options.model.startswith(("ckpt:", "hf:")):
-        raise ConfigError(f"--model ({options.model}) must be ckpt:DIR or hf:DIR, or goes with --endpoint URL")
+        raise UsageError(f"--model ({options.model}) must be ckpt:DIR or hf:DIR, or goes with --endpoint URL")
+    template = [] if options.chat_template is None else ["--chat-template", options.chat_template]
     ranks = ["--nproc-per-node", str(options.nproc_per_node), *options.overrides]
-    return lambda prompts, output, most_tokens: _by_generate(options.model, ranks, prompts, output, most_tokens)
+    return lambda prompts, output, most_tokens: _by_generate(
+        options.model, template, ranks, prompts, output, most_tokens
+    )
 
 
 def questions_in(reply: str, *, most: int, has_ended: bool) -> Iterator[str]:
@@ -197,6 +202,8 @@ def answer_fault(answer: str, text: str, *, has_ended: bool) -> str | None:
     """Why an answer is pruned; None where it stays."""
     if not has_ended:
         return "cut"
+    if not answer:
+        return "empty"
     if _KNOWS_NOT.search(answer):
         return "says that the text does not tell"
     return _fault(answer, text, lengths=ANSWER_LENGTH)
@@ -252,18 +259,19 @@ def _said(model: Model, folder: Path, name: str, prompts: Sequence[str], *, most
     return model(path, folder / f"{name}.jsonl", most_tokens)
 
 
-def _by_generate(model: str, options: list[str], prompts: Path, output: Path, most_tokens: int) -> list[Answer]:
+def _by_generate(
+    model: str, template: list[str], ranks: list[str], prompts: Path, output: Path, most_tokens: int
+) -> list[Answer]:
     """Ends with generate's exit code where it ends badly."""
-    facts = {"prompts": file_sha256(prompts), "model": model, "most_tokens": most_tokens}
+    facts = {"prompts": file_sha256(prompts), "model": " ".join([model, *template]), "most_tokens": most_tokens}
     if not _is_made_with(output, facts):
         write_json(_facts_of(output), facts)
         limits = ["--temperature", "0", "--max-response-length", str(most_tokens)]
         files = ["--prompts", str(prompts), "--output", str(output)]
-        command = [sys.executable, "-m", "megatron_xy", "generate", model, *files, *limits, *options]
+        command = [sys.executable, "-m", "megatron_xy", "generate", model, *files, *limits, *template, *ranks]
         if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)  # it has said what is wrong
-    rows = read_rows(output, option="answers", parse=lambda row: (str(row["response"]), row["finish_reason"] == "stop"))
-    return [row.value for row in rows]
+    return _answers_in(output)
 
 
 def _by_endpoint(endpoint: ChatEndpoint, prompts: Path, output: Path, most_tokens: int) -> list[Answer]:
@@ -276,7 +284,9 @@ def _by_endpoint(endpoint: ChatEndpoint, prompts: Path, output: Path, most_token
         try:
             for number, text in enumerate(texts):
                 if number not in done:
-                    writer.add(number, {"response": endpoint.ask(text, max_tokens=most_tokens)})
+                    reply = endpoint.ask(text, max_tokens=most_tokens)
+                    reason = "stop" if reply.has_ended else "length"
+                    writer.add(number, {"response": reply.text, "finish_reason": reason})
                     _say(f"  {output.stem}: {number + 1:,} of {len(texts):,}")
         finally:
             writer.close()
@@ -285,8 +295,12 @@ def _by_endpoint(endpoint: ChatEndpoint, prompts: Path, output: Path, most_token
     if not _is_made_with(output, facts):
         write_json(_facts_of(output), facts)
         results.complete(facts, wanted=len(texts), what=output.stem, work=work, say=_say)
-    rows = read_rows(output, option="answers", parse=lambda row: str(row["response"]))
-    return [(row.value, True) for row in rows]
+    return _answers_in(output)
+
+
+def _answers_in(output: Path) -> list[Answer]:
+    rows = read_rows(output, option="answers", parse=lambda row: (str(row["response"]), row["finish_reason"] == "stop"))
+    return [row.value for row in rows]
 
 
 def _say(text: str) -> None:

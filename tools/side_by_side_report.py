@@ -4,49 +4,31 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import krippendorff
 import matplotlib
 import numpy
-from annotation import read_sheet, shown_prompt
+from annotation import make_folder, shown_prompt
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.cells import cell_len, set_cell_size
+from side_by_side_grades import GRADES, Question, read_questions
 
-from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
-from megatron_xy.errors import DataError
+from megatron_xy.errors import UsageError
 from megatron_xy.report.axes import COLOURS, finish
 from megatron_xy.report.numbers import without_nan
 from megatron_xy.report.page import ReportSection, page
 from megatron_xy.storage import write_bytes, write_json, write_text
 
-GRADES = ("good", "same", "bad")
 RESAMPLES = 2000
 BAR_COLOURS = dict(zip(GRADES, (COLOURS[2], "#c9ccd1", COLOURS[1]), strict=True))
+LAST_RESORT = "Last Resort High-Efficiency"  # comes with matplotlib and has a box for every character
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "SimHei", "PingFang SC")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A row of the key, and each annotator's grade of the judged model's answer beside the other one's."""
-
-    row: dict[str, Any]
-    grades: dict[str, str]
-
-    @property
-    def counts(self) -> list[int]:
-        """How many annotators said good, same, bad."""
-        given = list(self.grades.values())
-        return [given.count(grade) for grade in GRADES]
-
-    @property
-    def group(self) -> tuple[str, str]:
-        """Domain and category."""
-        return self.row["domain"], self.row["category"]
 
 
 @dataclass(frozen=True)
@@ -74,14 +56,16 @@ class Standing:
 
 
 def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses: int) -> list[str]:
-    """Writes the report and returns its table as lines. Raises ConfigError, DataError or StorageError."""
+    """Writes the report and returns its table as lines. Raises UsageError, ConfigError, DataError or StorageError."""
+    if num_losses < 0:
+        raise UsageError(f"--losses ({num_losses}) must not be below 0")
     questions = read_questions(key, sheets)
     standings = {name: standing(group) for name, group in groups_of(questions).items()}
     agreement = alpha(questions)
     first = questions[0].row
     models = {side: first[side]["model"] for side in ("candidate", "baseline")}
     lost = sharpest_losses(questions, most=num_losses)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     found = {
         **models,
         "krippendorff_alpha": agreement,
@@ -91,7 +75,8 @@ def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses:
         "sharpest_losses": [{"id": question.row["id"], "grades": question.grades} for question in lost],
     }
     write_json(folder / "report.json", without_nan(found))
-    image = draw_bars(standings)
+    font = chinese_font("".join(f"{domain}{category}" for domain, category in standings))
+    image = draw_bars(standings, font=font)
     write_bytes(folder / "bars.png", image)
     table = table_of(standings)
     title = f"{models['candidate']} against {models['baseline']}"
@@ -101,40 +86,10 @@ def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses:
     ]
     caption = f"What annotators said of {title}, by category: good, same, bad, in percent of the grades."
     write_text(folder / "index.html", page(title, sections=sections, pictures=[(image, caption)]))
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return [title, *lines, _agreement_told(agreement, questions), f"wrote {folder / 'index.html'}"]
-
-
-def read_questions(key: Path, sheets: Sequence[Path]) -> list[Question]:
-    """All questions of the key with all their grades.
-
-    Raises DataError that names grades which are missing, doubled, contradictory, or none at all.
-    """
-    rows = {row.value["id"]: row.value for row in read_rows(key, option="--key", parse=_key_row)}
-    given: dict[tuple[str, str], tuple[str, Path]] = {}
-    problems = []
-    for path in sheets:
-        try:
-            read_sheet(path, _taker(rows, given, path), columns=("id", "annotator", "grade"))
-        except DataError as error:
-            problems.append(str(error))
-    for annotator in sorted({name for row in rows.values() for name in row["A"]}):
-        missing = [number for number, row in rows.items() if annotator in row["A"] and (number, annotator) not in given]
-        if missing and not problems:
-            shown = ", ".join(missing[:SHOWN_PROBLEMS]) + (", ..." if len(missing) > SHOWN_PROBLEMS else "")
-            problems.append(f"{len(missing):,} grades of annotator {annotator} are missing: {shown}")
-    if problems:
-        raise DataError("\n".join(problems))
-
-    def unblinded(number: str, annotator: str, grade: str) -> str:
-        is_turned = rows[number]["A"][annotator] == "baseline"
-        return GRADES[2 - GRADES.index(grade)] if is_turned else grade
-
-    return [
-        Question(row, {name: unblinded(number, name, given[number, name][0]) for name in row["A"]})
-        for number, row in rows.items()
-    ]
+    widths = [max(cell_len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join(map(set_cell_size, row, widths)).rstrip() for row in table]
+    boxes = [] if font else ["no installed font has the Chinese of bars.png, which shows boxes; index.html has a table"]
+    return [title, *lines, _agreement_told(agreement, questions), *boxes, f"wrote {folder / 'index.html'}"]
 
 
 def groups_of(questions: Sequence[Question]) -> dict[tuple[str, str], list[Question]]:
@@ -190,16 +145,29 @@ def table_of(standings: dict[tuple[str, str], Standing]) -> list[list[str]]:
     return rows
 
 
-def draw_bars(standings: dict[tuple[str, str], Standing]) -> bytes:
-    """A stacked bar a category, the best win-and-tie rate on top, behind those of the domains and of all: PNG."""
+def chinese_font(text: str) -> str | None:
+    """The name of an installed font that has the text's Chinese; None where none has it."""
+    wanted = {ord(character) for character in text if cell_len(character) > 1}
+    regular = [font for font in font_manager.fontManager.ttflist if font.style == "normal" and font.name != LAST_RESORT]
+    for font in sorted(regular, key=lambda font: (font.name not in CJK_FONTS, font.weight != 400, font.name)):
+        if all(map(font_manager.get_font(font.fname).get_char_index, wanted)):
+            return font.name
+    return None
+
+
+def draw_bars(standings: dict[tuple[str, str], Standing], *, font: str | None) -> bytes:
+    """A stacked bar a category, the best win-and-tie rate on top, behind those of the domains and of all: PNG.
+
+    font: for what DejaVu Sans does not have.
+    """
 
     def order(item: tuple[tuple[str, str], Standing]) -> tuple[bool, float]:
         return item[0][1] != "all", -item[1].win_and_tie.percent
 
     bars = sorted(standings.items(), key=order)
-    families = [*CJK_FONTS, "DejaVu Sans"]
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    with matplotlib.rc_context({"font.size": 11, "font.family": [name for name in families if name in installed]}):
+    families = [name for name in ("DejaVu Sans", font) if name]
+    with matplotlib.rc_context({"font.size": 11, "font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # where no font has it: told by write_report
         figure = Figure(figsize=(9, 1.4 + 0.42 * len(bars)), layout="constrained")
         axes = figure.subplots()
         places = numpy.arange(len(bars))
@@ -219,37 +187,6 @@ def draw_bars(standings: dict[tuple[str, str], Standing]) -> bytes:
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=120, facecolor="white")
     return image.getvalue()
-
-
-def _taker(
-    rows: dict[str, dict[str, Any]], given: dict[tuple[str, str], tuple[str, Path]], path: Path
-) -> Callable[[dict[str, Any]], None]:
-    """What notes the grade of a sheet's row in `given`, with the sheet that it stands in."""
-
-    def take(row: dict[str, Any]) -> None:
-        number, annotator = str(row.get("id", "")).strip(), str(row.get("annotator", "")).strip()
-        grade = str(row.get("grade") or "").strip().lower()
-        if not grade:
-            return
-        if number not in rows:
-            raise BadRow(f"id ({number[:20]}) is none of the key's")
-        if annotator not in rows[number]["A"]:
-            raise BadRow(f"annotator ({annotator[:20]}) was not asked question {number}")
-        if grade not in GRADES:
-            raise BadRow(f"grade ({grade[:20]}) must be one of {', '.join(GRADES)}")
-        if (number, annotator) in given:
-            before, where = given[number, annotator]
-            told = "as well" if before == grade else f"but {before}"
-            raise BadRow(f"annotator {annotator} has graded {number} {grade} here, {told} before in {where}")
-        given[number, annotator] = grade, path
-
-    return take
-
-
-def _key_row(row: dict[str, Any]) -> dict[str, Any]:
-    if not {"id", "domain", "category", "prompt", "candidate", "baseline", "A"} <= row.keys():
-        raise BadRow("is no row of a key.jsonl that `export` wrote")
-    return row
 
 
 def _agreement_told(agreement: float, questions: Iterable[Question]) -> str:

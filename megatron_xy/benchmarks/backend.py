@@ -107,6 +107,10 @@ class MegatronXYLM(TemplateLM):  # type: ignore[misc]
         answers = [found[place][number] for place, number in asked]
         return [(answer.logprob, answer.is_greedy) for answer in answers]
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of continuations, without lm-eval's bar of texts that are made tokens."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, in windows of the model's longest sequence, each token once."""
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []

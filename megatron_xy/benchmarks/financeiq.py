@@ -36,6 +36,7 @@ def financeiq(data_dir: Path | None, *, num_fewshot: int | None, say: Callable[[
     if not files:
         raise ConfigError(f"--data-dir ({data_dir}): holds no test/*.csv and no *.csv; {HOW_TO_GET}")
     group = Group(name=NAME)
+    short: list[int] = []
     for path in files:
         test = _rows(path)
         examples = test if is_flat else _rows(data_dir / "dev" / path.name) if wanted else []
@@ -43,9 +44,14 @@ def financeiq(data_dir: Path | None, *, num_fewshot: int | None, say: Callable[[
         others = len(examples) - (max(Counter(map(repr, examples)).values()) if is_flat else 0)
         group.add(_task(path.stem, test, examples, num_fewshot=min(wanted, others), is_flat=is_flat))
         if wanted > others:
-            say(f"warning: {path.stem} has {others} questions for examples, fewer than {wanted}; takes as many")
+            short.append(others)
+    fewer = f"fewer than {wanted} in {len(short)} of {len(files)} categories, {min(short, default=0)} at the least"
     if is_flat and wanted:
-        say(f"warning: {data_dir} has no dev and test; a question's examples are the other questions of its category")
+        also = f", {fewer}" if short else ""
+        others_of = "a question's examples are the other questions of its category"
+        say(f"warning: {data_dir} has no dev and test; {others_of}{also}")
+    elif short:
+        say(f"warning: {data_dir / 'dev'}: questions for examples are {fewer}; takes as many")
     return group
 
 

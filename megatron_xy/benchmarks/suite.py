@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from megatron_xy.benchmarks.tasks import SEED, load_tasks
 from megatron_xy.errors import UsageError
 
 BOOTSTRAPS = 1000  # for standard errors of metrics that have no formula
+DIGEST_LENGTH = 12
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count")
 Say = Callable[[str], None]
 Metrics = dict[str, dict[str, Any]]
@@ -32,15 +36,27 @@ class Benchmarks:
     limit: int | None
     apply_chat_template: bool
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, Any]:
-        """What an evaluation is known by, besides the model."""
+        """What an evaluation is known by, besides the model and its tokenizer; data: a digest of all that is asked."""
+        digest = hashlib.sha256()
+        for entry in _asked(self.loaded["tasks"]):
+            digest.update(json.dumps(entry, sort_keys=True, default=lambda value: type(value).__name__).encode())
         return {
             "tasks": self.names,
             "num_fewshot": self.num_fewshot,
             "limit": self.limit,
             "apply_chat_template": self.apply_chat_template,
+            "data": digest.hexdigest()[:DIGEST_LENGTH],
         }
+
+    def title(self, name: str) -> str:
+        """A benchmark's name with the number of examples that its tasks have before a question."""
+        group = self.loaded["groups"].get(name)
+        tasks = self.loaded["tasks"]  # of a tag, which is not told of, all
+        own = group.get_all_tasks() if group is not None else [tasks[name]] if name in tasks else tasks.values()
+        shots = sorted({int(task.get_config("num_fewshot") or 0) for task in own})
+        return f"{name} {shots[0]}-shot" if len(shots) == 1 else f"{name} {shots[0]}- to {shots[-1]}-shot"
 
     def ask(self, model: LM) -> Metrics:
         """{task: {metric: value}}, in lm-eval's names; of financeiq {"acc": ..., "acc_CATEGORY": ...}.
@@ -90,6 +106,15 @@ def rows_of(metrics: Metrics) -> list[str]:
         for task, of_task in metrics.items()
         for name, value in of_task.items()
     ]
+
+
+def _asked(tasks: dict[str, Any]) -> Iterator[Any]:
+    """Each task's name and version, its questions, and those that its examples are drawn from."""
+    for name, task in sorted(tasks.items()):
+        yield [name, task.VERSION, task.get_config("num_fewshot")]
+        yield from task.eval_docs
+        if task.get_config("num_fewshot"):
+            yield from task.fewshot_docs()
 
 
 def _metrics(found: dict[str, Any], names: Sequence[str]) -> Metrics:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_xy.benchmarks.backend import MegatronXYLM
-from megatron_xy.benchmarks.suite import Benchmarks, Metrics
+from megatron_xy.benchmarks.suite import DIGEST_LENGTH, Benchmarks, Metrics
+from megatron_xy.data.tokenizer import tokenizer_file
+from megatron_xy.storage import file_sha256
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,15 @@ class Placement:
     overrides: list[str]
     tokenizer: str | None
     chat_template: str | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What an evaluation is known by besides the benchmarks: files with a digest; None: the model's own."""
+        template = Path(self.chat_template or "")
+        return {
+            "chat_template": _with_digest(template) if template.is_file() else self.chat_template,
+            "tokenizer": None if self.tokenizer is None else _with_digest(tokenizer_file(self.tokenizer)),
+        }
 
 
 def evaluate(origin: str, benchmarks: Benchmarks, placement: Placement, *, folder: Path | None = None) -> Metrics:
@@ -36,3 +48,7 @@ def evaluate(origin: str, benchmarks: Benchmarks, placement: Placement, *, folde
             chat_template=placement.chat_template,
         )
         return benchmarks.ask(backend)
+
+
+def _with_digest(path: Path) -> str:
+    return f"{path.name} {file_sha256(path)[:DIGEST_LENGTH]}"

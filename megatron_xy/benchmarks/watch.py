@@ -41,13 +41,16 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: there is no such run; name the run_dir of one that has begun")
     passed_over: dict[int, bool] = {}  # whether it is there, but bad
+    facts = {**benchmarks.facts, **placement.facts}
+    told = ""
     with run_folder.lock(run_dir, name=LOCK):
         _mend(run_dir / EVALUATIONS)
-        for iteration in _done(run_dir / EVALUATIONS, benchmarks):  # a kill may have come behind the line
-            shutil.rmtree(_work_folder(run_dir, iteration, benchmarks), ignore_errors=True)
+        for iteration in _done(run_dir / EVALUATIONS, facts):  # a kill may have come behind the line
+            shutil.rmtree(_work_folder(run_dir, iteration, facts), ignore_errors=True)
         while True:
-            is_over = _is_done(run_dir)  # looked at first: what is saved before the end is there then
-            done = _done(run_dir / EVALUATIONS, benchmarks)
+            ended = run_folder.read_exit(run_dir)  # looked at first: what is saved before the end is there then
+            is_over = ended is not None and ended.code == EXIT_DONE
+            done = _done(run_dir / EVALUATIONS, facts)
             left = sorted(set(saved_iterations(run_dir / "checkpoints")) - done - passed_over.keys())
             for iteration in left:
                 code = _evaluate_one(run_dir, iteration, benchmarks, placement, passed_over=passed_over, say=say)
@@ -59,6 +62,9 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
                 say(f"{run_dir}: the run is done, and its checkpoints are evaluated{but}")
                 return EXIT_BAD_DATA if bad else EXIT_DONE
             if not left:
+                if (waiting := _waits_for(run_dir, ended)) != told:
+                    say(waiting)
+                    told = waiting
                 time.sleep(POLL_SECONDS)
 
 
@@ -75,7 +81,8 @@ def _evaluate_one(
     folder = iteration_folder(run_dir / "checkpoints", iteration)
     if (folder / ACTOR).is_dir():
         folder = folder / ACTOR
-    work = _work_folder(run_dir, iteration, benchmarks)
+    facts = {**benchmarks.facts, **placement.facts}
+    work = _work_folder(run_dir, iteration, facts)
     try:
         manifest = files.read_manifest(folder)
         if manifest.state.get("task") == "reward":
@@ -97,7 +104,7 @@ def _evaluate_one(
         return 0
     record = {
         "iteration": iteration,
-        **benchmarks.facts,
+        **facts,
         "results": metrics,
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -110,23 +117,27 @@ def _evaluate_one(
     return 0
 
 
-def _is_done(run_dir: Path) -> bool:
-    ended = run_folder.read_exit(run_dir)
-    return ended is not None and ended.code == 0
+def _waits_for(run_dir: Path, ended: run_folder.ExitRecord | None) -> str:
+    """What has to come before there is more to evaluate."""
+    newest = max(saved_iterations(run_dir / "checkpoints"), default=None)
+    what = "its first checkpoint" if newest is None else f"a checkpoint after iteration {newest}"
+    if ended is None:
+        return f"{run_dir}: waits for {what}"
+    return f"{run_dir}: the run has ended with {ended.code} ({ended.name}); waits for {what} of a start that resumes it"
 
 
-def _done(path: Path, benchmarks: Benchmarks) -> set[int]:
-    """The iterations whose lines are there, of these benchmarks."""
-    facts = benchmarks.facts
+def _done(path: Path, facts: dict[str, Any]) -> set[int]:
+    """The iterations whose lines are there, of the same questions put in the same way."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            raise DataError(
-                f"{path}:{number}: no JSON; delete the line, and the checkpoint is evaluated again"
-            ) from None
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+            raise DataError(f"{path}:{number}: no evaluation; delete the line, and the checkpoint is evaluated again")
+        records.append(record)
     return {record["iteration"] for record in records if all(record.get(name) == facts[name] for name in facts)}
 
 
@@ -151,6 +162,6 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         sync_folder(path.parent)
 
 
-def _work_folder(run_dir: Path, iteration: int, benchmarks: Benchmarks) -> Path:
-    digest = hashlib.sha256(json.dumps(benchmarks.facts).encode()).hexdigest()
+def _work_folder(run_dir: Path, iteration: int, facts: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return run_dir / WORK / f"{iteration:07d}-{digest[:12]}"

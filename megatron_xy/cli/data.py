@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_xy.cli.options import AsJson, Overrides, say, verified
-from megatron_xy.signals import stopping_at_once
+from megatron_xy.signals import cleaned_up_on_signals
 
 data_app = typer.Typer(no_args_is_help=True, help="Build, look at and verify bucketed datasets.")
 
@@ -101,7 +101,7 @@ def data_build(
             "--seq-length gives samples of one length; leave --buckets off", param_hint="--buckets"
         )
     sizes = DEFAULT_BUCKETS if buckets is None else _numbers(buckets, option="--buckets")
-    with showing_progress() as progress, stopping_at_once():
+    with showing_progress() as progress, cleaned_up_on_signals("; the same command goes on where it was"):
         stats = build_dataset(
             [*inputs, *(more_inputs or [])],
             tokenizer=tokenizer,

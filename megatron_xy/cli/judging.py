@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_xy.cli.options import AsJson, say
-from megatron_xy.errors import ConfigError, UsageError
+from megatron_xy.errors import EXIT_BAD_DATA, ConfigError, UsageError
+from megatron_xy.signals import cleaned_up_on_signals
 
 Scheme = Literal["int8", "nf4", "gptq-w4a16", "w8a8", "w8a16"]
 NumFewshot = Annotated[
@@ -52,6 +55,8 @@ def evaluate(
 
     if watch == model.startswith(("ckpt:", "hf:")):
         raise UsageError(f"{model}: must be {'a run_dir, with --watch' if watch else 'ckpt:DIR or hf:DIR'}")
+    if watch and as_json:
+        raise UsageError("--json goes without --watch, which writes RUN/evaluations.jsonl")
     if nproc_per_node == 1:
         leave_on_signals("; the same command goes on" if watch else "; nothing is kept")
     _prepare_lm_eval()
@@ -91,28 +96,36 @@ def quantize(
         Path | None, typer.Option("--calibration", metavar="DIR|F.jsonl", help="of `data build`, or rows with text")
     ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="of the calibration")] = 256,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of F.jsonl's messages; else the model's")
+    ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option("--ignore", help="a layer that stays as it is; repeat; lm_head unless given")
+        list[str] | None,
+        typer.Option("--ignore", metavar="NAME|re:PATTERN", help="layers that stay; repeat; lm_head unless given"),
     ] = None,
 ) -> None:
     """Writes a model in 8 or 4 bits as an HF folder, whole or not at all."""
-    if scheme in ("int8", "nf4"):
+    is_in_files = scheme in ("int8", "nf4")
+    if is_in_files:
         _need("transformers", "accelerate", "bitsandbytes", extra="int8")
     else:
         _need("transformers", "llmcompressor", extra="quantize")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder without a tokenizer is not looked for elsewhere
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # its bars say how far it is
-    from megatron_xy.hf.quantize import quantize as write_quantised
+    _quiet_libraries()
+    goes_on = "the same command goes on with the files that are done" if is_in_files else "the same command begins anew"
+    with cleaned_up_on_signals(f"; {goes_on}"):
+        from megatron_xy.hf.quantize import quantize as write_quantised
 
-    write_quantised(
-        source,
-        target,
-        scheme=scheme,
-        calibration=calibration,
-        num_samples=num_samples,
-        ignore=ignore or ["lm_head"],
-        say=say,
-    )
+        write_quantised(
+            source,
+            target,
+            scheme=scheme,
+            calibration=calibration,
+            num_samples=num_samples,
+            chat_template=chat_template,
+            ignore=ignore or ["lm_head"],
+            say=say,
+        )
 
 
 def compare(
@@ -154,15 +167,18 @@ def compare(
             apply_chat_template=apply_chat_template,
             say=say,
         )
-        examples = "" if num_fewshot is None else f" {num_fewshot}-shot"
-        asked = {name: f"{name}{examples}" for name in benchmarks.names}
+        asked = {name: benchmarks.title(name) for name in benchmarks.names}
         ask = partial(ask_opened, benchmarks=benchmarks)
     from megatron_xy.hf import compare as comparing
 
-    table = comparing.compare(forms, data, num_samples=num_samples, ask=ask, say=say)
-    if write_cards:
-        comparing.write_cards(table, data=data, num_samples=num_samples, tasks=asked)
+    table, failed = comparing.compare(forms, data, num_samples=num_samples, ask=ask, say=say)
+    if write_cards and not failed:
+        comparing.write_cards(table, data=data, num_samples=num_samples, tasks=asked, say=say)
     print(json.dumps(table, ensure_ascii=False) if as_json else "\n".join(comparing.rows_of(table, tasks=asked)))
+    if failed:
+        cards = ", and no card written" if write_cards else ""
+        say(f"{', '.join(failed)}: not measured, as was said{cards}; the others are")
+        sys.exit(EXIT_BAD_DATA)
 
 
 def _prepare_lm_eval() -> None:
@@ -171,6 +187,16 @@ def _prepare_lm_eval() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # its bars for each task; ours say how far the model is
+
+
+def _quiet_libraries() -> None:
+    """Before they are imported: no bars, and no advice on what is as it should be."""
+    os.environ.setdefault("TQDM_DELAY", "1e9")  # seconds until a bar is shown; some take no heed of TQDM_DISABLE
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+    # What they warn of: no kernel from elsewhere; layers that lie on disk; a function that has another name now.
+    for name in ("bitsandbytes", "accelerate", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
 
 
 def _need(*modules: str, extra: str) -> None:

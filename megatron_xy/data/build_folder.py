@@ -43,7 +43,15 @@ from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.work_folder import WORK_FOLDER, sweep, work_folder
 from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
-from megatron_xy.storage import file_sha256, replace, storage_error, temporary_name, write_text
+from megatron_xy.storage import (
+    TEMPORARY_PREFIX,
+    file_sha256,
+    replace,
+    storage_error,
+    storage_errors,
+    temporary_name,
+    write_text,
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def build_folder(
     except (MegatronXYError, FileNotFoundError):
         if not _is_finished(build.folder):
             raise
-        return _reuse(build)  # another build finished it and cleared away what this one was looking for
+        return _reuse(build)  # another build finished it, and may have cleared away what this one was looking for
     return _reuse(build) if reused else {**dataset_stats(build.folder), "finished": True, "reused": False}
 
 
@@ -220,6 +228,7 @@ def _listing_entry(listing: Path) -> FileEntry:
 
 def _reuse(build: FolderBuild) -> dict[str, Any]:
     folder, bad_lines = build.folder, build.bad_lines
+    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)  # of no more use, whosever it is
     manifest = read_manifest(folder)
     if manifest.fingerprint != build.fingerprint:
         raise ConfigError(
@@ -232,13 +241,16 @@ def _reuse(build: FolderBuild) -> dict[str, Any]:
             f"output ({folder}) was built without {statistics.bad_lines} bad line(s) of {statistics.lines}, listed in "
             f"{BAD_LINES_NAME}; accept that with bad_lines = skip, or mend them and build anew"
         )
-    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
     return {**dataset_stats(folder), "finished": True, "reused": True}
 
 
 def _publish(folder: Path, *, work: Path, manifest: Manifest, tokenizer: Tokenizer, listing: Path) -> None:
     """Move the sources to their place, then write the manifest; each step may already be done."""
     sweep(work / "packed")
+    with storage_errors(folder):
+        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            if path.is_file():  # a manifest that a killed build had begun
+                path.unlink()
     write_text(work / "publish.json", json.dumps(sorted(manifest.sources)))
     try:
         for name in manifest.sources:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_xy.data.claims import CLAIMS_FOLDER
+from megatron_xy.data.manifest import MANIFEST_NAME
 from megatron_xy.errors import ConfigError
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, write_text
 
@@ -26,15 +27,17 @@ def work_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
     """The work folder of `folder`, together with all other builds of the same data set; a leftover of another is
     cleared away.
 
-    Raises ConfigError where a build of another data set works there.
+    Raises ConfigError where a build of another data set works there, or one has finished meanwhile.
     """
     with _opened(folder) as (work, lock):
         try:  # the first one makes it ready
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _refuse_finished(folder)
             _make_ready(folder, work, fingerprint)
         except BlockingIOError:
             pass
         fcntl.flock(lock, fcntl.LOCK_SH)
+        _refuse_finished(folder)
         if (work / "fingerprint").read_text(encoding="utf-8") != fingerprint:
             raise ConfigError(f"output ({folder}): a build of other inputs or options is at work there; name another")
         yield work
@@ -45,6 +48,12 @@ def sweep(folder: Path) -> None:
     with storage_errors(folder):
         for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
             path.unlink()
+
+
+def _refuse_finished(folder: Path) -> None:
+    """Asked under the lock: who finishes a folder writes its manifest, and only then clears away lock and work."""
+    if (folder / MANIFEST_NAME).is_file():
+        raise ConfigError(f"output ({folder}): another build has finished it meanwhile; name another")
 
 
 @contextmanager

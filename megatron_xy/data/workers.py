@@ -222,9 +222,8 @@ def _has_one_thread() -> bool:
 def _start_worker(shared_done: Any) -> None:
     global _shared_done
     _shared_done = shared_done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; what is begun is finished and kept
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)  # not what the parent it was forked from does
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides; what is begun is finished and kept
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

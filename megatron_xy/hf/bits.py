@@ -22,7 +22,7 @@ from megatron_xy.storage import write_json
 from megatron_xy.tensor_files import torch_dtype, write_tensors
 from megatron_xy.tensor_reader import TensorReader
 
-NF4_BLOCK = 64  # weights that share a scale
+NF4_CPU_BLOCK = (32, 64)  # rows and columns that bitsandbytes computes at a time on a CPU with AVX512-BF16
 MAX_SHARD_BYTES = 10**9  # in bf16; a file's tensors are in memory while it is made
 
 
@@ -44,11 +44,14 @@ def write_bits(
     values = hf_config(source.model, dtype="bfloat16", token_ids=token_ids, model_type=source.kept.get("model_type"))
     wanted = _wanted(scheme, ignore=ignore)
     layers = _layers(values, wanted)
-    uneven = {layer.in_features for layer in layers.values() if layer.in_features % NF4_BLOCK}
+    rows, columns = NF4_CPU_BLOCK
+    uneven = [name for name, layer in layers.items() if layer.out_features % rows or layer.in_features % columns]
     if scheme == "nf4" and uneven:
+        layer = layers[uneven[0]]
         say(
-            f"warning: layers of {min(uneven)} columns, no multiple of {NF4_BLOCK}: bitsandbytes 0.50 does not compute "
-            f"them on a CPU with AVX512-BF16"
+            f"warning: {uneven[0]} has {layer.out_features} rows and {layer.in_features} columns, no multiples of "
+            f"{rows} and {columns}: transformers opens the folder, but on a CPU with AVX512-BF16 it may fail to "
+            f"compute such layers, by bitsandbytes 0.50; take int8 there, or --ignore them"
         )
 
     def write(path: Path, outputs: list[Output]) -> dict[str, Any]:

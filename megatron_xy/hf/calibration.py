@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import OF_TOKENIZER, load_chat_template
+from megatron_xy.data.chat_template import OF_TOKENIZER, ChatTemplate, load_chat_template
 from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.data.sampler import SampleId
-from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import DataError
+from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.hf.tokenizer import check_tokenizers
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -25,20 +31,35 @@ class Calibration:
     told: str
 
 
-def read_calibration(path: Path, *, model: Path, vocab_size: int, longest: int, number: int, seed: int) -> Calibration:
+def read_calibration(
+    path: Path,
+    *,
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    vocab_size: int,
+    longest: int,
+    number: int,
+    seed: int,
+    say: Say,
+) -> Calibration:
     """`number` samples of a data folder, whole ones, each source and bucket by its tokens; or rows of a jsonl file.
 
-    model: the HF folder whose tokenizer encodes a jsonl file's texts; longest: tokens of a row, cut beyond. Raises
-    ConfigError, DataError.
+    tokenizer: the model's; chat_template: of a jsonl file's conversations, the tokenizer's own if None; longest: tokens
+    of a row, cut beyond. `say` hears where there are fewer than `number`. Raises ConfigError, DataError.
     """
     if path.is_dir():
+        check_tokenizers(path, tokenizer.path, say=say)
         rows, told = _of_folder(PackedDataset([path]), number=number, seed=seed)
     else:
-        rows = _of_rows(path, model=model)
+        rows = _of_rows(path, tokenizer=tokenizer, chat_template=chat_template)
         random.Random(seed).shuffle(rows)
         rows, told = rows[:number], path.name
+    if not rows:
+        raise DataError(f"--calibration ({path}): holds no samples; name a folder or a file that does")
     if (highest := max(max(row) for row in rows)) >= vocab_size:
         raise DataError(f"--calibration ({path}): holds token {highest}; the model knows 0..{vocab_size - 1}")
+    if len(rows) < number:
+        say(f"warning: --calibration ({path}): holds {len(rows)} samples, fewer than --num-samples ({number})")
     rows = [row[:longest] for row in rows]
     return Calibration(rows, f"{len(rows)} samples, {sum(map(len, rows)):,} tokens, of {told}")
 
@@ -46,31 +67,38 @@ def read_calibration(path: Path, *, model: Path, vocab_size: int, longest: int, 
 def _of_folder(dataset: PackedDataset, *, number: int, seed: int) -> tuple[list[list[int]], str]:
     draw = random.Random(seed)
     streams = dataset.streams
-    weights = [stream.bucket * stream.num_samples for stream in streams]
-    chosen = sorted(
-        set(draw.choices(range(len(streams)), weights, k=number * 4)), key=lambda place: streams[place].source
-    )
-    shares = {
-        place: max(1, round(number * weights[place] / sum(weights[other] for other in chosen))) for place in chosen
-    }
-    rows: list[list[int]] = []
-    for place, share in shares.items():
-        stream = streams[place]
-        for index in draw.sample(range(stream.num_samples), min(share, stream.num_samples)):
-            rows.append(dataset.sample(SampleId(stream.source, stream.bucket, index)).tokens.tolist())
-    draw.shuffle(rows)
-    return rows[:number], f"{', '.join(path.name for path in dataset.paths)} ({', '.join(dataset.sources)})"
+    left = {stream: stream.num_samples for stream in streams}
+    shares: Counter[Any] = Counter()
+    while left and (missing := number - shares.total()):  # what a stream has not, the others give
+        drawn = draw.choices(list(left), [stream.bucket * stream.num_samples for stream in left], k=missing)
+        for stream, count in Counter(drawn).items():
+            shares[stream] += min(count, left[stream])
+            left[stream] -= min(count, left[stream])
+        left = {stream: count for stream, count in left.items() if count}
+    chosen = [
+        SampleId(stream.source, stream.bucket, index)
+        for stream in streams
+        for index in draw.sample(range(stream.num_samples), shares[stream])
+    ]
+    draw.shuffle(chosen)
+    rows = [dataset.sample(sample).tokens.tolist() for sample in chosen]
+    return rows, f"{', '.join(path.name for path in dataset.paths)} ({', '.join(dataset.sources)})"
 
 
-def _of_rows(path: Path, *, model: Path) -> list[list[int]]:
-    tokenizer = load_tokenizer(model)
+def _of_rows(path: Path, *, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> list[list[int]]:
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+    @cache
+    def chat() -> Chat:
+        try:
+            return Chat(tokenizer, chat_template or load_chat_template(OF_TOKENIZER, tokenizer))
+        except ConfigError as error:
+            raise ConfigError(f"{error}, with --chat-template") from None
 
     def parse(row: dict[str, Any]) -> list[int]:
         if isinstance(row.get("messages"), list):
             try:
-                chat = Chat(tokenizer, load_chat_template(OF_TOKENIZER, tokenizer))
-                return [int(token) for token in chat.conversation(parse_messages(row["messages"])).ids]
+                return [int(token) for token in chat().conversation(parse_messages(row["messages"])).ids]
             except BadConversation as problem:
                 raise BadRow(str(problem)) from None
         if not isinstance(row.get("text"), str) or not row["text"].strip():

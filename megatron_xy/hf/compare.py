@@ -26,15 +26,17 @@ from megatron_xy import __version__
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.progress import Progress, showing_progress
 from megatron_xy.data.sampler import SampleId
-from megatron_xy.errors import ConfigError, DataError, UsageError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.release import MODEL_CARD
+from megatron_xy.hf.tokenizer import check_tokenizers
 from megatron_xy.hf.verb import place
 from megatron_xy.storage import write_text
 
 CARD_BEGINS, CARD_ENDS = "<!-- megatron-xy compare: begins -->", "<!-- megatron-xy compare: ends -->"
 # What a form is opened with, and the extra that brings it, by its quant_method.
 QUANTISERS = {"bitsandbytes": ("bitsandbytes", "int8"), "compressed-tensors": ("compressed_tensors", "quantize")}
+NF4_CPU_BLOCK = (32, 64)  # rows, columns
 Say = Callable[[str], None]
 Ask = Callable[[Any, Path], dict[str, dict[str, Any]]]  # an opened model and its folder -> {task: {metric: value}}
 
@@ -64,40 +66,41 @@ class Document:
 
 def compare(
     names: Sequence[str], data: Path, *, num_samples: int, ask: Ask | None, say: Say
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """{hf:DIR: {bytes_on_disk, bytes_in_memory, perplexity, perplexity_by_bucket, perplexity_by_source, kl, ...}}.
 
-    kl: mean over tokens of the divergence of a form's next-token distribution from that of the first one that is not
-    quantised. num_samples: of each source and bucket. ask: gives `benchmarks` of each. Raises UsageError, ConfigError,
-    DataError.
+    And the forms of which there is nothing to tell, said why. kl: mean over tokens of the divergence of a form's
+    next-token distribution from that of the first one that is not quantised. num_samples: of each source and bucket.
+    ask: gives `benchmarks` of each. Raises UsageError, ConfigError, DataError: for what does not go together, before
+    anything is measured, and where no form can be.
     """
     forms = [_form(name) for name in dict.fromkeys(names)]
-    plain = next((form for form in forms if form.quantised_by is None), None)
-    if plain is None:
-        raise ConfigError(f"{', '.join(names)}: one of them must be the form that is not quantised, to compare with")
+    plain = _reference(forms, say=say)
     dataset = PackedDataset([data])
-    if (known := min(form.vocab_size for form in forms)) < dataset.vocab_size:
-        raise ConfigError(f"--data ({data}): has a vocabulary of {dataset.vocab_size}, more than the models' {known}")
+    if plain.vocab_size < dataset.vocab_size:
+        raise ConfigError(
+            f"--data ({data}): has a vocabulary of {dataset.vocab_size}, more than the models' {plain.vocab_size}"
+        )
+    for form in forms:
+        check_tokenizers(data, form.folder, say=say)
     documents = list(_documents(dataset, num_samples=num_samples))
     if not documents:
         raise DataError(f"--data ({data}): holds no token that follows another; build it from longer documents")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says in each layer that it casts
     reference = _opened(plain)
     table: dict[str, dict[str, Any]] = {}
+    failures: dict[str, MegatronXYError] = {}
     for form in forms:
         say(f"{form.folder}: {len(documents):,} documents, {sum(len(it.asked) for it in documents):,} tokens")
-        model = reference if form is plain else _opened(form)
-        at_load = int(model.get_memory_footprint())  # compressed-tensors unpacks a form when it is first computed
-        with _transformers_errors(form.folder), showing_progress() as show:
-            measured = _measured(model, reference, documents, show=show)
-        files = [path for path in form.folder.iterdir() if path.is_file() and path.name != MODEL_CARD]
-        table[form.name] = {
-            "bytes_on_disk": sum(path.stat().st_size for path in files),
-            "bytes_in_memory": at_load,
-            **measured,
-            **({} if ask is None else {"benchmarks": ask(model, form.folder)}),
-        }
-    return table
+        try:
+            model = reference if form is plain else _opened(form)
+            table[form.name] = _row(form, model, reference, documents, ask=ask)
+        except MegatronXYError as error:  # the others' hours are not to be lost
+            say(f"error: {error}")
+            failures[form.name] = error
+    if not table:
+        raise failures[forms[0].name]
+    return table, list(failures)
 
 
 def rows_of(table: dict[str, dict[str, Any]], *, tasks: Mapping[str, str]) -> list[str]:
@@ -110,8 +113,13 @@ def rows_of(table: dict[str, dict[str, Any]], *, tasks: Mapping[str, str]) -> li
     ]
 
 
-def write_cards(table: dict[str, dict[str, Any]], *, data: Path, num_samples: int, tasks: Mapping[str, str]) -> None:
-    """The table at the end of each form's README.md, instead of an earlier one. Raises DataError, StorageError."""
+def write_cards(
+    table: dict[str, dict[str, Any]], *, data: Path, num_samples: int, tasks: Mapping[str, str], say: Say
+) -> None:
+    """The table at the end of each form's README.md, instead of an earlier one; says what only that one told.
+
+    Raises DataError, StorageError.
+    """
     folders = {name: place(name, "compare")[1] for name in table}
     short = [folder.resolve().name for folder in folders.values()]
     names = short if len(set(short)) == len(short) else list(table)
@@ -136,8 +144,12 @@ def write_cards(table: dict[str, dict[str, Any]], *, data: Path, num_samples: in
             card = "# Model card" if path is None else path.read_text(encoding="utf-8")
         except ValueError as error:
             raise DataError(f"{path} is no text: {error}; remove it") from None
-        earlier = f"{re.escape(CARD_BEGINS)}.*?{re.escape(CARD_ENDS)}"
-        rest = re.sub(earlier, "", card, flags=re.DOTALL).rstrip()
+        pattern = f"{re.escape(CARD_BEGINS)}.*?{re.escape(CARD_ENDS)}"
+        earlier = "\n".join(re.findall(pattern, card, flags=re.DOTALL))
+        measures = re.findall(r"^\| (.+?) \|", earlier, flags=re.MULTILINE)
+        if gone := [name for name in measures if name not in ("---", *(row[0] for row in markdown))]:
+            say(f"warning: {path}: the table that is replaced also told {', '.join(gone)}; ask again to have it there")
+        rest = re.sub(pattern, "", card, flags=re.DOTALL).rstrip()
         write_text(folder / MODEL_CARD, f"{rest}\n\n{section}\n")
 
 
@@ -159,6 +171,39 @@ def _columns(table: dict[str, dict[str, Any]], *, names: Sequence[str], tasks: M
             [f"{tasks.get(task, task)} {metric}", *(f"{row['benchmarks'][task][metric]:.4f}" for row in rows)]
         )
     return columns
+
+
+def _reference(forms: Sequence[Form], *, say: Say) -> Form:
+    """The form that the others are compared with. Raises ConfigError where they cannot be forms of one model."""
+    plain = [form for form in forms if form.quantised_by is None]
+    if not plain:
+        names = ", ".join(form.name for form in forms)
+        raise ConfigError(f"{names}: one of them must be the form that is not quantised, to compare with")
+    first = plain[0]
+    if other := next((form for form in forms if form.vocab_size != first.vocab_size), None):
+        raise ConfigError(
+            f"{first.name} has a vocabulary of {first.vocab_size}, {other.name} one of {other.vocab_size}; forms of "
+            f"one model have the same: name those"
+        )
+    if len(plain) > 1:
+        say(f"{first.name}: all are compared with it, the first of {len(plain)} that are not quantised")
+    return first
+
+
+def _row(form: Form, model: Any, reference: Any, documents: Sequence[Document], *, ask: Ask | None) -> dict[str, Any]:
+    """What there is to tell of one form, opened. Raises ConfigError, DataError."""
+    at_load = int(model.get_memory_footprint())  # compressed-tensors unpacks a form when it is first computed
+    with _compute_errors(form, model), showing_progress() as show:
+        measured = _measured(model, reference, documents, show=show)
+    with _compute_errors(form, model):
+        benchmarks = {} if ask is None else {"benchmarks": ask(model, form.folder)}
+    files = [path for path in form.folder.iterdir() if path.is_file() and path.name != MODEL_CARD]
+    return {
+        "bytes_on_disk": sum(path.stat().st_size for path in files),
+        "bytes_in_memory": at_load,
+        **measured,
+        **benchmarks,
+    }
 
 
 @torch.inference_mode()
@@ -220,26 +265,57 @@ def _form(name: str) -> Form:
     package, extra = QUANTISERS.get(str(quantised_by), ("transformers", "hf"))
     if find_spec(package) is None:
         raise ConfigError(f"{folder} needs {package}, of the extra {extra}: pip install 'megatron-xy[{extra}]'")
-    with _transformers_errors(folder):
+    with _opening_errors(folder):
         vocab_size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
     return Form(name, folder, quantised_by, int(vocab_size))
 
 
 def _opened(form: Form) -> Any:
     where = "auto" if torch.accelerator.is_available() else "cpu"
-    with _transformers_errors(form.folder):
+    with _opening_errors(form.folder):
         return AutoModelForCausalLM.from_pretrained(form.folder, dtype="auto", device_map=where).eval()
 
 
 @contextmanager
-def _transformers_errors(folder: Path) -> Iterator[None]:
-    """Turns what transformers says of a folder that it cannot open, or compute here, into a DataError."""
+def _opening_errors(folder: Path) -> Iterator[None]:
+    """Turns what transformers says of a folder that it cannot open into a DataError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ConfigError(f"{folder}: does not fit beside the form it is compared with: {error}") from error
+        raise _too_large(folder, error) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        remedy = "; write it again" if isinstance(error, OSError | SafetensorError) else ""  # others are no damage
+        raise DataError(f"{folder}: transformers cannot open it: {error}{remedy}") from error
+
+
+@contextmanager
+def _compute_errors(form: Form, model: Any) -> Iterator[None]:
+    """Turns what libraries say of a form that they cannot compute on this machine into a DataError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _too_large(form.folder, error) from error
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        why = "" if model.device.type != "cpu" else _uneven_layers(model)
         raise DataError(
-            f"{folder}: transformers cannot open it, or not compute it on this machine: {error}; write it again, or "
-            "compare on another one"
+            f"{form.folder}: it opens, and cannot be computed on this machine: {error}; {why}compare on another one"
         ) from error
+
+
+def _too_large(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{folder}: does not fit beside the form it is compared with: {error}")
+
+
+def _uneven_layers(model: Any) -> str:
+    """Of 4 bits: which layer bitsandbytes does not compute on a CPU with AVX512-BF16."""
+    rows, columns = NF4_CPU_BLOCK
+    for name, module in model.named_modules():
+        is_uneven = type(module).__name__ == "Linear4bit" and (
+            module.out_features % rows or module.in_features % columns
+        )
+        if is_uneven:
+            return (
+                f"bitsandbytes computes 4 bits on such a CPU where rows are a multiple of {rows} and columns of "
+                f"{columns}, and {name} has {module.out_features} and {module.in_features}; "
+            )
+    return ""

@@ -62,6 +62,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
     Raises ConfigError where the folder is not there, DataError where it is no Llama-shaped model that this project has.
     """
     given = _read(directory)
+    _refuse_quantised(directory, given)
     path, family = given.path, FAMILIES[_model_type(given)]
     values = Values(path, {**family.defaults, **given.values})
     _refuse_other_shapes(values)
@@ -235,6 +236,15 @@ def _head_of(values: Values) -> Head:
     if labels != 1:
         raise DataError(f"{values.path}: num_labels ({labels}) is not supported; a value head has 1")
     return "value"
+
+
+def _refuse_quantised(directory: Path, values: Values) -> None:
+    if "quantization_config" in values:
+        method = values.object("quantization_config").text("quant_method", "an unnamed method")
+        raise DataError(
+            f"{values.path}: is quantised, by {method} (quantization_config), and only whole weights are read; name "
+            f"the form that it was made from, or ask it benchmarks beside that: compare hf:... hf:{directory} --tasks"
+        )
 
 
 def _refuse_other_shapes(values: Values) -> None:

@@ -16,14 +16,20 @@ from compressed_tensors.offload import load_offloaded_model
 from compressed_tensors.quantization import preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.chat_template import ChatTemplate, load_chat_template
+from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.calibration import read_calibration
+from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import to_hf, write_index
+from megatron_xy.hf.release import tokenizer_place
 from megatron_xy.hf.source import Source
 from megatron_xy.storage import TEMPORARY_PREFIX, file_sha256, storage_errors
 
@@ -46,6 +52,7 @@ def write_gptq(
     scheme: str,
     calibration: Path,
     num_samples: int,
+    chat_template: str | None = None,
     ignore: list[str],
     beside: Path,
     say: Say,
@@ -59,22 +66,27 @@ def write_gptq(
     if group.weights.group_size:
         group.weights.group_size = _group_size(source.model)
         say(f"{PRESETS[scheme]}: {group.weights.group_size} columns share a scale")
+    tokenizer = load_tokenizer(tokenizer_place(source) or source.folder)
+    rows = read_calibration(
+        calibration,
+        tokenizer=tokenizer,
+        chat_template=_template(chat_template, source, tokenizer),
+        vocab_size=source.model.vocab_size or 0,
+        longest=min(LONGEST_ROW, source.model.max_position_embeddings),
+        number=num_samples,
+        seed=SEED,
+        say=say,
+    )
     with _as_hf(source, beside=beside, say=say) as origin, _empty_folder(beside, "offload") as offload:
-        load_tokenizer(origin)  # which llm-compressor asks for, though a data folder holds token ids
-        rows = read_calibration(
-            calibration,
-            model=origin,
-            vocab_size=source.model.vocab_size or 0,
-            longest=min(LONGEST_ROW, source.model.max_position_embeddings),
-            number=num_samples,
-            seed=SEED,
-        )
         model = _on_disk(origin, offload)
         samples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.rows]
         oneshot(
             model=model,
             dataset=Dataset.from_list(samples),
-            recipe=GPTQModifier(config_groups={"group_0": group}, ignore=ignore),
+            recipe=[
+                GPTQModifier(config_groups={"group_0": group}, ignore=ignore),
+                _Progress(num_layers=source.model.num_layers or 0, say=say),
+            ],
             tokenizer=AutoTokenizer.from_pretrained(origin),
             max_seq_length=max(map(len, rows.rows)),
             num_calibration_samples=len(samples),
@@ -82,8 +94,39 @@ def write_gptq(
         )
         model.save_pretrained(folder, save_compressed=True, max_shard_size=max_shard_bytes or MAX_SHARD_BYTES)
     (folder / "recipe.yaml").unlink()  # has YAML tags that make objects; the model card says what was done
-    write_index(folder, {path.name: {"sha256": file_sha256(path)} for path in folder.glob("*.safetensors")})
+    weights = list(folder.glob("*.safetensors"))
+    for path in weights:
+        path.chmod((folder / CONFIG).stat().st_mode)  # safetensors' own are its owner's alone, whatever the umask
+    write_index(folder, {path.name: {"sha256": file_sha256(path)} for path in weights})
     return rows.told
+
+
+class _Progress(Modifier):  # type: ignore[misc]
+    """Says how far the calibration is, at each tenth of the layers."""
+
+    num_layers: int
+    say: Say
+    done: int = 0
+
+    def on_initialize(self, state: State, **_: Any) -> bool:
+        """Nothing is to be made ready."""
+        return True
+
+    def on_sequential_epoch_end(self, state: State, event: Event, modules: list[torch.nn.Module], **_: Any) -> None:
+        """After a part of the model: a layer, or what stands before and behind them."""
+        if not any(isinstance(module, GradientCheckpointingLayer) for module in modules):
+            return
+        self.done += 1
+        if 10 * self.done // self.num_layers > 10 * (self.done - 1) // self.num_layers:
+            self.say(f"{self.done} of {self.num_layers} layers quantised")
+
+
+def _template(given: str | None, source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The one given, or else that of the conversations that the checkpoint has learned, if any."""
+    if given is not None:
+        return load_chat_template(given, tokenizer)
+    text = source.manifest.state.get("chat_template")
+    return ChatTemplate(text, name="of the checkpoint's run", tokenizer=tokenizer) if text is not None else None
 
 
 @contextmanager
@@ -94,7 +137,7 @@ def _as_hf(source: Source, *, beside: Path, say: Say) -> Iterator[Path]:
         return
     with _empty_folder(beside, "bf16") as folder:
         folder.rmdir()  # a conversion makes it
-        to_hf(source, folder, dtype="bfloat16", tokenizer=None, say=say)
+        to_hf(source, folder, dtype="bfloat16", tokenizer=None, say=lambda text: say(f"for the calibration: {text}"))
         yield folder
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_xy.errors import ConfigError, UsageError
+from megatron_xy.hf.ignored import LM_HEAD, ignored_layers
 from megatron_xy.hf.release import write_release_files
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.target import whole_or_absent
@@ -17,12 +18,20 @@ Say = Callable[[str], None]
 
 
 def quantize(
-    source: str, target: str, *, scheme: str, calibration: Path | None, num_samples: int, ignore: list[str], say: Say
+    source: str,
+    target: str,
+    *,
+    scheme: str,
+    calibration: Path | None,
+    num_samples: int,
+    chat_template: str | None = None,
+    ignore: list[str],
+    say: Say,
 ) -> None:
     """Writes the HF folder `target`; the same command goes on with what a killed one left, or does it again.
 
-    ignore: names of layers that stay as they are. Raises UsageError for arguments that do not go together, ConfigError
-    for paths, DataError for a damaged source, StorageError.
+    ignore: names of layers that stay as they are; chat_template: a name or a file. Raises UsageError for arguments
+    that do not go together, ConfigError for paths and names, DataError for a damaged source, StorageError.
     """
     (from_kind, from_path), (to_kind, to_path) = place(source, "--from"), place(target, "--to")
     if to_kind != "hf":
@@ -31,25 +40,32 @@ def quantize(
         raise UsageError(f"--scheme {scheme} takes no --calibration")
     if scheme not in BITSANDBYTES and calibration is None:
         raise UsageError(f"--scheme {scheme} needs --calibration, a `data build` folder or a jsonl file")
+    if chat_template is not None and (calibration is None or calibration.is_dir()):
+        raise UsageError("--chat-template goes with --calibration F.jsonl, for conversations; a data folder has tokens")
     opened = open_source(from_kind, from_path)
     if opened.model.head != "language_model":
         raise ConfigError(f"--from {source}: is a reward model; only language models are quantised")
-    if opened.model.has_tied_output_layer and "lm_head" not in ignore:
-        ignore = [*ignore, "lm_head"]  # it is the embedding, which is not quantised
+    layers = ignored_layers(ignore, opened.model)
+    left = sorted({*ignore, *(name for name in layers if name == LM_HEAD)})
     work = {
         "to": scheme,
         "from": opened.fingerprint(),
         "calibration": str(calibration),
         "num_samples": num_samples,
-        "ignore": ignore,
+        "chat_template": chat_template,
+        "ignore": layers,
     }
-    facts = {"quantised from": from_path.name, "scheme": scheme, "left as they are": ", ".join(ignore)}
+    facts = {
+        "quantised from": from_path.name,
+        "scheme": scheme,
+        "left as they are": ", ".join(left).replace("|", r"\|"),
+    }
     release = partial(write_release_files, source=opened, tokenizer=None, dtype="bfloat16", say=say, quantisation=facts)
     with whole_or_absent(to_path, work=work) as folder:
         if calibration is None:
             from megatron_xy.hf.bits import write_bits
 
-            write_bits(folder, opened, scheme=scheme, ignore=ignore, token_ids=release(folder), say=say)
+            write_bits(folder, opened, scheme=scheme, ignore=layers, token_ids=release(folder), say=say)
         else:
             from megatron_xy.hf.gptq import write_gptq
 
@@ -59,7 +75,8 @@ def quantize(
                 scheme=scheme,
                 calibration=calibration,
                 num_samples=num_samples,
-                ignore=ignore,
+                chat_template=chat_template,
+                ignore=layers,
                 beside=to_path,
                 say=say,
             )

@@ -1,10 +1,10 @@
-"""What lies beside the weights of an HF folder: tokenizer files, generation_config.json, the model card."""
+"""What lies beside the weights of an HF folder: tokenizer and licence files, generation_config.json, the model card."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +33,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     CHAT_TEMPLATE,
 )
+LICENCE_FILES = (  # what a model's licence asks to hand on with copies of it
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md",
+    "USE_POLICY", "USE_POLICY.txt", "USE_POLICY.md",
+)  # fmt: skip
 _FACTS = ("iteration", "consumed_samples", "consumed_tokens", "optimizer_steps", "world_size")
 _METRICS = ("loss", "score_mean", "kl")
 Say = Callable[[str], None]
@@ -51,6 +55,7 @@ def write_release_files(
 
     quantisation: what the model card says of it.
     """
+    copy_side_files(source.folder, folder, names=LICENCE_FILES)
     kept = _write_tokenizer(folder, source, tokenizer=tokenizer, say=say)
     token_ids: dict[str, Any] = kept.get("token_ids", {})
     if not (folder / GENERATION_CONFIG).exists():
@@ -75,9 +80,19 @@ def _add_end_of_answers(folder: Path, kept: dict[str, Any], template: str) -> No
         write_json(folder / GENERATION_CONFIG, {**values, "eos_token_id": [*known, *new]})
 
 
-def copy_side_files(source: Path, folder: Path) -> set[str]:
-    """Copies tokenizer and generation files as they are; returns the names of those that there were."""
-    found = {name: path for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if (path := file_inside(source, name))}
+def tokenizer_place(source: Source) -> Path | None:
+    """The source's folder where its tokenizer lies there, or else where its run had it; None where it is not there."""
+    if any(file_inside(source.folder, name) for name in TOKENIZER_FILES):
+        return source.folder
+    named = source.manifest.state.get("tokenizer")
+    return Path(named) if named is not None and Path(named).exists() else None
+
+
+def copy_side_files(
+    source: Path, folder: Path, *, names: Sequence[str] = (*TOKENIZER_FILES, GENERATION_CONFIG, *LICENCE_FILES)
+) -> set[str]:
+    """Copies tokenizer, generation and licence files as they are; returns the names of those that there were."""
+    found = {name: path for name in names if (path := file_inside(source, name))}
     with storage_errors(folder):
         for name, path in found.items():
             shutil.copyfile(path, folder / name)
@@ -86,21 +101,17 @@ def copy_side_files(source: Path, folder: Path) -> set[str]:
 
 def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, say: Say) -> dict[str, Any]:
     """Tokenizer files where there is a tokenizer; returns what of the source's kept facts goes with it."""
-    if tokenizer is None and not any(file_inside(source.folder, name) for name in TOKENIZER_FILES):
-        named = source.manifest.state.get("tokenizer")
-        if named is None or not Path(named).exists():
-            say(
-                "warning: no tokenizer found, neither beside the weights nor where their run had it; "
-                "`convert --tokenizer` adds one"
-            )
-            copy_side_files(source.folder, folder)
-            return source.kept
-        tokenizer = Path(named)
-    if tokenizer is None:
-        copy_side_files(source.folder, folder)
+    place = tokenizer or tokenizer_place(source)
+    if place is None:
+        say(
+            "warning: no tokenizer found, neither beside the weights nor where their run had it; "
+            "`convert --tokenizer` adds one"
+        )
+    if place is None or (tokenizer is None and place == source.folder):
+        copy_side_files(source.folder, folder, names=(*TOKENIZER_FILES, GENERATION_CONFIG))
         _spell_for_both_versions(folder)
         return source.kept
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(place)
     model = source.model
     assert model.vocab_size, "what is converted has a whole shape"
     if loaded.vocab_size > model.vocab_size:

@@ -64,7 +64,7 @@ def whole_or_absent(target: Path, *, work: dict[str, Any]) -> Iterator[Path]:
     finished = {"work_sha256": hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()}
     if target.exists():
         if _told(target / _FINISHED) == finished:
-            raise AlreadyWritten(f"{target} exists, written by this command; remove it to convert anew")
+            raise AlreadyWritten(f"{target} exists, written by this command; remove it to write it anew")
         raise ConfigError(f"{target} exists; name a folder that does not, or remove it")
     folder = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     with storage_errors(target):
@@ -205,6 +205,6 @@ def _publish(folder: Path, target: Path, *, finished: dict[str, str]) -> None:
         sync_file(path)
     sync_folder(folder)
     if target.exists():
-        raise StorageError(f"{target} has come into being meanwhile; remove it, and convert again")
+        raise StorageError(f"{target} has come into being meanwhile; remove it, and give the command again")
     folder.rename(target)
     sync_folder(target.parent)

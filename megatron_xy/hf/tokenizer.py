@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model as HF's tokenizer files, encoding every text to the same ids.
+"""A SentencePiece BPE model as HF's tokenizer files, encoding every text to the same ids; whether data have a model's.
 
 The conversion itself is the data layer's; here come the control pieces, which transformers wants as special tokens, and
 the <s> that Llama puts before a text.
@@ -6,11 +6,14 @@ the <s> that Llama puts before a text.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.sentencepiece_json import CONTROL, UNKNOWN, inexact_reasons, parse_model, tokenizer_json
-from megatron_xy.errors import DataError
+from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import write_json
 
 
@@ -43,6 +46,32 @@ def write_hf_tokenizer(sentencepiece_model: Path, directory: Path, *, model_max_
     (directory / "tokenizer.model").write_bytes(serialized)
     write_json(directory / "tokenizer.json", {**tokenizer_json(model), **_special_tokens(model, control=control)})
     write_json(directory / "tokenizer_config.json", settings)
+
+
+def check_tokenizers(data_folder: Path, model_folder: Path, *, say: Callable[[str], None]) -> None:
+    """Whether the token ids of a `data build` folder are those of the tokenizer that lies with the model.
+
+    A model's tokenizer may have further pieces behind the data's. Where it has none that can be read, a warning says
+    so. Raises DataError where an id means another piece, ConfigError where there are no data.
+    """
+    entry = read_manifest(data_folder).tokenizer
+    try:
+        models = load_tokenizer(model_folder)
+    except (ConfigError, DataError) as error:
+        say(f"warning: whether {data_folder} was built with the tokenizer of {model_folder} is not known: {error}")
+        return
+    if models.sha256 == entry.sha256:
+        return
+    # Other bytes may be the same tokenizer, as tokenizer.json beside the tokenizer.model that it was made of.
+    datas = load_tokenizer(data_folder / entry.file)
+    for index in range(datas.vocab_size):
+        spelling = datas.engine.spelling(index)
+        if index >= models.vocab_size or models.engine.spelling(index) != spelling:
+            there = repr(models.engine.spelling(index)) if index < models.vocab_size else "nothing"
+            raise DataError(
+                f"{data_folder} was built with another tokenizer than {models.path}: token {index} is {spelling!r} in "
+                f"{datas.path} and {there} there; build the data with --tokenizer {models.path}"
+            )
 
 
 def _special_tokens(model: Any, *, control: dict[str, int]) -> dict[str, Any]:

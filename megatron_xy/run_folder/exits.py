@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -83,11 +83,12 @@ def record_exit(
 
 
 def read_exit(run_dir: Path) -> ExitRecord | None:
-    """How the run ended, as far as anyone has said."""
+    """How the run ended, as far as anyone has said. What other versions say besides is passed over."""
     try:
-        return ExitRecord(**read_json(run_dir / "exit.json"))
+        values = read_json(run_dir / "exit.json")
     except FileNotFoundError:
         return None
+    return ExitRecord(**{field.name: values[field.name] for field in fields(ExitRecord)})
 
 
 def clear_exit(run_dir: Path, *, began: float | None = None) -> None:

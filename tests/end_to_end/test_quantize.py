@@ -120,6 +120,23 @@ def test_a_killed_quantisation_leaves_no_target_and_the_same_command_makes_it_wh
 
 
 @pytest.mark.slow
+@needs_llm_compressor
+def test_a_stopped_quantisation_says_so_and_leaves_nothing_large(folder: Path) -> None:
+    target = folder / "stopped"
+    checkpoint = f"ckpt:{folder / 'run' / 'checkpoints' / 'iter_0000060'}"
+    command = [sys.executable, "-m", "megatron_xy", "quantize", "--from", checkpoint, "--to", f"hf:{target}"]
+    command += ["--scheme", "w8a8", "--calibration", str(folder / "data"), "--num-samples", "16"]
+    with started(command) as process:
+        wait_until((folder / ".tmp-stopped.offload").exists, process=process)
+        process.send_signal(signal.SIGTERM)
+        ended = wait_for_end(process)
+    assert ended.code == 75 and "stopped by SIGTERM; the same command begins anew" in ended.err
+    assert [path.name for path in folder.glob(".tmp-*")] == [".tmp-stopped"] and not target.exists()
+    assert run_to_end(command).code == 0
+    assert not list(folder.glob(".tmp-*"))
+
+
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_eight_and_four_bits_are_what_transformers_makes_and_reload_to_the_same_logits(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.end_to_end.bits_against_transformers", str(tmp_path)]

@@ -11,14 +11,14 @@ import sentencepiece
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
-from megatron_xy.data import build, tokenize, workers
+from megatron_xy.data import build, build_folder, tokenize, workers
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import EXIT_USAGE, ConfigError, DataError, Stopped
-from megatron_xy.signals import STOP_SIGNALS, stopping_at_once
+from megatron_xy.errors import EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+from megatron_xy.signals import STOP_SIGNALS, cleaned_up_on_signals
 from tests.unit.small_corpus import content, train_tokenizer
 
 BUCKETS = (16, 32, 64)
@@ -164,14 +164,15 @@ def test_a_stopped_build_goes_on_without_redoing_shards(corpus, tokenizer, tmp_p
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_build_that_is_asked_to_stop_says_that_it_goes_on(corpus, tokenizer, tmp_path, number):
+def test_a_build_that_is_asked_to_stop_says_that_it_goes_on(corpus, tokenizer, tmp_path, number, capsys):
     def stop(phase, done, total, unit):
         if phase == "pack":
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match="the same command goes on where it was"), stopping_at_once():
+    with pytest.raises(SystemExit) as ended, cleaned_up_on_signals("; the same command goes on where it was"):
         run(corpus, tokenizer, tmp_path / "out", workers=2, progress=stop)
+    assert ended.value.code == EXIT_STOPPED and "; the same command goes on where it was" in capsys.readouterr().err
     assert signal.getsignal(number) == before and not (tmp_path / "out/manifest.json").exists()
     run(corpus, tokenizer, tmp_path / "out")
     verify_dataset(tmp_path / "out")
@@ -209,6 +210,40 @@ def test_a_finished_folder_is_reused_and_never_overwritten(corpus, tokenizer, tm
     with pytest.raises(ConfigError, match="finished data set of other inputs or options"):
         run(corpus, tokenizer, output)
     assert content(output) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"append_eod": True}], ids=["the same", "another"])
+def test_a_build_that_comes_while_another_clears_away_takes_nothing(corpus, tokenizer, tmp_path, monkeypatch, options):
+    """It looked before the manifest was there, and opens the work folder when its lock and mark are gone already."""
+    output = tmp_path / "out"
+    run(corpus, tokenizer, output)
+    before = content(output)
+    work = output / build.WORK_FOLDER
+    (work / "packed").mkdir(parents=True)
+    (work / "publish.json").write_text('["code", "prose"]')
+    looks = iter([False])
+    monkeypatch.setattr(build_folder, "_is_finished", lambda folder: next(looks, True))
+    if options:
+        with pytest.raises(ConfigError, match="finished data set of other inputs or options"):
+            run(corpus, tokenizer, output, **options)
+    else:
+        assert run(corpus, tokenizer, output)["reused"] is True
+    assert content(output) == before and not work.exists()
+
+
+def test_a_manifest_half_written_when_the_build_was_killed_goes(corpus, tokenizer, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+
+    def stop(*arguments):
+        (output / ".tmp-1-manifest.json").write_text("{")
+        raise Stop
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(build_folder, "write_manifest", stop)
+        run(corpus, tokenizer, output)
+    run(corpus, tokenizer, output)
+    run(corpus, tokenizer, tmp_path / "unbroken")
+    assert content(output) == content(tmp_path / "unbroken")
 
 
 def test_arguments_and_places_are_checked_before_anything_is_written(corpus, tokenizer, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_xy.answers import Chats
 from megatron_xy.data.chat import Chat
 from megatron_xy.data.chat_template import BUILT_IN, ChatTemplate, load_chat_template
 from megatron_xy.data.conversations import BadConversation
@@ -289,6 +290,8 @@ def test_what_a_template_cannot_render_is_refused(folders, chats):
         load_chat_template("alpaca", tokenizer)
     with pytest.raises(ConfigError, match="came without a chat_template"):
         load_chat_template("tokenizer", tokenizer)
+    with pytest.raises(ConfigError, match="or a file, with --chat-template"):
+        Chats("hf:none", tokenizer, given=None).needed()
     with pytest.raises(DataError, match="line 1"):
         ChatTemplate("{% if %}", name="x", tokenizer=tokenizer)
     changing = "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
+from megatron_xy.data.build import build_dataset
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.compare import compare, rows_of, write_cards
+from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from tests.end_to_end.random_model import write_random_model
+from tests.unit.small_corpus import WORDS, texts, train_tokenizer, write_rows
+from tools.train_tokenizer import train
 
 
 def row(perplexity: float, *, accuracy: float) -> dict[str, Any]:
@@ -32,9 +38,10 @@ def test_the_table_stands_once_in_every_model_card_however_often_it_is_written(t
     card = tmp_path / "bf16" / "README.md"
     card.write_text("---\nlibrary_name: transformers\n---\n\n# Model card\n\nA model.\n")
     table = {f"hf:{tmp_path / 'bf16'}": row(5.0, accuracy=0.5), f"hf:{tmp_path / 'int8'}": row(5.25, accuracy=0.25)}
+    said: list[str] = []
     for perplexity in (9.0, 5.0):
         first = {name: {**it, "perplexity": perplexity} for name, it in table.items()}
-        write_cards(first, data=tmp_path / "data", num_samples=4, tasks={"mmlu": "mmlu 5-shot"})
+        write_cards(first, data=tmp_path / "data", num_samples=4, tasks={"mmlu": "mmlu 5-shot"}, say=said.append)
     text = card.read_text()
     assert text.startswith("---\nlibrary_name: transformers\n---\n\n# Model card\n\nA model.\n\n")
     assert text.count("## Forms of this model") == 1 and "9.000" not in text
@@ -47,9 +54,13 @@ def test_the_table_stands_once_in_every_model_card_however_often_it_is_written(t
         data=tmp_path / "data",
         num_samples=4,
         tasks={"mmlu": "mmlu 5-shot"},
+        say=said.append,
     )
     assert card.read_text() == text
-    assert sorted(path.name for path in card.parent.iterdir()) == ["README.md"]
+    assert sorted(path.name for path in card.parent.iterdir()) == ["README.md"] and not said
+    less = {name: {**it, "benchmarks": {}} for name, it in table.items()}
+    write_cards(less, data=tmp_path / "data", num_samples=4, tasks={}, say=said.append)
+    assert all("also told mmlu 5-shot acc; ask again" in line for line in said) and len(said) == 2
 
 
 def test_people_see_a_line_a_form() -> None:
@@ -79,6 +90,47 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         compared("reward", '{"architectures": ["LlamaForSequenceClassification"]}')
     with pytest.raises(ConfigError, match="one of them must be the form that is not quantised"):
         compared("int8", '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}')
+    for vocab_size in (8, 9):
+        (tmp_path / str(vocab_size)).mkdir()
+        (tmp_path / str(vocab_size) / "config.json").write_text(
+            f'{{"model_type": "llama", "vocab_size": {vocab_size}}}'
+        )
+    with pytest.raises(ConfigError, match=r"8 has a vocabulary of 8, hf:.*9 one of 9"):
+        compare([f"hf:{tmp_path / name}" for name in "89"], tmp_path, num_samples=1, ask=None, say=print)
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="the extra int8 is not installed")
+def test_a_form_that_cannot_be_measured_does_not_lose_the_others(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
+    corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(4)])
+    build_dataset([corpus], tokenizer=tokenizer, output=tmp_path / "data", buckets=[64])
+    forms = [f"hf:{write_random_model(tmp_path / name)}" for name in ("first", "damaged", "third")]
+    write_hf_tokenizer(tokenizer, tmp_path / "third", model_max_length=128)
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"none")
+    said: list[str] = []
+
+    def ask(model: Any, folder: Path) -> dict[str, dict[str, Any]]:
+        if folder.name == "third":
+            raise AssertionError("a library's own")
+        return {"mmlu": {"acc": 0.5}}
+
+    table, failed = compare(forms, tmp_path / "data", num_samples=1, ask=ask, say=said.append)
+    assert list(table) == forms[:1] and table[forms[0]]["kl"] == 0 and failed == forms[1:]
+    assert f"{forms[0]}: all are compared with it, the first of 3 that are not quantised" in said
+    assert [line for line in said if line.startswith("warning: whether")][1:] == said[2:3], "two have no tokenizer"
+    (damaged, third) = (line for line in said if line.startswith("error: "))
+    assert "damaged: transformers cannot open it" in damaged and damaged.endswith("; write it again")
+    assert third.endswith(
+        "third: it opens, and cannot be computed on this machine: a library's own; compare on another one"
+    )
+    with pytest.raises(DataError, match="damaged: transformers cannot open it"):
+        compare(forms[1:2], tmp_path / "data", num_samples=1, ask=None, say=said.append)
+    (tmp_path / "other").mkdir()
+    foreign = train(WORDS * 9, vocab_size=300)
+    (tmp_path / "other" / "tokenizer.model").write_bytes(foreign)
+    build_dataset([corpus], tokenizer=tmp_path / "other", output=tmp_path / "foreign", buckets=[64])
+    with pytest.raises(DataError, match=r"foreign was built with another tokenizer than .*third"):
+        compare(forms, tmp_path / "foreign", num_samples=1, ask=None, say=said.append)
 
 
 @pytest.mark.parametrize("option", [["--limit", "3"], ["--num-fewshot", "0"], ["--apply-chat-template"]])

@@ -102,6 +102,10 @@ LLAMA3_ORDER = {
     ("changes", "text"),
     [
         ({"model_type": "gemma"}, r"model_type \(gemma\) is not supported; llama, mistral, qwen2 are"),
+        (
+            {"model_type": "gemma", "quantization_config": {"quant_method": "bitsandbytes"}},
+            "is quantised, by bitsandbytes .quantization_config., .* compare hf:... hf:.* --tasks",
+        ),
         ({"attention_bias": True}, "attention_bias .true. is not supported"),
         ({"mlp_bias": True}, "mlp_bias .true. is not supported"),
         ({"hidden_act": "gelu"}, r"hidden_act \(gelu\) is not supported; silu is"),

@@ -218,6 +218,19 @@ def test_the_tokenizer_is_the_named_one_or_that_of_the_run(tmp_path):
     assert json.loads((tmp_path / "without" / "config.json").read_text())["eos_token_id"] == [6, 7]
 
 
+def test_a_licence_goes_with_the_weights_also_beside_another_tokenizer(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    licence = ("LICENSE", "NOTICE.txt", "USE_POLICY.md")
+    for name in licence:
+        (folder / name).write_text(f"the {name}")
+    back = there_and_back(folder, tmp_path)
+    tokenizer = tmp_path / "some.model"
+    tokenizer.write_bytes(train(["some text to train on"], vocab_size=290))
+    checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "named", tokenizer=tokenizer)
+    for result in (back, tmp_path / "named"):
+        assert [(result / name).read_text() for name in licence] == [f"the {name}" for name in licence]
+
+
 def test_a_trained_checkpoint_is_released_as_the_family_that_it_comes_from(tmp_path):
     """With all end tokens of its source, and that of the template that it has learned, here <s>."""
     hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")

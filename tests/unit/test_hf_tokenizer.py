@@ -1,6 +1,7 @@
 """The exported tokenizer: AutoTokenizer gives the ids of sentencepiece itself, and the text back."""
 
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -10,9 +11,11 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
 from megatron_xy.config import ModelConfig
+from megatron_xy.data.build import build_dataset
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import hf_config
-from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from megatron_xy.hf.tokenizer import check_tokenizers, write_hf_tokenizer
+from tests.unit.small_corpus import train_tokenizer, write_rows
 from tools.train_tokenizer import train
 
 WORDS = [
@@ -151,3 +154,25 @@ def test_a_model_that_bpe_cannot_reproduce_is_refused(folder, tmp_path, change, 
     model = changed(folder, tmp_path / "changed.model", change)
     with pytest.raises(DataError, match=text):
         write_hf_tokenizer(model, tmp_path, model_max_length=16)
+
+
+def test_data_must_be_built_with_the_tokenizer_that_lies_with_the_model(folder, tmp_path):
+    def built(name, tokenizer):
+        corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": word} for word in WORDS])
+        build_dataset([corpus], tokenizer=tokenizer, output=tmp_path / name, buckets=[128])
+        return tmp_path / name
+
+    said = []
+    own = built("own", folder / "tokenizer.model")
+    check_tokenizers(own, folder, say=said.append)
+    (tmp_path / "json").mkdir()
+    shutil.copyfile(folder / "tokenizer.json", tmp_path / "json" / "tokenizer.json")
+    check_tokenizers(own, tmp_path / "json", say=said.append)
+    assert not said
+    foreign = built("foreign", train_tokenizer(tmp_path / "other.model"))
+    for model in (folder, tmp_path / "json"):
+        with pytest.raises(DataError, match=r"foreign was built with another tokenizer than .*: token .* is '"):
+            check_tokenizers(foreign, model, say=said.append)
+    assert not said
+    check_tokenizers(own, tmp_path, say=said.append)
+    assert "is not known: " in said.pop() and not said

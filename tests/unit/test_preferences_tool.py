@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_xy.config import RunConfig
-from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.errors import DataError, StorageError, UsageError
 from megatron_xy.reward.pairs import load_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -120,6 +120,19 @@ def test_bad_grades_are_named(folder: Path) -> None:
     assert not (folder / "pairs.jsonl").exists()
 
 
+def test_grades_of_another_export_are_named(folder: Path) -> None:
+    files = [(model, folder / f"{model}.jsonl") for model in ("small", "large")]
+    preferences.export_pairs(files, folder / "other", sources={}, per_prompt=2, seed=1)
+    filled = [{**row, "grade": "A2"} for row in rows_of(folder / "other" / "pairs.jsonl")]
+    write_rows(folder / "anna.jsonl", filled)
+    with pytest.raises(
+        DataError, match=r"anna\.jsonl:1: prompt.* of p000001 is not the key's: the sheet is of another"
+    ):
+        preferences.import_grades(folder / "out" / "key.jsonl", [folder / "anna.jsonl"], folder / "pairs.jsonl")
+    write_rows(folder / "bo.jsonl", [{name: row[name] for name in ("id", "grade")} for row in filled])  # at its word
+    preferences.import_grades(folder / "out" / "key.jsonl", [folder / "bo.jsonl"], folder / "pairs.jsonl")
+
+
 def test_one_answer_makes_no_pair(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"prompt": "x", "response": "same"}] * 2)
     with pytest.raises(DataError, match="no prompt has two different answers"):
@@ -147,7 +160,7 @@ def test_tables_survive_spreadsheets(folder: Path, tmp_path: Path) -> None:
 
 def test_wrong_options_and_full_disks_are_errors(folder: Path) -> None:
     files = [("small", folder / "small.jsonl")]
-    with pytest.raises(ConfigError, match=r"--pairs-per-prompt \(-1\) must be 1 or more"):
+    with pytest.raises(UsageError, match=r"--pairs-per-prompt \(-1\) must be 1 or more"):
         preferences.export_pairs(files, folder / "new", sources={}, per_prompt=-1, seed=0)
-    with pytest.raises(StorageError, match=r"small.jsonl cannot be written"):
-        preferences.export_pairs(files, folder / "small.jsonl", sources={}, per_prompt=1, seed=0)
+    with pytest.raises(StorageError, match=r"below cannot be written"):
+        preferences.export_pairs(files, folder / "small.jsonl" / "below", sources={}, per_prompt=1, seed=0)

@@ -36,6 +36,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ({"source": "none"}, "--from none: must be ckpt:DIR or hf:DIR"),
         ({"scheme": "w8a8"}, "--scheme w8a8 needs --calibration"),
         ({"calibration": Path("data")}, "--scheme int8 takes no --calibration"),
+        ({"chat_template": "chatml"}, "--chat-template goes with --calibration F.jsonl"),
     ],
 )
 def test_options_that_do_not_go_together_are_bad_usage(options: dict[str, Any], text: str) -> None:
@@ -57,6 +58,19 @@ def test_a_folder_that_is_not_there_and_a_reward_model_are_refused(tmp_path: Pat
     with pytest.raises(ConfigError, match="is a reward model"):
         run(source=f"hf:{origin}", target=target)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@needs_bitsandbytes
+def test_layers_that_a_cpu_may_not_compute_in_four_bits_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, shape in enumerate(({}, {"intermediate_size": 208})):
+        source = write_random_model(tmp_path / f"hf-{number}", num_hidden_layers=1, **shape)
+        run(source=f"hf:{source}", target=f"hf:{tmp_path / str(number)}", scheme="nf4")
+        told = "warning: model.layers.0.mlp.gate_proj has 208 rows and 64 columns, no multiples of 32 and 64" in (
+            capsys.readouterr().out
+        )
+        assert told == bool(number)
 
 
 @needs_bitsandbytes

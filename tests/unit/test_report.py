@@ -190,6 +190,23 @@ def test_of_a_group_of_benchmarks_only_the_mean_is_drawn():
     ]
 
 
+def test_what_was_asked_in_another_way_is_a_curve_of_its_own():
+    asked = {"tasks": ["financeiq"], "num_fewshot": 0, "limit": None, "apply_chat_template": False, "data": "aa"}
+    rows = [asked, {**asked, "limit": 3}, {**asked, "data": "bb"}, {**asked, "data": "bb", "num_fewshot": None}]
+    records = [
+        {"iteration": iteration, **row, "results": {"financeiq": {"acc": place / 10}}}
+        for iteration in (4, 8)
+        for place, row in enumerate(rows)
+    ]
+    lines = draw_benchmarks(Metrics([]), evaluations=Metrics(records)).axes[0].lines
+    assert {line.get_label(): list(line.get_ydata()) for line in lines} == {
+        "financeiq acc, 0-shot, all questions, data aa": [0.0, 0.0],
+        "financeiq acc, 0-shot, first 3 questions of each, data aa": [0.1, 0.1],
+        "financeiq acc, 0-shot, all questions, data bb": [0.2, 0.2],
+        "financeiq acc, all questions, data bb": [0.3, 0.3],
+    }
+
+
 def test_the_mixture_asked_for_follows_the_phases():
     config = RunConfig.model_validate(
         {

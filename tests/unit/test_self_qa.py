@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.unit.chat_server import endpoint
+from tests.unit.small_corpus import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import self_qa
@@ -107,6 +108,40 @@ def test_a_run_goes_on_where_the_server_went_away(documents: Path, tmp_path: Pat
         assert len(asked) == 1 + 4, "two questions were kept"
 
 
+def test_answers_of_an_endpoint_that_are_cut_or_null_are_pruned(documents: Path, tmp_path: Path) -> None:
+    def cuts_and_falls_silent(text: str) -> Any:
+        question = text.rpartition("\n\n")[2]
+        if RIVERS in text and "Question:" not in text:
+            return "1. How long is the river Rhine?\n2. Which sea does the Rhine end i", "length"
+        return ("1,233", "length") if "How long" in question else None if "Bern lie on" in question else model(text)
+
+    with endpoint(cuts_and_falls_silent) as (url, _):
+        assert run(documents, tmp_path / "out", "--endpoint", url, "--model", "m") == 0
+    pruned = {row["question"]: row["reason"] for row in rows_of(tmp_path / "out" / "pruned.jsonl")}
+    assert pruned["How long is the river Rhine?"] == "cut"
+    assert pruned["Which river does the city of Bern lie on?"] == "empty"
+    assert (
+        "None" not in (tmp_path / "out" / "rows.jsonl").read_text()
+        and len(rows_of(tmp_path / "out" / "rows.jsonl")) == 1
+    )
+
+
+@pytest.mark.slow  # three processes that open a model
+def test_a_model_without_a_chat_template_is_asked_by_the_named_one(
+    documents: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tests.end_to_end.random_model import write_random_model
+
+    folder = write_random_model(tmp_path / "hf", max_position_embeddings=2048)
+    train_tokenizer(folder / "tokenizer.model")
+    options = ["--model", f"hf:{folder}", "--most-tokens", "8", "--questions", "1"]
+    with pytest.raises(SystemExit, match="78"):
+        run(documents, tmp_path / "out", *options)
+    assert "came without a chat_template; name one of" in capfd.readouterr().err
+    assert run(documents, tmp_path / "out", *options, "--chat-template", "xuanyuan") == 65, "it talks at random"
+    assert len(rows_of(tmp_path / "out" / "questions.jsonl")) == 3
+
+
 @pytest.mark.parametrize(
     ("question", "fault"),
     [
@@ -129,16 +164,19 @@ def test_answers_that_are_cut_or_evade_are_pruned() -> None:
         self_qa.answer_fault("The text doesn't mention it.", RIVERS, has_ended=True)
         == "says that the text does not tell"
     )
-    assert self_qa.answer_fault("", RIVERS, has_ended=True) == "too short"
+    assert self_qa.answer_fault("", RIVERS, has_ended=True) == "empty"
     assert self_qa.answer_fault("文章指出利率是百分之四。", LOANS, has_ended=True) == "refers to the text"
     assert list(self_qa.questions_in("1) a?\n\n- b?\n问题3\uff1ac", most=5, has_ended=False)) == ["a?", "b?"]
 
 
 def test_wrong_options_are_named(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert run(documents, out, "--model", "m") == 78 and "--model (m) must be ckpt:DIR" in capsys.readouterr().err
-    assert run(documents, out, "--model", "m", "--endpoint", "file:///etc") == 78
-    assert run(documents, out, "--model", "hf:x", "--questions", "0") == 78
+    assert run(documents, out, "--model", "m") == 2 and "--model (m) must be ckpt:DIR" in capsys.readouterr().err
+    assert run(documents, out, "--model", "m", "--endpoint", "file:///etc") == 2
+    assert run(documents, out, "--model", "hf:x", "--questions", "0") == 2
+    template = ["--chat-template", "chatml"]
+    assert run(documents, out, "--model", "m", "--endpoint", "http://localhost/v1", *template) == 2
+    assert "--chat-template goes with --model ckpt:DIR" in capsys.readouterr().err
     with endpoint(lambda text: "nothing to ask") as (url, _):
         assert run(documents, out, "--model", "m", "--endpoint", url) == 65
     assert not (out / "rows.jsonl").exists() and rows_of(out / "pruned.jsonl")

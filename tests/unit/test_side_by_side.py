@@ -6,24 +6,33 @@ import csv
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from rich.cells import cell_len
 
-from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.errors import ConfigError, DataError, StorageError, UsageError
 from tests.unit.chat_server import endpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import side_by_side
 from side_by_side import export_pairs, kinds_in
-from side_by_side_graders import grade_by_endpoint, grade_of
-from side_by_side_report import alpha, read_questions, sharpest_losses, write_report
+from side_by_side_graders import grade_by_endpoint, grade_by_reward_model, grade_of
+from side_by_side_grades import read_questions
+from side_by_side_report import alpha, sharpest_losses, write_report
+from side_by_side_verdict import verdict_of
 
 # Good, same and bad of 70B-Chat after PPO against before, in percent, as the report of XuanYuan2-70B has them, with
 # counts that round to them; a domain's total is published apart from its categories and does not follow from them.
@@ -73,7 +82,8 @@ def exported(folder: Path, kinds: list[tuple[str, str]], *, annotators: tuple[st
         write_rows(folder / f"{model}.jsonl", answers)
     files = [(model, folder / f"{model}.jsonl") for model in ("new", "old")]
     found = kinds_in(write_rows(folder / "prompts.jsonl", named))
-    assert export_pairs(files, folder / "out", kinds=found, annotators=annotators, per_question=3, seed=0) == len(kinds)
+    written = export_pairs(files, folder / "out", kinds=found, annotators=annotators, per_question=3, seed=0)
+    assert written.questions == len(kinds) and not written.was_there
     return folder / "out"
 
 
@@ -99,15 +109,99 @@ def test_each_question_goes_to_three_annotators_who_do_not_see_which_model_said_
         asked = {name for name, rows in sheets.items() if row["id"] in {other["id"] for other in rows}}
         assert asked == set(row["A"]) and len(asked) == 3
     for name, rows in sheets.items():
-        assert list(rows[0]) == ["id", "annotator", "category", "prompt", "A", "B", "grade"]
+        assert list(rows[0]) == ["id", "annotator", "category", "pair", "prompt", "A", "B", "grade"]
         assert 0.25 < sum(row["A"].startswith("new") for row in rows) / 60 < 0.75, "places are drawn"
         assert [row["id"] for row in rows] != sorted(row["id"] for row in rows), "everyone has an order of their own"
         with (out / f"{name}.csv").open(encoding="utf-8-sig", newline="") as stream:
             table = list(csv.DictReader(stream))
         assert [row["A"] for row in table] == [row["A"] for row in rows] and table[0]["grade"] == ""
     before = (out / "anna.html").read_text(encoding="utf-8")
+    shutil.rmtree(out)
     exported(tmp_path, [("general", "数学")] * 80, annotators=("anna", "bo", "chen", "dora"))
     assert (out / "anna.html").read_text(encoding="utf-8") == before, "the seed settles everything"
+
+
+def test_annotators_for_whom_there_are_too_few_questions_get_no_sheet(tmp_path: Path) -> None:
+    exported(tmp_path, [("general", "chat")] * 2)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    out = tmp_path / "few"
+    assert export_pairs(files, out, kinds={}, annotators=["1", "2", "3"], per_question=1, seed=0).idle == ["3"]
+    assert not list(out.glob("3.*"))
+    sheets = [graded(out, name, dict.fromkeys(("q000001", "q000002"), "good")) for name in "12"]
+    assert len(read_questions(out / "key.jsonl", sheets)) == 2
+
+
+def test_an_output_that_is_a_file_or_lies_below_one_is_refused(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "chat")] * 2)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    a_file = tmp_path / "new.jsonl"
+    for folder, error in ((a_file, ConfigError), (a_file / "below", StorageError)):
+        with pytest.raises(error, match=r"new\.jsonl"):
+            export_pairs(files, folder, kinds={}, annotators=["1"], per_question=1, seed=0)
+    sheets = [graded(out, name, dict.fromkeys(("q000001", "q000002"), "good")) for name in "123"]
+    with pytest.raises(ConfigError, match="is a file; name a folder"):
+        write_report(out / "key.jsonl", sheets, a_file, num_losses=1)
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
+        grade_by_reward_model(out / "1.jsonl", tmp_path, model="ckpt:none", tie_band=0)
+
+
+def test_prompts_that_name_no_kind_are_counted_and_a_file_of_others_is_refused(tmp_path: Path) -> None:
+    exported(tmp_path, [("general", "chat")] * 3)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    arguments: dict[str, Any] = {"annotators": ["1"], "per_question": 1, "seed": 0}
+    kinds = {json.dumps("question 0"): ("finance", "service")}
+    assert export_pairs(files, tmp_path / "some", kinds=kinds, **arguments).unknown == 2
+    assert export_pairs(files, tmp_path / "none_given", kinds={}, **arguments).unknown == 0
+    with pytest.raises(DataError, match="--prompts has none of the 3 prompts that are answered"):
+        export_pairs(files, tmp_path / "other", kinds={json.dumps("another"): ("a", "b")}, **arguments)
+    assert not (tmp_path / "other").exists()
+
+
+def test_wrong_options_are_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(exported(tmp_path, [("general", "chat")] * 2))
+    one, two = str(tmp_path / "new.jsonl"), str(tmp_path / "old.jsonl")
+    export = ["export", "--output", str(tmp_path / "new"), "--answers", f"a={one}"]
+    grade = ["grade", "--sheet", f"{out}/1.jsonl", "--output", str(tmp_path / "grades.jsonl")]
+    report = ["report", "--key", f"{out}/key.jsonl", "--grades", f"{out}/1.jsonl", "--output", str(tmp_path / "r")]
+    for options, said in (
+        ([*export, f"b={two}", "--annotators-a-question", "5"], "--annotators-a-question (5)"),
+        ([*export, f"a={two}"], "must have different names"),
+        ([*export, two], "must be MODEL=FILE"),
+        ([*export, f"b={two}", "--annotators", "a/b", "c", "d"], "--annotators a/b"),
+        ([*grade, "--endpoint", "http://localhost/v1"], "goes with --model NAME"),
+        ([*grade, "--reward-model", "ckpt:none", "--tie-band", "-1"], "--tie-band (-1.0)"),
+        ([*grade, "--endpoint", "http://localhost/v1", "--model", "m", "--most-tokens", "0"], "--most-tokens (0)"),
+        ([*report, "--losses", "-1"], "--losses (-1)"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["side_by_side.py", *options])
+        assert side_by_side.main() == 2
+        assert said in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_but_the_same_export_finds_itself(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "chat")] * 4)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+
+    def export(seed: int, folder: Path = out) -> Any:
+        found = kinds_in(tmp_path / "prompts.jsonl")
+        return export_pairs(files, folder, kinds=found, annotators=["1", "2", "3"], per_question=3, seed=seed)
+
+    everything = {f"q{number:06d}": "good" for number in range(1, 5)}
+    graded(out, "1", everything).replace(out / "1.jsonl")  # filled in where it lies
+    (out / "2.html").unlink()  # as after a kill
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert not export(0).was_there and (out / "2.html").exists()
+    assert export(0).was_there
+    with pytest.raises(ConfigError, match=r"holds something else than this export, such as 1.csv, 1.html, 1.jsonl"):
+        export(1)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    other = tmp_path / "notes"
+    other.mkdir()
+    (other / "diary.txt").write_text("dear")
+    with pytest.raises(ConfigError, match=r"diary.txt"):
+        export(0, other)
 
 
 def test_models_that_answer_different_prompts_make_no_pairs(tmp_path: Path) -> None:
@@ -115,10 +209,10 @@ def test_models_that_answer_different_prompts_make_no_pairs(tmp_path: Path) -> N
     two = write_rows(tmp_path / "two.jsonl", [{"prompt": "x", "response": "1"}])
     with pytest.raises(DataError, match="1 prompts are answered in one of the files only, such as: y"):
         export_pairs([("a", one), ("b", two)], tmp_path / "out", kinds={}, annotators="123", per_question=3, seed=0)
-    with pytest.raises(ConfigError, match="must have different names"):
+    with pytest.raises(UsageError, match="must have different names"):
         export_pairs([("a", one), ("a", one)], tmp_path / "out", kinds={}, annotators="123", per_question=3, seed=0)
     for names in (["a", "b"], ["a", "b", "b"], ["a", "b", "../c"], ["a", "b", "key"]):
-        with pytest.raises(ConfigError, match="--annotators"):
+        with pytest.raises(UsageError, match="--annotators"):
             export_pairs([("a", one), ("b", one)], tmp_path / "out", kinds={}, annotators=names, per_question=3, seed=0)
     assert not (tmp_path / "out").exists()
 
@@ -182,6 +276,51 @@ def test_annotators_who_differ_are_counted_each_and_agreement_says_so(tmp_path: 
     assert 0.3 < alpha(questions) < 0.9
 
 
+def test_chinese_is_drawn_where_a_font_has_it_and_told_where_none_has(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("金融", "计算与数学"), ("general", "chat")])
+    sheets = [graded(out, name, {"q000001": "good", "q000002": "bad"}) for name in "123"]
+
+    def report() -> tuple[list[str], bytes]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lines = write_report(out / "key.jsonl", sheets, tmp_path / "report", num_losses=1)
+        return lines, (tmp_path / "report" / "bars.png").read_bytes()
+
+    installed = list(font_manager.fontManager.ttflist)
+    font_manager.fontManager.ttflist = [font for font in installed if font.name.startswith(("DejaVu", "Last Resort"))]
+    try:
+        lines, boxes = report()
+        assert any("no installed font has the Chinese of bars.png" in line for line in lines)
+        before_good = [line[: found.start()] for line in lines if (found := re.search(r"\d+\.\d\d \[", line))]
+        assert len(before_good) == 5 and len(set(map(cell_len, before_good))) == 1, "columns stand below each other"
+        font_manager.fontManager.addfont(font_of("金融计算与数学", tmp_path / "font.ttf"))
+        lines, drawn = report()
+        assert not any("no installed font" in line for line in lines) and drawn != boxes
+    finally:
+        font_manager.fontManager.ttflist = installed
+
+
+def font_of(characters: str, path: Path) -> Path:
+    """A font in which each of these characters is a triangle."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    pen.lineTo((900, 0))
+    pen.lineTo((450, 900))
+    pen.closePath()
+    names = [".notdef", *(f"uni{ord(character):04X}" for character in characters)]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap(dict(zip(map(ord, characters), names[1:], strict=True)))
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Triangles", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return path
+
+
 def test_one_annotator_has_no_one_to_agree_with(tmp_path: Path) -> None:
     exported(tmp_path, [("finance", "service")] * 3)
     files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
@@ -209,7 +348,11 @@ def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> N
         assert not (tmp_path / "report").exists()
         return str(caught.value)
 
-    assert problem_of(*sheets[:2]) == "4 grades of annotator 3 are missing: q000001, q000002, q000003, q000004"
+    ids = "q000001, q000002, q000003, q000004"
+    assert problem_of(*sheets[:2]) == f"4 grades of annotator 3 are missing: {ids}"
+    told = problem_of(sheets[0], sheets[0]).splitlines()
+    assert f"annotator 1 has graded {rows_of(sheets[0])[0]['id']}" in told[0], "with what else is wrong"
+    assert told[-2:] == [f"4 grades of annotator {name} are missing: {ids}" for name in "23"]
     write_rows(sheets[2], [{**row, "grade": None if row["id"] == "q000002" else row["grade"]} for row in rows])
     assert problem_of(*sheets) == "1 grades of annotator 3 are missing: q000002"
     write_rows(sheets[2], [*rows, rows[0]])
@@ -220,8 +363,45 @@ def test_missing_doubled_and_contradictory_grades_are_named(tmp_path: Path) -> N
     assert f"but {rows[1]['grade']} before in {sheets[2]}" in problem_of(*sheets, again)
     write_rows(sheets[2], [{**rows[0], "grade": "better"}, {**rows[1], "annotator": "4"}, {**rows[2], "id": "9"}])
     told = problem_of(*sheets).splitlines()
+    assert told[-1] == f"3 grades of annotator 3 are missing: {', '.join(sorted(row['id'] for row in rows[1:]))}"
     assert "grade (better) must be one of good, same, bad" in told[0]
     assert "annotator (4) was not asked" in told[1] and "id (9) is none of the key's" in told[2]
+
+
+def test_grades_of_another_export_or_of_an_edited_sheet_are_named(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "数学")] * 4)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    names = ["1", "2", "3"]
+    export_pairs(files, tmp_path / "other", kinds={}, annotators=names, per_question=3, seed=1)
+    everything = {f"q{number:06d}": "good" for number in range(1, 5)}
+    sheets = [graded(out, name, everything) for name in names]
+    foreign = graded(tmp_path / "other", "3", everything)
+    key = out / "key.jsonl"
+
+    def problems_of(sheet: Path) -> str:
+        with pytest.raises(DataError) as caught:
+            read_questions(key, [*sheets[:2], sheet])
+        return str(caught.value)
+
+    assert f"{foreign}:2: pair of q" in problems_of(foreign) and "of another export" in problems_of(foreign)
+    rows = rows_of(sheets[2])
+    saved = [{name: row[name] for name in ("id", "annotator", "pair", "grade")} for row in rows]  # as the page does
+    assert len(read_questions(key, [*sheets[:2], write_rows(tmp_path / "saved.jsonl", saved)])) == 4
+    short = [{name: row[name] for name in ("id", "annotator", "grade")} for row in rows]
+    assert len(read_questions(key, [*sheets[:2], write_rows(tmp_path / "short.jsonl", short)])) == 4
+    edited = write_rows(tmp_path / "edited.jsonl", [*rows[:2], {**rows[2], "A": rows[2]["A"] + "!"}, rows[3]])
+    assert f"{edited}:3: A of {rows[2]['id']} is not what was exported" in problems_of(edited)
+    text = (out / "3.csv").read_text(encoding="utf-8-sig").replace("<b> to", "<b>to")  # as some spreadsheet has it
+    for row in rows:
+        text = re.sub(rf"^({row['id']},.*,)$", rf"\g<1>{row['grade']}", text, flags=re.MULTILINE)
+    table = tmp_path / "3.csv"
+    for encoding in ("utf-8-sig", "gb18030"):
+        table.write_text(text, encoding=encoding)
+        assert len(read_questions(key, [*sheets[:2], table])) == 4
+    lines = text.splitlines(keepends=True)
+    swapped = lines[2].replace("new says", "NEW says")
+    table.write_text("".join([*lines[:2], swapped, *lines[3:]]), encoding="utf-8")
+    assert f"{table}:3: " in problems_of(table) and "is not what was exported" in problems_of(table)
 
 
 def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(tmp_path: Path) -> None:
@@ -234,8 +414,9 @@ def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(t
         return "A" if text.index("new says") < text.index("old says") else " **b**"
 
     with endpoint(prefers_new_but_for_question_1) as (url, asked):
-        arguments = {"url": url, "model": "judge", "key_variable": "NO_SUCH_KEY"}
-        assert grade_by_endpoint(out / "1.jsonl", out / "graded.jsonl", **arguments) == 4
+        arguments = {"url": url, "model": "judge", "key_variable": "NO_SUCH_KEY", "most_tokens": 64}
+        told = grade_by_endpoint(out / "1.jsonl", out / "graded.jsonl", **arguments)
+        assert told == [f"wrote {out / 'graded.jsonl'}: 4 grades"]
     assert len(asked) == 8
     for row in rows_of(out / "graded.jsonl"):
         is_new = key[row["id"]]["A"]["1"] == "candidate"
@@ -243,6 +424,44 @@ def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(t
         assert row["grade"] == expected
     with pytest.raises(StorageError, match="gave no answer"):
         grade_by_endpoint(out / "1.jsonl", out / "later.jsonl", **arguments)
+
+
+def test_unreadable_replies_are_few_ties_that_are_told_or_no_grades_at_all(tmp_path: Path) -> None:
+    out = exported(tmp_path, [("general", "chat")] * 40)
+    arguments: dict[str, Any] = {"model": "judge", "key_variable": "NO_SUCH_KEY", "most_tokens": 64}
+
+    def judge(text: str) -> str:
+        number = int(text.split("question ")[1].split("\n")[0])
+        return "I cannot judge this." if number in unclear else "<think>B is better?</think>Answer: A"
+
+    with endpoint(judge) as (url, _):
+        unclear = {7, 8}
+        told = grade_by_endpoint(out / "1.jsonl", out / "few.jsonl", url=url, **arguments)
+        assert "of 40 questions 2 have a reply that says neither" in told[1] and "counted as same" in told[1]
+        unclear = {7, 8, 9}
+        with pytest.raises(DataError, match=r"of 40 questions 3 have a reply .*more than 5%"):
+            grade_by_endpoint(out / "1.jsonl", out / "many.jsonl", url=url, **arguments)
+    assert {row["grade"] for row in rows_of(out / "few.jsonl")} == {"same"}
+    without = [row for row in rows_of(out / "many.jsonl") if row["grade"] is None]
+    assert len(without) == 3 and without[0]["replies"] == ["I cannot judge this."] * 2
+    assert without[0]["verdicts"] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("A", "A"), (" **b**", "B"), ("[[A]]", "A"), ("same.", "same"), ("A is better", "A"), ("Answer: B", "B"),
+        ("**Answer:** B", "B"), ("The better answer is A.", "A"), ("Answer B is clearly better as it is short", "B"),
+        ("<think>\nA is better? No.\nAnswer: A\n</think>\n\nB", "B"), ("A. It answers the question.", "A"),
+        ("B, because A is wrong", "B"), ("Both are right.\n\nVerdict: tie", "same"), ("They are equally good.", "same"),
+        ("Neither A nor B is better.", "same"), ("I prefer B", "B"), ("答案\uff1aB", "B"), ("A更好\u3002", "A"),
+        ("B does not answer, so A is better.", "A"), ("Answer A: short. Answer B: long.\nWinner: B", "B"),
+        ("", None), ("<think>A is better", None), ("A good question. I cannot say.", None), ("Maybe", None),
+        ("A is better in tone, B is better in facts.", None), ("I do not think A is better", None), ("C", None),
+    ],
+)  # fmt: skip
+def test_a_reply_says_which_answer_it_prefers_or_is_unreadable(reply: str, verdict: str | None) -> None:
+    assert verdict_of(reply) == verdict
 
 
 class Browser:
@@ -321,8 +540,12 @@ def test_the_page_takes_grades_by_key_keeps_them_and_writes_them(tmp_path: Path)
             browser.press(key)
         browser.open(out / "2.html")  # another annotator's
         assert browser.value_of("document.getElementById('done').textContent") == "0 graded"
-        browser.open(out / "1.html")
-        assert browser.value_of("document.getElementById('where').textContent") == "3 of 3: </script>"
+
+        def goes_on() -> bool:
+            browser.open(out / "1.html")
+            return bool(browser.value_of("document.getElementById('where').textContent") == "3 of 3: </script>")
+
+        wait_until(goes_on)  # the browser hands what was kept from process to process, on a busy machine a moment later
         browser.press("ArrowLeft")
         assert browser.value_of("document.querySelector('[aria-pressed=true]').dataset.grade") == "bad"
         for key in ("s", "2"):  # thinks better of it

@@ -1,0 +1,31 @@
+"""A stop signal: what a block has to remove is removed, one line, exit code 75."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from megatron_xy.signals import STOP_SIGNALS, cleaned_up_on_signals
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_ends_the_block_cleaned_up_and_the_process_with_75(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(other) for other in STOP_SIGNALS]
+    done = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+            done.append("went on")
+        finally:
+            signal.raise_signal(number)  # a second one does not disturb it
+            done.append("cleaned up")
+
+    with pytest.raises(SystemExit) as ended, cleaned_up_on_signals("; the same command goes on"):
+        work()
+    assert ended.value.code == 75 and done == ["cleaned up"]
+    assert capsys.readouterr().err == f"stopped by {number.name}; the same command goes on\n"
+    assert [signal.getsignal(other) for other in STOP_SIGNALS] == before
