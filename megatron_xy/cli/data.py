@@ -14,6 +14,8 @@ from rich.markup import escape
 from megatron_xy.cli.options import AsJson, Overrides, say, verified
 from megatron_xy.signals import cleaned_up_on_signals
 
+FILE_COLUMNS = 120  # of tables that go into a file or a pipe, where no number is to be cut
+
 data_app = typer.Typer(no_args_is_help=True, help="Build, look at and verify bucketed datasets.")
 
 
@@ -247,6 +249,8 @@ def _show_stats(stats: Any, directory: Path, *, as_json: bool) -> None:
             say("; ".join(lines))
         return
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_COLUMNS)
     console.print(stats_table(stats, title=str(directory)))
     console.print(ratios_table(stats))
     for line in lines:

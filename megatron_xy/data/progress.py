@@ -44,7 +44,8 @@ def stats_table(stats: dict[str, Any], *, title: str) -> Table:
     """What `dataset_stats` gives: a row a source and one for each of its buckets, the sums in the caption."""
     table = Table(title=title)
     for heading in ("source", "bucket", "documents", "samples", "tokens", "share", "padding"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
+        is_name = heading == "source"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     for source, entry in stats["sources"].items():
         table.add_row(source, "all", f"{entry['documents']:,}", *_cells(entry))
         for bucket, part in entry["buckets"].items():

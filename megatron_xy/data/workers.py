@@ -32,14 +32,11 @@ ExecutorName = Literal["local", "ray"]
 PROGRESS_SECONDS = 0.5
 CLAIM_SECONDS = 0.2  # between two looks at tasks that other builds have claimed
 
-_KILLED = (
-    "a worker process of the build was killed (out of memory?); run the same command again with fewer workers: it goes "
-    "on where it was"
-)
+_AGAIN = "run the same command again with fewer workers: it goes on where it was"
+_KILLED = f"a worker process of the build was killed (out of memory?); {_AGAIN}"
 _UNGUARDED = (
     "a worker process of the build ended as it began: a script that builds must guard its own code by "
-    "if __name__ == '__main__', since workers of a process with threads import it; else the worker was killed (out of "
-    "memory?), and the same command with fewer workers goes on where it was"
+    f"if __name__ == '__main__', since workers of a process with threads import it; or it was killed: {_AGAIN}"
 )
 
 

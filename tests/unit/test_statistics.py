@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.cli.data import data_stats
+from megatron_xy.cli.data import _show_stats, data_stats
 from megatron_xy.data.alternatives import BIN_STARTS, fixed_length_alternatives, profile_lengths
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats
@@ -116,3 +116,12 @@ def test_stats_show_sources_shares_and_the_ratios_of_fixed_lengths(output, capsy
     for size, entry in stats["fixed_length"].items():
         ratios = [f"{entry[key]:.3%}" for key in ("padding_ratio", "truncation_ratio")]
         assert [f"fixed length {size}", f"{entry['samples']:,}", *ratios, f"{entry['concatenation_ratio']:.2f}"] in rows
+
+
+def test_large_figures_and_long_names_are_whole_in_a_pipe(output, capsys):
+    stats, name, count = dataset_stats(output), "a_source_with_a_long_name_" * 3, 123_456_789_012
+    row = {"samples": count, "tokens": 10 * count, "share": 1.0, "padding_ratio": 0.5}
+    sources = {name: {**row, "documents": count, "buckets": {"16384": row}}}
+    _show_stats({**stats, "sources": sources}, output, as_json=False)
+    printed = capsys.readouterr().out
+    assert printed.count(f"{10 * count:,}") == 2 and "…" not in printed
