@@ -14,6 +14,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 
+from megatron_xy.hf import nf4
 from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.convert import Say, plan_hf_files, write_index
 from megatron_xy.hf.source import Source
@@ -22,7 +23,6 @@ from megatron_xy.storage import write_json
 from megatron_xy.tensor_files import torch_dtype, write_tensors
 from megatron_xy.tensor_reader import TensorReader
 
-NF4_CPU_BLOCK = (32, 64)  # rows and columns that bitsandbytes computes at a time on a CPU with AVX512-BF16
 MAX_SHARD_BYTES = 10**9  # in bf16; a file's tensors are in memory while it is made
 
 
@@ -44,14 +44,13 @@ def write_bits(
     values = hf_config(source.model, dtype="bfloat16", token_ids=token_ids, model_type=source.kept.get("model_type"))
     wanted = _wanted(scheme, ignore=ignore)
     layers = _layers(values, wanted)
-    rows, columns = NF4_CPU_BLOCK
-    uneven = [name for name, layer in layers.items() if layer.out_features % rows or layer.in_features % columns]
+    uneven = [name for name, layer in layers.items() if nf4.is_uneven(layer)]
     if scheme == "nf4" and uneven:
         layer = layers[uneven[0]]
         say(
             f"warning: {uneven[0]} has {layer.out_features} rows and {layer.in_features} columns, no multiples of "
-            f"{rows} and {columns}: transformers opens the folder, but on a CPU with AVX512-BF16 it may fail to "
-            f"compute such layers, by bitsandbytes 0.50; take int8 there, or --ignore them"
+            f"{nf4.ROWS} and {nf4.COLUMNS}: transformers opens the folder, but on a CPU with AVX512-BF16 it may fail "
+            f"to compute such layers, by bitsandbytes 0.50; take int8 there, or --ignore them"
         )
 
     def write(path: Path, outputs: list[Output]) -> dict[str, Any]:

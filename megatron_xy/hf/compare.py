@@ -29,6 +29,7 @@ from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.progress import Progress, showing_progress
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
+from megatron_xy.hf import nf4
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.release import MODEL_CARD
 from megatron_xy.hf.tokenizer import check_tokenizers
@@ -38,7 +39,6 @@ from megatron_xy.storage import write_text
 CARD_BEGINS, CARD_ENDS = "<!-- megatron-xy compare: begins -->", "<!-- megatron-xy compare: ends -->"
 # What a form is opened with, and the extra that brings it, by its quant_method.
 QUANTISERS = {"bitsandbytes": ("bitsandbytes", "int8"), "compressed-tensors": ("compressed_tensors", "quantize")}
-NF4_CPU_BLOCK = (32, 64)  # rows, columns
 Say = Callable[[str], None]
 Ask = Callable[[Any, Path], dict[str, dict[str, Any]]]  # an opened model and its folder -> {task: {metric: value}}
 
@@ -312,14 +312,10 @@ def _too_large(folder: Path, error: Exception) -> ConfigError:
 
 def _uneven_layers(model: Any) -> str:
     """Of 4 bits: which layer bitsandbytes does not compute on a CPU with AVX512-BF16."""
-    rows, columns = NF4_CPU_BLOCK
     for name, module in model.named_modules():
-        is_uneven = type(module).__name__ == "Linear4bit" and (
-            module.out_features % rows or module.in_features % columns
-        )
-        if is_uneven:
+        if type(module).__name__ == "Linear4bit" and nf4.is_uneven(module):
             return (
-                f"bitsandbytes computes 4 bits on such a CPU where rows are a multiple of {rows} and columns of "
-                f"{columns}, and {name} has {module.out_features} and {module.in_features}; "
+                f"bitsandbytes computes 4 bits on such a CPU where rows are a multiple of {nf4.ROWS} and columns of "
+                f"{nf4.COLUMNS}, and {name} has {module.out_features} and {module.in_features}; "
             )
     return ""
