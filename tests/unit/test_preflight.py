@@ -1,4 +1,4 @@
-"""What `check --paths` says of the run folder: whether it can be had, and whether the run goes on from what lies there."""
+"""What `check --paths` says of the run folder: whether it can be had, and whether the run fits what lies there."""
 
 import json
 
