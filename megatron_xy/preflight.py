@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,8 +32,8 @@ from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, t
 from megatron_xy.data.run_data import data_folders
 from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.flops import num_parameters
+from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.flops import checkpoint_bytes, num_parameters
 from megatron_xy.model_source import resolve_model
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
@@ -48,7 +49,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
     """The files that the config names: there, whole at a glance, and fitting. Files of rows are read whole.
 
     build_into: where the data folders built of these stay; None: they go. Raises InvalidConfig with all that is
-    missing, bad or does not fit; DataError where all that is wrong is bad data.
+    missing, bad or does not fit; DataError where all that is wrong is bad data; StorageError where there is no room.
     """
     if config.task == "ppo":
         _check_ppo_paths(config)
@@ -70,6 +71,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     _look_at_run_folder(completed, findings, data_fingerprints=dataset.fingerprints if dataset else None)
     findings.end()
+    check_space(completed)
 
 
 def _check_reward_paths(config: RunConfig) -> None:
@@ -82,6 +84,22 @@ def _check_reward_paths(config: RunConfig) -> None:
     pairs: PairData | None = findings.of("data.path", lambda: open_pairs(completed))
     _look_at_run_folder(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
     findings.end()
+    check_space(completed)
+
+
+def check_space(config: RunConfig) -> None:
+    """Raises StorageError where the disk has no room for the checkpoints that a run of a complete model keeps."""
+    checkpoints, kept = config.run_dir / "checkpoints", config.checkpoint.keep_latest
+    there = len(saved_iterations(checkpoints))
+    size = checkpoint_bytes(config.model)
+    num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
+    free = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists())).free
+    if free < num_to_come * size:
+        raise StorageError(
+            f"run_dir ({config.run_dir}) has {free / 1e9:,.1f} GB free, and {num_to_come * size / 1e9:,.1f} are "
+            f"needed: a checkpoint takes {size / 1e9:,.1f} GB, checkpoint.keep_latest ({kept}) are kept while another "
+            f"is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
+        )
 
 
 def open_pairs(config: RunConfig) -> PairData:

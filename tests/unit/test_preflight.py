@@ -10,8 +10,8 @@ from megatron_xy.config import load_config
 from megatron_xy.continuation import facts
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.errors import ConfigError
-from megatron_xy.preflight import check_paths
+from megatron_xy.errors import ConfigError, StorageError
+from megatron_xy.preflight import check_paths, check_space
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 
@@ -75,3 +75,17 @@ def test_a_run_folder_that_cannot_be_had_is_found_and_nothing_made(config, tmp_p
         with pytest.raises(ConfigError, match=r"run_dir \(.*run\.yaml.*\) must be a folder that can be made"):
             check_paths(config(f"run_dir={place}"))
     assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_one(config, built):
+    huge = (
+        "model.num_layers=1000",
+        "model.hidden_size=32768",
+        "model.ffn_hidden_size=131072",
+        "checkpoint.keep_latest=4",
+    )
+    told = r"run_dir \(.*\) has [\d,.]+ GB free, and 1,030,[\d,.]+ are needed: .*\.keep_latest \(4\) are .* 0 are there; make"
+    with pytest.raises(StorageError, match=told):
+        check_paths(config(*huge, f"run_dir={built.parent / 'another'}"))
+    with pytest.raises(StorageError, match=r", and 824,.* 1 are there"):
+        check_space(config(*huge))
