@@ -28,6 +28,7 @@ from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.sampling import SamplingOptions
+from megatron_xy.model_source import resolve_model, split_origin
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
@@ -41,7 +42,6 @@ from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog, backend_timeout
-from megatron_xy.weights import resolve_model, split_origin
 
 
 @dataclass(frozen=True)
