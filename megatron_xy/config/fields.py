@@ -47,7 +47,10 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers are numbers, flags are flags, and `model:` with nothing below it is a section without keys."""
         assert info.field_name is not None, "a field's validator knows its field"
-        is_flag = cls.model_fields[info.field_name].annotation is bool
-        return _plain_flag(value) if is_flag else _plain_number(value)
+        kind = cls.model_fields[info.field_name].annotation
+        if value is None and isinstance(kind, type) and issubclass(kind, Section):
+            return {}
+        return _plain_flag(value) if kind is bool else _plain_number(value)

@@ -311,12 +311,6 @@ class RunConfig(Section):
         """`reward`, or its defaults."""
         return self.reward or RewardConfig()
 
-    @field_validator("model", "parallel", "data", "training", "optimizer", "checkpoint", "runtime", mode="before")
-    @classmethod
-    def _empty_section(cls, value: Any) -> Any:
-        """`model:` with nothing below it is a section without keys, not null."""
-        return {} if value is None else value
-
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
