@@ -33,7 +33,14 @@ def _path_text(value: Any) -> Any:
         raise ValueError("must be a path; put it in quotes if it is one")
     if not str(value) or "\0" in str(value):
         raise ValueError("must be a path; it is empty or holds a NUL character")
+    no_home(str(value))
     return value
+
+
+def no_home(path: str) -> None:
+    """Refuses ~/DIR, which would be a folder named ~; home folders differ between machines and in containers."""
+    if path.startswith("~"):
+        raise ValueError("must not begin with ~, which only a shell knows; write the path out")
 
 
 FilePath = Annotated[Path, BeforeValidator(_path_text)]

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_serializer, field_validator
 
-from megatron_xy.config.fields import FilePath, Section, Weight
+from megatron_xy.config.fields import FilePath, Section, Weight, no_home
 
 
 def _folder_of_weights(value: str) -> str:
     if not re.fullmatch(r"(ckpt|hf):[^\0]+", value):
         raise ValueError("must be ckpt:DIR or hf:DIR")
+    no_home(value.partition(":")[2])
     return value
 
 

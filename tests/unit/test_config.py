@@ -347,6 +347,9 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("runtime.timeout_seconds=.inf", "runtime.timeout_seconds (inf): must be a finite number"),
         ("runtime.timeout_seconds=0", "runtime.timeout_seconds (0): must be greater than 0"),
         ("data.weights={a: .nan, b: 1}", "data.weights.a (nan): must be a finite number"),
+        ("data.tokenizer=~/t", "data.tokenizer (~/t): must not begin with ~, which only a shell knows; write the path out"),
+        ("run_dir=~/runs", "run_dir (~/runs): must not begin with ~, which only a shell knows; write the path out"),
+        ("model={load: 'hf:~/base'}", "model.load (hf:~/base): must not begin with ~, which only a shell knows; write the path out"),
         ("data.weights={a: .inf}", "data.weights.a (inf): must be a finite number"),
         ("data.weights={1: 0.5}", "the value: the key 1 must be text; put it in quotes"),
         ("data.weights=[1]", "data.weights ([1]): must be a section: `key: value` lines below it"),
@@ -636,6 +639,7 @@ def test_run_dir_of_broken_configs(run_yaml: Path, tmp_path: Path) -> None:
     assert run_dir_of(run_yaml, overrides=["run_dir=elsewhere", "nonsense", "seed.x=1", "run_dirr=b"]) == Path(
         "elsewhere"
     )
+    assert run_dir_of(run_yaml, overrides=["run_dir=~/runs"]) is None, "no folder of the name ~ is made"
     run_yaml.write_text("run_dir: here\nmodel: 5\nsead: x\n")
     assert run_dir_of(run_yaml) == Path("here")
     run_yaml.write_text("model: {}\n")
