@@ -106,7 +106,12 @@ def shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[
 
 
 def layout_rules(parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
-    """Switches that need others."""
+    """Switches that need others, and sizes that are not supported."""
+    if parallel.context_parallel_size != 1:
+        yield (
+            "parallel.context_parallel_size",
+            f"context_parallel_size ({parallel.context_parallel_size}): only 1 is supported",
+        )
     if parallel.num_chunks > 1 and parallel.pipeline_model_parallel_size == 1:
         yield (
             "parallel.virtual_pipeline_model_parallel_size",
@@ -123,10 +128,7 @@ def layout_rules(parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
 def model_verb_rules(parallel: ParallelConfig, *, world_size: int) -> Iterator[tuple[str, str]]:
     """The rules of a layout by itself, for verbs that do not train."""
     yield from layout_rules(parallel)
-    if parallel.context_parallel_size != 1:
-        value = parallel.context_parallel_size
-        yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
-    elif world_size % parallel.model_parallel_size:
+    if world_size % parallel.model_parallel_size:
         yield "parallel", f"--nproc-per-node: {world_rule(parallel, world_size)}"
 
 

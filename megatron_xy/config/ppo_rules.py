@@ -76,11 +76,6 @@ def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
         rules += schedule_rules(merged(config.optimizer, role.optimizer))
     for key, text in rules:
         yield f"roles.{name}.{key}", f"roles.{name}: {text}"
-    if parallel.context_parallel_size != 1:
-        yield (
-            f"roles.{name}.parallel.context_parallel_size",
-            f"roles.{name}: context_parallel_size ({parallel.context_parallel_size}): only 1 is supported",
-        )
 
 
 def _placement_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:

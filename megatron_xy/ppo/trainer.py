@@ -123,8 +123,7 @@ class PPOTrainer:
             self.engine.state = PPOState(kept["kl_coef"], RunningMoments(**kept["moments"]))
             for worker in self.cast.trained:
                 part = read_manifest(folder / worker.name)
-                names = TrainingState.__dataclass_fields__
-                self.states[worker.name] = TrainingState(**{name: part.state[name] for name in names})
+                self.states[worker.name] = part.training_state
                 if worker.role is not None:
                     load_state(worker.role, folder / worker.name, part)
             origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
