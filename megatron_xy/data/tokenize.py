@@ -36,7 +36,7 @@ from megatron_xy.storage import write_text
 
 PART_BYTES = 8 * 1024 * 1024
 MOST_SHARDS = 10_000  # beyond 80 GB of text the parts grow instead
-BATCH_CHARACTERS = 4_000_000  # handed to the tokenizer at a time; fewer cost up to a tenth more
+BATCH_CHARACTERS = 1_000_000  # handed to the tokenizer at a time
 MOST_SOURCES = 256  # each has files of its own open while a shard is written
 
 
