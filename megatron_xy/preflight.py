@@ -55,11 +55,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             return check_paths(config, build_into=Path(folder))
     findings = _Findings()
-    model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
-    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
-    completed = config.model_copy(update={"model": model})
-    if model is not config.model:
-        findings.of("model", lambda: check_shape(completed))
+    completed = _completed(config, findings)
     dataset = _look_at_data(completed, findings, build_into=build_into)
     findings.of("data.eval_path", lambda: _held_out(completed, dataset, build_into=build_into))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
@@ -68,13 +64,20 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
 
 def _check_reward_paths(config: RunConfig) -> None:
     findings = _Findings()
+    completed = _completed(config, findings)
+    findings.of("data.path", lambda: open_pairs(completed))
+    findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
+    findings.end()
+
+
+def _completed(config: RunConfig, findings: _Findings) -> RunConfig:
+    """The config with its model completed from an HF folder, checked as far as that can be."""
     model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
-    findings.of("data.path", lambda: open_pairs(completed))
-    findings.end()
+    return completed
 
 
 def open_pairs(config: RunConfig) -> PairData:
