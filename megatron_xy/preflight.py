@@ -61,11 +61,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             return check_paths(config, build_into=Path(folder))
     findings = _Findings()
-    model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
-    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
-    completed = config.model_copy(update={"model": model})
-    if model is not config.model:
-        findings.of("model", lambda: check_shape(completed))
+    completed = _completed(config, findings)
     dataset = _look_at_data(completed, findings, build_into=build_into)
     findings.of("data.eval_path", lambda: _held_out(completed, dataset, build_into=build_into))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
@@ -76,15 +72,22 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
 
 def _check_reward_paths(config: RunConfig) -> None:
     findings = _Findings()
+    completed = _completed(config, findings)
+    pairs: PairData | None = findings.of("data.path", lambda: open_pairs(completed))
+    findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
+    _look_at_run_folder(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
+    findings.end()
+    check_space(completed)
+
+
+def _completed(config: RunConfig, findings: _Findings) -> RunConfig:
+    """The config with its model completed from an HF folder, checked as far as that can be."""
     model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
-    pairs: PairData | None = findings.of("data.path", lambda: open_pairs(completed))
-    _look_at_run_folder(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
-    findings.end()
-    check_space(completed)
+    return completed
 
 
 def check_space(config: RunConfig) -> None:
@@ -93,10 +96,10 @@ def check_space(config: RunConfig) -> None:
     there = len(saved_iterations(checkpoints))
     size = checkpoint_bytes(config.model)
     num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
-    free = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists())).free
-    if free < num_to_come * size:
+    disk = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists()))
+    if disk.total and disk.free < num_to_come * size:  # some network file systems tell no size at all
         raise StorageError(
-            f"run_dir ({config.run_dir}) has {free / 1e9:,.1f} GB free, and {num_to_come * size / 1e9:,.1f} are "
+            f"run_dir ({config.run_dir}) has {disk.free / 1e9:,.1f} GB free, and {num_to_come * size / 1e9:,.1f} are "
             f"needed: a checkpoint takes {size / 1e9:,.1f} GB, checkpoint.keep_latest ({kept}) are kept while another "
             f"is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
         )

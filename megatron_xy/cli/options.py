@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,7 +24,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def verified(verify: Any, directory: Path, *, as_json: bool) -> None:
+def verified(verify: Callable[[], object], directory: Path, *, as_json: bool) -> None:
     """Calls `verify`, which raises DataError or ConfigError, and says what came of it."""
     try:
         verify()
