@@ -35,6 +35,7 @@ from megatron_xy.model.parts import MODEL_PARTS, trained_parts
 from megatron_xy.model_source import changes_to_source, split_origin
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.profiling import ProfileWindow
+from megatron_xy.replicas import check_replicas
 from megatron_xy.role import Role
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
@@ -225,7 +226,7 @@ class Trainer:
                 train_only=train_only,
                 objective=self.objective,
                 judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
-                before_update=self.writer.before_update,
+                before_update=partial(self._before_update, iteration),
             )
         device.synchronize()
         seconds = time.perf_counter() - began
@@ -254,6 +255,11 @@ class Trainer:
         if reasons or not result.updated:
             self._note(record, prepared, reasons=reasons or ["gradient not finite"])
         return stopping
+
+    def _before_update(self, iteration: int) -> None:
+        self.writer.before_update()
+        if self._is_save_due(iteration):  # what one bad memory cell has spoilt is not to be kept
+            check_replicas(self.role, iteration=iteration)
 
     def _reasons(self, prepared: PreparedStep, loss: float, grad_norm: float) -> list[str]:
         return self.history.reasons(

@@ -574,8 +574,10 @@ def test_data_parallel_size() -> None:
 def test_check_buckets() -> None:
     training = TrainingConfig(micro_batch_tokens=8192)
     check_buckets(training, buckets=[2048, 4096, 8192])
-    with pytest.raises(InvalidConfig, match=r"micro_batch_tokens \(8192\).*none of 16384; nearest to try: 16384"):
+    with pytest.raises(InvalidConfig, match=r"micro_batch_tokens \(8192\).*none of 16384; nearest: 16384"):
         check_buckets(training, buckets=[2048, 16384])
+    with pytest.raises(InvalidConfig, match=r"micro_batch_tokens \(240\).*none of 96; nearest: 480$"):
+        check_buckets(TrainingConfig(micro_batch_tokens=240), buckets=(48, 96, 240))
 
 
 def test_check_shape_of_a_completed_model(run_yaml: Path) -> None:

@@ -84,7 +84,7 @@ def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_o
         "model.ffn_hidden_size=131072",
         "checkpoint.keep_latest=4",
     )
-    told = r"run_dir \(.*\) has [\d,.]+ GB free, and 1,030,[\d,.]+ are needed: .*\.keep_latest \(4\) are .* 0 are there; make"
+    told = r"run_dir \(.*\) has [\d,.]+ GB free, and 1,030,[\d,.]+ are needed: .*\.keep_latest \(4\) are .* 0 are there"
     with pytest.raises(StorageError, match=told):
         check_paths(config(*huge, f"run_dir={built.parent / 'another'}"))
     with pytest.raises(StorageError, match=r", and 824,.* 1 are there"):
