@@ -30,12 +30,12 @@ from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model_job import ModelJob, run_job
+from megatron_xy.model_origin import split_origin
 from megatron_xy.model_ranks import complete_options, joined
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import split_origin
 
 
 @dataclass(frozen=True)

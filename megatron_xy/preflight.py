@@ -29,7 +29,8 @@ from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
-from megatron_xy.hf.config import complete_model, read_hf_config
+from megatron_xy.model_origin import resolve_model
+from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
@@ -55,7 +56,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             return check_paths(config, build_into=Path(folder))
     findings = _Findings()
-    model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
+    model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
@@ -68,7 +69,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
 
 def _check_reward_paths(config: RunConfig) -> None:
     findings = _Findings()
-    model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
+    model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
@@ -93,7 +94,7 @@ def _check_ppo_paths(config: RunConfig) -> None:
     assert ppo is not None and ppo.prompts is not None, "the config's rules ask for it"
     prompts_path, responses_path, reward_function = ppo.prompts, ppo.responses, ppo.reward_function
     for name in role_names(config):
-        findings.of(f"roles.{name}.model.load", partial(_completed_model, role_sections(config, name)[0]))
+        findings.of(f"roles.{name}.model.load", partial(resolve_model, role_sections(config, name)[0]))
     findings.of("data.tokenizer", lambda: load_tokenizer(config.data.tokenizer or ""))
     findings.of("ppo.prompts", lambda: PromptFile(prompts_path, seed=config.seed))
     if responses_path is not None:
@@ -103,6 +104,8 @@ def _check_ppo_paths(config: RunConfig) -> None:
         findings.problems.append(Problem("ppo.reward_function", problem))
         findings.only_data = False
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
+    if not findings.problems:  # where roles stand does not matter to what they are given
+        findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
     findings.end()
 
 
@@ -215,21 +218,6 @@ class _Findings:
             raise DataError("\n".join(str(problem) for problem in self.problems))
         if self.problems:
             raise InvalidConfig(self.problems)
-
-
-def _completed_model(model: ModelConfig) -> ModelConfig:
-    """The model with what an HF folder says of it; that a checkpoint is there at all."""
-    if model.load is None:
-        return model
-    kind, _, name = model.load.partition(":")
-    folder = Path(name)
-    if kind == "hf":
-        return complete_model(model, read_hf_config(folder), origin=f"{folder}/config.json")
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not there; name a folder that holds manifest.json")
-    if not (folder / "manifest.json").is_file():
-        raise DataError(f"{folder} holds no manifest.json: it is no checkpoint, or one that was not finished")
-    return model
 
 
 def _check_layer_spec(model: ModelConfig) -> None:

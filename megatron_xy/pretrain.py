@@ -19,13 +19,13 @@ from megatron_xy.evaluation import HeldOutEvaluator
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
+from megatron_xy.model_origin import resolve_model
 from megatron_xy.preflight import check_boards, open_data, open_held_out
 from megatron_xy.role import Role, build_role
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.trainer import Trainer, timed
 from megatron_xy.watchdog import Watchdog, backend_timeout
-from megatron_xy.weights import resolve_model
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:

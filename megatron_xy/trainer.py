@@ -32,6 +32,7 @@ from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.model.parts import MODEL_PARTS, trained_parts
+from megatron_xy.model_origin import changes_to_source, split_origin
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.profiling import ProfileWindow
 from megatron_xy.role import Role
@@ -41,7 +42,7 @@ from megatron_xy.spikes import StepHistory
 from megatron_xy.stragglers import StragglerWatch
 from megatron_xy.train_step import Objective, StepResult, train_step
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import changes_to_source, load_initial_weights, split_origin
+from megatron_xy.weights import load_initial_weights
 
 
 class Loader(Protocol):

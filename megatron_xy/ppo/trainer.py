@@ -25,6 +25,7 @@ from megatron_xy.hf.convert import export
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import RunLog
+from megatron_xy.model_origin import split_origin
 from megatron_xy.parallel import Groups, barrier, max_over, sum_over
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
@@ -38,7 +39,7 @@ from megatron_xy.signals import StopRequest
 from megatron_xy.storage import storage_errors
 from megatron_xy.tensor_files import write_tensors
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import load_initial_weights, split_origin
+from megatron_xy.weights import load_initial_weights
 
 RATIO_ALARM = {"fp32": 1e-5, "bf16": 5e-2}  # |log ratio| at the first mini-batch beyond which something is wrong
 TRAINED = ("actor", "critic")
