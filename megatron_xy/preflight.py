@@ -35,6 +35,7 @@ from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.flops import checkpoint_bytes, num_parameters
 from megatron_xy.model_source import resolve_model
+from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
@@ -133,6 +134,8 @@ def _check_ppo_paths(config: RunConfig) -> None:
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.of("run_dir", lambda: check_place(config.run_dir))
     findings.of("checkpoint.resume", lambda: _iterations_to_resume(config))
+    if not findings.problems:  # where roles stand does not matter to what they are given
+        findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
     findings.end()
 
 
