@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from megatron_xy.errors import ConfigError
 from megatron_xy.storage import TEMPORARY_PREFIX
 
 
@@ -19,6 +20,12 @@ def saved_iterations(checkpoints: Path) -> list[int]:
         return []
     names = (folder.name.removeprefix("iter_") for folder in checkpoints.glob("iter_*") if folder.is_dir())
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def no_such_iteration(checkpoints: Path, wanted: int) -> ConfigError:
+    """What is said where `checkpoint.resume` names an iteration that has no folder."""
+    there = ", ".join(map(str, saved_iterations(checkpoints))) or "none"
+    return ConfigError(f"checkpoint.resume ({wanted}): {checkpoints} holds no such iteration; there are: {there}")
 
 
 def sweep(checkpoints: Path) -> list[str]:

@@ -119,11 +119,17 @@ def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, t
     )
     grid = torch.tensor(list(ranks)).reshape(sizes)
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    # Nothing travels in a group of one rank, so a rank has one of these, whatever it stands for: all ranks of the world
+    # wait for each other at every group that is made, and with 512 of them most would be such.
+    singles = {rank: dist.new_group([rank], timeout=timeout, group_desc=name) for rank in ranks}
 
     def mine_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
         mine = None
         for group_ranks in groups:
-            group = dist.new_group(group_ranks, timeout=timeout, group_desc=name)
+            is_single = len(group_ranks) == 1
+            group = (
+                singles[group_ranks[0]] if is_single else dist.new_group(group_ranks, timeout=timeout, group_desc=name)
+            )
             if dist.get_rank() in group_ranks:
                 mine = group
         return mine
@@ -135,7 +141,7 @@ def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, t
     mp = mine_of(_along(grid, "pp", "tp"))
     embd = mine_of([sorted({stages[0], stages[-1]}) for stages in pipelines])
     pos_embd = mine_of([[stages[0]] for stages in pipelines])
-    alone = mine_of([[rank] for rank in ranks])
+    alone = singles.get(dist.get_rank())
     all_ranks = mine_of([list(ranks)])
     if all_ranks is None:
         return None

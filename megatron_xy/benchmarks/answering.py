@@ -164,20 +164,17 @@ def _respond(role: Role, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, kee
     for place, prompt in enumerate(prompts):
         by_options.setdefault(prompt.options, []).append(place)
 
-    def text_of(tokens: Sequence[int]) -> str:
-        return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
-
     for options, places in by_options.items():
         requests = [Request(prompts[place].tokens, row=place) for place in places]
 
         def ends_at(number: int, tokens: Sequence[int], places: list[int] = places) -> bool:
             until = prompts[places[number]].until
             longest = max(map(len, until), default=0)
-            tail = text_of(tokens[-_LONGEST_TOKENS_A_CHARACTER * (longest + 1) :])
+            tail = tokenizer.decode_answer(tokens[-_LONGEST_TOKENS_A_CHARACTER * (longest + 1) :])
             return any(text in tail for text in until)
 
         def take(number: int, answer: Answer, places: list[int] = places) -> None:
-            keep.response(places[number], text_of(answer.tokens))
+            keep.response(places[number], tokenizer.decode_answer(answer.tokens))
 
         generate_share(role, requests, options, on_answer=take, ends_at=ends_at)
 

@@ -19,7 +19,9 @@ def check(
     run_yaml: RunYaml,
     overrides: Overrides = None,
     world_size: Annotated[int | None, typer.Option("--world-size", min=1, help="ranks it will run on")] = None,
-    paths: Annotated[bool, typer.Option("--paths", help="also look at the files that it names")] = False,
+    paths: Annotated[
+        bool, typer.Option("--paths", help="also look at the files that it names, and at what lies in its run folder")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Checks a config without starting anything: all problems at once, with lines, rules and nearest valid values."""

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_xy.errors import DataError
+from megatron_xy.errors import MegatronXYError
 
 RunYaml = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run's config")]
 Overrides = Annotated[
@@ -33,10 +33,10 @@ def say(text: str) -> None:
 
 
 def verified(verify: Callable[[], object], directory: Path, *, as_json: bool) -> None:
-    """Calls `verify`, which raises DataError, and says what came of it."""
+    """Calls `verify`, which raises DataError or ConfigError, and says what came of it."""
     try:
         verify()
-    except DataError as error:
+    except MegatronXYError as error:
         if as_json:
             print(json.dumps({"ok": False, "exit_code": error.exit_code, "problem": str(error)}))
         raise

@@ -5,6 +5,7 @@ Rules yield (key, sentence) of whatever does not hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,11 +18,10 @@ def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:
     """A micro-batch holds a whole number of samples of every bucket; raises InvalidConfig."""
     bad = [bucket for bucket in buckets if training.micro_batch_tokens % bucket]
     if bad:
-        largest = max(buckets)
         rule = (
             f"training.micro_batch_tokens ({training.micro_batch_tokens}) must be a common multiple of the data's "
             f"buckets ({', '.join(map(str, buckets))}); it is none of {', '.join(map(str, bad))}; "
-            f"nearest to try: {nearest_multiples(training.micro_batch_tokens, largest)}"
+            f"nearest: {nearest_multiples(training.micro_batch_tokens, math.lcm(*buckets))}"
         )
         raise InvalidConfig([Problem("training.micro_batch_tokens", rule)])
 

@@ -51,7 +51,7 @@ class FunctionScorer:
         scores = torch.zeros(len(rollout.responses), device=device.current())
         if dist.get_rank() == 0:
             rows = [self._prompts.rows[drawn.row] for drawn in rollout.drawn]
-            texts = [self._tokenizer.decode(response) for response in rollout.responses]
+            texts = [self._tokenizer.decode_answer(response) for response in rollout.responses]
             try:
                 given = [float(score) for score in self._function([row["prompt"] for row in rows], texts, rows)]
             except Exception as error:  # whatever a user's function does

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_xy import course, device, mcore
+from megatron_xy import continuation, course, device, mcore
 from megatron_xy.checkpoint import CheckpointWriter
 from megatron_xy.checkpoint_choice import find_resumable
 from megatron_xy.checkpoint_files import METADATA, TrainingState, read_manifest
@@ -25,6 +25,7 @@ from megatron_xy.hf.convert import export
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import RunLog
+from megatron_xy.model_source import split_origin
 from megatron_xy.parallel import Groups, barrier, max_over, sum_over
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
@@ -38,7 +39,7 @@ from megatron_xy.signals import StopRequest
 from megatron_xy.storage import storage_errors
 from megatron_xy.tensor_files import write_tensors
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import load_initial_weights, split_origin
+from megatron_xy.weights import load_initial_weights
 
 RATIO_ALARM = {"fp32": 1e-5, "bf16": 5e-2}  # |log ratio| at the first mini-batch beyond which something is wrong
 TRAINED = ("actor", "critic")
@@ -111,7 +112,7 @@ class PPOTrainer:
         origin = "starting from the weights that the roles name"
         if found is not None:
             folder, manifest = found
-            course.check_continuation(
+            continuation.check_continuation(
                 manifest.state,
                 self._facts("actor"),
                 allow_changes=self.config.checkpoint.allow_changes,
@@ -365,7 +366,7 @@ class PPOTrainer:
         barrier(self.cast.world)
 
     def _facts(self, name: str) -> dict[str, Any]:
-        """What a manifest keeps of the config, for course.check_continuation: what is drawn, and measured against."""
+        """What a manifest keeps of the config, for `check_continuation`: what is drawn, and measured against."""
         order = {"seed": self.config.seed, "ppo.rollout_batch_size": self.ppo.rollout_batch_size, **self.fingerprints}
         settings = {f"ppo.{key}": value for key, value in self.ppo.model_dump(mode="json").items()}
         return {

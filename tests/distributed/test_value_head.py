@@ -144,9 +144,10 @@ def loaded(parallel: ParallelConfig, load: str, head: str) -> dict[str, Any]:
     """The parameters of a role of that head that starts from `load`."""
     import torch.distributed as dist
 
+    from megatron_xy.model_source import resolve_model
     from megatron_xy.parallel import build_groups
     from megatron_xy.role import build_role
-    from megatron_xy.weights import load_initial_weights, resolve_model
+    from megatron_xy.weights import load_initial_weights
 
     model = resolve_model(ModelConfig.model_validate({"load": load, "head": head}))
     groups = build_groups("model", ranks=range(dist.get_world_size()), parallel=parallel, timeout_seconds=60)

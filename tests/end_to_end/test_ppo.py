@@ -262,7 +262,12 @@ def test_roles_begin_as_hf_folders_as_they_do_as_checkpoints(unbroken: Path, fol
 
 def test_a_rule_in_place_of_the_reward_model_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    config = write_ppo(folder, tmp_path / "rule.yaml", ppo={"reward_function": f"{folder / 'rule.py'}:share_of_e"})
+    config = write_ppo(
+        folder,
+        tmp_path / "rule.yaml",
+        model={"vocab_size": VOCAB_SIZE + 9},  # rows that the tokenizer does not know, as many a published model has
+        ppo={"reward_function": f"{folder / 'rule.py'}:share_of_e", "responses": None},
+    )
     values = yaml.safe_load(config.read_text())
     del values["roles"]["reward"]
     config.write_text(yaml.safe_dump(values))
@@ -276,6 +281,8 @@ def test_a_rule_in_place_of_the_reward_model_stopped_and_resumed(folder: Path, t
     records = metrics_of(run_dir)
     assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
     assert 0 < records[0]["score_mean"] < 1
+    said = [load_file(path)["tokens"].max() for path in (run_dir / "rollouts").iterdir()]
+    assert max(said) >= VOCAB_SIZE, "no answer tried what this is about"
 
 
 def refused(config: Path, *overrides: str) -> tuple[int, str]:
