@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.checkpoint_files import read_manifest
-from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations
+from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations, swept_bytes
 from megatron_xy.config import (
     InvalidConfig,
     ModelConfig,
@@ -94,6 +94,7 @@ def check_space(config: RunConfig) -> None:
     size = checkpoint_bytes(config.model)
     num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
     free = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists())).free
+    free += swept_bytes(checkpoints)  # which the run does first
     if free < num_to_come * size:
         raise StorageError(
             f"run_dir ({config.run_dir}) has {free / 1e9:,.1f} GB free, and {num_to_come * size / 1e9:,.1f} are "
