@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.checkpoint_files import read_manifest
-from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations
+from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations, swept_bytes
 from megatron_xy.config import (
     InvalidConfig,
     ModelConfig,
@@ -98,9 +98,10 @@ def check_space(config: RunConfig) -> None:
     size = checkpoint_bytes(config.model)
     num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
     disk = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists()))
-    if disk.total and disk.free < num_to_come * size:  # some network file systems tell no size at all
+    free = disk.free + swept_bytes(checkpoints)  # which the run does first
+    if disk.total and free < num_to_come * size:  # some network file systems tell no size at all
         raise StorageError(
-            f"run_dir ({config.run_dir}) has {disk.free / 1e9:,.1f} GB free, and {num_to_come * size / 1e9:,.1f} are "
+            f"run_dir ({config.run_dir}) has {free / 1e9:,.1f} GB free, and {num_to_come * size / 1e9:,.1f} are "
             f"needed: a checkpoint takes {size / 1e9:,.1f} GB, checkpoint.keep_latest ({kept}) are kept while another "
             f"is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
         )

@@ -358,6 +358,7 @@ class Trainer:
 
         result = self.evaluator.evaluate(self.role, iteration=iteration, goes_on=goes_on)
         if result is not None and result.checkpoint_facts:
+            self._beat("save", iteration)
             self.writer.finish(self.role.groups)
             folder = iteration_folder(self.checkpoints, iteration)
             if self.role.groups.is_leader and folder.is_dir():

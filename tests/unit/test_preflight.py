@@ -89,3 +89,13 @@ def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_o
         check_paths(config(*huge, f"run_dir={built.parent / 'another'}"))
     with pytest.raises(StorageError, match=r", and 824,.* 1 are there"):
         check_space(config(*huge))
+
+
+def test_what_a_killed_save_left_counts_as_free(config):
+    left = config().run_dir / "checkpoints" / ".tmp-iter_0000012" / "rank-00000-of-00001.safetensors"
+    left.parent.mkdir()
+    huge = config("model.num_layers=1000", "model.hidden_size=32768", "model.ffn_hidden_size=131072")
+    with left.open("wb") as stream:
+        stream.truncate(10**12)  # a hole: it takes no room
+    with pytest.raises(StorageError, match=r"has 1,[\d,.]+ GB free, and 412,"):
+        check_space(huge)
