@@ -100,7 +100,7 @@ def build(
     assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made above"
     scorer: Scorer
     if function is not None:
-        scorer = FunctionScorer(function, prompts=material.prompts, tokenizer=material.tokenizer)
+        scorer = FunctionScorer(function, prompts=material.prompts, tokenizer=material.tokenizer, beat=beat)
     else:
         reward = workers["reward"]
         assert isinstance(reward, RewardModel), "made above"
