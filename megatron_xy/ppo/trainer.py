@@ -30,6 +30,7 @@ from megatron_xy.parallel import Groups, barrier, max_over, sum_over
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
 from megatron_xy.ppo.experience import Experience, Rollout
+from megatron_xy.ppo.facts import facts
 from megatron_xy.ppo.prompts import PromptFile, Renderer
 from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout, dumped
@@ -367,14 +368,9 @@ class PPOTrainer:
         barrier(self.cast.world)
 
     def _facts(self, name: str) -> dict[str, Any]:
-        """What a manifest keeps of the config, for course.check_continuation: what is drawn, and measured against."""
-        order = {"seed": self.config.seed, "ppo.rollout_batch_size": self.ppo.rollout_batch_size, **self.fingerprints}
-        settings = {f"ppo.{key}": value for key, value in self.ppo.model_dump(mode="json").items()}
-        return {
-            "model": self.cast.workers[name].placed.model.model_dump(mode="json"),
-            "data_order": order,
-            "settings": {key: value for key, value in settings.items() if key not in order},
-        }
+        """What a manifest keeps of the config, for course.check_continuation."""
+        roles = {worker.name: worker.placed for worker in self.cast.workers.values()}
+        return facts(self.config, roles, of=name, fingerprints=self.fingerprints)
 
 
 class _Phases:

@@ -106,8 +106,7 @@ def write_ppo(folder: Path, path: Path, **sections: dict[str, Any]) -> Path:
 def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run."""
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    config = write_ppo(folder, folder / "ppo.yaml")
-    ended = run_to_end(run_command(config, f"run_dir={run_dir}", "checkpoint.hf_interval=4", ranks=4))
+    ended = run_to_end(run_command(folder / "ppo.yaml", f"run_dir={run_dir}", "checkpoint.hf_interval=4", ranks=4))
     assert ended.code == 0, ended
     return run_dir
 
