@@ -5,19 +5,16 @@ What can be known to fail is found before any process group starts: files, promp
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 from megatron_xy import device, environment, mcore, parallel
-from megatron_xy.checkpoint_files import MANIFEST
-from megatron_xy.config import ParallelConfig, PlacedRole, RoleName, RunConfig, check_world, placed_roles
+from megatron_xy.config import ParallelConfig, PlacedRole, RunConfig, check_world, placed_roles
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.sampling import SamplingOptions
-from megatron_xy.model_source import split_origin, stored_head
+from megatron_xy.model_source import stored_head
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
+from megatron_xy.ppo.facts import fingerprints
 from megatron_xy.ppo.material import Material, look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.reward_function import FunctionScorer, RewardFunction, load_reward_function
@@ -28,7 +25,6 @@ from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
-from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog, backend_timeout
 
 
@@ -100,7 +96,7 @@ def build(
     assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made above"
     scorer: Scorer
     if function is not None:
-        scorer = FunctionScorer(function, prompts=material.prompts, tokenizer=material.tokenizer)
+        scorer = FunctionScorer(function, prompts=material.prompts, tokenizer=material.tokenizer, beat=beat)
     else:
         reward = workers["reward"]
         assert isinstance(reward, RewardModel), "made above"
@@ -121,7 +117,7 @@ def build(
         source=_source(config, material, actor),
         prompts=material.prompts,
         renderers=material.renderers,
-        fingerprints=_fingerprints(config, material),
+        fingerprints=fingerprints(config, material),
         tokenizer=str(material.tokenizer.path),
         log=log,
         watchdog=watchdog,
@@ -184,32 +180,3 @@ def _source(config: RunConfig, material: Material, actor: Actor) -> AnswerSource
         seed=config.seed,
     )
     return GeneratedAnswers(actor, options)
-
-
-def _fingerprints(config: RunConfig, material: Material) -> dict[str, str]:
-    """Of the files that decide what is drawn and what it is measured against."""
-    ppo = config.ppo
-    assert ppo is not None and ppo.prompts is not None, "the config's rules ask for them"
-    prints = {"ppo.prompts": file_sha256(ppo.prompts), "data.tokenizer": material.tokenizer.sha256}
-    if ppo.responses is not None:
-        prints["ppo.responses"] = file_sha256(ppo.responses)
-    frozen: tuple[RoleName, ...] = ("reference", "reward")
-    for name in frozen:
-        role = material.roles.get(name)
-        if role is not None and role.model.load is not None:
-            prints[f"roles.{name}.model.load"] = _weights_fingerprint(role.model.load)
-    return prints
-
-
-def _weights_fingerprint(load: str) -> str:
-    """Of a checkpoint its manifest, which has all checksums; of an HF folder its small files and all sizes."""
-    kind, folder = split_origin(load)
-    if kind == "ckpt":
-        return file_sha256(folder / MANIFEST)
-    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.suffix == ".safetensors")
-    small = [file_sha256(path) for path in sorted(folder.glob("*.json")) if _is_of_the_weights(path)]
-    return hashlib.sha256(json.dumps([sizes, small]).encode()).hexdigest()
-
-
-def _is_of_the_weights(path: Path) -> bool:
-    return path.name in ("config.json", "model.safetensors.index.json")

@@ -1,5 +1,7 @@
-"""What a PPO run is given is looked at whole before anything starts, by `check --paths` as well: no model of a wrong kind
-or vocabulary, no prompt or answer that does not fit."""
+"""What a PPO run is given is looked at whole before anything starts, by `check --paths` as well.
+
+No model of a wrong kind or vocabulary gets through, no prompt or answer that does not fit.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_xy.config import load_config
-from megatron_xy.errors import MegatronXYError
+from megatron_xy.config import InvalidConfig, load_config
+from megatron_xy.errors import ConfigError, MegatronXYError
+from megatron_xy.plan.overview import Plan
+from megatron_xy.plan.verb import plan
 from megatron_xy.preflight import check_paths
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -48,6 +52,11 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def look(tmp_path: Path, loads: dict[str, str], *overrides: str, **kinds: str) -> None:
     """`check --paths` of a run whose roles begin as these kinds of folder."""
+    check_paths(load_config(written(tmp_path, loads, **kinds), overrides=overrides))
+
+
+def written(tmp_path: Path, loads: dict[str, str], **kinds: str) -> Path:
+    """Its RUN.yaml, with all that it names."""
     write_tokenizer(tmp_path, WORDS)
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "w00"}, {"prompt": " ".join(WORDS)}])
     write_rows(tmp_path / "responses.jsonl", [{"response_tokens": [3, 4, 18]}] * 8)
@@ -64,7 +73,7 @@ def look(tmp_path: Path, loads: dict[str, str], *overrides: str, **kinds: str) -
         },
     }  # fmt: skip
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(config))
-    check_paths(load_config(tmp_path / "ppo.yaml", overrides=overrides))
+    return tmp_path / "ppo.yaml"
 
 
 def test_a_critic_may_begin_as_a_reward_or_a_language_model(tmp_path: Path, loads: dict[str, str]) -> None:
@@ -95,3 +104,26 @@ def test_what_does_not_fit_is_named(
     folder = loads[next(iter(kinds.values()))].removeprefix("hf:") if kinds else ""
     assert caught.value.exit_code == code
     assert text.format(folder) in str(caught.value)
+
+
+def planned(path: Path, *overrides: str) -> Plan:
+    return plan(
+        path, overrides=overrides, num_nodes=1, gpus_per_node=4, gpu="h100", tokens=None, do_search=False,
+        calibrate_by=None, as_json=True,
+    )  # fmt: skip
+
+
+def test_a_plan_takes_shapes_from_what_the_roles_load(tmp_path: Path, loads: dict[str, str]) -> None:
+    path = written(tmp_path, loads)
+    roles = {role.job.role: role.job.model for role in planned(path).roles}
+    assert {name: (model.num_layers, model.vocab_size, model.head) for name, model in roles.items()} == {
+        "actor": (4, 20, "language_model"),
+        "critic": (4, 20, "value"),
+        "reference": (4, 20, "language_model"),
+        "reward": (4, 20, "value"),
+    }
+    uneven = ("roles.actor.ranks=0-2", "roles.actor.parallel.tensor_model_parallel_size=3", "roles.critic.ranks=3")
+    with pytest.raises(InvalidConfig, match=r"roles.actor: model.num_attention_heads \(4\) must be a multiple of"):
+        planned(path, *uneven, "roles.reference.ranks=0", "roles.reward.ranks=0")
+    with pytest.raises(ConfigError, match="is not here to tell; give the shape keys in the config beside load"):
+        planned(path, "roles.reference.model.load=hf:nowhere")
