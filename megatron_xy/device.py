@@ -54,8 +54,11 @@ def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = Fa
     """
     global _device
     torch.set_num_threads(num_threads)
-    if deterministic:  # read by cuBLAS when CUDA starts
+    # Read when CUDA starts. One queue from host to GPU: a collective begins before the matrix product that hides it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if deterministic:  # cuBLAS would share its scratch memory among streams, NVLink's switches add up in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch._dynamo: 2 s
         torch.use_deterministic_algorithms(deterministic)
     if _device is not None:
