@@ -37,6 +37,11 @@ _FACTORIES = (
 COLLECTIVE_ERROR_MARKS = (
     "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe",
 )  # fmt: skip
+# What CUDA says, in the same way, when this rank's own GPU has failed.
+BROKEN_GPU_MARKS = (
+    "uncorrectable ECC error", "uncorrectable NVLink error", "hardware stack error", "or a hardware error",
+    "CUDA error: unknown error",
+)  # fmt: skip
 _MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
 Moment = Any  # a float of time.perf_counter() on a CPU, an event in the queue on a GPU
