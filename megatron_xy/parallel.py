@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -287,11 +288,16 @@ def errors_told(*, when_memory_runs_out: str) -> Iterator[None]:
 
 
 def as_peer_lost(error: BaseException) -> PeerLost | None:
-    """`error` as PeerLost where it is a collective that failed or timed out; None where it is anything else."""
+    """`error` as PeerLost where a collective failed or timed out, or this rank's GPU broke; None for anything else."""
     text = str(error)
+    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if isinstance(error, RuntimeError) and any(mark in text for mark in device.BROKEN_GPU_MARKS):
+        return PeerLost(
+            f"the GPU of rank {environment.rank()} on {socket.gethostname()} has failed: {first_line}; look at dmesg "
+            f"(Xid) and nvidia-smi -q there, and leave the host out where that comes again"
+        )
     marked = isinstance(error, RuntimeError) and any(mark in text for mark in device.COLLECTIVE_ERROR_MARKS)
     if marked or isinstance(error, dist.DistError):
-        first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         first_line = re.sub(r"^\[\S+:\d+\] ", "", first_line)  # gloo begins with the place in its own source
         return PeerLost(f"a collective failed because another rank is gone or stands still: {first_line}")
     return None
