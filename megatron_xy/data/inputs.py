@@ -144,13 +144,15 @@ def _expand(given: str) -> list[Path]:
         below = sorted(file for file in path.rglob("*") if file.is_file())
         files = [file for file in below if not any(name.startswith(".") for name in file.relative_to(path).parts)]
         if not files:
-            raise ConfigError(f"input ({given}): the folder holds no file")
+            raise ConfigError(f"input ({given}): the folder holds no file; name one with documents")
         return files
     if glob.has_magic(given):
         matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - Path.glob refuses absolute patterns
         files = [file for match in matches if (file := Path(match)).is_file()]
         if not files:
-            raise ConfigError(f"input ({given}): no file matches")
+            raise ConfigError(
+                f"input ({given}): no file matches; mend the pattern, or quote it where the shell reads it"
+            )
         return files
     if bin_path(path).is_file() or idx_path(path).is_file():
         return [bin_path(path)]
