@@ -677,7 +677,7 @@ NAMES = st.text("abcdefgh0123456789-_.: #'\"\\é中{[&*!", min_size=1, max_size=
     weights=st.none() | st.dictionaries(NAMES, st.floats(1e-300, 1e300), min_size=1, max_size=4),
     path=NAMES | st.lists(NAMES, min_size=1, max_size=3),
     resume=st.sampled_from(["auto", "never"]) | st.integers(1, 10**6),
-    run_dir=NAMES | st.sampled_from(["1e5", "on", "null", "~", "2024-01-01", "0x1f", "1_000", "=", "<<"]),
+    run_dir=NAMES | st.sampled_from(["1e5", "on", "null", "2024-01-01", "0x1f", "1_000", "=", "<<"]),
     factor=st.floats(1.0, 1e6),
 )
 def test_dump_config_reads_back_the_same(tmp_path_factory, **drawn) -> None:
