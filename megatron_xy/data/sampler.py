@@ -68,11 +68,17 @@ class SampleId(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one data step, all of one bucket, sources mixed."""
+    """The samples of one data step, all of one bucket, sources mixed: the `indices[i]`-th of what `sources[i]` holds."""
 
     data_step: int
     bucket: int
-    samples: tuple[SampleId, ...]
+    sources: tuple[str, ...]
+    indices: tuple[int, ...]
+
+    @functools.cached_property
+    def samples(self) -> tuple[SampleId, ...]:
+        """As `sources` and `indices`, a name each: made on demand, since thousands of objects cost more than the rest."""
+        return tuple(map(SampleId, self.sources, itertools.repeat(self.bucket), self.indices))
 
 
 class BucketSampler:
@@ -124,9 +130,8 @@ class BucketSampler:
         indices = self._indices(numbers, owners, [(source, bucket) for source in sources])
         key = np.frombuffer(_digest(self.seed, "order", data_step), dtype="<u8")[0]
         order = np.argsort(mixed(np.arange(batch_samples, dtype=np.uint64) + key), kind="stable")
-        names = [sources[owner] for owner in owners[order].tolist()]
-        samples = tuple(map(SampleId, names, itertools.repeat(bucket), indices[order].tolist()))
-        return Batch(data_step, bucket, samples)
+        names = np.array(sources, dtype=object)[owners[order]]
+        return Batch(data_step, bucket, tuple(names.tolist()), tuple(indices[order].tolist()))
 
     def samples_of_rank(
         self, batch: Batch, *, data_parallel_size: int, data_parallel_rank: int, costs: Sequence[int] | None = None
@@ -136,7 +141,7 @@ class BucketSampler:
         costs: the attention work of each of the batch's samples. Given them, the samples are dealt back and forth from
         the most expensive to the cheapest, so that ranks that wait for one another have about the same to do.
         """
-        count = len(batch.samples)
+        count = len(batch.indices)
         if count % data_parallel_size:
             raise ConfigError(
                 f"a batch of bucket {batch.bucket} ({count} samples) must be a multiple of data_parallel_size "
