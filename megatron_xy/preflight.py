@@ -97,8 +97,8 @@ def check_space(config: RunConfig) -> None:
     free += swept_bytes(checkpoints)  # which the run does first
     if free < num_to_come * size:
         raise StorageError(
-            f"run_dir ({config.run_dir}) has {free / 1e9:,.1f} GB free, and {num_to_come * size / 1e9:,.1f} are "
-            f"needed: a checkpoint takes {size / 1e9:,.1f} GB, checkpoint.keep_latest ({kept}) are kept while another "
+            f"run_dir ({config.run_dir}) has {free / 1e6:,.1f} MB free, and {num_to_come * size / 1e6:,.1f} are "
+            f"needed: a checkpoint takes {size / 1e6:,.1f} MB, checkpoint.keep_latest ({kept}) are kept while another "
             f"is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
         )
 
