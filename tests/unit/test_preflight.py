@@ -11,7 +11,8 @@ from megatron_xy.continuation import facts
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.errors import ConfigError, StorageError
-from megatron_xy.preflight import check_paths, check_space
+from megatron_xy.preflight import check_paths
+from megatron_xy.run_dir import check_space
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 
