@@ -20,8 +20,9 @@ from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.model_source import resolve_model
-from megatron_xy.preflight import check_boards, check_space, open_data, open_held_out
+from megatron_xy.preflight import check_boards, open_data, open_held_out
 from megatron_xy.role import Role, build_role
+from megatron_xy.run_dir import check_space
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.trainer import Trainer, timed

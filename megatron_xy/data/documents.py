@@ -7,6 +7,7 @@ and listed in a report. A document is a text or, in jsonl, a conversation.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -284,7 +285,7 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
     """(line number, bytes) of every line of a part of a jsonl file, plain or compressed."""
     zipped = part.path.endswith(COMPRESSED)
     line, told = part.first_line, part.start
-    with Path(part.path).open("rb", buffering=READ_BUFFER) as stream:
+    with io.BufferedReader(Path(part.path).open("rb", buffering=0), READ_BUFFER) as stream:
         stream.seek(part.start)
         position = part.start
         try:
