@@ -26,12 +26,12 @@ from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.evaluation import untouched
 from megatron_xy.model_job import ModelJob, run_job
 from megatron_xy.model_ranks import complete_options, joined
+from megatron_xy.model_source import stored_head
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.reward.scoring import MICRO_BATCHES_A_PASS, passes, score_pass
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import stored_head
 
 
 @dataclass(frozen=True)

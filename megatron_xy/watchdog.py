@@ -23,7 +23,7 @@ from megatron_xy.liveness import SIGNS
 from megatron_xy.signals import StopRequest
 
 END = "end"  # the phase of a rank that is about to leave by itself
-STRICT_PHASES = ("rendezvous", "data", "step")  # in the others work that nobody counts is progress, too
+STRICT_PHASES = ("data", "step", "evaluate")  # after their first time; else work nobody counts is progress, too
 PATIENCE = 10  # for how many times `timeout_seconds` it is
 WORK_BYTES = 4 * 2**20  # read or written within `timeout_seconds`: a rank that works
 WORK_SHARE = 0.1  # of one core within `timeout_seconds`: likewise
@@ -55,7 +55,7 @@ class Watchdog:
         self._timeout, self._stop = timeout_seconds, stop
         self._began = time.time()
         self._place = (0, phase)
-        self._first_iteration: int | None = None
+        self._first_iterations: dict[str, int] = {}  # {phase: the iteration in which it was entered first}
         self._entered = 1
         self._tick = min(1.0, timeout_seconds / 10)
         self._beat_seconds = max(0.05, world_size / BEATS_A_SECOND)
@@ -78,8 +78,8 @@ class Watchdog:
         """The main thread has come to `phase` of `iteration` (0: before the first). Costs a few microseconds."""
         if (iteration, phase) == self._place:
             return
-        if iteration and self._first_iteration is None:
-            self._first_iteration = iteration
+        if iteration:
+            self._first_iterations.setdefault(phase, iteration)
         self._place = (iteration, phase)
         self._entered += 1
         self._wake.set()
@@ -120,7 +120,8 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         iteration, phase = self._place
-        is_strict = phase in STRICT_PHASES and not (phase != "rendezvous" and self._is_starting(iteration))
+        is_first = iteration in (0, self._first_iterations.get(phase))  # in which kernels are compiled
+        is_strict = phase == "rendezvous" or (phase in STRICT_PHASES and not is_first)
         self._progress.look(now, place=self._entered, counts_work=not is_strict)
         stalled = self._progress.stalled_seconds(now)
         has_moved = self._told_entered != self._entered
@@ -139,9 +140,6 @@ class Watchdog:
                 self._report(stalled)
         if stalled > GONE_SECONDS and self._siblings:
             self._look_for_the_dead(self._siblings)
-
-    def _is_starting(self, iteration: int) -> bool:
-        return iteration in (0, self._first_iteration)
 
     def _tell(self) -> None:
         now = time.monotonic()

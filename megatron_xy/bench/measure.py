@@ -135,15 +135,7 @@ def measure_attention(request: dict[str, Any]) -> dict[str, Any]:
         finding = examine(backend, dtype, head_dim, deterministic=False)
         rows = []
         for length in request["document_lengths"] if finding.usable else ():
-            lengths = (length,) * (request["tokens"] // length)
-            borders = torch.arange(0, request["tokens"] + 1, length, dtype=torch.int32).to(device.current())
-            packed = PackedDocuments(
-                cu_seqlens_q=borders,
-                cu_seqlens_kv=borders,
-                max_seqlen_q=length,
-                max_seqlen_kv=length,
-                segment_lengths=lengths,
-            )
+            packed = PackedDocuments.of((length,) * (request["tokens"] // length))
             seconds = []
             for _ in range(1 + request["repeats"]):
                 inputs = [tensor.detach().requires_grad_() for tensor in drawn[:3]]

@@ -10,7 +10,7 @@ import contextlib
 from megatron_xy.config import RunConfig
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
-from megatron_xy.preflight import open_pairs
+from megatron_xy.preflight import check_space, open_pairs
 from megatron_xy.pretrain import build, open_log, with_model
 from megatron_xy.reward.batches import PairOrder
 from megatron_xy.reward.evaluator import PairEvaluator
@@ -30,6 +30,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
     config = with_model(config)
+    check_space(config)
     data = open_pairs(config)
     order = order_of(config, data)
     config = with_epochs(config, order)
