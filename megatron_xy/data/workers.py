@@ -6,6 +6,7 @@ tasks: each does what nobody else is doing, and waits for the rest.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -87,6 +88,7 @@ class Workers:
             self._spawned = method == "spawn"
             if method == "fork":
                 self._prepare()
+                gc.freeze()  # what is loaded stays: no collection goes through it again, here or in the workers
             context = multiprocessing.get_context(method)
             self._shared_done = context.Value("q", 0)
             self._executor = ProcessPoolExecutor(
