@@ -56,7 +56,7 @@ def test_no_source_is_off_its_weight_by_more_than_three_global_batches_through_a
 
 
 def restless_run(seed):
-    """(streams, phases, steps): up to twelve sources, phases of 1 to 11 steps, the smallest batch that buckets allow."""
+    """(streams, phases, steps): up to twelve sources, phases of 1 to 11 steps, the smallest batch that fits."""
     random = Random(seed)
     buckets = random.choice([(64,), (64, 128, 256), (64, 96, 128, 192), (16, 32, 64, 128, 256, 512), BUCKETS])
     sources = [f"source {number}" for number in range(random.randint(5, 12))]
