@@ -68,7 +68,7 @@ class SampleId(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one data step, of one bucket, sources mixed: the `indices[i]`-th of what `sources[i]` holds there."""
+    """The samples of one data step, of one bucket: the `indices[i]`-th of what `sources[i]` holds there."""
 
     data_step: int
     bucket: int
