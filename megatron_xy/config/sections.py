@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_serializer, field_validator
 
-from megatron_xy.config.fields import FilePath, Section, Weight
+from megatron_xy.config.fields import FilePath, Section, Weight, no_home
 
 
 def _folder_of_weights(value: str) -> str:
     if not re.fullmatch(r"(ckpt|hf):[^\0]+", value):
         raise ValueError("must be ckpt:DIR or hf:DIR")
+    no_home(value.partition(":")[2])
     return value
 
 
@@ -154,7 +155,9 @@ class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(3e-4, ge=0)
-    min_lr: float = Field(3e-5, ge=0)
+    min_lr: float = Field(
+        default_factory=lambda before: min(3e-5, before["lr"]), ge=0, description="3e-5, or lr where that is lower"
+    )
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: int = Field(10, ge=0, description="may exceed train_iters")
     lr_warmup_tokens: int | None = Field(None, ge=0, description="in place of lr_warmup_iters: a schedule by tokens")
@@ -310,12 +313,6 @@ class RunConfig(Section):
     def reward_section(self) -> RewardConfig:
         """`reward`, or its defaults."""
         return self.reward or RewardConfig()
-
-    @field_validator("model", "parallel", "data", "training", "optimizer", "checkpoint", "runtime", mode="before")
-    @classmethod
-    def _empty_section(cls, value: Any) -> Any:
-        """`model:` with nothing below it is a section without keys, not null."""
-        return {} if value is None else value
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -68,7 +68,7 @@ class SampleId(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one data step, of one bucket: the `indices[i]`-th of what `sources[i]` holds there."""
+    """The samples of one data step, of one bucket, sources mixed: the `indices[i]`-th of what `sources[i]` holds."""
 
     data_step: int
     bucket: int
@@ -77,7 +77,7 @@ class Batch:
 
     @functools.cached_property
     def samples(self) -> tuple[SampleId, ...]:
-        """One a sample: made on demand, since thousands of objects cost more than all the rest."""
+        """As `sources` and `indices`, a name each: made on demand, as thousands of objects cost more than the rest."""
         return tuple(map(SampleId, self.sources, itertools.repeat(self.bucket), self.indices))
 
 

@@ -16,7 +16,7 @@ from megatron_xy.data.phases import check_epochs, describe_epochs, run_sampler, 
 from megatron_xy.data.plan_steps import plan_steps
 from megatron_xy.data.sampler import BucketSampler, SamplerPhase, Stream
 from megatron_xy.data.trace import trace_steps
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.preflight import check_paths
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
@@ -56,7 +56,7 @@ def test_no_source_is_off_its_weight_by_more_than_three_global_batches_through_a
 
 
 def restless_run(seed):
-    """(streams, phases, steps): up to twelve sources, phases of 1 to 11 steps, the smallest batch that fits."""
+    """(streams, phases, steps): twelve sources at most, phases of 1 to 11 steps, the smallest batch of the buckets."""
     random = Random(seed)
     buckets = random.choice([(64,), (64, 128, 256), (64, 96, 128, 192), (16, 32, 64, 128, 256, 512), BUCKETS])
     sources = [f"source {number}" for number in range(random.randint(5, 12))]
@@ -222,6 +222,8 @@ def test_plan_steps_and_trace_follow_the_phases(data):
     config = run_yaml(data, phases=[{"from_iter": 20, "weights": {"a": 0, "b": 1}, "global_batch_tokens": 512}])
     asked = {"config_path": config, "overrides": [], "steps": range(18, 22)}
     rows = list(plan_steps(data / "data", **asked, data_parallel_size=1, data_parallel_rank=0))
+    with pytest.raises(UsageError, match=r"--data-parallel-rank \(2\) must be below --data-parallel-size \(2\)"):
+        next(plan_steps(data / "data", **asked, data_parallel_size=2, data_parallel_rank=2))
     tokens = Counter()
     for row in rows:
         tokens[row["data_step"]] += row["bucket"] * len(row["samples"])
