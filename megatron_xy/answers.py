@@ -302,11 +302,10 @@ def _generate_in_this_rank(work: Work, arguments: GenerateArguments, *, beat: Ca
 def _row(work: Work, number: int, num_answers: int, answer: Answer) -> dict[str, Any]:
     """One row of the output."""
     row, index = divmod(number, num_answers)
-    known = [token for token in answer.tokens if token < work.tokenizer.vocab_size]  # a model may have rows beyond
     return {
         "prompt": work.prompts[row].value.given,
         "index": index,
-        "response": work.tokenizer.decode(known),
+        "response": work.tokenizer.decode_answer(answer.tokens),
         "response_tokens": answer.tokens,
         "logprobs_sum": sum(answer.logprobs),
         "finish_reason": answer.finish_reason,

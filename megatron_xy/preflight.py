@@ -30,6 +30,7 @@ from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.model_source import resolve_model
+from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
@@ -57,11 +58,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             return check_paths(config, build_into=Path(folder))
     findings = _Findings()
-    model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
-    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
-    completed = config.model_copy(update={"model": model})
-    if model is not config.model:
-        findings.of("model", lambda: check_shape(completed))
+    completed = _completed(config, findings)
     dataset = _look_at_data(completed, findings, build_into=build_into)
     findings.of("data.eval_path", lambda: _held_out(completed, dataset, build_into=build_into))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
@@ -72,15 +69,22 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
 
 def _check_reward_paths(config: RunConfig) -> None:
     findings = _Findings()
+    completed = _completed(config, findings)
+    pairs: PairData | None = findings.of("data.path", lambda: open_pairs(completed))
+    findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
+    _look_at_run_dir(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
+    findings.end()
+    check_space(completed)
+
+
+def _completed(config: RunConfig, findings: _Findings) -> RunConfig:
+    """The config with its model completed from what it loads, checked as far as that can be."""
     model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
-    pairs: PairData | None = findings.of("data.path", lambda: open_pairs(completed))
-    _look_at_run_dir(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
-    findings.end()
-    check_space(completed)
+    return completed
 
 
 def open_pairs(config: RunConfig) -> PairData:
@@ -111,6 +115,8 @@ def _check_ppo_paths(config: RunConfig) -> None:
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.of("run_dir", lambda: check_place(config.run_dir))
     findings.of("checkpoint.resume", lambda: iterations_to_resume(config))
+    if not findings.problems:  # where roles stand does not matter to what they are given
+        findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
     findings.end()
 
 

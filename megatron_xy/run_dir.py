@@ -53,9 +53,9 @@ def check_space(config: RunConfig) -> None:
     there = len(saved_iterations(checkpoints))
     size = checkpoint_bytes(config.model)
     num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
-    free = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists())).free
-    free += swept_bytes(checkpoints)  # which the run does first
-    if free < num_to_come * size:
+    disk = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists()))
+    free = disk.free + swept_bytes(checkpoints)  # which the run does first
+    if disk.total and free < num_to_come * size:  # some network file systems tell no size at all
         raise StorageError(
             f"run_dir ({config.run_dir}) has {free / 1e6:,.1f} MB free, and {num_to_come * size / 1e6:,.1f} are "
             f"needed: a checkpoint takes {size / 1e6:,.1f} MB, checkpoint.keep_latest ({kept}) are kept while another "

@@ -190,8 +190,8 @@ class Trainer:
                 if saved != iteration:  # asked to stop during the evaluation, which the resumed run makes up for
                     self._save(iteration)
                 self._leave_stopped(iteration)
-        self.profile.close()
         self._beat("finish", self.state.iteration)
+        self.profile.close()
         self.writer.finish(self.role.groups)
         self.log.say(f"done: {self.state.iteration} iterations, last checkpoint at iteration {saved}")
 
@@ -250,6 +250,8 @@ class Trainer:
         self.log.epochs(self.loader.begun_epochs(data_step), data_step=data_step)
         for straggler in self.stragglers.add(busy):
             self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
+        if self.profile.ends_with(iteration):
+            self._beat("profile", iteration)  # a trace of many kernels takes minutes to write, which is no hang
         if trace := self.profile.after_step(iteration):
             self.log.say(f"profile written to {trace}")
         if reasons or not result.updated:

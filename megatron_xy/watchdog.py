@@ -59,6 +59,7 @@ class Watchdog:
         self._entered = 1
         self._tick = min(1.0, timeout_seconds / 10)
         self._beat_seconds = max(0.05, world_size / BEATS_A_SECOND)
+        self._idle_beat_seconds = max(self._tick, self._beat_seconds)  # while it is where it last said
         self._last_beat = self._last_look_around = float("-inf")
         self._told_entered = 0
         self._progress = _Progress(timeout_seconds)
@@ -123,7 +124,8 @@ class Watchdog:
         is_strict = phase == "rendezvous" or (phase in STRICT_PHASES and not is_first)
         self._progress.look(now, place=self._entered, counts_work=not is_strict)
         stalled = self._progress.stalled_seconds(now)
-        if now - self._last_beat >= (self._tick if self._told_entered == self._entered else self._beat_seconds):
+        has_moved = self._told_entered != self._entered
+        if now - self._last_beat >= (self._beat_seconds if has_moved else self._idle_beat_seconds):
             self._tell()
         if self._siblings is None and iteration:
             self._siblings = orphans.siblings()
@@ -185,7 +187,7 @@ class Watchdog:
     def _report(self, stalled: float) -> None:
         """Reports for all ranks, if no other one does, and ends the run."""
         request = hang_report.new_request(rank=self._rank, stalled_seconds=stalled)
-        if not hang_report.claim(self._run_dir, request):
+        if not hang_report.claim(self._run_dir, request, since=self._began):
             return  # the next look finds the other one's request
         self._begin_to_leave()
         local = orphans.siblings()

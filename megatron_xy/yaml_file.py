@@ -86,7 +86,7 @@ def _parse_yaml(text: str, where: Callable[[int], str]) -> tuple[Any, yaml.Node 
                 raise ConfigError(f"{where(line)}: YAML anchors, aliases and tags are not accepted; write it out")
         node = yaml.compose(text, Loader=_Loader)
         if node is not None:
-            _refuse_repeated_keys(node, where)
+            _check_keys(node, where)
         return _Loader(text).get_single_data(), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -95,20 +95,24 @@ def _parse_yaml(text: str, where: Callable[[int], str]) -> tuple[Any, yaml.Node 
         raise ConfigError(f"{where(1)}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
-def _refuse_repeated_keys(node: yaml.Node, where: Callable[[int], str]) -> None:
+def _check_keys(node: yaml.Node, where: Callable[[int], str]) -> None:
+    """Every key is text, and stands once in its section."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_repeated_keys(item, where)
+            _check_keys(item, where)
     if isinstance(node, yaml.MappingNode):
         names = set()
         for key, value in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if key.tag == "tag:yaml.org,2002:merge":
                 raise ConfigError(f"{where(line)}: YAML merge keys (<<) are not accepted; write it out")
+            if key.tag != "tag:yaml.org,2002:str":  # 1, yes, null, a date, a list
+                shown = f"the key {name}" if isinstance(key, yaml.ScalarNode) else "a key"
+                raise ConfigError(f"{where(line)}: {shown} must be text; put it in quotes")
             if name in names:
                 raise ConfigError(f"{where(line)}: {name} is given twice; keep one of the two")
             names.add(name)
-            _refuse_repeated_keys(value, where)
+            _check_keys(value, where)
 
 
 def _collect_lines(node: yaml.MappingNode, prefix: str, path: Path, lines: Lines) -> None:

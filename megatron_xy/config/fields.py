@@ -33,7 +33,14 @@ def _path_text(value: Any) -> Any:
         raise ValueError("must be a path; put it in quotes if it is one")
     if not str(value) or "\0" in str(value):
         raise ValueError("must be a path; it is empty or holds a NUL character")
+    no_home(str(value))
     return value
+
+
+def no_home(path: str) -> None:
+    """Refuses ~/DIR, which would be a folder named ~; home folders differ between machines and in containers."""
+    if path.startswith("~"):
+        raise ValueError("must not begin with ~, which only a shell knows; write the path out")
 
 
 FilePath = Annotated[Path, BeforeValidator(_path_text)]
@@ -47,7 +54,10 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers are numbers, flags are flags, and `model:` with nothing below it is a section without keys."""
         assert info.field_name is not None, "a field's validator knows its field"
-        is_flag = cls.model_fields[info.field_name].annotation is bool
-        return _plain_flag(value) if is_flag else _plain_number(value)
+        kind = cls.model_fields[info.field_name].annotation
+        if value is None and isinstance(kind, type) and issubclass(kind, Section):
+            return {}
+        return _plain_flag(value) if kind is bool else _plain_number(value)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from megatron_xy.config.fields import FilePath
 from megatron_xy.config.model_rules import model_verb_rules
 from megatron_xy.config.problems import InvalidConfig, Problem
 from megatron_xy.config.rules import head_of, run_rules
@@ -72,7 +74,10 @@ def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
         return None
     apply_overrides(values, lines, overrides)
     value = values.get("run_dir", RunConfig.model_fields["run_dir"].default)
-    return Path(value) if isinstance(value, str | Path) and str(value) and "\0" not in str(value) else None
+    try:
+        return TypeAdapter(FilePath).validate_python(value)
+    except ValidationError:
+        return None
 
 
 def dump_config(config: RunConfig) -> str:

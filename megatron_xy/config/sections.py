@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_serializer, field_validator
 
-from megatron_xy.config.fields import FilePath, Section, Weight
+from megatron_xy.config.fields import FilePath, Section, Weight, no_home
 
 
 def _folder_of_weights(value: str) -> str:
     if not re.fullmatch(r"(ckpt|hf):[^\0]+", value):
         raise ValueError("must be ckpt:DIR or hf:DIR")
+    no_home(value.partition(":")[2])
     return value
 
 
@@ -310,12 +311,6 @@ class RunConfig(Section):
     def reward_section(self) -> RewardConfig:
         """`reward`, or its defaults."""
         return self.reward or RewardConfig()
-
-    @field_validator("model", "parallel", "data", "training", "optimizer", "checkpoint", "runtime", mode="before")
-    @classmethod
-    def _empty_section(cls, value: Any) -> Any:
-        """`model:` with nothing below it is a section without keys, not null."""
-        return {} if value is None else value
 
 
 SECTIONS: dict[str, type[Section]] = {

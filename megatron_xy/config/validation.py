@@ -14,12 +14,15 @@ from megatron_xy.config.problems import as_written
 from megatron_xy.config.sections import RunConfig
 from megatron_xy.config.unknown_keys import UNKNOWN_KEY, unknown_key
 
+PAIR = "must be two numbers, such as [-1, 1]"
 RULES_BY_KIND = {  # by the beginning of pydantic's name for what is wrong
     "int_": "must be a whole number",
     "float_": "must be a number",
     "bool_": "must be true or false",
     "string_type": "must be text; put it in quotes",
     "list_type": "must be a list",
+    "tuple_": PAIR,
+    "too_long": PAIR,
     "dict_type": "must be a section: `key: value` lines below it",
     "model_type": "must be a section: `key: value` lines below it",
 }
@@ -53,7 +56,7 @@ def validate(values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
 def _given_part(location: tuple[Any, ...], values: Any) -> tuple[tuple[Any, ...], Any]:
     """The leading part of pydantic's location that stands in the file, and its value; types it tried come after."""
     for depth, part in enumerate(location):
-        is_item = isinstance(values, list) and isinstance(part, int)
+        is_item = isinstance(values, list) and isinstance(part, int) and part < len(values)
         if not is_item and not (isinstance(values, dict) and part in values):
             return location[:depth], values
         values = values[part]
@@ -66,7 +69,7 @@ def _message(detail: Any, location: tuple[Any, ...]) -> str:
     if kind == "extra_forbidden":
         return unknown_key([str(part) for part in location])
     if kind == "missing":
-        return f"{detail['loc'][-1]} is missing"
+        return PAIR if isinstance(detail["loc"][-1], int) else f"{detail['loc'][-1]} is missing"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     for start, rule in RULES_BY_KIND.items():

@@ -239,7 +239,7 @@ def _reuse(build: FolderBuild) -> dict[str, Any]:
     if statistics.bad_lines > most[bad_lines]:
         raise DataError(
             f"output ({folder}) was built without {statistics.bad_lines} bad line(s) of {statistics.lines}, listed in "
-            f"{BAD_LINES_NAME}; accept that with bad_lines = skip, or mend them and build anew"
+            f"{BAD_LINES_NAME}; accept that with --bad-lines skip, or mend them and build anew"
         )
     return {**dataset_stats(folder), "finished": True, "reused": True}
 

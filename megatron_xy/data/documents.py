@@ -107,7 +107,7 @@ class LineReport:
         self.bad_lines += other.bad_lines
         self.listed = (self.listed + other.listed)[:MOST_BAD_LINES_LISTED]
 
-    def raise_if_bad(self, *, remedy: str = "mend them, or leave them out with bad_lines = skip") -> None:
+    def raise_if_bad(self, *, remedy: str = "mend them, or leave them out with `data build --bad-lines skip`") -> None:
         """DataError with the bad lines, their number and the remedy, if there is one."""
         if self.bad_lines:
             raise DataError(f"{self._list()}\n{self.bad_lines} bad line(s); {remedy}")
@@ -121,7 +121,7 @@ class LineReport:
         if self.bad_lines > BAD_LINES_LIMIT * lines:
             raise DataError(
                 f"{self._list()}\n{self.bad_lines} bad line(s) of at most {lines}, more than {BAD_LINES_LIMIT:.1%}; "
-                "mend them, name the right fields, or leave them out with bad_lines = skip"
+                "mend them, name the right fields, or leave them out with `data build --bad-lines skip`"
             )
 
     def _list(self) -> str:
@@ -357,6 +357,8 @@ def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
             raise _BadLine(str(error)) from error
     elif fields.text not in row and holds_conversation(row):
         raise _BadLine(f"no field {fields.text!r}; a conversation needs a chat template: give --chat-template")
+    elif fields.text not in row and fields.conversations:
+        raise _BadLine(f"neither a conversation (messages) nor a field {fields.text!r}")
     text = _string(row, fields.text) if conversation is None else conversation.text
     if fields.source is None:
         return _Contents(text, DEFAULT_SOURCE, conversation)

@@ -74,8 +74,7 @@ def disagreement(fast: FastTokenizer, first_texts: Iterable[Sequence[str]]) -> s
 
 
 class FastTokenizer:
-    """A SentencePiece tokenizer whose texts fastokens encodes; `unsuitable` and
-    `disagreement` say whether it may.
+    """A SentencePiece tokenizer whose texts fastokens encodes; `unsuitable` and `disagreement` say whether it may.
 
     Attributes: name (with the version), reference (the tokenizer itself), conversion_sha256 (of the tokenizer.json
     that fastokens is given).

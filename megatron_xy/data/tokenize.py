@@ -185,10 +185,8 @@ def _batches(task: TokenizeTask, report: LineReport, advance: Advance) -> Iterat
 def _conversation_tokens(document: Document, *, task: TokenizeTask, report: LineReport) -> ChatTokens | None:
     """None where the line is a bad one, which is noted."""
     assert task.chat is not None and document.conversation is not None, "asked for where there is one"
-    chat, conversation = (
-        _chat(loaded_tokenizer(task.tokenizer), task.chat.template, task.chat.name),
-        document.conversation,
-    )
+    chat = _chat(loaded_tokenizer(task.tokenizer), task.chat.template, task.chat.name)
+    conversation = document.conversation
     try:
         tokens = chat.conversation(
             conversation.messages, tools=conversation.tools, last_turn_only=task.chat.last_turn_only

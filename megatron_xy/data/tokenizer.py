@@ -144,3 +144,7 @@ class Tokenizer:
         if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
             raise DataError(f"token ids {min(plain)}..{max(plain)} are outside 0..{self.vocab_size} of {self.path}")
         return self.engine.decode(plain)
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """The text of what a model has said. A model may have rows beyond the vocabulary: their ids yield none."""
+        return self.decode([index for index in ids if index < self.vocab_size])

@@ -17,7 +17,7 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.verify import transformers_logits
-from megatron_xy.logprobs import logprobs_file, work_folder
+from megatron_xy.logprobs import logprobs_file
 from megatron_xy.model_job import ModelJob
 from megatron_xy.run_folder import RunDirBusy
 
@@ -26,6 +26,10 @@ MODEL = ModelConfig(
     max_position_embeddings=64, add_qkv_bias=True,
 )  # fmt: skip
 LENGTHS = (5, 1, 33, 2, 17, 64)
+
+
+def work_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.work")
 
 
 def verb(source: str, rows: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
