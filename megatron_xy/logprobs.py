@@ -69,8 +69,8 @@ def _rows(job: ModelJob, config: RunConfig) -> list[list[int]]:
         tokens = row.get("tokens")
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
             raise BadRow('must be {"tokens": [...]} with at least one token id')
-        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
-            raise BadRow(f"holds token {min(tokens)} or {max(tokens)}; the model knows 0..{vocab_size - 1}")
+        if unknown := [token for token in tokens if not 0 <= token < vocab_size]:
+            raise BadRow(f"holds token {unknown[0]}; the model knows 0..{vocab_size - 1}; leave the row out")
         return tokens
 
     return [row.value for row in read_rows(Path(job.arguments["input"]), option="--input", parse=parse)]

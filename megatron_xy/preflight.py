@@ -108,16 +108,20 @@ def _check_ppo_paths(config: RunConfig) -> None:
     findings.of("ppo.prompts", lambda: PromptFile(prompts_path, seed=config.seed))
     if responses_path is not None:
         findings.of("ppo.responses", lambda: GivenResponses(responses_path))
-    if reward_function is not None and not Path(reward_function.rpartition(":")[0]).is_file():
-        problem = f"ppo.reward_function ({reward_function}): there is no such file"
-        findings.problems.append(Problem("ppo.reward_function", problem))
-        findings.only_data = False
+    if reward_function is not None:
+        findings.of("ppo.reward_function", lambda: _check_reward_function(reward_function))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.of("run_dir", lambda: check_place(config.run_dir))
     findings.of("checkpoint.resume", lambda: iterations_to_resume(config))
     if not findings.problems:  # where roles stand does not matter to what they are given
         findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
     findings.end()
+
+
+def _check_reward_function(name: str) -> None:
+    path = Path(name.rpartition(":")[0])
+    if not path.is_file():
+        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there; name FILE.py:FUNCTION")
 
 
 def check_boards(runtime: RuntimeConfig) -> None:

@@ -53,7 +53,8 @@ def evaluate(
     from megatron_xy.model_job import leave_on_signals
 
     if watch == model.startswith(("ckpt:", "hf:")):
-        raise UsageError(f"{model}: must be {'a run_dir, with --watch' if watch else 'ckpt:DIR or hf:DIR'}")
+        wanted = "a run_dir, with --watch" if watch else "ckpt:DIR or hf:DIR; a run_dir goes with --watch"
+        raise UsageError(f"{model}: must be {wanted}")
     if watch and as_json:
         raise UsageError("--json goes without --watch, which writes RUN/evaluations.jsonl")
     if nproc_per_node == 1:

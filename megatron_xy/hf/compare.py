@@ -82,7 +82,8 @@ def compare(
     dataset = PackedDataset([data])
     if plain.vocab_size < dataset.vocab_size:
         raise ConfigError(
-            f"--data ({data}): has a vocabulary of {dataset.vocab_size}, more than the models' {plain.vocab_size}"
+            f"--data ({data}): has a vocabulary of {dataset.vocab_size}, more than the models' {plain.vocab_size}; "
+            f"name data of their tokenizer"
         )
     for form in forms:
         check_tokenizers(data, form.folder, say=say)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_xy.config import InvalidConfig, check_world, load_config
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.model_source import with_shapes
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
@@ -91,12 +91,12 @@ def plan(
 
 
 def parsed_tokens(text: str) -> float:
-    """366e9 of 366B. Raises ConfigError."""
+    """366e9 of 366B. Raises UsageError."""
     unit = UNITS.get(text[-1:].upper())
     try:
         number = float(text[:-1] if unit else text) * (unit or 1.0)
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise ConfigError(f"--tokens ({text}) must be a number above 0, such as 366B or 1.5T")
+        raise UsageError(f"--tokens ({text}) must be a number above 0, such as 366B or 1.5T")
     return number

@@ -19,8 +19,9 @@ from megatron_xy.storage import file_sha256
 def facts(
     config: RunConfig, roles: Mapping[str, PlacedRole], *, of: str, fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What `check_continuation` compares of the role `of`: its model, what is drawn and measured against, and all
-    settings, every role's included. fingerprints: as below."""
+    """What `continuation.check_continuation` compares of the role `of`: its model, what is drawn and measured against,
+    and all settings, every role's included. fingerprints: as below.
+    """
     ppo = config.ppo
     assert ppo is not None, "the config's rules ask for it"
     order = {"seed": config.seed, "ppo.rollout_batch_size": ppo.rollout_batch_size, **fingerprints}

@@ -52,7 +52,7 @@ def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Materia
         assert vocab_size, "the shape is complete"
         responses.check(num_drawn=num_drawn, most=ppo.max_response_length, vocab_size=vocab_size)
     elif not renderers["actor"].stop_ids:
-        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end")
+        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end; name another one")
     stored = (0.0, 1.0)
     if ppo.reward_normalization == "stored":
         stored = _stored_scores(roles["reward"])

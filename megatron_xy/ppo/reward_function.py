@@ -27,7 +27,7 @@ def load_reward_function(name: str) -> RewardFunction:
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there")
+        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there; name FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location("megatron_xy_reward_function", path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ def load_reward_function(name: str) -> RewardFunction:
         raise ConfigError(f"ppo.reward_function ({name}): {path} fails: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        raise ConfigError(f"ppo.reward_function ({name}): {path} has no function {function}")
+        raise ConfigError(f"ppo.reward_function ({name}): {path} has no function {function}; name one that it has")
     scores: RewardFunction = found
     return scores
 

@@ -58,6 +58,11 @@ class Cast:
         """Actor and critic."""
         return [self.workers[name] for name in TRAINED]
 
+    @property
+    def roles_here(self) -> str:
+        """The roles that this rank has a part in."""
+        return ", ".join(name for name, worker in self.workers.items() if worker.role is not None)
+
 
 class PPOTrainer:
     """Runs PPO to `train_iters`. source: of the answers."""
@@ -166,7 +171,7 @@ class PPOTrainer:
     def _step(self, iteration: int) -> bool:
         """One PPO step, recorded; returns whether any rank was asked to stop."""
         began = time.perf_counter()
-        spent = _Phases(self.watchdog, iteration)
+        spent = _Phases(self.watchdog, iteration, roles=self.cast.roles_here)
         first = self.state.consumed_samples
         size = self.ppo.rollout_batch_size
         spent.enter("generate")
@@ -389,8 +394,9 @@ class PPOTrainer:
 class _Phases:
     """Seconds by phase of one step; the watchdog is told each."""
 
-    def __init__(self, watchdog: Watchdog, iteration: int) -> None:
-        self._watchdog, self._iteration = watchdog, iteration
+    def __init__(self, watchdog: Watchdog, iteration: int, *, roles: str) -> None:
+        """roles: of this rank, which a hang's report tells where the rank waits for other ones."""
+        self._watchdog, self._iteration, self._roles = watchdog, iteration, roles
         self._name, self._began = "", time.perf_counter()
         self.seconds: dict[str, float] = {}
 
@@ -400,4 +406,4 @@ class _Phases:
         if self._name:
             self.seconds[self._name] = now - self._began
         self._name, self._began = name, now
-        self._watchdog.beat(iteration=self._iteration, phase=name)
+        self._watchdog.beat(iteration=self._iteration, phase=f"{name} (roles: {self._roles})")

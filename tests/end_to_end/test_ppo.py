@@ -350,5 +350,5 @@ def test_a_hung_role_ends_the_run_by_name(folder: Path, tmp_path: Path) -> None:
     assert ended.code == 76, ended
     record = read_exit(run_dir)
     assert record is not None
-    assert "rank 2" in record.message
+    assert "rank 2" in record.message and "critic" in record.message
     assert not processes_naming(str(config))

@@ -192,6 +192,15 @@ def test_config_cannot_be_changed(run_yaml: Path) -> None:
 # Overrides
 
 
+def test_min_lr_left_out_is_no_higher_than_lr(run_yaml: Path) -> None:
+    config = load_config(run_yaml, overrides=["optimizer.lr=1e-6"])
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-6, 1e-6)
+    assert load_config(run_yaml, overrides=["optimizer.lr=0"]).optimizer.min_lr == 0
+    run_yaml.write_text(dump_config(config))
+    assert load_config(run_yaml) == config
+    assert problem_of(run_yaml, "optimizer.lr=-1") == "optimizer.lr (-1): must be greater than or equal to 0"
+
+
 def test_overrides_the_last_counts(run_yaml: Path) -> None:
     config = load_config(
         run_yaml,
@@ -402,11 +411,13 @@ def test_bad_values(run_yaml: Path, override: str, text: str) -> None:
 
 
 def test_numbers_that_yaml_reads_as_text_or_the_other_kind(run_yaml: Path) -> None:
-    """YAML 1.1 takes 1e-4 for text and 4.0 for a float."""
+    """YAML 1.1 takes 1e-4 for text, 4.0 for a float and 0100 for 64."""
     run_yaml.write_text(SMALLEST.replace("num_layers: 4", "num_layers: 4.0") + "optimizer:\n  lr: 1e-4\n  min_lr: 0\n")
     config = load_config(run_yaml)
     assert config.optimizer.lr == 1e-4
     assert config.model.num_layers == 4 and isinstance(config.model.num_layers, int)
+    octal = load_config(run_yaml, overrides=["training.train_iters=0100", "seed=-0", "data.path=0777"])
+    assert (octal.training.train_iters, octal.seed, octal.data.paths) == (100, 0, [Path("0777")])
 
 
 # Rules between keys

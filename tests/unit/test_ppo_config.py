@@ -57,6 +57,12 @@ def test_roles_take_what_they_leave_out_from_the_sections_of_the_run(tmp_path: P
     assert (actor.micro_batch_tokens, roles["reward"].micro_batch_tokens) == (2048, 512)
 
 
+def test_a_min_lr_that_nobody_gives_is_no_higher_than_the_roles_lr(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"optimizer": {"min_lr": None}}, overrides=("roles.actor.optimizer.lr=1e-6",))
+    roles = placed_roles(config, world_size=4)
+    assert [roles[name].optimizer.min_lr for name in ("actor", "critic")] == [1e-6, 3e-5]
+
+
 def test_shares_follow_one_another(tmp_path: Path) -> None:
     shares = {"actor": 0.5, "critic": 0.25, "reference": 0.125, "reward": 0.125}
     config = config_of(tmp_path, {"roles": {name: {"share": share} for name, share in shares.items()}})

@@ -106,6 +106,16 @@ def test_what_does_not_fit_is_named(
     assert text.format(folder) in str(caught.value)
 
 
+def test_a_reward_function_that_is_not_there_is_named(tmp_path: Path, loads: dict[str, str]) -> None:
+    text = r"ppo\.reward_function \(gone\.py:score\): gone\.py is not there; name FILE\.py:FUNCTION"
+    path = written(tmp_path, loads)
+    config = yaml.safe_load(path.read_text())
+    del config["roles"]["reward"]
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(InvalidConfig, match=text):
+        check_paths(load_config(path, overrides=["ppo.reward_function=gone.py:score"]))
+
+
 def planned(path: Path, *overrides: str) -> Plan:
     return plan(
         path, overrides=overrides, num_nodes=1, gpus_per_node=4, gpu="h100", tokens=None, do_search=False,

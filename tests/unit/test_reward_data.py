@@ -106,6 +106,8 @@ def test_what_cannot_be_trained_on_is_refused(toy: Path) -> None:
 def test_check_says_that_a_board_is_not_installed(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = config_of(toy)
+    shape = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
+    config = config.model_copy(update={"model": config.model.model_copy(update=shape), "run_dir": toy / "run"})
     check_paths(config)
     config = config.model_copy(update={"runtime": RuntimeConfig(wandb_project="mine")})
     with pytest.raises(ConfigError, match=r"runtime\.wandb_project \(mine\): wandb is not installed"):
