@@ -299,5 +299,6 @@ def as_peer_lost(error: BaseException) -> PeerLost | None:
     marked = isinstance(error, RuntimeError) and any(mark in text for mark in device.COLLECTIVE_ERROR_MARKS)
     if marked or isinstance(error, dist.DistError):
         first_line = re.sub(r"^\[\S+:\d+\] ", "", first_line)  # gloo begins with the place in its own source
+        first_line = first_line.partition(" This is typically caused by")[0]  # and ends with guesses
         return PeerLost(f"a collective failed because another rank is gone or stands still: {first_line}")
     return None

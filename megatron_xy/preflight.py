@@ -78,7 +78,7 @@ def _check_reward_paths(config: RunConfig) -> None:
 
 
 def _completed(config: RunConfig, findings: _Findings) -> RunConfig:
-    """The config with its model completed from an HF folder, checked as far as that can be."""
+    """The config with its model completed from what it loads, checked as far as that can be."""
     model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})

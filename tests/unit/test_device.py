@@ -99,7 +99,8 @@ def test_peak_memory_is_in_bytes() -> None:
     ],
 )
 def test_what_backends_say_of_a_lost_peer(text: str) -> None:
-    lost = parallel.as_peer_lost(RuntimeError(f"{text}\nmore lines"))
+    guess = " This is typically caused by a remote worker crashing. Check the logs of the remote worker."
+    lost = parallel.as_peer_lost(RuntimeError(f"{text}{guess}\nmore lines"))
     assert lost is not None and lost.exit_code == 76
     told = text.removeprefix("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] ")
     assert str(lost).endswith(told) and "pair.cc" not in str(lost) and "more lines" not in str(lost)
