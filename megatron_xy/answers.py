@@ -31,11 +31,11 @@ from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model_job import ModelJob, run_job
 from megatron_xy.model_ranks import complete_options, joined
+from megatron_xy.model_source import split_origin
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import split_origin
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,10 @@ def prepare(job: ModelJob) -> Work:
                 f"max_position_embeddings - 1); shorten it, or leave the row out"
             )
         if max(prompt.tokens) >= vocab_size:
-            raise BadRow(f"the prompt holds token {max(prompt.tokens)}; the model knows 0..{vocab_size - 1}")
+            raise BadRow(
+                f"the prompt holds token {max(prompt.tokens)}; the model knows 0..{vocab_size - 1}: name the tokenizer "
+                f"that it was trained with, or leave the row out"
+            )
         return prompt
 
     prompts = read_rows(Path(arguments.prompts), option="--prompts", parse=parse)
@@ -302,11 +305,10 @@ def _generate_in_this_rank(work: Work, arguments: GenerateArguments, *, beat: Ca
 def _row(work: Work, number: int, num_answers: int, answer: Answer) -> dict[str, Any]:
     """One row of the output."""
     row, index = divmod(number, num_answers)
-    known = [token for token in answer.tokens if token < work.tokenizer.vocab_size]  # a model may have rows beyond
     return {
         "prompt": work.prompts[row].value.given,
         "index": index,
-        "response": work.tokenizer.decode(known),
+        "response": work.tokenizer.decode_answer(answer.tokens),
         "response_tokens": answer.tokens,
         "logprobs_sum": sum(answer.logprobs),
         "finish_reason": answer.finish_reason,

@@ -97,9 +97,13 @@ class CheckpointWriter:
         return self._held_seconds
 
     def before_update(self) -> float:
-        """Waits until a save under way has its copy of what an update changes; returns the seconds."""
+        """Waits until a save under way has its copy of what an update changes; returns the seconds.
+
+        Raises what went wrong in the save, if it has: what would be learned from here on could not be kept.
+        """
         seconds = self._copy.wait()
         self._held_seconds += seconds
+        self._raise_failure()
         return seconds
 
     def wait(self) -> None:
@@ -107,6 +111,9 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure

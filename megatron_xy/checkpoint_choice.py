@@ -9,7 +9,7 @@ import torch
 
 from megatron_xy import checkpoint_files as files
 from megatron_xy import device
-from megatron_xy.checkpoint_folders import iteration_folder, saved_iterations
+from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.parallel import Groups, joined_over, sum_over
 
@@ -65,8 +65,7 @@ def _agreed_candidates(checkpoints: Path, groups: Groups, *, wanted: int | None)
     agreed = sum_over(seen.to(device.current()), groups.all_ranks).tolist()
     candidates = [int(value) - 1 for value in agreed if value]
     if wanted is not None and not candidates:
-        there = ", ".join(map(str, saved_iterations(checkpoints))) or "none"
-        raise ConfigError(f"checkpoint.resume ({wanted}): {checkpoints} holds no such iteration; there are: {there}")
+        raise no_such_iteration(checkpoints, wanted)
     return candidates
 
 

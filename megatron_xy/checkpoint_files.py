@@ -67,10 +67,13 @@ class Manifest:
 
     state: dict[str, Any]
     tensors: dict[str, TensorEntry]
-    rank_state: dict[
-        str, dict[str, str]
-    ]  # {rank: {name: file}}: generator states, which belong to ranks, not the model
+    rank_state: dict[str, dict[str, str]]  # {rank: {name: file}}: of generators, which belong to ranks
     files: dict[str, dict[str, Any]]  # {file: {bytes, sha256}}
+
+    @property
+    def training_state(self) -> TrainingState:
+        """Where the run stood."""
+        return TrainingState(**{name: self.state[name] for name in TrainingState.__dataclass_fields__})
 
     def to_json(self) -> dict[str, Any]:
         """The manifest with its own checksum."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
+from megatron_xy.errors import ConfigError
 from megatron_xy.storage import TEMPORARY_PREFIX
 
 
@@ -21,12 +23,27 @@ def saved_iterations(checkpoints: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
+def no_such_iteration(checkpoints: Path, wanted: int) -> ConfigError:
+    """What is said where `checkpoint.resume` names an iteration that has no folder."""
+    there = ", ".join(map(str, saved_iterations(checkpoints))) or "none"
+    return ConfigError(f"checkpoint.resume ({wanted}): {checkpoints} holds no such iteration; there are: {there}")
+
+
 def sweep(checkpoints: Path) -> list[str]:
     """Removes what a killed save left half-written; returns the names. Only the run's one leader calls it."""
     leftovers = sorted(checkpoints.glob(f"{TEMPORARY_PREFIX}*")) if checkpoints.is_dir() else []
     for leftover in leftovers:
         shutil.rmtree(leftover)
     return [leftover.name for leftover in leftovers]
+
+
+def swept_bytes(checkpoints: Path) -> int:
+    """What `sweep` would make free."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError):  # a run that is under way gives one its name meanwhile
+        for path in checkpoints.glob(f"{TEMPORARY_PREFIX}*/**/*"):
+            total += path.lstat().st_size
+    return total
 
 
 def remove(folder: Path) -> None:

@@ -55,7 +55,7 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
     Generators are restored where there are as many ranks as the writer's, on the same kind of device; others keep their
     fresh ones.
     """
-    state = TrainingState(**{name: manifest.state[name] for name in TrainingState.__dataclass_fields__})
+    state = manifest.training_state
     owned = role.owned_parameters()
     frozen = manifest.state.get(FROZEN_UPDATES, {})
     with TensorReader(folder, manifest) as reader:

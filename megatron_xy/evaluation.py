@@ -179,14 +179,10 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> E
 def untouched(role: Role) -> Iterator[None]:
     """The role at work in evaluation mode; afterwards in training mode, its random generators as they were."""
     before = role.generator_states
-    for chunk in role.chunks:
-        chunk.eval()
     try:
-        with role.active():
+        with role.evaluating(), role.active():
             yield
     finally:
-        for chunk in role.chunks:
-            chunk.train()
         role.generator_states = before
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError
 
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+
 # Dense bf16 FLOP/s of one whole device, from the makers' data sheets. Keys are the words that the device's name must
 # hold; an entry with more words is the more special one and wins.
 PEAK_BF16_FLOPS: dict[str, float] = {
@@ -37,6 +39,12 @@ def num_parameters(model: ModelConfig) -> int:
     biases = shape.num_layers * shape.head_dim * (shape.num_attention_heads + 2 * shape.num_query_groups)
     weights = shape.num_layers * _layer_weights(shape) + shape.vocab_size * shape.hidden_size + head
     return weights + norms + (biases if model.add_qkv_bias else 0)
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """Of a whole checkpoint: weights, main weights in fp32 where they are bf16, both moments."""
+    width = DTYPE_BYTES[model.params_dtype]
+    return num_parameters(model) * (width + (12 if width < 4 else 8))
 
 
 def flops_per_token(model: ModelConfig, *, attention_length: float) -> float:

@@ -72,7 +72,7 @@ class RunLog:
         self._draw(scalars, record["iteration"])
 
     def ppo_step(self, record: dict[str, Any], *, train_iters: int) -> None:
-        """One finished PPO step: a line on the terminal, an object in metrics.jsonl, scalars in TensorBoard."""
+        """One finished PPO step: a line on the terminal, an object in metrics.jsonl, scalars on the boards."""
         self.say(ppo_line(record, train_iters=train_iters))
         self._write(METRICS, record)
         scalars = {name: value for name, value in record.items() if isinstance(value, int | float)}
@@ -99,7 +99,7 @@ class RunLog:
         self._draw(scalars, record["iteration"])
 
     def pair_evaluation(self, record: dict[str, Any], *, lines: Sequence[str]) -> None:
-        """One evaluation of a reward model: lines, an object in eval.jsonl, scalars in TensorBoard."""
+        """One evaluation of a reward model: lines, an object in eval.jsonl, scalars on the boards."""
         for line in lines:
             self.say(line)
         self._write(EVALUATIONS, record)

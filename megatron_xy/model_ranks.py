@@ -13,9 +13,10 @@ from megatron_xy.errors import DataError
 from megatron_xy.hf.config import read_hf_config
 from megatron_xy.hf.names import EMBEDDING
 from megatron_xy.hf.reader import hf_manifest
+from megatron_xy.model_source import resolve_model, split_origin
 from megatron_xy.role import Role, build_role
 from megatron_xy.watchdog import backend_timeout
-from megatron_xy.weights import load_initial_weights, resolve_model, split_origin
+from megatron_xy.weights import load_initial_weights
 
 
 def complete_options(config: RunConfig, *, head: Head = "language_model") -> RunConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,14 @@ from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
-from megatron_xy.hf.config import complete_model, read_hf_config
+from megatron_xy.model_source import resolve_model
+from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
+from megatron_xy.run_dir import check_resume, check_space, iterations_to_resume
+from megatron_xy.run_folder import check_place
 from megatron_xy.storage import file_sha256
 
 BUILT_DATA = "data"  # in a run folder: what was built of files of rows
@@ -43,7 +46,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
     """The files that the config names: there, whole at a glance, and fitting. Files of rows are read whole.
 
     build_into: where the data folders built of these stay; None: they go. Raises InvalidConfig with all that is
-    missing, bad or does not fit; DataError where all that is wrong is bad data.
+    missing, bad or does not fit; DataError where all that is wrong is bad data; StorageError where there is no room.
     """
     if config.task == "ppo":
         _check_ppo_paths(config)
@@ -55,26 +58,33 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             return check_paths(config, build_into=Path(folder))
     findings = _Findings()
-    model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
-    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
-    completed = config.model_copy(update={"model": model})
-    if model is not config.model:
-        findings.of("model", lambda: check_shape(completed))
+    completed = _completed(config, findings)
     dataset = _look_at_data(completed, findings, build_into=build_into)
     findings.of("data.eval_path", lambda: _held_out(completed, dataset, build_into=build_into))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
+    _look_at_run_dir(completed, findings, data_fingerprints=dataset.fingerprints if dataset else None)
     findings.end()
+    check_space(completed)
 
 
 def _check_reward_paths(config: RunConfig) -> None:
     findings = _Findings()
-    model = findings.of("model.load", lambda: _completed_model(config.model)) or config.model
+    completed = _completed(config, findings)
+    pairs: PairData | None = findings.of("data.path", lambda: open_pairs(completed))
+    findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
+    _look_at_run_dir(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
+    findings.end()
+    check_space(completed)
+
+
+def _completed(config: RunConfig, findings: _Findings) -> RunConfig:
+    """The config with its model completed from an HF folder, checked as far as that can be."""
+    model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
-    findings.of("data.path", lambda: open_pairs(completed))
-    findings.end()
+    return completed
 
 
 def open_pairs(config: RunConfig) -> PairData:
@@ -93,17 +103,25 @@ def _check_ppo_paths(config: RunConfig) -> None:
     assert ppo is not None and ppo.prompts is not None, "the config's rules ask for it"
     prompts_path, responses_path, reward_function = ppo.prompts, ppo.responses, ppo.reward_function
     for name in role_names(config):
-        findings.of(f"roles.{name}.model.load", partial(_completed_model, role_sections(config, name)[0]))
+        findings.of(f"roles.{name}.model.load", partial(resolve_model, role_sections(config, name)[0]))
     findings.of("data.tokenizer", lambda: load_tokenizer(config.data.tokenizer or ""))
     findings.of("ppo.prompts", lambda: PromptFile(prompts_path, seed=config.seed))
     if responses_path is not None:
         findings.of("ppo.responses", lambda: GivenResponses(responses_path))
-    if reward_function is not None and not Path(reward_function.rpartition(":")[0]).is_file():
-        problem = f"ppo.reward_function ({reward_function}): there is no such file"
-        findings.problems.append(Problem("ppo.reward_function", problem))
-        findings.only_data = False
+    if reward_function is not None:
+        findings.of("ppo.reward_function", lambda: _check_reward_function(reward_function))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
+    findings.of("run_dir", lambda: check_place(config.run_dir))
+    findings.of("checkpoint.resume", lambda: iterations_to_resume(config))
+    if not findings.problems:  # where roles stand does not matter to what they are given
+        findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
     findings.end()
+
+
+def _check_reward_function(name: str) -> None:
+    path = Path(name.rpartition(":")[0])
+    if not path.is_file():
+        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there; name FILE.py:FUNCTION")
 
 
 def check_boards(runtime: RuntimeConfig) -> None:
@@ -137,6 +155,12 @@ def open_held_out(config: RunConfig, dataset: PackedDataset) -> PackedDataset | 
     held_out: PackedDataset | None = findings.of("data.eval_path", lambda: _held_out(config, dataset, build_into=into))
     findings.end()
     return held_out
+
+
+def _look_at_run_dir(config: RunConfig, findings: _Findings, *, data_fingerprints: Sequence[str] | None) -> None:
+    findings.of("run_dir", lambda: check_place(config.run_dir))
+    if data_fingerprints is not None:
+        findings.of("checkpoint.resume", lambda: check_resume(config, data_fingerprints=data_fingerprints))
 
 
 def _look_at_data(config: RunConfig, findings: _Findings, *, build_into: Path) -> PackedDataset | None:
@@ -215,21 +239,6 @@ class _Findings:
             raise DataError("\n".join(str(problem) for problem in self.problems))
         if self.problems:
             raise InvalidConfig(self.problems)
-
-
-def _completed_model(model: ModelConfig) -> ModelConfig:
-    """The model with what an HF folder says of it; that a checkpoint is there at all."""
-    if model.load is None:
-        return model
-    kind, _, name = model.load.partition(":")
-    folder = Path(name)
-    if kind == "hf":
-        return complete_model(model, read_hf_config(folder), origin=f"{folder}/config.json")
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not there; name a folder that holds manifest.json")
-    if not (folder / "manifest.json").is_file():
-        raise DataError(f"{folder} holds no manifest.json: it is no checkpoint, or one that was not finished")
-    return model
 
 
 def _check_layer_spec(model: ModelConfig) -> None:

@@ -90,6 +90,17 @@ class Role:
             self.generator_states = current_generator_states()
             set_generator_states(before)
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the modules are in evaluation mode; afterwards in training mode."""
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+
 
 def build_role(
     groups: Groups,

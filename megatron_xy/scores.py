@@ -26,12 +26,12 @@ from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.evaluation import untouched
 from megatron_xy.model_job import ModelJob, run_job
 from megatron_xy.model_ranks import complete_options, joined
+from megatron_xy.model_source import stored_head
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.reward.scoring import MICRO_BATCHES_A_PASS, passes, score_pass
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import stored_head
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def prepare(job: ModelJob) -> Work:
         raise DataError(f"{origin} is a language model, which gives no scores; name a reward model")
     tokenizer = find_tokenizer(origin, given=arguments.tokenizer)
     if tokenizer.eos_id is None:
-        raise ConfigError(f"--tokenizer ({tokenizer.path}) has no end token, so no answer could end")
+        raise ConfigError(f"--tokenizer ({tokenizer.path}) has no end token, so no answer could end; name another one")
     chats = Chats(origin, tokenizer, given=arguments.chat_template)
     longest, vocab_size = config.model.max_position_embeddings, config.model.vocab_size or 0
 

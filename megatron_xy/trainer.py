@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_xy import course, device, mcore, waits
+from megatron_xy import continuation, course, device, mcore, waits
 from megatron_xy.checkpoint import CheckpointWriter
 from megatron_xy.checkpoint_choice import find_resumable
 from megatron_xy.checkpoint_files import TrainingState, amend_state
@@ -32,8 +32,10 @@ from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
 from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.model.parts import MODEL_PARTS, trained_parts
+from megatron_xy.model_source import changes_to_source, split_origin
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.profiling import ProfileWindow
+from megatron_xy.replicas import check_replicas
 from megatron_xy.role import Role
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
@@ -41,7 +43,7 @@ from megatron_xy.spikes import StepHistory
 from megatron_xy.stragglers import StragglerWatch
 from megatron_xy.train_step import Objective, StepResult, train_step
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import changes_to_source, load_initial_weights, split_origin
+from megatron_xy.weights import load_initial_weights
 
 
 class Loader(Protocol):
@@ -139,7 +141,7 @@ class Trainer:
             origin = f"starting from {role.model.load or 'fresh weights'}"
         else:
             folder, manifest = found
-            course.check_continuation(
+            continuation.check_continuation(
                 manifest.state,
                 self._facts(),
                 allow_changes=self.config.checkpoint.allow_changes,
@@ -188,8 +190,8 @@ class Trainer:
                 if saved != iteration:  # asked to stop during the evaluation, which the resumed run makes up for
                     self._save(iteration)
                 self._leave_stopped(iteration)
-        self.profile.close()
         self._beat("finish", self.state.iteration)
+        self.profile.close()
         self.writer.finish(self.role.groups)
         self.log.say(f"done: {self.state.iteration} iterations, last checkpoint at iteration {saved}")
 
@@ -224,7 +226,7 @@ class Trainer:
                 train_only=train_only,
                 objective=self.objective,
                 judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
-                before_update=self.writer.before_update,
+                before_update=partial(self._before_update, iteration),
             )
         device.synchronize()
         seconds = time.perf_counter() - began
@@ -248,11 +250,18 @@ class Trainer:
         self.log.epochs(self.loader.begun_epochs(data_step), data_step=data_step)
         for straggler in self.stragglers.add(busy):
             self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
+        if self.profile.ends_with(iteration):
+            self._beat("profile", iteration)  # a trace of many kernels takes minutes to write, which is no hang
         if trace := self.profile.after_step(iteration):
             self.log.say(f"profile written to {trace}")
         if reasons or not result.updated:
             self._note(record, prepared, reasons=reasons or ["gradient not finite"])
         return stopping
+
+    def _before_update(self, iteration: int) -> None:
+        self.writer.before_update()
+        if self._is_save_due(iteration):  # what one bad memory cell has spoilt is not to be kept
+            check_replicas(self.role, iteration=iteration)
 
     def _reasons(self, prepared: PreparedStep, loss: float, grad_norm: float) -> list[str]:
         return self.history.reasons(
@@ -351,6 +360,7 @@ class Trainer:
 
         result = self.evaluator.evaluate(self.role, iteration=iteration, goes_on=goes_on)
         if result is not None and result.checkpoint_facts:
+            self._beat("save", iteration)
             self.writer.finish(self.role.groups)
             folder = iteration_folder(self.checkpoints, iteration)
             if self.role.groups.is_leader and folder.is_dir():
@@ -386,7 +396,7 @@ class Trainer:
             export(checkpoint, self.config.run_dir, name=checkpoint.name, say=self.log.say)
 
     def _facts(self) -> dict[str, Any]:
-        return course.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)
+        return continuation.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)
 
     def _beat(self, phase: str, iteration: int) -> None:
         self.watchdog.beat(iteration=iteration, phase=phase)

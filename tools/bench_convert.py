@@ -1,11 +1,12 @@
 """How fast is a conversion, against cp of the same bytes, and how much memory does it take?
 
 A model of 1.135 B parameters in bf16 (2.27 GB), warm in the page cache, or layers of a 70B's widths (five times their
-bytes of disk). In turn, --rounds times: cp, without fsync and with; an HF folder into a checkpoint of one
-rank; into the four files of TP2 x PP2; both back. Each in a process of its own: as `megatron-xy convert` does it, fsync
-and checksums included, and once more without checksums, which the command itself never leaves out: of what is written,
-and of a checkpoint that is read. Seconds on the clock and of the CPUs, spread, peak memory; shares of cp's speed by the
-medians: of the whole command, without its imports, which take as long for any size, and without imports and checksums.
+bytes of disk). In turn, --rounds times: cp, without fsync and with; an HF folder into a checkpoint of one rank; into
+the four files of TP2 x PP2; both back. Each in a process of its own: as `megatron-xy convert` does it, and twice with
+what the command itself never leaves out left out: checksums (of what is written, and of a checkpoint that is read),
+then fsync too, since cp waits for no disk. Seconds on the clock and of the CPUs, spread, peak memory; shares of cp's
+speed by the medians: of the whole command, and step by step without imports, which take as long for any size, without
+checksums, without fsync.
 
     python tools/bench_convert.py [--rounds 5] [--model 1b|70b|tiny] [--layers N] [--folder DIR] [--output FILE.json]
 """
@@ -46,7 +47,7 @@ MODELS = {
 CASES = ("hf_to_tp1", "hf_to_tp2_pp2", "tp1_to_hf", "tp2_pp2_to_hf")
 ORIGINS = {"tp1_to_hf": "hf_to_tp1", "tp2_pp2_to_hf": "hf_to_tp2_pp2"}  # what goes back: what it comes from
 COPIES = ("cp", "cp_fsync")
-UNHASHED = "_unhashed"  # behind a case's name: without checksums
+UNHASHED, BARE = "_unhashed", "_bare"  # behind a case's name: without checksums; without them and without fsync
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,12 @@ def commands_in(folder: Path, weights: Path, *, this: list[str]) -> dict[str, li
     def convert(source: str, target: str) -> list[list[str]]:
         return [[sys.executable, "-m", "megatron_xy", "convert", "--from", source, "--to", target]]
 
-    unhashed = {
-        f"{case}{UNHASHED}": [
-            [*this, f"unhashed_{case.partition('_to_')[2]}", at(ORIGINS.get(case, "hf")), at(f"{case}{UNHASHED}")]
+    less = {
+        f"{case}{left_out}": [
+            [*this, f"{case.partition('_to_')[2]}{left_out}", at(ORIGINS.get(case, "hf")), at(f"{case}{left_out}")]
         ]
         for case in CASES
+        for left_out in (UNHASHED, BARE)
     }
     return {
         "import": [[*this, "import"]],
@@ -142,7 +144,7 @@ def commands_in(folder: Path, weights: Path, *, this: list[str]) -> dict[str, li
         "hf_to_tp2_pp2": [[*this, "split", at("hf"), at("hf_to_tp2_pp2")]],
         "tp1_to_hf": convert(f"ckpt:{at('hf_to_tp1')}", f"hf:{at('tp1_to_hf')}"),
         "tp2_pp2_to_hf": convert(f"ckpt:{at('hf_to_tp2_pp2')}", f"hf:{at('tp2_pp2_to_hf')}"),
-        **unhashed,
+        **less,
     }
 
 
@@ -154,7 +156,8 @@ def speeds(median: dict[str, float]) -> dict[str, dict[str, dict[str, float]]]:
             copy: {
                 "in all": median[copy] / median[case],
                 "without imports": median[copy] / (median[case] - imports),
-                "without imports and checksums": median[copy] / (median[f"{case}{UNHASHED}"] - imports),
+                "without checksums too": median[copy] / (median[f"{case}{UNHASHED}"] - imports),
+                "without fsync too": median[copy] / (median[f"{case}{BARE}"] - imports),
             }
             for copy in COPIES
         }
@@ -288,28 +291,41 @@ def import_all() -> None:
     import megatron_xy.hf.verb  # noqa: F401
 
 
-def unhashed_tp1(model: ModelConfig, source: Path, target: Path) -> None:
-    """An HF folder into a checkpoint of one rank, without checksums."""
+def to_tp1(model: ModelConfig, source: Path, target: Path) -> None:
+    """An HF folder into a checkpoint of one rank."""
     from megatron_xy.hf.convert import to_checkpoint
     from megatron_xy.hf.source import open_source
 
-    hash_nothing()
     to_checkpoint(open_source("hf", source), target, dtype=None, say=say_nothing)
 
 
-def unhashed_tp2_pp2(model: ModelConfig, source: Path, target: Path) -> None:
-    """An HF folder into the files of TP2 x PP2, without checksums."""
-    hash_nothing()
-    split_model(model, source, target)
-
-
-def unhashed_hf(model: ModelConfig, source: Path, target: Path) -> None:
-    """A checkpoint into an HF folder, without checksums of what is read and what is written."""
+def to_hf_folder(model: ModelConfig, source: Path, target: Path) -> None:
+    """A checkpoint into an HF folder."""
     from megatron_xy.hf.convert import to_hf
     from megatron_xy.hf.source import open_source
 
-    hash_nothing()
     to_hf(open_source("ckpt", source), target, dtype=None, tokenizer=None, verify=False, say=say_nothing)
+
+
+def without_checksums(step: Callable[..., None]) -> Callable[..., None]:
+    """The step in a process that reads and hashes no file of weights."""
+
+    def unhashed(model: ModelConfig, source: Path, target: Path) -> None:
+        hash_nothing()
+        step(model, source, target)
+
+    return unhashed
+
+
+def bare(step: Callable[..., None]) -> Callable[..., None]:
+    """The step in a process that waits for no disk, either."""
+
+    def unsynced(model: ModelConfig, source: Path, target: Path) -> None:
+        for wait in ("fsync", "fdatasync"):
+            setattr(os, wait, lambda file: None)
+        without_checksums(step)(model, source, target)
+
+    return unsynced
 
 
 def hash_nothing() -> None:
@@ -326,10 +342,13 @@ def say_nothing(text: str) -> None:
     """Who looks on is told what was measured."""
 
 
+CONVERSIONS = {"tp1": to_tp1, "tp2_pp2": split_model, "hf": to_hf_folder}
 STEPS: dict[str, Callable[..., None]] = {
-    "make": make_model, "split": split_model,
-    "unhashed_tp1": unhashed_tp1, "unhashed_tp2_pp2": unhashed_tp2_pp2, "unhashed_hf": unhashed_hf,
-}  # fmt: skip
+    "make": make_model,
+    "split": split_model,
+    **{f"{name}{UNHASHED}": without_checksums(step) for name, step in CONVERSIONS.items()},
+    **{f"{name}{BARE}": bare(step) for name, step in CONVERSIONS.items()},
+}
 
 if __name__ == "__main__":
     sys.exit(main())

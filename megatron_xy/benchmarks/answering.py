@@ -17,9 +17,10 @@ from typing import Any
 
 from megatron_xy.answers import find_tokenizer, identity_of
 from megatron_xy.config import RunConfig
-from megatron_xy.data.progress import Progress, showing_progress
+from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import read_rows
 from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.data.workers import Progress
 from megatron_xy.model.generate import Answer, Request, generate_share
 from megatron_xy.model.likelihood import Likelihood, Question, likelihoods_of_share
 from megatron_xy.model.sampling import SamplingOptions
@@ -163,20 +164,17 @@ def _respond(role: Role, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, kee
     for place, prompt in enumerate(prompts):
         by_options.setdefault(prompt.options, []).append(place)
 
-    def text_of(tokens: Sequence[int]) -> str:
-        return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
-
     for options, places in by_options.items():
         requests = [Request(prompts[place].tokens, row=place) for place in places]
 
         def ends_at(number: int, tokens: Sequence[int], places: list[int] = places) -> bool:
             until = prompts[places[number]].until
             longest = max(map(len, until), default=0)
-            tail = text_of(tokens[-_LONGEST_TOKENS_A_CHARACTER * (longest + 1) :])
+            tail = tokenizer.decode_answer(tokens[-_LONGEST_TOKENS_A_CHARACTER * (longest + 1) :])
             return any(text in tail for text in until)
 
         def take(number: int, answer: Answer, places: list[int] = places) -> None:
-            keep.response(places[number], text_of(answer.tokens))
+            keep.response(places[number], tokenizer.decode_answer(answer.tokens))
 
         generate_share(role, requests, options, on_answer=take, ends_at=ends_at)
 

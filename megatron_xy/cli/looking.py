@@ -19,7 +19,9 @@ def check(
     run_yaml: RunYaml,
     overrides: Overrides = None,
     world_size: Annotated[int | None, typer.Option("--world-size", min=1, help="ranks it will run on")] = None,
-    paths: Annotated[bool, typer.Option("--paths", help="also look at the files that it names")] = False,
+    paths: Annotated[
+        bool, typer.Option("--paths", help="also look at the files that it names, and at what lies in its run folder")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Checks a config without starting anything: all problems at once, with lines, rules and nearest valid values."""
@@ -83,7 +85,9 @@ def dryrun(
     run_yaml: RunYaml,
     world_size: Annotated[int, typer.Option("--world-size", min=1, help="ranks of the job")],
     overrides: Overrides = None,
-    rank: Annotated[list[int] | None, typer.Option("--rank", help="build this one; may be repeated; else 0")] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", help="build this one; may be repeated; 0 unless given")
+    ] = None,
     all_stages: Annotated[
         bool, typer.Option("--all-stages", help="one rank of each pipeline stage (and role)")
     ] = False,

@@ -47,6 +47,7 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
         ("training.eval_interval", training.eval_interval, "task ppo evaluates nothing by itself"),
         ("training.epochs", training.epochs, "task ppo counts in train_iters"),
         ("training.phases", training.phases, "task ppo has one phase"),
+        ("training.spike_policy", training.spike_policy == "skip", "task ppo skips no spikes, only what is not finite"),
         ("runtime.profile", runtime.profile, "task ppo is not profiled yet"),
     ):
         if value:
@@ -76,11 +77,6 @@ def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
         rules += schedule_rules(merged(config.optimizer, role.optimizer))
     for key, text in rules:
         yield f"roles.{name}.{key}", f"roles.{name}: {text}"
-    if parallel.context_parallel_size != 1:
-        yield (
-            f"roles.{name}.parallel.context_parallel_size",
-            f"roles.{name}: context_parallel_size ({parallel.context_parallel_size}): only 1 is supported",
-        )
 
 
 def _placement_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """What the keys of a whole run must hold together, whatever its task; the parts that have files of their own included.
 
-Rules yield (key, sentence) of whatever does not hold, and of what is not built yet.
+Rules yield (key, sentence) of whatever does not hold.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def check_world(config: RunConfig, *, world_size: int) -> None:
 
 
 def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
-    """(key, sentence) of every rule between keys that does not hold, and of what is not built yet."""
-    yield from _not_built(config)
+    """(key, sentence) of every rule between keys that does not hold."""
+    yield from _sections_of_other_tasks(config)
     saved, exported = config.checkpoint.save_interval, config.checkpoint.hf_interval
     if exported % saved:
         yield (
@@ -49,6 +49,12 @@ def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             f"{nearest_multiples(training.micro_batch_tokens, tp)}",
         )
     yield from layout_rules(parallel)
+    last = max(config.runtime.profile_ranks, default=0)
+    if config.runtime.profile is not None and world_size is not None and last >= world_size:
+        yield (
+            "runtime.profile_ranks",
+            f"runtime.profile_ranks names rank {last}, and the ranks go from 0 to {world_size - 1}; leave it out",
+        )
     yield from schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None and config.task != "reward":
         yield (
@@ -98,19 +104,8 @@ def _batch_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple
             yield name.split("[")[0], rule
 
 
-def _not_built(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """What the config format has a place for and the code does not do yet: refused, never ignored."""
-    parallel, training = config.parallel, config.training
-    if parallel.context_parallel_size != 1:
-        value = parallel.context_parallel_size
-        yield "parallel.context_parallel_size", f"context_parallel_size ({value}): only 1 is supported"
-    for number, phase in enumerate(training.phases):
-        if phase.train_only is not None and config.task == "ppo":
-            names = ", ".join(phase.train_only)
-            yield (
-                "training.phases",
-                f"training.phases[{number}].train_only ({names}): only null is supported in task ppo",
-            )
+def _sections_of_other_tasks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Sections that the task would not read are refused, never ignored."""
     if config.task != "ppo":
         if config.roles is not None:
             yield "roles", f"roles: only task ppo has roles, and task is {config.task}; leave them out"

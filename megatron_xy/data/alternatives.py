@@ -6,6 +6,7 @@ Megatron's GPTDataset does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from megatron_xy.data.manifest import FixedLengthEntry, LengthsEntry, Manifest
 
 # Where the bins of a histogram begin: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four to a doubling, evenly.
-QUARTERS = np.array([1, 1.1892071150, 1.4142135624, 1.6817928305])
-BIN_STARTS = np.unique(np.ceil(2.0 ** np.arange(31)[:, None] * QUARTERS).astype(np.int64))
+QUARTERS = (1, 1.1892071150, 1.4142135624, 1.6817928305)
+BIN_STARTS = np.array(sorted({math.ceil(2.0**doubling * quarter) for doubling in range(31) for quarter in QUARTERS}))
 
 
 def profile_lengths(lengths: Iterable[NDArray[np.integer[Any]]], *, sizes: Sequence[int]) -> LengthsEntry:

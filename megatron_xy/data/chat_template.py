@@ -17,6 +17,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_xy.data.conversations import BadConversation, Message
+from megatron_xy.data.engines import TOKENIZER_CONFIG
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.errors import ConfigError, DataError
 
@@ -118,7 +119,7 @@ def _source_of(tokenizer: Tokenizer) -> str:
     path = tokenizer.path.with_name("chat_template.jinja")
     if path.is_file():
         return _read(path)
-    config = tokenizer.path.with_name("tokenizer_config.json")
+    config = tokenizer.path.with_name(TOKENIZER_CONFIG)
     try:
         found = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
     except ValueError as error:

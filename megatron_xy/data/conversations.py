@@ -53,9 +53,8 @@ def parse_conversation(row: dict[str, Any]) -> Conversation:
     turns = _instruction_turns(row) if "instruction" in row else row.get("messages", row.get("conversations"))
     messages = parse_messages(turns)
     system = row.get("system")
-    if system is not None and "messages" not in row and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": _text(system, "system")}] if system else []
-        messages += parse_messages(turns)
+    if system and "messages" not in row and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text(system, "system")})
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadConversation("no turn of the assistant: there is nothing to learn")

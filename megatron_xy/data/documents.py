@@ -7,6 +7,7 @@ and listed in a report. A document is a text or, in jsonl, a conversation.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ DEFAULT_SOURCE = "default"
 BAD_LINES_LIMIT = 0.001
 MOST_BAD_LINES_LISTED = 10_000  # of a part (8 MB) each; more are counted only
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+READ_BUFFER = 128 * 1024  # bytes
 
 
 class Document(NamedTuple):
@@ -271,7 +273,7 @@ def _read_row_groups(part: Part, fields: _Fields) -> Iterator[tuple[int, _Row]]:
 def _read_lines(part: Part, advance: Callable[[int], None], fields: _Fields) -> Iterator[tuple[int, _Row]]:
     """(line number, its contents) of every line that has some."""
     for line, raw in _lines(part, advance):
-        if not raw.strip():
+        if not raw or raw.isspace():
             continue
         try:
             yield line, _parse(raw, fields)
@@ -283,7 +285,7 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
     """(line number, bytes) of every line of a part of a jsonl file, plain or compressed."""
     zipped = part.path.endswith(COMPRESSED)
     line, told = part.first_line, part.start
-    with Path(part.path).open("rb") as stream:
+    with io.BufferedReader(Path(part.path).open("rb", buffering=0), READ_BUFFER) as stream:
         stream.seek(part.start)
         position = part.start
         try:

@@ -11,11 +11,12 @@ from megatron_xy.data.documents import LineReport, read_part
 from megatron_xy.data.engines import SentencePieceEngine
 from megatron_xy.data.fast_engine import disagreement, unsuitable
 from megatron_xy.data.loaded import loaded_fast_tokenizer
-from megatron_xy.data.tokenize import BATCH_CHARACTERS, TokenizeTask, TokenShard
+from megatron_xy.data.tokenize import TokenizeTask, TokenShard
 from megatron_xy.data.tokenizer import Tokenizer
 
 # Compared before fastokens is used: so many documents of the corpus, or so much of it if that is less.
 GATE_DOCUMENTS, GATE_CHARACTERS = 1000, 8_000_000
+GATE_BATCH_CHARACTERS = 1_000_000  # of which the reference takes some 35 bytes for each
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ def _first_texts(tasks: Sequence[TokenizeTask]) -> Iterator[list[str]]:
                 conversations=task.chat is not None,
             )
             for document in documents:
-                texts.append(document.text[:BATCH_CHARACTERS])  # the reference takes some 35 bytes for each
+                texts.append(document.text[:GATE_BATCH_CHARACTERS])
                 size += len(texts[-1])
                 num_documents += 1
                 full = num_documents == GATE_DOCUMENTS or characters + size >= GATE_CHARACTERS
-                if full or size >= BATCH_CHARACTERS:
+                if full or size >= GATE_BATCH_CHARACTERS:
                     yield texts
                     characters += size
                     texts, size = [], 0

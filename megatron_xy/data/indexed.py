@@ -274,14 +274,14 @@ class IndexedReader:
     def _check_places(self) -> None:
         """At places spread evenly: an offset follows from the one before; document indices ascend, over all places."""
         places = np.linspace(0, self.num_sequences - 2, num=CHECKED_PLACES).astype(np.int64)
-        for place in np.unique(places).tolist() if self.num_sequences > 1 else []:
+        for place in sorted({*places.tolist()}) if self.num_sequences > 1 else []:
             length, offset = int(self.sequence_lengths[place]), int(self._offsets[place])
             expected, found = offset + length * self.dtype.itemsize, int(self._offsets[place + 1])
             if length < 0 or offset < 0 or found != expected or (place == 0 and offset != 0):
                 raise self._damaged(f"the offset of sequence {place + 1} ({found}) does not follow from {place}")
         places = np.linspace(0, self.num_documents - 1, num=CHECKED_PLACES).astype(np.int64)
         reached = 0
-        for place in np.unique(places).tolist() if self.num_documents else []:
+        for place in sorted({*places.tolist()}) if self.num_documents else []:
             first, last = self.document_indices[place : place + 2].tolist()
             if not reached <= first <= last <= self.num_sequences:
                 raise self._damaged(f"document {place} spans sequences {first}..{last} of {self.num_sequences}")

@@ -29,7 +29,7 @@ from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.errors import ConfigError
 
 SUPPORTED = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet", ".bin")
-SCAN_BLOCK = 8 * 1024 * 1024  # bytes
+SCAN_BLOCK = 1024 * 1024  # bytes: they stay in the processor's cache while they are looked at
 
 
 def find_inputs(inputs: Sequence[Path | str]) -> list[Path]:
@@ -116,7 +116,7 @@ def _scan(path: Path, *, part_bytes: int, file: int, advance: Callable[[int], No
             digest.update(block)
             size += len(block)
             if divisible:
-                lines += block.count(b"\n")
+                lines += int(np.count_nonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")))
                 if size - start >= part_bytes:
                     parts.append(Part(str(path), start, size, first_line, file))
                     start, first_line = size, lines + 1
@@ -144,13 +144,15 @@ def _expand(given: str) -> list[Path]:
         below = sorted(file for file in path.rglob("*") if file.is_file())
         files = [file for file in below if not any(name.startswith(".") for name in file.relative_to(path).parts)]
         if not files:
-            raise ConfigError(f"input ({given}): the folder holds no file")
+            raise ConfigError(f"input ({given}): the folder holds no file; name one with documents")
         return files
     if glob.has_magic(given):
         matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - Path.glob refuses absolute patterns
         files = [file for match in matches if (file := Path(match)).is_file()]
         if not files:
-            raise ConfigError(f"input ({given}): no file matches")
+            raise ConfigError(
+                f"input ({given}): no file matches; mend the pattern, or quote it where the shell reads it"
+            )
         return files
     if bin_path(path).is_file() or idx_path(path).is_file():
         return [bin_path(path)]

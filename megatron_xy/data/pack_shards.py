@@ -176,7 +176,7 @@ def _pack_window(
             overflow=task.overflow,
             engine=task.engine,
         )
-        for size in (task.buckets[index] for index in np.unique(plan.sample_bucket)):
+        for size in (task.buckets[index] for index in np.flatnonzero(np.bincount(plan.sample_bucket))):
             if size not in writers:
                 prefix = task.folder / task.source / bucket_folder(size) / f"shard_{task.index:05d}"
                 writer = TracedWriter(prefix, dtype=reader.dtype, masked=task.masked)

@@ -69,7 +69,7 @@ def pack(
     concatenate: Megatron's fixed-length samples of the one bucket. The documents lie end to end in an order shuffled
     as Megatron shuffles it, so that neighbours in a sample are not neighbours in the corpus, and are cut every so many
     tokens; the last sample may be short. The shuffle depends on the number of documents alone: no seed to keep. (A
-    sample of Megatron's holds one token more, the label of its last one, which here is not learnt.)
+    sample of Megatron's holds one token more, the label of its last one, which here is not learned.)
 
     Documents of length 0 are skipped. Deterministic, the same for every `engine`; O(documents + largest bucket).
     Raises ConfigError for bad buckets, policies or engine.

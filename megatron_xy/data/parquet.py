@@ -1,4 +1,4 @@
-"""Parquet files -> their rows and the row groups that can be read apart. Needs pyarrow, the extra `data`."""
+"""Parquet files -> their rows and the row groups that can be read apart. Needs pyarrow, the extra `parquet`."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +9,10 @@ import numpy as np
 from megatron_xy.data.documents import DEFAULT_SOURCE, LineReport, Part, changed, reading_unchanged
 from megatron_xy.data.indexed import IndexedReader, dtype_for
 from megatron_xy.data.origins import TracedWriter, document_rows
-from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt
+from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt, write_receipt
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.data.workers import Advance
 from megatron_xy.errors import DataError
-from megatron_xy.storage import write_text
 
 COPY_TOKENS = 1 << 22  # held in memory at a time, or one document
 
@@ -37,8 +34,7 @@ def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
             with reading_unchanged(part):
                 _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
     shard = TokenShard(task.folder, {DEFAULT_SOURCE: writer.num_documents} if writer.num_documents else {}, report)
-    receipt = {"documents": shard.documents, "report": asdict(report)}
-    write_text(TokenShard.receipt(task.folder), json.dumps(receipt))
+    write_receipt(shard)
     return shard
 
 

@@ -7,6 +7,7 @@ tokens, no post-processor and no merge into a control piece: no text yields a co
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
@@ -23,17 +24,23 @@ def parse_model(serialized: bytes) -> Any:
     return model
 
 
+def pieces_by_type(model: Any) -> defaultdict[int, list[str]]:
+    """{type: spellings in order of the ids}, empty for a type of which there are none."""
+    pieces: defaultdict[int, list[str]] = defaultdict(list)
+    for piece in model.pieces:
+        pieces[piece.type].append(piece.piece)
+    return pieces
+
+
 def inexact_reasons(model: Any) -> list[str]:
     """Why no tokenizer.json encodes as this model does; empty where one does."""
-    normal = {piece.piece for piece in model.pieces if piece.type == NORMAL}
-    special = {piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)}
+    pieces = pieces_by_type(model)
+    normal, special = {*pieces[NORMAL]}, pieces[UNKNOWN] + pieces[CONTROL]
     reasons = {
         "it is not a BPE model": model.trainer_spec.model_type != _BPE,
         "it has no byte fallback": not model.trainer_spec.byte_fallback,
-        "it has no piece for each of the 256 bytes": sum(piece.type == BYTE for piece in model.pieces) != 256,
-        "it has user-defined pieces": any(
-            piece.type not in (NORMAL, UNKNOWN, CONTROL, BYTE) for piece in model.pieces
-        ),
+        "it has no piece for each of the 256 bytes": len(pieces[BYTE]) != 256,
+        "it has user-defined pieces": not pieces.keys() <= {NORMAL, UNKNOWN, CONTROL, BYTE},
         "it has pieces with characters that are no pieces themselves": not set("".join(normal)) <= normal,
         "it has control pieces of a single character": any(len(piece) == 1 for piece in special),
         "it normalises text by a character map": bool(model.normalizer_spec.precompiled_charsmap),

@@ -71,7 +71,7 @@ def shown_samples(
         if index >= stream.num_samples:
             raise ConfigError(
                 f"--index ({index}): source {stream.source} has {stream.num_samples} sample(s) in bucket "
-                f"{stream.bucket}"
+                f"{stream.bucket}; give a smaller one"
             )
         for number in range(index, min(index + count, stream.num_samples)):
             sample = dataset.sample(SampleId(stream.source, stream.bucket, number))

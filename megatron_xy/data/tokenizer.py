@@ -48,7 +48,9 @@ def tokenizer_file(path: Path | str) -> Path:
     if file.is_dir():
         found = [file / name for name in (TOKENIZER_FILE, TOKENIZER_JSON) if (file / name).is_file()]
         if not found:
-            raise ConfigError(f"tokenizer ({file}): the folder holds no {TOKENIZER_FILE} and no {TOKENIZER_JSON}")
+            raise ConfigError(
+                f"tokenizer ({file}): the folder holds no {TOKENIZER_FILE} and no {TOKENIZER_JSON}; name one that does"
+            )
         file = found[0]
     if not file.is_file():
         raise ConfigError(f"tokenizer ({file}) does not exist; name a {TOKENIZER_FILE} or a {TOKENIZER_JSON}")
@@ -144,3 +146,7 @@ class Tokenizer:
         if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
             raise DataError(f"token ids {min(plain)}..{max(plain)} are outside 0..{self.vocab_size} of {self.path}")
         return self.engine.decode(plain)
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """The text of what a model has said. A model may have rows beyond the vocabulary: their ids yield none."""
+        return self.decode([index for index in ids if index < self.vocab_size])

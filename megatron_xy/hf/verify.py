@@ -35,10 +35,11 @@ from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import Output, write_files
 from megatron_xy.hf.verb import place
 from megatron_xy.model.logits import logits_of
+from megatron_xy.model_source import resolve_model
 from megatron_xy.role import Role, build_role
 from megatron_xy.safetensors_file import memory_of
 from megatron_xy.storage import TEMPORARY_PREFIX, write_json
-from megatron_xy.weights import load_initial_weights, resolve_model
+from megatron_xy.weights import load_initial_weights
 
 TOLERANCE = 1e-4  # of logits in fp32
 ROW_LENGTHS = (1, 17, 64, 128)

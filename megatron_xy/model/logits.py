@@ -44,16 +44,10 @@ def _outputs(role: Role, rows: Sequence[Sequence[int]], outputs_of: OutputsOf) -
     width = max(len(row) for row in rows)
     width += -width % role.groups.tp_size  # sequence parallelism splits it
     batches = [on_device(_padded(row, width)) for row in rows]
-    if len(role.chunks) > 1:  # an interleaved schedule takes as many at a time as there are stages
-        batches += batches[:1] * (-len(batches) % role.groups.pp_size)
-    for chunk in role.chunks:
-        chunk.eval()
-    with role.active():
+    with role.evaluating(), role.active():
         step = partial(_forward_step, role, outputs_of)
         outputs = forward_backward(role, batches, forward_step=step, forward_only=True)
-    for chunk in role.chunks:
-        chunk.train()
-    return [output["outputs"] for output in outputs[: len(rows)]]
+    return [output["outputs"] for output in outputs]
 
 
 def _forward_step(
@@ -96,7 +90,6 @@ def _padded(row: Sequence[int], width: int) -> MicroBatch:
         loss_mask=np.zeros(width, dtype=np.float32),
         position_ids=np.concatenate([np.arange(length), np.arange(width - length)]),
         cu_seqlens=np.array(borders, dtype=np.int32),
-        max_seqlen=max(length, width - length),
         source_ids=np.zeros(width, dtype=np.int32),
         num_padding_tokens=width - length,
         sum_squared_lengths=length**2,

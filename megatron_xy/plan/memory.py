@@ -22,7 +22,8 @@ from megatron_xy.config import (
     placed_roles,
     room_for_answers,
 )
-from megatron_xy.plan.parameters import DTYPE_BYTES, chunk_buffers, chunk_parameters, stage_layers
+from megatron_xy.flops import DTYPE_BYTES
+from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters, stage_layers
 from megatron_xy.ppo.batches import equal_answers
 from megatron_xy.stages import padded_vocab_size
 

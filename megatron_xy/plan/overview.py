@@ -16,12 +16,12 @@ from megatron_xy.config import RunConfig
 from megatron_xy.data.manifest import MANIFEST_NAME, read_manifest
 from megatron_xy.data.sampler import stream_shares
 from megatron_xy.errors import ConfigError
-from megatron_xy.flops import num_parameters
+from megatron_xy.flops import checkpoint_bytes, num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
 from megatron_xy.plan.memory import Job, RoleMemory, jobs, stage_memory
 from megatron_xy.plan.ppo import Split, TimeLine, answer_length, best_split, time_line, useful_flops
 from megatron_xy.plan.quantising import Quantising, quantising
-from megatron_xy.plan.speed import StepTime, Traffic, checkpoint_bytes, step_time, traffic
+from megatron_xy.plan.speed import StepTime, Traffic, step_time, traffic
 from megatron_xy.stages import padded_vocab_size
 
 DAY = 86_400
@@ -214,7 +214,7 @@ def make_plan(
 
 def buckets_of(config: RunConfig) -> dict[int, float]:
     """{bucket: share of the steps}, as the sampler draws the data folders' at first; without them the assumed ones."""
-    micro, context = config.training.micro_batch_tokens, _context(config)
+    micro, context = config.training.micro_batch_tokens, config.model.max_position_embeddings
     samples: Counter[tuple[str, int]] = Counter()
     for path in config.data.paths:
         if (path / MANIFEST_NAME).is_file():
@@ -228,10 +228,6 @@ def buckets_of(config: RunConfig) -> dict[int, float]:
     assumed = {bucket: share for bucket, share in section("buckets").items() if micro % bucket == 0}
     assumed = {bucket: share for bucket, share in assumed.items() if bucket <= context}
     return assumed or {micro: 1.0}
-
-
-def _context(config: RunConfig) -> int:
-    return config.model.max_position_embeddings
 
 
 def _check_shape_is_known(job: Job) -> None:
@@ -282,7 +278,7 @@ def _reliability(
     """ETTR = 1 / (1 + c/D + (D/2 + R)/M); the best D is sqrt(2 c M), and no less than a write takes."""
     given = section("reliability")
     trained = [role for role in roles if role.job.is_trained]
-    size = sum(checkpoint_bytes(role.job) for role in trained)
+    size = sum(checkpoint_bytes(role.job.model) for role in trained)
     write = size / (given["storage_bandwidth"] * num_nodes)
     copied = max(memory.weights + memory.optimizer for role in trained for memory in role.stages)
     stall = copied / given["host_copy_bandwidth"] + (0 if config.checkpoint.async_save else write)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_xy.config import ModelConfig, ParallelConfig
+from megatron_xy.flops import DTYPE_BYTES
 from megatron_xy.stages import layers_per_chunk, padded_vocab_size
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 PARAMETER_ALIGNMENT = 64  # elements; under the distributed optimizer each parameter begins at a multiple
 BUCKET_ALIGNMENT = 128  # elements; likewise each bucket, which replicas must divide as well
 SMALLEST_BUCKET = 40_000_000  # elements of a bucket of overlapped gradients; with more than 40 replicas more

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_xy.flops import flops_per_token, num_parameters, recomputed_flops, stage_share, step_flops
+from megatron_xy.flops import DTYPE_BYTES, flops_per_token, recomputed_flops, stage_share, step_flops
 from megatron_xy.plan.assumptions import Device, Efficiencies
 from megatron_xy.plan.memory import Held, Job, held_between_steps
-from megatron_xy.plan.parameters import DTYPE_BYTES, stage_layers
+from megatron_xy.plan.parameters import stage_layers
 
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic
 # Bytes that the element-wise kernels of a layer move for a token, forward and backward: norms and residual sums by
 # hidden size, SwiGLU by ffn size; each reads and writes every operand once, in 2-byte numbers.
 HIDDEN_BYTES, FFN_BYTES = 44, 16
-OPTIMIZER_BYTES = (
-    34  # AdamW reads gradient, weight, moments (16), writes the last three and the bf16 weight; norm, clip
-)
+# AdamW reads gradient, weight, moments (16), writes the last three and the bf16 weight; norm, clip.
+OPTIMIZER_BYTES = 34
 
 
 @dataclass(frozen=True)
@@ -137,12 +136,6 @@ def step_time(
         mfu=per_second * useful / gpu.peak_flops,
         hfu=per_second * (useful + again / tokens) / gpu.peak_flops,
     )
-
-
-def checkpoint_bytes(job: Job) -> int:
-    """Of a whole checkpoint: weights, main weights in fp32 where they are bf16, both moments."""
-    width = DTYPE_BYTES[job.model.params_dtype]
-    return num_parameters(job.model) * (width + (12 if width < 4 else 8))
 
 
 def _layer_collectives(granularity: str) -> tuple[int, int]:

@@ -100,7 +100,7 @@ class RoleWorker:
         tensors = {name: torch.zeros_like(rollout.mask) for name in names}
         if self.role is None:
             return Shipment(tensors)
-        with self.working(phase) as role, torch.no_grad(), _evaluating(role):
+        with self.working(phase) as role, torch.no_grad(), role.evaluating():
             batches = self.packed(role, rollout, range(len(rollout.responses)))
             outputs = forward_backward(
                 role,
@@ -368,17 +368,6 @@ def _update_step(
         return losses.loss, mask[place].sum().to(torch.int), {**losses.told, "largest": losses.largest}
 
     return output, learn
-
-
-@contextlib.contextmanager
-def _evaluating(role: Role) -> Iterator[None]:
-    for chunk in role.chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for chunk in role.chunks:
-            chunk.train()
 
 
 def _on_device(batch: AnswerBatch) -> PackedBatch:

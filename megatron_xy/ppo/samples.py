@@ -23,7 +23,7 @@ def samples(experience: Experience, prompts: PromptFile, renderer: Renderer) -> 
             "kind": kind,
             "line": prompts.rows[rollout.drawn[index].row]["line"],
             "prompt": _text(prompts.rows[rollout.drawn[index].row]["prompt"]),
-            "response": renderer.tokenizer.decode(rollout.responses[index]),
+            "response": renderer.tokenizer.decode_answer(rollout.responses[index]),
             "num_tokens": len(rollout.responses[index]),
             "has_ended": bool(rollout.has_ended[index]),
             "score": float(scores[index]),

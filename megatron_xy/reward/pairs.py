@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def load_pairs(config: RunConfig) -> PairData:
     template = None if data.chat_template is None else load_chat_template(data.chat_template, tokenizer)
     renderer = Renderer(tokenizer, data.chat_template)
     if not renderer.stop_ids:
-        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end")
+        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end; name another one")
     reader = _Reader(config, renderer)
     pairs = [pair for path in data.paths for pair in reader.read(path, option="data.path")]
     notes = [f"{reader.num_dropped:,} pairs without a clear preference (A0, B0) are dropped"] * bool(reader.num_dropped)
@@ -121,7 +121,7 @@ class _Reader:
     def read(self, path: Path, *, option: str) -> list[Pair]:
         """The pairs of a file that have a clear preference, in order. Raises ConfigError, DataError."""
         rows = read_rows(path, option=option, parse=self._parse)
-        pairs = [_placed(row.value, f"{path}:{row.line}") for row in rows if row.value is not None]
+        pairs = [replace(row.value, where=f"{path}:{row.line}") for row in rows if row.value is not None]
         self.num_dropped += len(rows) - len(pairs)
         return pairs
 
@@ -226,10 +226,6 @@ def _name(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value:
         raise BadRow(f"{field} is no name")
     return value
-
-
-def _placed(pair: Pair, where: str) -> Pair:
-    return Pair(where, pair.text, pair.prompt, pair.chosen, pair.rejected, pair.strength, pair.source, pair.models)
 
 
 def first_difference(chosen: Sequence[int] | NDArray[np.int32], rejected: Sequence[int] | NDArray[np.int32]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.checkpoint_folders import iteration_folder
 from megatron_xy.config import RewardConfig, load_config
 from megatron_xy.errors import ConfigError, DataError
 
@@ -106,7 +107,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _epoch(record: dict[str, Any], run_dir: Path, reward: RewardConfig) -> Epoch:
     held_out, training = record["held_out"], record["training"]
-    folder = run_dir / "checkpoints" / f"iter_{record['iteration']:07d}"
+    folder = iteration_folder(run_dir / "checkpoints", record["iteration"])
     return Epoch(
         epoch=record["epoch"],
         iteration=record["iteration"],

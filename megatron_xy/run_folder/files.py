@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,34 @@ def prepare(run_dir: Path) -> None:
 
     A file is written and removed again: neither permission bits nor root's rights tell of a read-only file system.
     """
-    try:
+    with _refusals(run_dir):
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in FOLDERS:
             (run_dir / name).mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir) as probe:
-            probe.write(b"x")
+        _probe(run_dir)
+
+
+def check_place(run_dir: Path) -> None:
+    """Raises as `prepare` would, and makes nothing: the nearest folder that is there is tried."""
+    with _refusals(run_dir):
+        _probe(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists()))
+
+
+@contextmanager
+def _refusals(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise StorageError(f"run_dir ({run_dir}) cannot be written: {error.strerror}; make room there") from None
         raise ConfigError(
             f"run_dir ({run_dir}) must be a folder that can be made and written: {error.strerror}; choose another"
         ) from None
+
+
+def _probe(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"x")
 
 
 def read_json(path: Path) -> Any:

@@ -84,7 +84,8 @@ def requests_for(prompts: list[list[int]], *, answers: int = 1, epoch: int = 0) 
 
 
 def load_role(layout: Layout, folder: Path | str) -> Any:
-    from megatron_xy.weights import load_initial_weights, resolve_model
+    from megatron_xy.model_source import resolve_model
+    from megatron_xy.weights import load_initial_weights
 
     role = models.make_role(layout, model=resolve_model(ModelConfig(load=f"hf:{folder}")), seed=3)
     assert role is not None

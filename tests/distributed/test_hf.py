@@ -121,7 +121,8 @@ def saved_logits(folder: Path) -> list[NDArray[np.float32]]:
 
 
 def load_role(layout: Layout, load: str, *, optimizer: OptimizerConfig | None = None, **model: Any) -> Any:
-    from megatron_xy.weights import load_initial_weights, resolve_model
+    from megatron_xy.model_source import resolve_model
+    from megatron_xy.weights import load_initial_weights
 
     resolved = resolve_model(ModelConfig(load=load, **model))
     role = models.make_role(layout, model=resolved, optimizer=optimizer, seed=3)

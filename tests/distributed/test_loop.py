@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,22 @@ def test_steps_that_are_skipped_again_and_again_end_the_run_with_65_on_all_ranks
     events = events_of(config.run_dir)
     assert [event["iteration"] for event in events] == [2, 3, 4]
     assert all(event["grad_norm"] is None and event["reasons"] == ["gradient not finite"] for event in events)
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_within_its_next_steps_with_74(data, tmp_path):
+    config = loop.config_of(data, tmp_path / "run", checkpoint={"save_interval": 4})
+    (end,) = run_ranks(train_with_files_up_to_64_kb, config, world_size=1)
+    assert end.startswith("74: ") and "rank-00000-of-00001.safetensors cannot be written" in end
+    assert 4 <= len(metrics_of(config.run_dir)) < 8, "not only the next save finds it"
+
+
+def train_with_files_up_to_64_kb(config) -> str:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    try:
+        return loop.train_into_an_error(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def events_of(run_dir: Path) -> list[dict[str, Any]]:

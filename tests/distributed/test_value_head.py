@@ -44,7 +44,6 @@ def micro_batches(number: int) -> list[Any]:
                 loss_mask=np.ones(TOKENS, dtype=np.float32),
                 position_ids=np.concatenate([np.arange(length) for length in lengths]),
                 cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
-                max_seqlen=max(lengths),
                 source_ids=np.zeros(TOKENS, dtype=np.int32),
                 num_padding_tokens=0,
                 sum_squared_lengths=sum(length**2 for length in lengths),
@@ -145,9 +144,10 @@ def loaded(parallel: ParallelConfig, load: str, head: str) -> dict[str, Any]:
     """The parameters of a role of that head that starts from `load`."""
     import torch.distributed as dist
 
+    from megatron_xy.model_source import resolve_model
     from megatron_xy.parallel import build_groups
     from megatron_xy.role import build_role
-    from megatron_xy.weights import load_initial_weights, resolve_model
+    from megatron_xy.weights import load_initial_weights
 
     model = resolve_model(ModelConfig.model_validate({"load": load, "head": head}))
     groups = build_groups("model", ranks=range(dist.get_world_size()), parallel=parallel, timeout_seconds=60)

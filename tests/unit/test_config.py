@@ -356,9 +356,11 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("runtime.timeout_seconds=.inf", "runtime.timeout_seconds (inf): must be a finite number"),
         ("runtime.timeout_seconds=0", "runtime.timeout_seconds (0): must be greater than 0"),
         ("data.weights={a: .nan, b: 1}", "data.weights.a (nan): must be a finite number"),
-        ("data.tokenizer=~/t", "data.tokenizer (~/t): must not begin with ~, which only a shell knows; write the path out"),
+        ("data.tokenizer=~/t",
+         "data.tokenizer (~/t): must not begin with ~, which only a shell knows; write the path out"),
         ("run_dir=~/runs", "run_dir (~/runs): must not begin with ~, which only a shell knows; write the path out"),
-        ("model={load: 'hf:~/base'}", "model.load (hf:~/base): must not begin with ~, which only a shell knows; write the path out"),
+        ("model={load: 'hf:~/base'}",
+         "model.load (hf:~/base): must not begin with ~, which only a shell knows; write the path out"),
         ("data.weights={a: .inf}", "data.weights.a (inf): must be a finite number"),
         ("data.weights={1: 0.5}", "the value: the key 1 must be text; put it in quotes"),
         ("data.weights=[1]", "data.weights ([1]): must be a section: `key: value` lines below it"),
@@ -585,8 +587,10 @@ def test_data_parallel_size() -> None:
 def test_check_buckets() -> None:
     training = TrainingConfig(micro_batch_tokens=8192)
     check_buckets(training, buckets=[2048, 4096, 8192])
-    with pytest.raises(InvalidConfig, match=r"micro_batch_tokens \(8192\).*none of 16384; nearest to try: 16384"):
+    with pytest.raises(InvalidConfig, match=r"micro_batch_tokens \(8192\).*none of 16384; nearest: 16384"):
         check_buckets(training, buckets=[2048, 16384])
+    with pytest.raises(InvalidConfig, match=r"micro_batch_tokens \(240\).*none of 96; nearest: 480$"):
+        check_buckets(TrainingConfig(micro_batch_tokens=240), buckets=(48, 96, 240))
 
 
 def test_check_shape_of_a_completed_model(run_yaml: Path) -> None:

@@ -24,9 +24,9 @@ from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.reader import DTYPES, INDEX, hf_manifest
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
+from megatron_xy.model_source import resolve_model
 from megatron_xy.tensor_files import dtype_name, torch_dtype
 from megatron_xy.tensor_reader import TensorReader
-from megatron_xy.weights import resolve_model
 from tools.train_tokenizer import train
 
 MODEL = ModelConfig(

@@ -194,7 +194,7 @@ def test_the_corpus_s_first_documents_decide(tmp_path, rows, monkeypatch, tokeni
     """As many as GATE_DOCUMENTS, whatever the parts, also where lines are bad; of long ones the beginning."""
     read = []
     monkeypatch.setattr(engine_choice, "GATE_DOCUMENTS", 150)
-    monkeypatch.setattr(engine_choice, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(engine_choice, "GATE_BATCH_CHARACTERS", 700)
     monkeypatch.setattr(engine_choice, "disagreement", lambda fast, batches: read.extend(batches) or "not today")
     monkeypatch.setattr(engine_choice, "unsuitable", lambda tokenizer: None)
     task = task_for(tmp_path, [b"{", *rows[:100]], tokenizer)

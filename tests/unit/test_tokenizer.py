@@ -302,6 +302,14 @@ def test_names_of_control_pieces_are_never_found_in_a_text_by_fastokens(tmp_path
     assert batch.ids.tolist() == tokenizer.encode_flat(texts).ids.tolist()
 
 
+def test_what_a_model_says_beyond_the_vocabulary_is_no_text(folder):
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode("the fox").tolist()
+    assert tokenizer.decode_answer([tokenizer.vocab_size + 3, *ids, tokenizer.vocab_size]) == tokenizer.decode(ids)
+    with pytest.raises(DataError, match="are outside"):
+        tokenizer.decode([tokenizer.vocab_size])
+
+
 def test_fastokens_is_not_needed(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     assert "not installed (pip install 'megatron-xy[fast]')" in unsuitable(load_tokenizer(folder))

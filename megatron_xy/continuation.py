@@ -1,0 +1,91 @@
+"""What may differ between a run that goes on and the one that wrote its checkpoint.
+
+Plain values of configs and manifests: `check` asks before a run what the run asks once it has found its checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_xy.config import InvalidConfig, ModelConfig, Problem, RunConfig
+from megatron_xy.hf.config import SHAPE_KEYS
+
+FIXED_MODEL_KEYS = (*SHAPE_KEYS, "rotary_base", "rope_scaling", "norm_epsilon")
+
+
+def facts(config: RunConfig, *, model: ModelConfig, data_fingerprints: Sequence[str]) -> dict[str, Any]:
+    """What a manifest keeps of the config, for `check_continuation`. data_fingerprints: of the folders' contents."""
+    order = {
+        "seed": config.seed,
+        "data.path": list(data_fingerprints),
+        "data.weights": config.data.weights,
+        "training.global_batch_tokens": config.training.global_batch_tokens,
+        "training.phases": [phase.model_dump(mode="json") for phase in config.training.phases],
+    }
+    settings: dict[str, Any] = {"data.split_documents": config.data.split_documents}
+    for section in ("training", "optimizer", "parallel"):
+        values = getattr(config, section).model_dump(mode="json")
+        settings |= {f"{section}.{name}": value for name, value in values.items() if f"{section}.{name}" not in order}
+    settings["model.params_dtype"] = model.params_dtype
+    return {"model": model.model_dump(mode="json"), "data_order": order, "settings": settings}
+
+
+def check_continuation(
+    stored: dict[str, Any], current: dict[str, Any], *, allow_changes: bool, origin: Path, say: Callable[[str], None]
+) -> None:
+    """Compares what `facts` said then and says now. Differences that change nothing learned or drawn so far are said.
+
+    Raises InvalidConfig where the model differs, and, unless allow_changes, where the order of the data would. Phases
+    that have not begun are free to change: a mixture is steered by what the losses say.
+    """
+    models = [_fixed(side["model"]) for side in (stored, current)]
+    problems = [
+        Problem(f"model.{name}", f"model.{name} ({now}) is {then} in {origin}: a run goes on with the model it has")
+        for name, then, now in _differences(*models)
+    ]
+    then_order, now_order = stored.get("data_order", {}), current["data_order"]
+    changes = _differences(*(_until(order, stored["data_step"]) for order in (then_order, now_order)))
+    if not allow_changes:
+        problems += [
+            Problem(
+                name,
+                f"{name} ({_short(now)}) is {_short(then)} in {origin}: samples would be drawn twice or never; put it "
+                f"back, or accept that with checkpoint.allow_changes=true",
+            )
+            for name, then, now in changes
+        ]
+    if problems:
+        raise InvalidConfig(problems)
+    orders = _differences(then_order, now_order)  # of phases to come, too
+    for name, then, now in [*orders, *_differences(stored.get("settings", {}), current["settings"])]:
+        say(f"  changed since the checkpoint: {name} {_short(then)} -> {_short(now)}")
+
+
+def _fixed(section: dict[str, Any]) -> dict[str, Any]:
+    """The keys that a model keeps; one that a checkpoint was written before has its default there."""
+    values = {name: section.get(name, ModelConfig.model_fields[name].default) for name in FIXED_MODEL_KEYS}
+    values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
+    return values
+
+
+def _until(order: dict[str, Any], data_step: int) -> dict[str, Any]:
+    """What of the data's order has a bearing on the steps before `data_step`."""
+    if "training.phases" not in order:  # written before there were any
+        return order
+    begun = [phase for phase in order["training.phases"] if phase["from_iter"] < data_step]
+    return {**order, "training.phases": begun}
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, then, now) of what both have and is not the same."""
+    return [(name, stored[name], now) for name, now in current.items() if name in stored and stored[name] != now]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {part}" for name, part in value.items() if part is not None) + "}"
+    if isinstance(value, list):
+        return ", ".join(part[:12] if isinstance(part, str) else _short(part) for part in value) or "none"
+    return str(value)

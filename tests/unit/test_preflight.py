@@ -1,0 +1,102 @@
+"""What `check --paths` says of the run folder: whether it can be had, and whether the run fits what lies there."""
+
+import json
+
+import pytest
+
+from megatron_xy.checkpoint_files import Manifest, write_manifest
+from megatron_xy.checkpoint_folders import iteration_folder
+from megatron_xy.config import load_config
+from megatron_xy.continuation import facts
+from megatron_xy.data.build import build_dataset
+from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.errors import ConfigError, StorageError
+from megatron_xy.preflight import check_paths
+from megatron_xy.run_dir import check_space
+from tests.unit.small_corpus import texts, train_tokenizer, write_rows
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    base = tmp_path_factory.mktemp("preflight")
+    corpus = write_rows(base / "corpus.jsonl", [{"text": text} for text in texts(40)])
+    build_dataset([corpus], tokenizer=train_tokenizer(base / "tokenizer.model"), output=base / "data", buckets=(16, 64))
+    return base / "data"
+
+
+@pytest.fixture
+def config(built, tmp_path):
+    """Of overrides, a config whose run folder, TMP/runs/one, holds a checkpoint of iteration 8."""
+    shape = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 300}
+    training = {"global_batch_tokens": 256, "micro_batch_tokens": 64}
+    sections = {"model": shape, "data": {"path": str(built)}, "training": training}
+    (tmp_path / "run.yaml").write_text(json.dumps({"run_dir": str(tmp_path / "runs" / "one"), **sections}))
+
+    def of(*overrides):
+        return load_config(tmp_path / "run.yaml", overrides=overrides)
+
+    first = of()
+    stored = facts(first, model=first.model, data_fingerprints=PackedDataset([built]).fingerprints)
+    folder = iteration_folder(first.run_dir / "checkpoints", 8)
+    folder.mkdir(parents=True)
+    place = {"iteration": 8, "data_step": 8, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 8}
+    write_manifest(folder, Manifest({**place, **stored, "world_size": 1}, tensors={}, rank_state={}, files={}))
+    return of
+
+
+def test_what_the_run_would_not_go_on_with_is_found_before_it(config):
+    check_paths(config())
+    check_paths(config("checkpoint.resume=8"))
+    check_paths(config("model.num_layers=3", "checkpoint.resume=never"))
+    check_paths(config("seed=5", "checkpoint.allow_changes=true"))
+    for override, told in {
+        "model.num_layers=3": r"model\.num_layers \(3\) is 2 in .*iter_0000008: a run goes on with the model it has",
+        "model.rotary_base=500000": r"model\.rotary_base \(500000\.0\) is 10000\.0 in .*iter_0000008",
+        "seed=5": r"seed \(5\) is 1234 in .*checkpoint\.allow_changes=true",
+        "checkpoint.resume=6": r"checkpoint\.resume \(6\): .* holds no such iteration; there are: 8",
+    }.items():
+        with pytest.raises(ConfigError, match=told):
+            check_paths(config(override))
+
+
+def test_a_damaged_newest_checkpoint_is_left_to_the_run_which_passes_it_over(config):
+    checkpoints = config().run_dir / "checkpoints"
+    newest = iteration_folder(checkpoints, 9)
+    newest.mkdir()
+    (newest / "manifest.json").write_text("{")
+    check_paths(config())
+    with pytest.raises(ConfigError, match=r"model\.num_layers \(3\) is 2 in .*iter_0000008"):
+        check_paths(config("model.num_layers=3"))
+
+
+def test_a_run_folder_that_cannot_be_had_is_found_and_nothing_made(config, tmp_path):
+    there = sorted(tmp_path.rglob("*"))
+    check_paths(config(f"run_dir={tmp_path / 'not' / 'yet'}"))
+    for place in (tmp_path / "run.yaml", tmp_path / "run.yaml" / "below"):
+        with pytest.raises(ConfigError, match=r"run_dir \(.*run\.yaml.*\) must be a folder that can be made"):
+            check_paths(config(f"run_dir={place}"))
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_one(config, built):
+    huge = (
+        "model.num_layers=1000",
+        "model.hidden_size=32768",
+        "model.ffn_hidden_size=131072",
+        "checkpoint.keep_latest=4",
+    )
+    told = r"run_dir \(.*\) has [\d,.]+ MB free, and 1,030,[\d,.]+ are needed: .*\.keep_latest \(4\) are .* 0 are there"
+    with pytest.raises(StorageError, match=told):
+        check_paths(config(*huge, f"run_dir={built.parent / 'another'}"))
+    with pytest.raises(StorageError, match=r", and 824,.* 1 are there"):
+        check_space(config(*huge))
+
+
+def test_what_a_killed_save_left_counts_as_free(config):
+    left = config().run_dir / "checkpoints" / ".tmp-iter_0000012" / "rank-00000-of-00001.safetensors"
+    left.parent.mkdir()
+    huge = config("model.num_layers=1000", "model.hidden_size=32768", "model.ffn_hidden_size=131072")
+    with left.open("wb") as stream:
+        stream.truncate(10**12)  # a hole: it takes no room
+    with pytest.raises(StorageError, match=r"has 1,[\d,.]+ MB free, and 412,"):
+        check_space(huge)
