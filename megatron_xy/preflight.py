@@ -64,7 +64,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     _look_at_run_dir(completed, findings, data_fingerprints=dataset.fingerprints if dataset else None)
     findings.end()
-    check_space(completed)
+    check_space(completed, [completed.model])
 
 
 def _check_reward_paths(config: RunConfig) -> None:
@@ -74,7 +74,7 @@ def _check_reward_paths(config: RunConfig) -> None:
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     _look_at_run_dir(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
     findings.end()
-    check_space(completed)
+    check_space(completed, [completed.model])
 
 
 def _completed(config: RunConfig, findings: _Findings) -> RunConfig:
@@ -113,9 +113,11 @@ def _check_ppo_paths(config: RunConfig) -> None:
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.of("run_dir", lambda: check_place(config.run_dir))
     findings.of("checkpoint.resume", lambda: iterations_to_resume(config))
-    if not findings.problems:  # where roles stand does not matter to what they are given
-        findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
     findings.end()
+    # Where roles stand does not matter to what they are given.
+    material = findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
+    findings.end()
+    check_space(config, material.trained_models)
 
 
 def _check_reward_function(name: str) -> None:

@@ -35,7 +35,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
     config = with_model(config)
-    check_space(config)
+    check_space(config, [config.model])
     dataset = open_data(config)
     config = with_epochs(config, dataset.streams, conversation_sources=dataset.conversation_sources)
     held_out = open_held_out(config, dataset)

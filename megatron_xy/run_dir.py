@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_xy.checkpoint_files import read_manifest
 from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations, swept_bytes
-from megatron_xy.config import RunConfig
+from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.continuation import check_continuation, facts
 from megatron_xy.errors import DataError, StorageError
 from megatron_xy.flops import checkpoint_bytes
@@ -47,11 +47,14 @@ def iterations_to_resume(config: RunConfig) -> list[int]:
     return [resume]
 
 
-def check_space(config: RunConfig) -> None:
-    """Raises StorageError where the disk has no room for the checkpoints that a run of a complete model keeps."""
+def check_space(config: RunConfig, models: Iterable[ModelConfig]) -> None:
+    """Raises StorageError where the disk has no room for the checkpoints that a run keeps.
+
+    models: complete, those that it trains.
+    """
     checkpoints, kept = config.run_dir / "checkpoints", config.checkpoint.keep_latest
     there = len(saved_iterations(checkpoints))
-    size = checkpoint_bytes(config.model)
+    size = sum(map(checkpoint_bytes, models))
     num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
     disk = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists()))
     free = disk.free + swept_bytes(checkpoints)  # which the run does first

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_xy.checkpoint_files import read_manifest
-from megatron_xy.config import PlacedRole, RoleName, RunConfig, check_role_shapes, room_for_answers
+from megatron_xy.config import (
+    TRAINED_ROLES,
+    ModelConfig,
+    PlacedRole,
+    RoleName,
+    RunConfig,
+    check_role_shapes,
+    room_for_answers,
+)
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.model_source import resolve_model, split_origin, stored_head
@@ -26,6 +34,11 @@ class Material:
     tokenizer: Tokenizer
     renderers: dict[str, Renderer]
     stored_scores: tuple[float, float]  # mean and deviation, as the reward model's checkpoint keeps them
+
+    @property
+    def trained_models(self) -> list[ModelConfig]:
+        """Those of which the run's checkpoints are."""
+        return [self.roles[name].model for name in TRAINED_ROLES]
 
 
 def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Material:

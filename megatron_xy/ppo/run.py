@@ -23,6 +23,7 @@ from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAns
 from megatron_xy.ppo.trainer import Cast, PPOTrainer
 from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
+from megatron_xy.run_dir import check_space
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.watchdog import Watchdog, backend_timeout
@@ -38,6 +39,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     check_boards(config.runtime)
     assert config.ppo is not None, "the config's rules ask for it"
     material = look_at(config, placed_roles(config, world_size=world_size))
+    check_space(config, material.trained_models)
     function = None if config.ppo.reward_function is None else load_reward_function(config.ppo.reward_function)
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == 0, wandb_project=config.runtime.wandb_project)
     for line in told(material, world_size=world_size):

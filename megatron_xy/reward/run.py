@@ -31,7 +31,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
     config = with_model(config)
-    check_space(config)
+    check_space(config, [config.model])
     data = open_pairs(config)
     order = order_of(config, data)
     config = with_epochs(config, order)

@@ -30,11 +30,11 @@ SHAPE = {
 }  # fmt: skip
 
 
-def hf_folder(folder: Path, *, architecture: str, vocab_size: int = 20) -> str:
+def hf_folder(folder: Path, *, architecture: str, vocab_size: int = 20, **shape: int) -> str:
     """What `model.load` says of a folder with nothing but a config."""
     folder.mkdir()
     labels = {"num_labels": 1} if architecture == "LlamaForSequenceClassification" else {}
-    config = {**SHAPE, "architectures": [architecture], "vocab_size": vocab_size, **labels}
+    config = {**SHAPE, "architectures": [architecture], "vocab_size": vocab_size, **labels, **shape}
     (folder / "config.json").write_text(json.dumps(config))
     return f"hf:{folder}"
 
@@ -46,6 +46,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "language": hf_folder(folder / "language", architecture="LlamaForCausalLM"),
         "value": hf_folder(folder / "value", architecture="LlamaForSequenceClassification"),
         "wide": hf_folder(folder / "wide", architecture="LlamaForSequenceClassification", vocab_size=24),
+        "huge": hf_folder(folder / "huge", architecture="LlamaForCausalLM", num_hidden_layers=1000, hidden_size=2**16),
         "narrow": hf_folder(folder / "narrow", architecture="LlamaForCausalLM", vocab_size=18),
     }
 
@@ -93,6 +94,7 @@ def test_a_critic_may_begin_as_a_reward_or_a_language_model(tmp_path: Path, load
         ({}, "ppo.max_response_length=64", 78, "ppo.max_response_length (64) leaves no room for a prompt"),
         ({}, "roles.reward.micro_batch_tokens=24", 65, "prompts.jsonl:2: the prompt has 17 tokens, must have 1 to 16"),
         ({}, "training.train_iters=3", 65, "responses.jsonl holds 8 answers, and place 12 is drawn"),
+        ({"critic": "huge"}, "seed=1", 74, " are needed: a checkpoint takes"),
         ({}, "ppo.reward_normalization=stored", 65, "keeps no mean and deviation of its scores"),
     ],
 )

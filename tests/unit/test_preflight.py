@@ -89,7 +89,7 @@ def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_o
     with pytest.raises(StorageError, match=told):
         check_paths(config(*huge, f"run_dir={built.parent / 'another'}"))
     with pytest.raises(StorageError, match=r", and 824,.* 1 are there"):
-        check_space(config(*huge))
+        check_space(config(*huge), [config(*huge).model])
 
 
 def test_what_a_killed_save_left_counts_as_free(config):
@@ -99,4 +99,4 @@ def test_what_a_killed_save_left_counts_as_free(config):
     with left.open("wb") as stream:
         stream.truncate(10**12)  # a hole: it takes no room
     with pytest.raises(StorageError, match=r"has 1,[\d,.]+ MB free, and 412,"):
-        check_space(huge)
+        check_space(huge, [huge.model])
