@@ -130,7 +130,10 @@ def prepare(job: ModelJob) -> Work:
                 f"max_position_embeddings - 1); shorten it, or leave the row out"
             )
         if max(prompt.tokens) >= vocab_size:
-            raise BadRow(f"the prompt holds token {max(prompt.tokens)}; the model knows 0..{vocab_size - 1}")
+            raise BadRow(
+                f"the prompt holds token {max(prompt.tokens)}; the model knows 0..{vocab_size - 1}: name the tokenizer "
+                f"that it was trained with, or leave the row out"
+            )
         return prompt
 
     prompts = read_rows(Path(arguments.prompts), option="--prompts", parse=parse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def sweep(checkpoints: Path) -> list[str]:
     for leftover in leftovers:
         shutil.rmtree(leftover)
     return [leftover.name for leftover in leftovers]
+
+
+def swept_bytes(checkpoints: Path) -> int:
+    """What `sweep` would make free."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError):  # a run that is under way gives one its name meanwhile
+        for path in checkpoints.glob(f"{TEMPORARY_PREFIX}*/**/*"):
+            total += path.lstat().st_size
+    return total
 
 
 def remove(folder: Path) -> None:

@@ -64,7 +64,8 @@ def check_continuation(
 
 
 def _fixed(section: dict[str, Any]) -> dict[str, Any]:
-    values = {name: section.get(name) for name in FIXED_MODEL_KEYS}
+    """The keys that a model keeps; one that a checkpoint was written before has its default there."""
+    values = {name: section.get(name, ModelConfig.model_fields[name].default) for name in FIXED_MODEL_KEYS}
     values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
     return values
 

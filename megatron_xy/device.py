@@ -37,6 +37,11 @@ _FACTORIES = (
 COLLECTIVE_ERROR_MARKS = (
     "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe",
 )  # fmt: skip
+# What CUDA says, in the same way, when this rank's own GPU has failed.
+BROKEN_GPU_MARKS = (
+    "uncorrectable ECC error", "uncorrectable NVLink error", "hardware stack error", "or a hardware error",
+    "CUDA error: unknown error",
+)  # fmt: skip
 _MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
 Moment = Any  # a float of time.perf_counter() on a CPU, an event in the queue on a GPU
@@ -54,8 +59,11 @@ def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = Fa
     """
     global _device
     torch.set_num_threads(num_threads)
-    if deterministic:  # read by cuBLAS when CUDA starts
+    # Read when CUDA starts. One queue from host to GPU: a collective begins before the matrix product that hides it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if deterministic:  # cuBLAS would share its scratch memory among streams, NVLink's switches add up in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch._dynamo: 2 s
         torch.use_deterministic_algorithms(deterministic)
     if _device is not None:

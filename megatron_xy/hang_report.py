@@ -81,10 +81,13 @@ class Finding:
     path: Path  # the whole report
 
 
-def claim(run_dir: Path, request: Request) -> bool:
-    """Files the request unless another process of this start has; whether this one is to report."""
+def claim(run_dir: Path, request: Request, *, since: float) -> bool:
+    """Files the request unless another process of this start has; whether this one is to report.
+
+    since: as `read_request` has it; an earlier start on the same address, which hung too, may have left its own.
+    """
     with exit_lock(run_dir):
-        if read_request(run_dir, since=0.0, attempt=request.attempt) is not None:
+        if read_request(run_dir, since=since, attempt=request.attempt) is not None:
             return False
         write_json(_folder(run_dir) / REQUEST, asdict(request), durable=False)
         return True

@@ -1,6 +1,6 @@
 """`megatron-xy logprobs`: token rows -> the log-probability of each token after those before it.
 
-IDS.jsonl -> the model's ranks, each replica its share of the rows -> OUTPUT.work -> OUTPUT
+IDS.jsonl -> the model's ranks, each replica its share of the rows -> parts in the work folder -> OUTPUT
 """
 
 from __future__ import annotations
@@ -30,11 +30,6 @@ from megatron_xy.watchdog import Watchdog
 _PARTS = "part-*.safetensors"
 
 
-def work_folder(output: Path) -> Path:
-    """Where the ranks leave their parts, until `output` is written."""
-    return output.with_name(f"{output.name}.work")
-
-
 def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
     """The whole verb; returns the exit code. Row i becomes tensor "i" [row length - 1] fp32.
 
@@ -44,7 +39,7 @@ def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output ({output}): must be a file in a folder that is there")
     rows = _rows(job, complete_options(job.options()))
-    folder = work_folder(output)
+    folder = Path(job.run_dir)
     try:
         code = run_job(job, in_this_process=lambda job: _compute(job, beat=lambda: None))
         if code == 0:
@@ -74,8 +69,8 @@ def _rows(job: ModelJob, config: RunConfig) -> list[list[int]]:
         tokens = row.get("tokens")
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
             raise BadRow('must be {"tokens": [...]} with at least one token id')
-        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
-            raise BadRow(f"holds token {min(tokens)} or {max(tokens)}; the model knows 0..{vocab_size - 1}")
+        if unknown := [token for token in tokens if not 0 <= token < vocab_size]:
+            raise BadRow(f"holds token {unknown[0]}; the model knows 0..{vocab_size - 1}; leave the row out")
         return tokens
 
     return [row.value for row in read_rows(Path(job.arguments["input"]), option="--input", parse=parse)]
@@ -85,7 +80,7 @@ def _compute(job: ModelJob, *, beat: Callable[[], None]) -> None:
     """This rank's replica's share of the rows, left in the work folder by the last stage's first rank."""
     config = complete_options(job.options())
     rows = _rows(job, config)
-    folder = work_folder(Path(job.arguments["output"]))
+    folder = Path(job.run_dir)
     if environment.rank() == 0:  # before any rank goes on from here: what a killed run has left
         for part in folder.glob(_PARTS):
             part.unlink()

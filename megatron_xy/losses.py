@@ -91,7 +91,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         valid = max(0, min(columns, vocab_size - first))
         owned = (labels >= first) & (labels < first + valid)
         column = (labels - first).clamp(0, columns - 1)
-        results = []
+        results = [logits.new_empty(3, 0, dtype=torch.float32)]  # a micro-batch may have no answers, and so no tokens
         for part in range(0, logits.size(0), CHUNK_TOKENS):
             rows = slice(part, part + CHUNK_TOKENS)
             scores = logits[rows, :valid].float() / temperature

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy import checkpoint_files as files
-from megatron_xy.config import Head, ModelConfig
+from megatron_xy.config import Head, ModelConfig, RunConfig, role_names, role_sections
 from megatron_xy.hf.config import complete_model, read_hf_config
 
 NEW_IN_A_CONTINUED_RUN = ("rotary_base", "rope_scaling", "max_position_embeddings", "norm_epsilon")
@@ -28,6 +28,23 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         return model
     stored, origin = _stored_model(model.load)
     return complete_model(model, stored, origin=origin)
+
+
+def with_shapes(config: RunConfig) -> RunConfig:
+    """`config` with the shapes that it leaves out taken from the weights that it loads, role by role, as far as these
+    are here. Raises as `resolve_model`."""
+
+    def shaped(model: ModelConfig) -> ModelConfig:
+        is_here = model.load is not None and split_origin(model.load)[1].is_dir()
+        return resolve_model(model) if is_here else model
+
+    if config.task != "ppo":
+        return config.model_copy(update={"model": shaped(config.model)})
+    roles = {
+        name: (config.roles or {})[name].model_copy(update={"model": shaped(role_sections(config, name)[0])})
+        for name in role_names(config)
+    }
+    return config.model_copy(update={"roles": roles})
 
 
 def stored_head(load: str) -> Head:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -119,11 +120,17 @@ def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, t
     )
     grid = torch.tensor(list(ranks)).reshape(sizes)
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    # Nothing travels in a group of one rank, so a rank has one of these, whatever it stands for: all ranks of the world
+    # wait for each other at every group that is made, and with 512 of them most would be such.
+    singles = {rank: dist.new_group([rank], timeout=timeout, group_desc=name) for rank in ranks}
 
     def mine_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
         mine = None
         for group_ranks in groups:
-            group = dist.new_group(group_ranks, timeout=timeout, group_desc=name)
+            is_single = len(group_ranks) == 1
+            group = (
+                singles[group_ranks[0]] if is_single else dist.new_group(group_ranks, timeout=timeout, group_desc=name)
+            )
             if dist.get_rank() in group_ranks:
                 mine = group
         return mine
@@ -135,7 +142,7 @@ def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, t
     mp = mine_of(_along(grid, "pp", "tp"))
     embd = mine_of([sorted({stages[0], stages[-1]}) for stages in pipelines])
     pos_embd = mine_of([[stages[0]] for stages in pipelines])
-    alone = mine_of([[rank] for rank in ranks])
+    alone = singles.get(dist.get_rank())
     all_ranks = mine_of([list(ranks)])
     if all_ranks is None:
         return None
@@ -281,11 +288,17 @@ def errors_told(*, when_memory_runs_out: str) -> Iterator[None]:
 
 
 def as_peer_lost(error: BaseException) -> PeerLost | None:
-    """`error` as PeerLost where it is a collective that failed or timed out; None where it is anything else."""
+    """`error` as PeerLost where a collective failed or timed out, or this rank's GPU broke; None for anything else."""
     text = str(error)
+    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if isinstance(error, RuntimeError) and any(mark in text for mark in device.BROKEN_GPU_MARKS):
+        return PeerLost(
+            f"the GPU of rank {environment.rank()} on {socket.gethostname()} has failed: {first_line}; look at dmesg "
+            f"(Xid) and nvidia-smi -q there, and leave the host out where that comes again"
+        )
     marked = isinstance(error, RuntimeError) and any(mark in text for mark in device.COLLECTIVE_ERROR_MARKS)
     if marked or isinstance(error, dist.DistError):
-        first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         first_line = re.sub(r"^\[\S+:\d+\] ", "", first_line)  # gloo begins with the place in its own source
+        first_line = first_line.partition(" This is typically caused by")[0]  # and ends with guesses
         return PeerLost(f"a collective failed because another rank is gone or stands still: {first_line}")
     return None

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.checkpoint_files import read_manifest
-from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations
 from megatron_xy.config import (
     InvalidConfig,
     ModelConfig,
@@ -26,19 +22,20 @@ from megatron_xy.config import (
     role_names,
     role_sections,
 )
-from megatron_xy.continuation import check_continuation, facts
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, total_tokens, with_epochs
 from megatron_xy.data.run_data import data_folders
 from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import ConfigError, DataError, StorageError
-from megatron_xy.flops import checkpoint_bytes, num_parameters
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.flops import num_parameters
 from megatron_xy.model_source import resolve_model
+from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
+from megatron_xy.run_dir import check_resume, check_space, iterations_to_resume
 from megatron_xy.run_folder import check_place
 from megatron_xy.storage import file_sha256
 
@@ -61,45 +58,33 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             return check_paths(config, build_into=Path(folder))
     findings = _Findings()
-    model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
-    findings.of("model.layer_spec", lambda: _check_layer_spec(model))
-    completed = config.model_copy(update={"model": model})
-    if model is not config.model:
-        findings.of("model", lambda: check_shape(completed))
+    completed = _completed(config, findings)
     dataset = _look_at_data(completed, findings, build_into=build_into)
     findings.of("data.eval_path", lambda: _held_out(completed, dataset, build_into=build_into))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
-    _look_at_run_folder(completed, findings, data_fingerprints=dataset.fingerprints if dataset else None)
+    _look_at_run_dir(completed, findings, data_fingerprints=dataset.fingerprints if dataset else None)
     findings.end()
-    check_space(completed)
+    check_space(completed, [completed.model])
 
 
 def _check_reward_paths(config: RunConfig) -> None:
     findings = _Findings()
+    completed = _completed(config, findings)
+    pairs: PairData | None = findings.of("data.path", lambda: open_pairs(completed))
+    findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
+    _look_at_run_dir(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
+    findings.end()
+    check_space(completed, [completed.model])
+
+
+def _completed(config: RunConfig, findings: _Findings) -> RunConfig:
+    """The config with its model completed from what it loads, checked as far as that can be."""
     model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
-    pairs: PairData | None = findings.of("data.path", lambda: open_pairs(completed))
-    _look_at_run_folder(completed, findings, data_fingerprints=pairs.fingerprints if pairs else None)
-    findings.end()
-    check_space(completed)
-
-
-def check_space(config: RunConfig) -> None:
-    """Raises StorageError where the disk has no room for the checkpoints that a run of a complete model keeps."""
-    checkpoints, kept = config.run_dir / "checkpoints", config.checkpoint.keep_latest
-    there = len(saved_iterations(checkpoints))
-    size = checkpoint_bytes(config.model)
-    num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
-    free = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists())).free
-    if free < num_to_come * size:
-        raise StorageError(
-            f"run_dir ({config.run_dir}) has {free / 1e9:,.1f} GB free, and {num_to_come * size / 1e9:,.1f} are "
-            f"needed: a checkpoint takes {size / 1e9:,.1f} GB, checkpoint.keep_latest ({kept}) are kept while another "
-            f"is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
-        )
+    return completed
 
 
 def open_pairs(config: RunConfig) -> PairData:
@@ -123,14 +108,22 @@ def _check_ppo_paths(config: RunConfig) -> None:
     findings.of("ppo.prompts", lambda: PromptFile(prompts_path, seed=config.seed))
     if responses_path is not None:
         findings.of("ppo.responses", lambda: GivenResponses(responses_path))
-    if reward_function is not None and not Path(reward_function.rpartition(":")[0]).is_file():
-        problem = f"ppo.reward_function ({reward_function}): there is no such file"
-        findings.problems.append(Problem("ppo.reward_function", problem))
-        findings.only_data = False
+    if reward_function is not None:
+        findings.of("ppo.reward_function", lambda: _check_reward_function(reward_function))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.of("run_dir", lambda: check_place(config.run_dir))
-    findings.of("checkpoint.resume", lambda: _iterations_to_resume(config))
+    findings.of("checkpoint.resume", lambda: iterations_to_resume(config))
     findings.end()
+    # Where roles stand does not matter to what they are given.
+    material = findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
+    findings.end()
+    check_space(config, material.trained_models)
+
+
+def _check_reward_function(name: str) -> None:
+    path = Path(name.rpartition(":")[0])
+    if not path.is_file():
+        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there; name FILE.py:FUNCTION")
 
 
 def check_boards(runtime: RuntimeConfig) -> None:
@@ -166,35 +159,10 @@ def open_held_out(config: RunConfig, dataset: PackedDataset) -> PackedDataset | 
     return held_out
 
 
-def _look_at_run_folder(config: RunConfig, findings: _Findings, *, data_fingerprints: Sequence[str] | None) -> None:
-    """The run folder can be had, and the run can go on from what lies there; None: the data is not to be had."""
+def _look_at_run_dir(config: RunConfig, findings: _Findings, *, data_fingerprints: Sequence[str] | None) -> None:
     findings.of("run_dir", lambda: check_place(config.run_dir))
     if data_fingerprints is not None:
-        now = facts(config, model=config.model, data_fingerprints=data_fingerprints)
-        findings.of("checkpoint.resume", lambda: _check_resume(config, now))
-
-
-def _check_resume(config: RunConfig, now: dict[str, Any]) -> None:
-    """That the run, which is `now` so, goes on from what lies in its folder; a damaged manifest is left to the run."""
-    for iteration in _iterations_to_resume(config):
-        folder = iteration_folder(config.run_dir / "checkpoints", iteration)
-        with contextlib.suppress(DataError):
-            then = read_manifest(folder).state
-            allowed = config.checkpoint.allow_changes
-            return check_continuation(then, now, allow_changes=allowed, origin=folder, say=lambda line: None)
-
-
-def _iterations_to_resume(config: RunConfig) -> list[int]:
-    """The checkpoints that the run would go on from, the first whole one; none where it starts afresh."""
-    checkpoints, resume = config.run_dir / "checkpoints", config.checkpoint.resume
-    if resume == "never":
-        return []
-    found = saved_iterations(checkpoints)
-    if resume == "auto":
-        return found
-    if resume not in found:
-        raise no_such_iteration(checkpoints, resume)
-    return [resume]
+        findings.of("checkpoint.resume", lambda: check_resume(config, data_fingerprints=data_fingerprints))
 
 
 def _look_at_data(config: RunConfig, findings: _Findings, *, build_into: Path) -> PackedDataset | None:

@@ -20,8 +20,9 @@ from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.model_source import resolve_model
-from megatron_xy.preflight import check_boards, check_space, open_data, open_held_out
+from megatron_xy.preflight import check_boards, open_data, open_held_out
 from megatron_xy.role import Role, build_role
+from megatron_xy.run_dir import check_space
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.trainer import Trainer, timed
@@ -34,7 +35,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
     config = with_model(config)
-    check_space(config)
+    check_space(config, [config.model])
     dataset = open_data(config)
     config = with_epochs(config, dataset.streams, conversation_sources=dataset.conversation_sources)
     held_out = open_held_out(config, dataset)

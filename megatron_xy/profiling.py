@@ -15,7 +15,8 @@ class ProfileWindow:
     """Records the iterations of `runtime.profile` on the ranks that it names; does nothing on others."""
 
     def __init__(self, config: RuntimeConfig, *, run_dir: Path, rank: int) -> None:
-        self._iterations = config.profiled_iterations if rank in config.profile_ranks else range(0)
+        self._window = config.profiled_iterations
+        self._iterations = self._window if rank in config.profile_ranks else range(0)
         self._path = run_dir / "profile" / f"rank-{rank:05d}.json"
         self._profile: profile | None = None
 
@@ -25,6 +26,10 @@ class ProfileWindow:
             activities = [ProfilerActivity.CPU, *([] if device.is_cpu() else [ProfilerActivity.CUDA])]
             self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
             self._profile.start()
+
+    def ends_with(self, iteration: int) -> bool:
+        """Whether the ranks that are profiled write their traces after this iteration: the same answer on all ranks."""
+        return iteration in self._window and iteration + 1 not in self._window
 
     def after_step(self, iteration: int) -> Path | None:
         """Ends at the window's last iteration; returns the trace that was written then."""

@@ -99,7 +99,7 @@ def prepare(job: ModelJob) -> Work:
         raise DataError(f"{origin} is a language model, which gives no scores; name a reward model")
     tokenizer = find_tokenizer(origin, given=arguments.tokenizer)
     if tokenizer.eos_id is None:
-        raise ConfigError(f"--tokenizer ({tokenizer.path}) has no end token, so no answer could end")
+        raise ConfigError(f"--tokenizer ({tokenizer.path}) has no end token, so no answer could end; name another one")
     chats = Chats(origin, tokenizer, given=arguments.chat_template)
     longest, vocab_size = config.model.max_position_embeddings, config.model.vocab_size or 0
 

@@ -274,7 +274,7 @@ class _Silence:
         """Asks the ranks for their stacks by signal, tells what they are at, and records 76."""
         silent_seconds = time.monotonic() - self._since
         request = hang_report.new_request(rank=None, stalled_seconds=silent_seconds, attempt=self._attempt)
-        if not hang_report.claim(self._run_dir, request):
+        if not hang_report.claim(self._run_dir, request, since=0.0):
             return  # a rank is at it after all
         hang_report.ask_by_signal(pids)
         answers = hang_report.gather(self._run_dir, request, ranks=self._ranks, local={})

@@ -223,16 +223,8 @@ def _language_model_loss(
 def on_device(batch: MicroBatch) -> DeviceBatch:
     """A collated micro-batch as tensors on this process's device."""
     target = device.current()
-    cu_seqlens = torch.from_numpy(batch.cu_seqlens).to(target)
-    packed = PackedDocuments(
-        qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-        position_ids=torch.from_numpy(batch.position_ids).to(target),
-        segment_lengths=tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()),
-    )
+    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
+    packed = PackedDocuments.of(lengths, position_ids=torch.from_numpy(batch.position_ids).to(target))
     pairs = None
     if batch.pairs is not None:
         arrays = {part.name: getattr(batch.pairs, part.name) for part in fields(batch.pairs)}

@@ -35,6 +35,7 @@ from megatron_xy.model.parts import MODEL_PARTS, trained_parts
 from megatron_xy.model_source import changes_to_source, split_origin
 from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.profiling import ProfileWindow
+from megatron_xy.replicas import check_replicas
 from megatron_xy.role import Role
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
@@ -189,8 +190,8 @@ class Trainer:
                 if saved != iteration:  # asked to stop during the evaluation, which the resumed run makes up for
                     self._save(iteration)
                 self._leave_stopped(iteration)
-        self.profile.close()
         self._beat("finish", self.state.iteration)
+        self.profile.close()
         self.writer.finish(self.role.groups)
         self.log.say(f"done: {self.state.iteration} iterations, last checkpoint at iteration {saved}")
 
@@ -225,7 +226,7 @@ class Trainer:
                 train_only=train_only,
                 objective=self.objective,
                 judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
-                before_update=self.writer.before_update,
+                before_update=partial(self._before_update, iteration),
             )
         device.synchronize()
         seconds = time.perf_counter() - began
@@ -249,11 +250,18 @@ class Trainer:
         self.log.epochs(self.loader.begun_epochs(data_step), data_step=data_step)
         for straggler in self.stragglers.add(busy):
             self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
+        if self.profile.ends_with(iteration):
+            self._beat("profile", iteration)  # a trace of many kernels takes minutes to write, which is no hang
         if trace := self.profile.after_step(iteration):
             self.log.say(f"profile written to {trace}")
         if reasons or not result.updated:
             self._note(record, prepared, reasons=reasons or ["gradient not finite"])
         return stopping
+
+    def _before_update(self, iteration: int) -> None:
+        self.writer.before_update()
+        if self._is_save_due(iteration):  # what one bad memory cell has spoilt is not to be kept
+            check_replicas(self.role, iteration=iteration)
 
     def _reasons(self, prepared: PreparedStep, loss: float, grad_norm: float) -> list[str]:
         return self.history.reasons(
@@ -352,6 +360,7 @@ class Trainer:
 
         result = self.evaluator.evaluate(self.role, iteration=iteration, goes_on=goes_on)
         if result is not None and result.checkpoint_facts:
+            self._beat("save", iteration)
             self.writer.finish(self.role.groups)
             folder = iteration_folder(self.checkpoints, iteration)
             if self.role.groups.is_leader and folder.is_dir():

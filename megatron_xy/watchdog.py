@@ -23,7 +23,7 @@ from megatron_xy.liveness import SIGNS
 from megatron_xy.signals import StopRequest
 
 END = "end"  # the phase of a rank that is about to leave by itself
-STRICT_PHASES = ("rendezvous", "data", "step")  # in the others work that nobody counts is progress, too
+STRICT_PHASES = ("data", "step", "evaluate")  # after their first time; else work nobody counts is progress, too
 PATIENCE = 10  # for how many times `timeout_seconds` it is
 WORK_BYTES = 4 * 2**20  # read or written within `timeout_seconds`: a rank that works
 WORK_SHARE = 0.1  # of one core within `timeout_seconds`: likewise
@@ -55,10 +55,11 @@ class Watchdog:
         self._timeout, self._stop = timeout_seconds, stop
         self._began = time.time()
         self._place = (0, phase)
-        self._first_iteration: int | None = None
+        self._first_iterations: dict[str, int] = {}  # {phase: the iteration in which it was entered first}
         self._entered = 1
         self._tick = min(1.0, timeout_seconds / 10)
         self._beat_seconds = max(0.05, world_size / BEATS_A_SECOND)
+        self._idle_beat_seconds = max(self._tick, self._beat_seconds)  # while it is where it last said
         self._last_beat = self._last_look_around = float("-inf")
         self._told_entered = 0
         self._progress = _Progress(timeout_seconds)
@@ -77,8 +78,8 @@ class Watchdog:
         """The main thread has come to `phase` of `iteration` (0: before the first). Costs a few microseconds."""
         if (iteration, phase) == self._place:
             return
-        if iteration and self._first_iteration is None:
-            self._first_iteration = iteration
+        if iteration:
+            self._first_iterations.setdefault(phase, iteration)
         self._place = (iteration, phase)
         self._entered += 1
         self._wake.set()
@@ -119,10 +120,12 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         iteration, phase = self._place
-        is_strict = phase in STRICT_PHASES and not (phase != "rendezvous" and self._is_starting(iteration))
+        is_first = iteration in (0, self._first_iterations.get(phase))  # in which kernels are compiled
+        is_strict = phase == "rendezvous" or (phase in STRICT_PHASES and not is_first)
         self._progress.look(now, place=self._entered, counts_work=not is_strict)
         stalled = self._progress.stalled_seconds(now)
-        if now - self._last_beat >= (self._tick if self._told_entered == self._entered else self._beat_seconds):
+        has_moved = self._told_entered != self._entered
+        if now - self._last_beat >= (self._beat_seconds if has_moved else self._idle_beat_seconds):
             self._tell()
         if self._siblings is None and iteration:
             self._siblings = orphans.siblings()
@@ -137,9 +140,6 @@ class Watchdog:
                 self._report(stalled)
         if stalled > GONE_SECONDS and self._siblings:
             self._look_for_the_dead(self._siblings)
-
-    def _is_starting(self, iteration: int) -> bool:
-        return iteration in (0, self._first_iteration)
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -187,7 +187,7 @@ class Watchdog:
     def _report(self, stalled: float) -> None:
         """Reports for all ranks, if no other one does, and ends the run."""
         request = hang_report.new_request(rank=self._rank, stalled_seconds=stalled)
-        if not hang_report.claim(self._run_dir, request):
+        if not hang_report.claim(self._run_dir, request, since=self._began):
             return  # the next look finds the other one's request
         self._begin_to_leave()
         local = orphans.siblings()

@@ -15,14 +15,16 @@ import yaml
 
 from megatron_xy.errors import ConfigError
 
+_OTHER_BASES = re.compile(r"[-+]?(0[0-9]+|[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?)")
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader without its base-60 numbers: 10:12 is text, not 612."""
+    """YAML's safe loader without its numbers to bases 60 and 8: 10:12 is text, not 612, and 0100 a hundred, not 64."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         """The tag of a node that names none."""
-        if kind is yaml.ScalarNode and implicit[0] and re.fullmatch(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?", value):
-            return "tag:yaml.org,2002:str"
+        if kind is yaml.ScalarNode and implicit[0] and _OTHER_BASES.fullmatch(value):
+            return "tag:yaml.org,2002:str"  # of which a number's key makes the number that it looks like
         return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
 
 

@@ -1,11 +1,11 @@
 """How fast is a conversion, against cp of the same bytes, and how much memory does it take?
 
 A model of 1.135 B parameters in bf16 (2.27 GB), warm in the page cache, or layers of a 70B's widths (five times their
-bytes of disk). In turn, --rounds times: cp, without fsync and with; an HF folder into a checkpoint of one rank; into the
-four files of TP2 x PP2; both back. Each in a process of its own: as `megatron-xy convert` does it, and twice with what
-the command itself never leaves out left out: checksums (of what is written, and of a checkpoint that is read), then
-fsync too, since cp waits for no disk. Seconds on the clock and of the CPUs, spread, peak memory; shares of cp's speed
-by the medians: of the whole command, and step by step without imports, which take as long for any size, without
+bytes of disk). In turn, --rounds times: cp, without fsync and with; an HF folder into a checkpoint of one rank; into
+the four files of TP2 x PP2; both back. Each in a process of its own: as `megatron-xy convert` does it, and twice with
+what the command itself never leaves out left out: checksums (of what is written, and of a checkpoint that is read),
+then fsync too, since cp waits for no disk. Seconds on the clock and of the CPUs, spread, peak memory; shares of cp's
+speed by the medians: of the whole command, and step by step without imports, which take as long for any size, without
 checksums, without fsync.
 
     python tools/bench_convert.py [--rounds 5] [--model 1b|70b|tiny] [--layers N] [--folder DIR] [--output FILE.json]

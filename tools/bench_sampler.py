@@ -78,7 +78,7 @@ def measure(
         batch = sampler.batch(step)
         cpu_times.append(1000 * (time.thread_time() - cpu_began))
         wall_times.append(1000 * (time.perf_counter() - began))
-        samples_drawn += len(batch.samples)
+        samples_drawn += len(batch.indices)
     return {
         "samples": sum(stream.num_samples for stream in streams),
         "streams": len(streams),

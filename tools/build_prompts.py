@@ -27,7 +27,7 @@ from rich.table import Table
 
 from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.errors import ConfigError, MegatronXYError
+from megatron_xy.errors import MegatronXYError, UsageError
 from megatron_xy.reward.split import clusters_of
 from megatron_xy.storage import write_json, write_text
 
@@ -46,7 +46,7 @@ class Candidate:
 
 
 def main() -> int:
-    """The exit code: 0, 65 (bad rows) or 78 (no such file, wrong option)."""
+    """The exit code: 0, 2 (wrong option), 65 (bad rows), 74 (a file cannot be written) or 78 (no such file)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preferences", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--new", type=Path, nargs="+", default=[], metavar="FILE")
@@ -76,14 +76,14 @@ def build(
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Writes the file and its report, {kind: {source: {outcome: number}}}; read = same + alike + left + written.
 
-    Raises ConfigError or DataError.
+    Raises UsageError, ConfigError, DataError or StorageError.
     """
     if not 0 <= ratio < float("inf"):
-        raise ConfigError(f"--ratio ({ratio}) must be 0 or more: new prompts for each of the preferences'")
+        raise UsageError(f"--ratio ({ratio}) must be 0 or more: new prompts for each of the preferences'")
     if most is not None and most < 1:
-        raise ConfigError(f"--most ({most}) must be 1 or more")
+        raise UsageError(f"--most ({most}) must be 1 or more")
     if not preferences and not new:
-        raise ConfigError("no files of prompts are named; give --preferences, --new or both")
+        raise UsageError("no files of prompts are named; give --preferences, --new or both")
     read = [row for path in preferences for row in _read(path, option="--preferences", kind="preference")]
     read += [row for path in new for row in _read(path, option="--new", kind="new")]
     outcomes = _outcomes(read)

@@ -1,16 +1,21 @@
-"""A language model behind an OpenAI-compatible endpoint: one question in, its answer out."""
+"""A language model behind an OpenAI-compatible endpoint: one question in, its answer out; many, kept as they come."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_xy.errors import DataError, StorageError, UsageError
+from megatron_xy.partial_results import PartialResults
 
+Question = TypeVar("Question")
 SECONDS = 120
 CUT = ("length", "content_filter")  # the finish reasons of answers that did not come to their end
 
@@ -70,3 +75,32 @@ def endpoint_of(url: str, model: str | None, *, key_variable: str) -> ChatEndpoi
     if model is None:
         raise UsageError("--endpoint goes with --model NAME, the model that is to be asked there")
     return ChatEndpoint(url, model, key_variable)
+
+
+def keep_results(
+    output: Path,
+    questions: Sequence[Question],
+    result_of: Callable[[Question], dict[str, Any]],
+    *,
+    facts: dict[str, Any],
+    what: str,
+) -> None:
+    """Writes the result of each question to `output`, a row each; a killed command with the same `facts` goes on."""
+    results = PartialResults(output)
+
+    def work() -> int:
+        done, writer = results.done(), results.writer(0)
+        try:
+            for number, question in enumerate(questions):
+                if number not in done:
+                    writer.add(number, result_of(question))
+                    _say(f"  {what}: {number + 1:,} of {len(questions):,}")
+        finally:
+            writer.close()
+        return 0
+
+    results.complete(facts, wanted=len(questions), what=what, work=work, say=_say)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ import statistics
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data import topics
 
@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megatron_xy.errors import DataError, MegatronXYError, StorageError
+from megatron_xy.errors import DataError, MegatronXYError
+from megatron_xy.storage import storage_errors, write_text
 
 SMALLEST_CHARACTERS = 64
 LARGEST_BYTES = 1_000_000  # what is larger is generated, or data
@@ -209,18 +210,9 @@ def _is_wanted(document: Document, seen: set[bytes]) -> bool:
 
 def _write_rows(file: Path, documents: list[Document]) -> None:
     """One JSON object a line, whole or not at all."""
-    temporary = file.with_name(f".tmp-{file.name}")
-    try:
+    with storage_errors(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as stream:
-            for document in documents:
-                row = {"text": document.text, "source": document.source, "path": document.path}
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise StorageError(f"{file} cannot be written: {error}; choose another --output") from error
+    write_text(file, "".join(json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents))
 
 
 def _statistics(file: Path, documents: list[Document]) -> dict[str, object]:

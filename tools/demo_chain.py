@@ -111,8 +111,7 @@ class Chain(Steps):
             answers.append([json.loads(line)["response"] for line in written.read_text("utf-8").splitlines()])
         prompts = [row["prompt"][-1]["content"] for row in questions[:ASKED]]
         first, last = (
-            sum(true_score(prompt, text) if text.split() else 0.0 for prompt, text in zip(prompts, said, strict=True))
-            / len(prompts)
+            sum(true_score(prompt, text) for prompt, text in zip(prompts, said, strict=True)) / len(prompts)
             for said in answers
         )
         scores = [row["score_mean"] for row in rows(self.folder / "ppo")]
@@ -226,7 +225,7 @@ class Chain(Steps):
 def graded_by_the_rule(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a sheet with the grade that the toy preferences' rule gives: which answer has more right words."""
     prompt = row["prompt"][-1]["content"]
-    first, second = (true_score(prompt, row[side]) if row[side].split() else 0.0 for side in "AB")
+    first, second = (true_score(prompt, row[side]) for side in "AB")
     return {**row, "grade": "same" if first == second else "good" if first > second else "bad"}
 
 

@@ -49,9 +49,9 @@ def merge(folder: Path, *, prefix: Path) -> tuple[int, int]:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with IndexedWriter(prefix, dtype=readers[0].dtype) as writer:
         for reader in readers:
+            ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
             for first, last in _spans(reader):
                 sequences = reader.document_indices[first : last + 1].astype(np.int64)
-                ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
                 writer.add_documents(
                     reader.tokens[ends[sequences[0]] : ends[sequences[-1]]],
                     lengths=reader.sequence_lengths[sequences[0] : sequences[-1]],

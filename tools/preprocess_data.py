@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -79,10 +80,7 @@ def preprocess(
                 for index, parts in enumerate(group_parts(scanned, part_bytes=part_bytes))
             ]
             fast = choose_engine(loaded, tasks).fast
-            tasks = [
-                TokenizeTask(task.folder, task.parts, loaded.path, key, None, append_eod, "fail", fast)
-                for task in tasks
-            ]
+            tasks = [replace(task, fast=fast) for task in tasks]
             report = LineReport()
             with IndexedWriter(prefix, dtype=dtype_for(loaded.vocab_size)) as writer:
                 for shard in pool.run("tokenize", tokenize_shard, tasks, total=total, unit="bytes"):

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from annotation import lines_of, make_folder
-from chat_endpoint import ChatEndpoint, endpoint_of
+from chat_endpoint import ChatEndpoint, endpoint_of, keep_results
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +38,6 @@ from megatron_xy.data.documents import Document
 from megatron_xy.data.inputs import read_documents
 from megatron_xy.data.rows import read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
-from megatron_xy.partial_results import PartialResults
 from megatron_xy.reward.split import clusters_of
 from megatron_xy.storage import file_sha256, write_json, write_text
 
@@ -277,34 +276,20 @@ def _by_generate(
 def _by_endpoint(endpoint: ChatEndpoint, prompts: Path, output: Path, most_tokens: int) -> list[Answer]:
     texts = [row.value for row in read_rows(prompts, option="prompts", parse=lambda row: row["prompt"][0]["content"])]
     facts = {"prompts": file_sha256(prompts), "model": f"{endpoint.url} {endpoint.model}", "most_tokens": most_tokens}
-    results = PartialResults(output)
 
-    def work() -> int:
-        done, writer = results.done(), results.writer(0)
-        try:
-            for number, text in enumerate(texts):
-                if number not in done:
-                    reply = endpoint.ask(text, max_tokens=most_tokens)
-                    reason = "stop" if reply.has_ended else "length"
-                    writer.add(number, {"response": reply.text, "finish_reason": reason})
-                    _say(f"  {output.stem}: {number + 1:,} of {len(texts):,}")
-        finally:
-            writer.close()
-        return 0
+    def answered(text: str) -> dict[str, Any]:
+        reply = endpoint.ask(text, max_tokens=most_tokens)
+        return {"response": reply.text, "finish_reason": "stop" if reply.has_ended else "length"}
 
     if not _is_made_with(output, facts):
         write_json(_facts_of(output), facts)
-        results.complete(facts, wanted=len(texts), what=output.stem, work=work, say=_say)
+        keep_results(output, texts, answered, facts=facts, what=output.stem)
     return _answers_in(output)
 
 
 def _answers_in(output: Path) -> list[Answer]:
     rows = read_rows(output, option="answers", parse=lambda row: (str(row["response"]), row["finish_reason"] == "stop"))
     return [row.value for row in rows]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _facts_of(output: Path) -> Path:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from annotation import lines_of, shown_prompt
-from chat_endpoint import endpoint_of
+from chat_endpoint import endpoint_of, keep_results
 from side_by_side_verdict import verdict_of
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, UsageError
-from megatron_xy.partial_results import PartialResults
 from megatron_xy.storage import file_sha256, write_text
 
 UNREADABLE_SHARE = 0.05  # of the questions may be counted as ties because a reply is unreadable
@@ -87,23 +86,13 @@ def grade_by_endpoint(
     if most_tokens < 1:
         raise UsageError(f"--most-tokens ({most_tokens}) must be 1 or more")
     endpoint = endpoint_of(url, model, key_variable=key_variable)
-    rows, results = _rows(sheet), PartialResults(output)
+    rows = _rows(sheet)
 
-    def work() -> int:
-        done = results.done()
-        writer = results.writer(0)
-        try:
-            for number, row in enumerate(rows):
-                if number not in done:
-                    graded = _graded(row, ask=lambda text: endpoint.ask(text, max_tokens=most_tokens).text)
-                    writer.add(number, graded)
-                    print(f"  {number + 1:,} of {len(rows):,} graded", file=sys.stderr, flush=True)
-        finally:
-            writer.close()
-        return 0
+    def graded(row: dict[str, Any]) -> dict[str, Any]:
+        return _graded(row, ask=lambda text: endpoint.ask(text, max_tokens=most_tokens).text)
 
     facts = {"sheet": file_sha256(sheet), "url": url, "model": model, "most_tokens": most_tokens}
-    results.complete(facts, wanted=len(rows), what="grades", work=work, say=lambda text: print(text, file=sys.stderr))
+    keep_results(output, rows, graded, facts=facts, what="grades")
     return [f"wrote {output}: {len(rows):,} grades", *_unreadable_settled(output)]
 
 

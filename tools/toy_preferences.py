@@ -95,9 +95,9 @@ def conversation(row: dict[str, Any], chance: random.Random) -> dict[str, Any]:
 
 
 def true_score(prompt: str, answer: str) -> float:
-    """The rule: the share of the answer's words that are the prompt's colour."""
+    """The rule: the share of the answer's words that are the prompt's colour; 0 where it has none."""
     words = answer.split()
-    return words.count(prompt.split()[0]) / len(words)
+    return words.count(prompt.split()[0]) / max(1, len(words))
 
 
 def pair(chance: random.Random) -> dict[str, Any]:

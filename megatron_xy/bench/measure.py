@@ -40,7 +40,8 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
     from megatron_xy.flops import flops_per_token, num_parameters
     from megatron_xy.train_step import train_step
 
-    role, choice = _role(request)
+    role, choice = _role(request, draw=False)
+    _fill(role)
     peak = _peak_flops()
     rows = []
     for bucket in request["buckets"]:
@@ -134,15 +135,7 @@ def measure_attention(request: dict[str, Any]) -> dict[str, Any]:
         finding = examine(backend, dtype, head_dim, deterministic=False)
         rows = []
         for length in request["document_lengths"] if finding.usable else ():
-            lengths = (length,) * (request["tokens"] // length)
-            borders = torch.arange(0, request["tokens"] + 1, length, dtype=torch.int32).to(device.current())
-            packed = PackedDocuments(
-                cu_seqlens_q=borders,
-                cu_seqlens_kv=borders,
-                max_seqlen_q=length,
-                max_seqlen_kv=length,
-                segment_lengths=lengths,
-            )
+            packed = PackedDocuments.of((length,) * (request["tokens"] // length))
             seconds = []
             for _ in range(1 + request["repeats"]):
                 inputs = [tensor.detach().requires_grad_() for tensor in drawn[:3]]
@@ -159,8 +152,8 @@ def measure_attention(request: dict[str, Any]) -> dict[str, Any]:
     return {"backends": found}
 
 
-def _role(request: dict[str, Any]) -> tuple[Any, Any]:
-    """A role over this one process, and the layers that it is made of."""
+def _role(request: dict[str, Any], *, draw: bool = True) -> tuple[Any, Any]:
+    """A role over this one process, and the layers that it is made of; draw: with weights, the same on any device."""
     from megatron_xy import parallel
     from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_xy.model.layer_spec import choose_layers
@@ -170,8 +163,22 @@ def _role(request: dict[str, Any]) -> tuple[Any, Any]:
     groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
     assert groups is not None, "this process is the role's one rank"
     model = ModelConfig(**request["model"])
-    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=OptimizerConfig(), seed=1)
+    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=OptimizerConfig(), seed=1, draw=draw)
     return role, choose_layers(model)
+
+
+@torch.no_grad()
+def _fill(role: Any) -> None:
+    """Weights of usual size, drawn on the device: of a GPU's model the host would draw for ten seconds."""
+    owned = role.owned_parameters()
+    for named in role.named_parameters():
+        weight = named.parameter
+        if weight.dim() > 1:
+            weight.normal_(std=0.02)
+        else:
+            weight.fill_(1.0)
+        if owned[weight].has_main_weights:
+            owned[weight].main.copy_(owned[weight].part_of(weight))
 
 
 def _full_samples(request: dict[str, Any], bucket: int, seed: int) -> Any:

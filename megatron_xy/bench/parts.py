@@ -26,7 +26,7 @@ from megatron_xy.errors import MegatronXYError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.run_folder import read_heartbeats
 
-PART_SECONDS = 600  # the longest that one measurement may take
+PART_SECONDS = 240  # the longest that one measurement may take: one that hangs must not cost the others their time
 Part = Callable[[], dict[str, Any]]
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from megatron_xy.answers import find_tokenizer, identity_of
 from megatron_xy.config import RunConfig
-from megatron_xy.data.progress import Progress, showing_progress
+from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import read_rows
 from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.data.workers import Progress
 from megatron_xy.model.generate import Answer, Request, generate_share
 from megatron_xy.model.likelihood import Likelihood, Question, likelihoods_of_share
 from megatron_xy.model.sampling import SamplingOptions

@@ -37,7 +37,7 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None, num_fewshot: int 
     for data that are not there, saying how to get them.
     """
     if data_dir is not None and not data_dir.is_dir():
-        raise ConfigError(f"--data-dir ({data_dir}): there is no such folder")
+        raise ConfigError(f"--data-dir ({data_dir}): there is no such folder; name the one that holds the data sets")
     manager = TaskManager(include_defaults=any(name != FINANCEIQ for name in names))
     wanted: list[Any] = []
     for name in names:

@@ -31,7 +31,7 @@ def data_build(
     output: Annotated[Path, typer.Option("--output", help="the data folder to make")],
     more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="further inputs")] = None,
     buckets: Annotated[
-        str | None, typer.Option("--buckets", help="tokens, ascending, by commas; otherwise 2048,4096,8192,16384")
+        str | None, typer.Option("--buckets", help="sizes in tokens, ascending; 2048,4096,8192,16384 unless given")
     ] = None,
     source_field: Annotated[
         str | None, typer.Option("--source-field", help="the row's field that names its source")
@@ -157,8 +157,8 @@ def data_stats(
 @data_app.command("show")
 def data_show(
     directory: Annotated[Path, typer.Argument(metavar="DIR")],
-    source: Annotated[str | None, typer.Option("--source", help="of this source only")] = None,
-    bucket: Annotated[int | None, typer.Option("--bucket", help="of this bucket only")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="samples of this source only")] = None,
+    bucket: Annotated[int | None, typer.Option("--bucket", help="samples of this bucket only")] = None,
     index: Annotated[int, typer.Option("--index", min=0, help="number of the first sample")] = 0,
     count: Annotated[int, typer.Option("--count", min=1, help="samples of each source and bucket")] = 1,
     as_json: AsJson = False,

@@ -14,15 +14,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_xy.cli.options import AsJson, say
+from megatron_xy.cli.options import AsJson, Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say
 from megatron_xy.errors import EXIT_BAD_DATA, ConfigError, UsageError
 from megatron_xy.signals import cleaned_up_on_signals
 
 Scheme = Literal["int8", "nf4", "gptq-w4a16", "w8a8", "w8a16"]
 NumFewshot = Annotated[
-    int | None, typer.Option("--num-fewshot", min=0, help="examples; each task's own, financeiq's 5, unless given")
+    int | None,
+    typer.Option(
+        "--num-fewshot", min=0, help="examples before a question; unless given 5 for financeiq, else the task's own"
+    ),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="questions of each task, for trying")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="first questions of each task, for a trial")]
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="of financeiq; of other tasks' data sets, as OWNER/NAME in it")
 ]
@@ -32,9 +35,7 @@ ApplyChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", help="
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR|RUN", help="the model; with --watch a run's folder")],
     tasks: Annotated[str, typer.Option("--tasks", metavar="NAME,...", help="financeiq, or any of lm-eval's")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
-    ] = None,
+    overrides: Layout = None,
     num_fewshot: NumFewshot = None,
     limit: Limit = None,
     data_dir: DataDir = None,
@@ -42,19 +43,18 @@ def evaluate(
         bool, typer.Option("--watch", help="every checkpoint of RUN as it comes, until it is done")
     ] = False,
     apply_chat_template: ApplyChatTemplate = False,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="the model's unless given")
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")] = None,
+    chat_template: OtherTemplate = None,
+    tokenizer: OtherTokenizer = None,
     as_json: AsJson = False,
-    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+    nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Benchmarks by lm-eval, of a model under any layout, or of every checkpoint of a run as it comes."""
     from megatron_xy.config import load_model_options
     from megatron_xy.model_job import leave_on_signals
 
     if watch == model.startswith(("ckpt:", "hf:")):
-        raise UsageError(f"{model}: must be {'a run_dir, with --watch' if watch else 'ckpt:DIR or hf:DIR'}")
+        wanted = "a run_dir, with --watch" if watch else "ckpt:DIR or hf:DIR; a run_dir goes with --watch"
+        raise UsageError(f"{model}: must be {wanted}")
     if watch and as_json:
         raise UsageError("--json goes without --watch, which writes RUN/evaluations.jsonl")
     if nproc_per_node == 1:
@@ -93,15 +93,18 @@ def quantize(
     target: Annotated[str, typer.Option("--to", metavar="hf:DIR")],
     scheme: Annotated[Scheme, typer.Option("--scheme", help="int8, nf4: bitsandbytes; the others: llm-compressor")],
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", metavar="DIR|F.jsonl", help="of `data build`, or rows with text")
+        Path | None, typer.Option("--calibration", metavar="DIR|F.jsonl", help="a folder of `data build`, or rows")
     ] = None,
-    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="of the calibration")] = 256,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="for the calibration")] = 256,
     chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of F.jsonl's messages; else the model's")
+        str | None,
+        typer.Option("--chat-template", metavar="NAME|FILE", help="for the messages in F.jsonl; else the model's"),
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option("--ignore", metavar="NAME|re:PATTERN", help="layers that stay; repeat; lm_head unless given"),
+        typer.Option(
+            "--ignore", metavar="NAME|re:PATTERN", help="layers to leave as they are; repeat; lm_head unless given"
+        ),
     ] = None,
 ) -> None:
     """Writes a model in 8 or 4 bits as an HF folder, whole or not at all."""
@@ -140,7 +143,7 @@ def compare(
     data_dir: DataDir = None,
     apply_chat_template: ApplyChatTemplate = False,
     write_cards: Annotated[
-        bool, typer.Option("--write-cards", help="the table also into each form's README.md")
+        bool, typer.Option("--write-cards", help="write the table into each form's README.md too")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -151,7 +154,7 @@ def compare(
         raise UsageError(f"{', '.join(idle)}: of benchmarks; name them with --tasks")
     _need("transformers", "accelerate", extra="int8")
     if write_cards and limit is not None:
-        raise UsageError("--limit is for trying; --write-cards takes all questions")
+        raise UsageError("--limit is for a trial; --write-cards needs all questions")
     asked: dict[str, str] = {}
     ask = None
     if tasks is not None:

@@ -42,7 +42,9 @@ def launch(
     restarts: Annotated[
         int, typer.Option("--restarts", min=0, help="after a lost node or failed storage; a clean stop goes on always")
     ] = 3,
-    exclude: Annotated[str | None, typer.Option("--exclude", metavar="NODES", help="bad nodes, by commas")] = None,
+    exclude: Annotated[
+        str | None, typer.Option("--exclude", metavar="NODES", help="bad nodes, separated by commas")
+    ] = None,
     spare_nodes: Annotated[
         int, typer.Option("--spare-nodes", min=0, help="slurm: more nodes, in place of those whose GPUs do not answer")
     ] = 0,

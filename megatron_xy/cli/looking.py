@@ -85,7 +85,9 @@ def dryrun(
     run_yaml: RunYaml,
     world_size: Annotated[int, typer.Option("--world-size", min=1, help="ranks of the job")],
     overrides: Overrides = None,
-    rank: Annotated[list[int] | None, typer.Option("--rank", help="build this one; may be repeated; else 0")] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", help="build this one; may be repeated; 0 unless given")
+    ] = None,
     all_stages: Annotated[
         bool, typer.Option("--all-stages", help="one rank of each pipeline stage (and role)")
     ] = False,

@@ -6,12 +6,15 @@ import importlib
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_xy.cli.options import say
+from megatron_xy.cli.options import Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say
 from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError
+
+if TYPE_CHECKING:
+    from megatron_xy.model_job import ModelJob
 
 vocab_app = typer.Typer(no_args_is_help=True, help="Extend a model's vocabulary.")
 
@@ -62,30 +65,32 @@ def generate(
         Path, typer.Option("--prompts", metavar="F.jsonl", help='rows {"prompt": a string, or messages}')
     ],
     output: Annotated[Path, typer.Option("--output", metavar="F.jsonl", help="the answers, in the prompts' order")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
-    ] = None,
+    overrides: Layout = None,
     num_answers: Annotated[int, typer.Option("-n", min=1, help="answers to each prompt")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: greedy")] = 1.0,
-    top_p: Annotated[float, typer.Option("--top-p", max=1, help="of the most likely tokens this share; 1: all")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="this many of the most likely tokens; 0: all")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", max=1, help="draw from the likeliest tokens with this share in all; 1: all")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, help="draw from this many of the likeliest tokens; 0: all")
+    ] = 0,
     max_response_length: Annotated[
-        int, typer.Option("--max-response-length", min=1, help="tokens, the stop token included")
+        int, typer.Option("--max-response-length", min=1, help="tokens, with the stop token")
     ] = 512,
     min_response_length: Annotated[
-        int, typer.Option("--min-response-length", min=0, help="no stop token before as many tokens are there")
+        int, typer.Option("--min-response-length", min=0, help="tokens before a stop token may be drawn")
     ] = 0,
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", metavar="TOKEN", help="a control token or a token id that ends an answer; repeat"),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 1234,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")] = None,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of messages; the model's unless given")
-    ] = None,
-    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, help="of a replica at a time")] = 64,
-    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+    tokenizer: OtherTokenizer = None,
+    chat_template: OtherTemplate = None,
+    max_sequences: Annotated[
+        int, typer.Option("--max-sequences", min=1, help="answers that each replica generates at a time")
+    ] = 64,
+    nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Answers prompts: sampled or greedy, n answers each, under any layout; goes on where a killed run stopped."""
     from megatron_xy.model_job import ModelJob, leave_on_signals
@@ -103,10 +108,7 @@ def generate(
     }  # fmt: skip
     run_dir = str(PartialResults(output).run_dir)
     job = ModelJob("generate", model, nproc_per_node, overrides or [], run_dir, arguments)
-    options = job.options()  # of the command alone: no need to wait for torch
-    from megatron_xy import device
-
-    device.start(num_threads=options.runtime.num_threads)
+    _start_device(job)
     from megatron_xy.answers import generate_file
 
     sys.exit(generate_file(job, say=say))
@@ -118,17 +120,13 @@ def score(
         Path, typer.Option("--input", metavar="F.jsonl", help="rows with prompt and response or response_tokens")
     ],
     output: Annotated[Path, typer.Option("--output", metavar="F.jsonl", help="the rows with their scores, in order")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")] = None,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="of messages; the model's unless given")
-    ] = None,
+    overrides: Layout = None,
+    tokenizer: OtherTokenizer = None,
+    chat_template: OtherTemplate = None,
     micro_batch_tokens: Annotated[
-        int, typer.Option("--micro-batch-tokens", min=1, help="of a replica at a time; longer answers widen it")
+        int, typer.Option("--micro-batch-tokens", min=1, help="each replica's; longer answers widen it")
     ] = 4096,
-    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+    nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Scores answers by a reward model, under any layout; goes on where a killed run stopped."""
     from megatron_xy.model_job import ModelJob, leave_on_signals
@@ -141,10 +139,7 @@ def score(
         "tokenizer": str(tokenizer) if tokenizer else None, "chat_template": chat_template,
     }  # fmt: skip
     job = ModelJob("score", model, nproc_per_node, overrides or [], str(PartialResults(output).run_dir), arguments)
-    options = job.options()  # of the command alone: no need to wait for torch
-    from megatron_xy import device
-
-    device.start(num_threads=options.runtime.num_threads)
+    _start_device(job)
     from megatron_xy.scores import score_file
 
     sys.exit(score_file(job, say=say))
@@ -154,12 +149,13 @@ def logprobs(
     model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR", help="the model")],
     input_file: Annotated[Path, typer.Option("--input", metavar="IDS.jsonl", help='rows {"tokens": [...]}')],
     output: Annotated[
-        Path, typer.Option("--output", metavar="F.safetensors", help='row i as tensor "i", one number a token but one')
+        Path,
+        typer.Option(
+            "--output", metavar="F.safetensors", help='row i as tensor "i", a number for each token but the first'
+        ),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
-    ] = None,
-    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+    overrides: Layout = None,
+    nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Log-probabilities of given token rows under any layout, to compare with other implementations."""
     from megatron_xy.model_job import ModelJob, leave_on_signals
@@ -169,13 +165,18 @@ def logprobs(
     arguments = {"input": str(input_file), "output": str(output)}
     run_dir = str(output.with_name(f"{output.name}.work"))
     job = ModelJob("logprobs", model, nproc_per_node, overrides or [], run_dir, arguments)
-    options = job.options()  # of the command alone: no need to wait for torch
-    from megatron_xy import device
-
-    device.start(num_threads=options.runtime.num_threads)
+    _start_device(job)
     from megatron_xy.logprobs import logprobs_file
 
     sys.exit(logprobs_file(job, say=say))
+
+
+def _start_device(job: ModelJob) -> None:
+    """The options are looked at first: what is wrong with them need not wait for torch."""
+    options = job.options()
+    from megatron_xy import device
+
+    device.start(num_threads=options.runtime.num_threads)
 
 
 def model_rank(job_file: Path) -> None:
@@ -208,14 +209,18 @@ def model_rank(job_file: Path) -> None:
 def vocab_extend(
     source: Annotated[str, typer.Option("--from", metavar="hf:DIR")],
     target: Annotated[str, typer.Option("--to", metavar="hf:DIR")],
-    size: Annotated[int, typer.Option("--size", min=1, help="pieces in the end")],
+    size: Annotated[int, typer.Option("--size", min=1, help="of the vocabulary when all is added")],
     characters: Annotated[
         str | None,
-        typer.Option("--characters", metavar="FILE|corpus:PATH", help="a text file's, in its order; or a corpus's"),
+        typer.Option(
+            "--characters", metavar="FILE|corpus:PATH", help="those of a text file, in its order, or of a corpus"
+        ),
     ] = None,
     pieces: Annotated[
         str | None,
-        typer.Option("--pieces", metavar="FILE|corpus:PATH", help="of several characters, a line each; or a corpus's"),
+        typer.Option(
+            "--pieces", metavar="FILE|corpus:PATH", help="pieces of several characters, one a line, or of a corpus"
+        ),
     ] = None,
     corpus: Annotated[
         str | None, typer.Option("--corpus", metavar="PATH", help="count its tokens before and after")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,6 +16,14 @@ RunYaml = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run's con
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of RUN.yaml")
 ]
+Layout = Annotated[
+    list[str] | None, typer.Argument(metavar="[parallel.key=value]...", help="the layout, as in a RUN.yaml")
+]
+NprocPerNode = Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")]
+OtherTokenizer = Annotated[Path | None, typer.Option("--tokenizer", help="the model's own unless given")]
+OtherTemplate = Annotated[
+    str | None, typer.Option("--chat-template", metavar="NAME|FILE", help="for messages; the model's unless given")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
 
 
@@ -23,7 +32,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def verified(verify: Any, directory: Path, *, as_json: bool) -> None:
+def verified(verify: Callable[[], object], directory: Path, *, as_json: bool) -> None:
     """Calls `verify`, which raises DataError or ConfigError, and says what came of it."""
     try:
         verify()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_xy.cli.options import Overrides, RunYaml
+from megatron_xy.cli.options import NprocPerNode, Overrides, RunYaml
 from megatron_xy.errors import MegatronXYError
 
 
@@ -37,7 +37,7 @@ def ppo(run_yaml: RunYaml, overrides: Overrides = None) -> None:
 def run(
     run_yaml: RunYaml,
     overrides: Overrides = None,
-    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="ranks on this machine")] = 1,
+    nproc_per_node: NprocPerNode = 1,
     restarts: Annotated[int, typer.Option("--restarts", min=0, help="restarts after a lost or failed rank")] = 0,
 ) -> None:
     """Starts and supervises torchrun on this machine: exit codes, restarts from the newest checkpoint, no orphans."""

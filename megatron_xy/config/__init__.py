@@ -15,6 +15,7 @@ from megatron_xy.config.model_rules import (
 )
 from megatron_xy.config.problems import InvalidConfig, Problem
 from megatron_xy.config.roles import (
+    TRAINED_ROLES,
     PlacedRole,
     filling_answer,
     placed_roles,
@@ -40,6 +41,7 @@ from megatron_xy.config.sections import (
 )
 
 __all__ = [
+    "TRAINED_ROLES",
     "DataConfig",
     "Head",
     "InvalidConfig",

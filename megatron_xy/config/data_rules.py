@@ -5,7 +5,9 @@ Rules yield (key, sentence) of whatever does not hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from megatron_xy.config.problems import InvalidConfig, Problem, as_written, nearest_multiples
 from megatron_xy.config.sections import DataConfig, Phase, RunConfig, TrainingConfig
@@ -16,11 +18,10 @@ def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:
     """A micro-batch holds a whole number of samples of every bucket; raises InvalidConfig."""
     bad = [bucket for bucket in buckets if training.micro_batch_tokens % bucket]
     if bad:
-        largest = max(buckets)
         rule = (
             f"training.micro_batch_tokens ({training.micro_batch_tokens}) must be a common multiple of the data's "
             f"buckets ({', '.join(map(str, buckets))}); it is none of {', '.join(map(str, bad))}; "
-            f"nearest to try: {nearest_multiples(training.micro_batch_tokens, largest)}"
+            f"nearest: {nearest_multiples(training.micro_batch_tokens, math.lcm(*buckets))}"
         )
         raise InvalidConfig([Problem("training.micro_batch_tokens", rule)])
 
@@ -28,9 +29,7 @@ def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:
 def reward_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Pairs are read from files of rows, whole and as they are: what other tasks do with their data is refused."""
     data, training, defaults = config.data, config.training, DataConfig()
-    named = [("data.path", path) for path in data.paths]
-    named += [("data.eval_path", data.eval_path)] if data.eval_path is not None else []
-    for key, path in named:
+    for key, path in _named_paths(data):
         if not is_file_of_rows(path):
             yield key, f"{key} ({path}): task reward takes jsonl files of rows with prompt, chosen and rejected"
     if data.tokenizer is None:
@@ -46,16 +45,14 @@ def reward_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def conversation_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """What only tasks that learn conversations have."""
+    """Files of rows, which a tokenizer reads, and epochs are for tasks that learn conversations."""
     data, training = config.data, config.training
-    named = [("data.path", path) for path in data.paths]
-    named += [("data.eval_path", data.eval_path)] if data.eval_path is not None else []
-    files = [(key, path) for key, path in named if is_file_of_rows(path)]
+    files = [(key, path) for key, path in _named_paths(data) if is_file_of_rows(path)]
     if config.task == "pretrain":
         for key, path in files:
             yield (
                 key,
-                f"{key} ({path}): task pretrain takes folders that `megatron-xy data build` wrote; build one of it",
+                f"{key} ({path}): task pretrain takes folders that `megatron-xy data build` wrote; build one from it",
             )
         if training.epochs is not None:
             yield (
@@ -69,6 +66,12 @@ def conversation_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
             "training.epochs",
             f"training.epochs ({training.epochs}): training.phases count in iterations; give train_iters, not epochs",
         )
+
+
+def _named_paths(data: DataConfig) -> list[tuple[str, Path]]:
+    """Each path that the config names, with its key."""
+    held_out = [] if data.eval_path is None else [("data.eval_path", data.eval_path)]
+    return [*(("data.path", path) for path in data.paths), *held_out]
 
 
 def weight_rules(weights: dict[str, float] | None, *, key: str) -> Iterator[tuple[str, str]]:

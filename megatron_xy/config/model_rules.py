@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from megatron_xy.config.problems import InvalidConfig, Problem, as_written, nearest_divisors, nearest_multiples
 from megatron_xy.config.roles import PlacedRole
@@ -79,30 +80,34 @@ def shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[
             f"model.hidden_size / num_attention_heads ({model.head_dim}) must be even for RoPE",
         )
     if model.rope_scaling is not None:
-        kind = model.rope_scaling.get("rope_type", model.rope_scaling.get("type"))
-        needed = {
-            "linear": {"factor"},
-            "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-        }
-        if kind not in needed:
-            yield "model.rope_scaling", f"model.rope_scaling: kind {kind!r} is not supported; linear and llama3 are"
-            return
-        if missing := sorted(needed[kind] - set(model.rope_scaling)):
-            yield "model.rope_scaling", f"model.rope_scaling of kind {kind} lacks {', '.join(missing)}"
-        for key in sorted(needed[kind] & set(model.rope_scaling)):
-            value = model.rope_scaling[key]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                yield (
-                    "model.rope_scaling",
-                    f"model.rope_scaling.{key} ({as_written(value)}) must be a number above 0, such as 8.0",
-                )
-                return
-        low, high = (model.rope_scaling.get(f"{edge}_freq_factor", 0) for edge in ("low", "high"))
-        if kind == "llama3" and not missing and high <= low:
+        yield from _rope_scaling_rules(model.rope_scaling)
+
+
+def _rope_scaling_rules(scaling: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    kind = scaling.get("rope_type", scaling.get("type"))
+    needed = {
+        "linear": {"factor"},
+        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    }
+    if kind not in needed:
+        yield "model.rope_scaling", f"model.rope_scaling: kind {kind!r} is not supported; linear and llama3 are"
+        return
+    if missing := sorted(needed[kind] - set(scaling)):
+        yield "model.rope_scaling", f"model.rope_scaling of kind {kind} lacks {', '.join(missing)}"
+    for key in sorted(needed[kind] & set(scaling)):
+        value = scaling[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             yield (
                 "model.rope_scaling",
-                f"model.rope_scaling.high_freq_factor ({high}) must be above low_freq_factor ({low})",
+                f"model.rope_scaling.{key} ({as_written(value)}) must be a number above 0, such as 8.0",
             )
+            return
+    low, high = (scaling.get(f"{edge}_freq_factor", 0) for edge in ("low", "high"))
+    if kind == "llama3" and not missing and high <= low:
+        yield (
+            "model.rope_scaling",
+            f"model.rope_scaling.high_freq_factor ({high}) must be above low_freq_factor ({low})",
+        )
 
 
 def layout_rules(parallel: ParallelConfig) -> Iterator[tuple[str, str]]:

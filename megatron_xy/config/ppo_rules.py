@@ -47,6 +47,7 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
         ("training.eval_interval", training.eval_interval, "task ppo evaluates nothing by itself"),
         ("training.epochs", training.epochs, "task ppo counts in train_iters"),
         ("training.phases", training.phases, "task ppo has one phase"),
+        ("training.spike_policy", training.spike_policy == "skip", "task ppo skips no spikes, only what is not finite"),
         ("runtime.profile", runtime.profile, "task ppo is not profiled yet"),
     ):
         if value:

@@ -102,8 +102,9 @@ def role_sections(config: RunConfig, name: RoleName) -> tuple[ModelConfig, Paral
 
 
 def merged(section: SectionType, changes: SectionType) -> SectionType:
-    """The section with the keys that `changes` was given."""
-    return section.model_copy(update={name: getattr(changes, name) for name in changes.model_fields_set})
+    """The section with the keys that `changes` was given; a default that follows another key follows it there, too."""
+    given = {name: getattr(part, name) for part in (section, changes) for name in part.model_fields_set}
+    return type(section).model_validate(given)
 
 
 def ranks_of_roles(

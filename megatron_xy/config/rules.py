@@ -49,6 +49,12 @@ def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             f"{nearest_multiples(training.micro_batch_tokens, tp)}",
         )
     yield from layout_rules(parallel)
+    last = max(config.runtime.profile_ranks, default=0)
+    if config.runtime.profile is not None and world_size is not None and last >= world_size:
+        yield (
+            "runtime.profile_ranks",
+            f"runtime.profile_ranks names rank {last}, and the ranks go from 0 to {world_size - 1}; leave it out",
+        )
     yield from schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None and config.task != "reward":
         yield (

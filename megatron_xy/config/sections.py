@@ -155,7 +155,9 @@ class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(3e-4, ge=0)
-    min_lr: float = Field(3e-5, ge=0)
+    min_lr: float = Field(
+        default_factory=lambda before: min(3e-5, before["lr"]), ge=0, description="3e-5, or lr where that is lower"
+    )
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: int = Field(10, ge=0, description="may exceed train_iters")
     lr_warmup_tokens: int | None = Field(None, ge=0, description="in place of lr_warmup_iters: a schedule by tokens")

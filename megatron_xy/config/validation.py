@@ -33,7 +33,7 @@ def validate(values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
     try:
         return RunConfig.model_validate(values), {}
     except ValidationError as error:
-        details = error.errors()
+        details = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
     refused: dict[str, str] = {}
     kept = copy.deepcopy(values)
     for detail in details:

@@ -24,7 +24,7 @@ class Apportionment:
     def __init__(self, weights: Sequence[float], *, owed: Sequence[float] | None = None) -> None:
         assert weights and all(weight > 0 for weight in weights), "parties without weight are left out before"
         self._num_parties = len(weights)
-        # lighter child, heavier child, the lighter's fraction, what it gets beyond that
+        # lighter child, heavier child, the lighter's fraction, what it gets beyond that and for rounding to the nearest
         self._splits: list[tuple[int, int, int, int]] = []
         beyond = list(owed) if owed is not None else [0.0] * len(weights)  # of parties and, behind them, of pairs
         heap = [(weight, party) for party, weight in enumerate(weights)]
@@ -34,17 +34,17 @@ class Apportionment:
             fraction = light / (light + heavy)
             beyond.append(beyond[left] + beyond[right])
             more = beyond[left] - fraction * beyond[-1]
-            self._splits.append((left, right, *(round(number * 2**FRACTION_BITS) for number in (fraction, more))))
+            scaled, beyond_it = (round(number * 2**FRACTION_BITS) for number in (fraction, more))
+            self._splits.append((left, right, scaled, beyond_it + (1 << (FRACTION_BITS - 1))))
             heapq.heappush(heap, (light + heavy, self._num_parties + len(self._splits) - 1))
 
     def counts(self, seats: int) -> list[int]:
         """Seats of each party out of `seats`."""
         counts = [0] * (self._num_parties + len(self._splits))
         counts[-1] = seats
-        half = 1 << (FRACTION_BITS - 1)
         for place in range(len(self._splits) - 1, -1, -1):
             left, right, fraction, more = self._splits[place]
             count = counts[self._num_parties + place]
-            counts[left] = min(max((count * fraction + more + half) >> FRACTION_BITS, 0), count)
+            counts[left] = min(max((count * fraction + more) >> FRACTION_BITS, 0), count)
             counts[right] = count - counts[left]
         return counts[: self._num_parties]

@@ -42,7 +42,7 @@ from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.work_folder import WORK_FOLDER, sweep, work_folder
 from megatron_xy.data.workers import Workers
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
 from megatron_xy.storage import (
     TEMPORARY_PREFIX,
     file_sha256,
@@ -63,10 +63,10 @@ class Share:
 
     @staticmethod
     def parse(text: str) -> Share:
-        """I/N with I from 0 to N - 1, or from 1 to N: either way of counting covers all shares. Raises ConfigError."""
+        """I/N with I from 0 to N - 1, or from 1 to N: either way of counting covers all shares. Raises UsageError."""
         index, _, count = text.partition("/")
         if not (index.isdigit() and count.isdigit() and int(count) >= 1 and int(index) <= int(count)):
-            raise ConfigError(f"shard ({text}) must be I/N, such as 0/8 to 7/8")
+            raise UsageError(f"--shard ({text}) must be I/N, such as 0/8 to 7/8")
         return Share(int(index) % int(count), int(count))
 
 
@@ -239,7 +239,7 @@ def _reuse(build: FolderBuild) -> dict[str, Any]:
     if statistics.bad_lines > most[bad_lines]:
         raise DataError(
             f"output ({folder}) was built without {statistics.bad_lines} bad line(s) of {statistics.lines}, listed in "
-            f"{BAD_LINES_NAME}; accept that with bad_lines = skip, or mend them and build anew"
+            f"{BAD_LINES_NAME}; accept that with --bad-lines skip, or mend them and build anew"
         )
     return {**dataset_stats(folder), "finished": True, "reused": True}
 

@@ -16,7 +16,7 @@ COMPRESSED_BLOCK = 8 * 1024  # bytes given to the decompressor at a time; what c
 LARGEST_WINDOW = 1 << 31  # files written with `zstd --long=31` too
 
 
-def open_compressed(path: Path, stream: io.BufferedReader) -> io.BufferedIOBase | gzip.GzipFile:
+def open_compressed(path: Path, stream: io.BufferedReader[Any]) -> io.BufferedIOBase | gzip.GzipFile:
     """The decompressed bytes of `stream`, an open .gz or .zst file named `path`; this and reading raise one of DAMAGE.
 
     A file without a byte is a cut one: what compresses nothing still writes a header.

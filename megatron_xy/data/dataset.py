@@ -67,7 +67,6 @@ class MicroBatch:
     loss_mask: NDArray[np.float32]  # 1 where there is a label; 0 at the end of a piece, in padding, before a prompt's
     position_ids: NDArray[np.int64]  # from 0 at every segment border
     cu_seqlens: NDArray[np.int32]  # [segments + 1], from 0 to t: attention stays within a segment
-    max_seqlen: int  # of the longest segment
     source_ids: NDArray[np.int32]  # of every token, that of its sample for padding
     num_padding_tokens: int
     sum_squared_lengths: int  # of n^2 over the texts that attend within themselves: what attention costs
@@ -265,7 +264,6 @@ def collate(
         loss_mask=loss_mask,
         position_ids=np.arange(micro_batch_tokens) - np.repeat(cu_seqlens[:-1], seqlens),
         cu_seqlens=cu_seqlens.astype(np.int32),
-        max_seqlen=int(seqlens.max()),
         source_ids=np.repeat(np.array(source_indices, dtype=np.int32), bucket),
         num_padding_tokens=micro_batch_tokens - num_real_tokens,
         sum_squared_lengths=sum_squared_lengths,

@@ -7,6 +7,7 @@ and listed in a report. A document is a text or, in jsonl, a conversation.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ class LineReport:
         self.bad_lines += other.bad_lines
         self.listed = (self.listed + other.listed)[:MOST_BAD_LINES_LISTED]
 
-    def raise_if_bad(self, *, remedy: str = "mend them, or leave them out with bad_lines = skip") -> None:
+    def raise_if_bad(self, *, remedy: str = "mend them, or leave them out with `data build --bad-lines skip`") -> None:
         """DataError with the bad lines, their number and the remedy, if there is one."""
         if self.bad_lines:
             raise DataError(f"{self._list()}\n{self.bad_lines} bad line(s); {remedy}")
@@ -122,7 +123,7 @@ class LineReport:
         if self.bad_lines > BAD_LINES_LIMIT * lines:
             raise DataError(
                 f"{self._list()}\n{self.bad_lines} bad line(s) of at most {lines}, more than {BAD_LINES_LIMIT:.1%}; "
-                "mend them, name the right fields, or leave them out with bad_lines = skip"
+                "mend them, name the right fields, or leave them out with `data build --bad-lines skip`"
             )
 
     def _list(self) -> str:
@@ -284,7 +285,7 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
     """(line number, bytes) of every line of a part of a jsonl file, plain or compressed."""
     zipped = part.path.endswith(COMPRESSED)
     line, told = part.first_line, part.start
-    with Path(part.path).open("rb", buffering=READ_BUFFER) as stream:
+    with io.BufferedReader(Path(part.path).open("rb", buffering=0), READ_BUFFER) as stream:
         stream.seek(part.start)
         position = part.start
         try:
@@ -358,6 +359,8 @@ def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
             raise _BadLine(str(error)) from error
     elif fields.text not in row and holds_conversation(row):
         raise _BadLine(f"no field {fields.text!r}; a conversation needs a chat template: give --chat-template")
+    elif fields.text not in row and fields.conversations:
+        raise _BadLine(f"neither a conversation (messages) nor a field {fields.text!r}")
     text = _string(row, fields.text) if conversation is None else conversation.text
     if fields.source is None:
         return _Contents(text, DEFAULT_SOURCE, conversation)

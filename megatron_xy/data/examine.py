@@ -124,13 +124,15 @@ def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Man
     if (reader.dtype.name, reader.num_documents, reader.num_tokens) != (manifest.dtype, shard.samples, shard.tokens):
         raise DataError(f"{prefix} holds other counts or another type of ids than the manifest says; build it again")
     if lengths.min() < 1 or lengths.max() > bucket:
-        raise DataError(f"{prefix} holds samples of {lengths.min()} to {lengths.max()} tokens in bucket {bucket}")
+        raise DataError(
+            f"{prefix} holds samples of {lengths.min()} to {lengths.max()} tokens in bucket {bucket}; build it again"
+        )
 
 
 def _verify_file(path: Path, *, size: int, sha256: str) -> None:
     if not path.is_file():
         raise DataError(f"{path} is missing; copy or build it again")
     if path.stat().st_size != size:
-        raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it was cut or grown")
+        raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}; copy or build it again")
     if file_sha256(path) != sha256:
         raise DataError(f"{path} is damaged: its checksum is not the manifest's; copy or build it again")

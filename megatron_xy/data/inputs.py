@@ -36,11 +36,17 @@ def find_inputs(inputs: Sequence[Path | str]) -> list[Path]:
     """The corpus files that `inputs` (files, folders, globs) name: in the order given, sorted within each.
 
     A Megatron dataset may be named by its prefix or either file; it is listed as its .bin. Hidden files of a folder are
-    passed over. Raises ConfigError: missing, nothing matches, a kind that is not supported, a file named twice.
+    passed over. Raises ConfigError: missing, nothing matches, a kind that is not supported, a file named twice, a name
+    that is not UTF-8.
     """
     files: list[Path] = []
     for given in inputs:
         files += _join_pairs(_expand(str(given)))
+    if strange := [ascii(str(file)) for file in files if not _is_utf8(file)]:
+        raise ConfigError(
+            f"input ({', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}): the manifest lists files by name, "
+            "in UTF-8; rename them, or the folder that they are in"
+        )
     refused = [str(file) for file in files if not file.name.endswith(SUPPORTED)]
     if refused:
         raise ConfigError(
@@ -144,17 +150,27 @@ def _expand(given: str) -> list[Path]:
         below = sorted(file for file in path.rglob("*") if file.is_file())
         files = [file for file in below if not any(name.startswith(".") for name in file.relative_to(path).parts)]
         if not files:
-            raise ConfigError(f"input ({given}): the folder holds no file")
+            raise ConfigError(f"input ({given}): the folder holds no file; name one with documents")
         return files
     if glob.has_magic(given):
         matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - Path.glob refuses absolute patterns
         files = [file for match in matches if (file := Path(match)).is_file()]
         if not files:
-            raise ConfigError(f"input ({given}): no file matches")
+            raise ConfigError(
+                f"input ({given}): no file matches; mend the pattern, or quote it where the shell reads it"
+            )
         return files
     if bin_path(path).is_file() or idx_path(path).is_file():
         return [bin_path(path)]
     raise ConfigError(f"input ({given}) does not exist; give files, folders or globs")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:  # bytes that do not decode stand in a path as lone surrogates
+        return False
+    return True
 
 
 def _join_pairs(files: list[Path]) -> list[Path]:

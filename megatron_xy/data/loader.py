@@ -41,9 +41,9 @@ class StepLoader:
         micro_batches, waited = self._prefetcher.get(data_step)
         batch = self.sampler.batch(data_step)
         samples: dict[str, list[int]] = {}
-        for sample in batch.samples:
-            samples.setdefault(sample.source, []).append(sample.index)
-        num_samples = len(batch.samples)
+        for source, index in zip(batch.sources, batch.indices, strict=True):
+            samples.setdefault(source, []).append(index)
+        num_samples = len(batch.indices)
         return PreparedStep(batch.bucket, micro_batches, num_samples, batch.bucket * num_samples, samples), waited
 
     def ends_epoch(self, iteration: int) -> bool:

@@ -209,7 +209,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise ConfigError(f"{directory} is not there; name a folder that `data build` wrote")
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise DataError(f"{directory} holds no {MANIFEST_NAME}: not a data folder, or a build that has not finished")
+        raise DataError(
+            f"{directory} holds no {MANIFEST_NAME}: not a data folder, or a build that has not finished; run `data "
+            f"build` to its end"
+        )
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -48,7 +48,9 @@ def pack_sources(
     names = sorted({name for shard in tokenized for name in shard.documents})
     assert names, "there is something to pack"
     if len(names) > MOST_SOURCES:
-        raise ConfigError(f"source_field names {len(names)} sources, at most {MOST_SOURCES} can be told apart")
+        raise ConfigError(
+            f"source_field names {len(names)} sources, at most {MOST_SOURCES} can be told apart; name another"
+        )
     prefixes = {name: [shard.folder / name for shard in tokenized if name in shard.documents] for name in names}
     total = sum(sum(shard.documents.values()) for shard in tokenized)
     masked = {name: _is_masked(name, prefixes[name]) for name in names}
@@ -75,7 +77,10 @@ def pack_sources(
     entries = {name: _source_entry(of_source, buckets, prefixes[name]) for name, of_source in receipts.items()}
     sources = {name: entry for name, entry in entries.items() if entry is not None}
     if not sources:
-        raise DataError(f"overflow ({overflow}) leaves nothing: every document is longer than {buckets[-1]} tokens")
+        raise DataError(
+            f"overflow ({overflow}) leaves nothing: every document is longer than {buckets[-1]} tokens; "
+            f"give a larger bucket, or another overflow"
+        )
     every = [receipt for of_source in receipts.values() for receipt in of_source]
     dropped = Dropped(
         documents=sum(receipt.dropped_documents for receipt in every),

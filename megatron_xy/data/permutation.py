@@ -16,17 +16,20 @@ def permute(positions: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDAr
     """
     columns = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.uint64)
     rows = (sizes + columns - np.uint64(1)) // columns
-    results = positions.copy()
-    open_ones = np.arange(len(positions))
-    while len(open_ones):
-        left, right = np.divmod(results[open_ones], columns[open_ones])
-        key, row, column = keys[open_ones], rows[open_ones], columns[open_ones]
-        for number in range(0, PERMUTATION_ROUNDS, 2):
-            left = (left + (mixed(right ^ key[:, number]) >> np.uint64(8))) % row
-            right = (right + (mixed(left ^ key[:, number + 1]) >> np.uint64(8))) % column
-        results[open_ones] = left * column + right
-        open_ones = open_ones[results[open_ones] >= sizes[open_ones]]
+    results = _through_the_network(positions, rows, columns, keys)
+    while len(outside := np.flatnonzero(results >= sizes)):
+        results[outside] = _through_the_network(results[outside], rows[outside], columns[outside], keys[outside])
     return results
+
+
+def _through_the_network(
+    positions: NDArray[np.uint64], rows: NDArray[np.uint64], columns: NDArray[np.uint64], keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    left, right = np.divmod(positions, columns)
+    for number in range(0, PERMUTATION_ROUNDS, 2):
+        left = (left + (mixed(right ^ keys[:, number]) >> np.uint64(8))) % rows
+        right = (right + (mixed(left ^ keys[:, number + 1]) >> np.uint64(8))) % columns
+    return left * columns + right
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

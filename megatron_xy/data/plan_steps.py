@@ -9,7 +9,7 @@ from typing import Any
 from megatron_xy.config import load_config
 from megatron_xy.data.dataset import PackedDataset, samples_of_rank
 from megatron_xy.data.phases import run_sampler
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import UsageError
 
 
 def plan_steps(
@@ -23,7 +23,7 @@ def plan_steps(
 ) -> Iterator[dict[str, Any]]:
     """One row a (data step, source): {data_step, bucket, source, samples: indices within (source, bucket)}."""
     if data_parallel_rank >= data_parallel_size:
-        raise ConfigError(
+        raise UsageError(
             f"--data-parallel-rank ({data_parallel_rank}) must be below --data-parallel-size ({data_parallel_size})"
         )
     config = load_config(config_path, overrides=overrides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from megatron_xy.data.manifest import BAD_LINES_NAME, HELD_OUT_NAME
+from megatron_xy.data.workers import Progress
 
 SECONDS_BETWEEN_LINES = 2.0
-Progress = Callable[[str, int, int, str], None]
 
 
 @contextmanager

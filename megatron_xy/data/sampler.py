@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -30,6 +31,7 @@ from megatron_xy.errors import ConfigError, DataError
 
 BLOCK_STEPS = 8  # buckets are shuffled within blocks of this many steps; whole blocks follow the weights
 MAX_DRIFT_STEPS = 2.0  # a shuffle that takes any set of buckets further from its due is drawn again
+MAX_SOURCE_STEPS = 1.5  # and one that takes any source so far from its own
 MAX_SHUFFLES = 16
 
 
@@ -66,11 +68,17 @@ class SampleId(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one data step, all of one bucket, sources mixed."""
+    """The samples of one data step, of one bucket, sources mixed: the `indices[i]`-th of what `sources[i]` holds."""
 
     data_step: int
     bucket: int
-    samples: tuple[SampleId, ...]
+    sources: tuple[str, ...]
+    indices: tuple[int, ...]
+
+    @functools.cached_property
+    def samples(self) -> tuple[SampleId, ...]:
+        """As `sources` and `indices`, a name each: made on demand, as thousands of objects cost more than the rest."""
+        return tuple(map(SampleId, self.sources, itertools.repeat(self.bucket), self.indices))
 
 
 class BucketSampler:
@@ -80,6 +88,17 @@ class BucketSampler:
     sum over s of weight[s] * share[s, b], and its batch mixes the sources in proportion to weight[s] * share[s, b].
     Rounding is carried along instead of drawn at random, so that a run does not drift from its weights: within a phase
     and, as a debt that the next phase pays first, from phase to phase. What later phases say changes no earlier step.
+
+    How far a source gets from its due is decided twice. At the ends of blocks, by the apportionment: it rounds every
+    pair of its trees by half a seat at most. Inside a block, by the order of its steps: any order of eight steps stays
+    within k * (1 - k / 8) <= 2 batches of the straight line between the block's ends, for a source that has k of
+    them; a block that a phase cuts short hands this on as a debt. So orders are judged by the samples that they really
+    draw of each source, all earlier phases included: the first shuffle that keeps every source within
+    MAX_SOURCE_STEPS of its due is taken, and where none does, the order that goes the closest way.
+
+    No rule that keeps earlier steps as they are can bound this for every table of phases. With n sources, each alone in
+    its bucket, and phases of one step that weigh equally what was not drawn yet, the source that is left over has come
+    to 1/n + 1/(n-1) + ... + 1/2 batches: over three from 31 sources on, whatever is drawn.
     """
 
     def __init__(self, streams: Sequence[Stream], *, seed: int, phases: Sequence[SamplerPhase]) -> None:
@@ -111,9 +130,8 @@ class BucketSampler:
         indices = self._indices(numbers, owners, [(source, bucket) for source in sources])
         key = np.frombuffer(_digest(self.seed, "order", data_step), dtype="<u8")[0]
         order = np.argsort(mixed(np.arange(batch_samples, dtype=np.uint64) + key), kind="stable")
-        names = [sources[owner] for owner in owners[order].tolist()]
-        samples = tuple(map(SampleId, names, itertools.repeat(bucket), indices[order].tolist()))
-        return Batch(data_step, bucket, samples)
+        names = np.array(sources, dtype=object)[owners[order]]
+        return Batch(data_step, bucket, tuple(names.tolist()), tuple(indices[order].tolist()))
 
     def samples_of_rank(
         self, batch: Batch, *, data_parallel_size: int, data_parallel_rank: int, costs: Sequence[int] | None = None
@@ -123,7 +141,7 @@ class BucketSampler:
         costs: the attention work of each of the batch's samples. Given them, the samples are dealt back and forth from
         the most expensive to the cheapest, so that ranks that wait for one another have about the same to do.
         """
-        count = len(batch.samples)
+        count = len(batch.indices)
         if count % data_parallel_size:
             raise ConfigError(
                 f"a batch of bucket {batch.bucket} ({count} samples) must be a multiple of data_parallel_size "
@@ -198,11 +216,12 @@ def stream_shares(
     weights = lengths if weights is None else weights
     _check_weights(weights, lengths, key=key)
     total = math.fsum(weights.values())
-    return {
+    shares = {
         (source, bucket): weights[source] / total * (bucket * size / lengths[source])
         for (source, bucket), size in sorted(sizes.items())
-        if size and weights[source]
+        if size
     }
+    return {stream: share for stream, share in shares.items() if share}
 
 
 class _Phase:
@@ -239,6 +258,15 @@ class _Phase:
         self._source_seats = {
             b: Apportionment(parts[b], owed=[tokens / b for tokens in owed_in[b]]) for b in self.buckets
         }
+        places = {source: place for place, source in enumerate(sorted({source for source, _ in sizes}))}
+        self._columns = {b: [places[source] for source in self.sources[b]] for b in self.buckets}
+        self._source_weights = np.zeros(len(places))
+        for (source, _), share in self.shares.items():
+            self._source_weights[places[source]] += share
+        self._off_before = np.zeros(len(places))
+        for (source, _), tokens in self._ahead_before.items():
+            self._off_before[places[source]] += tokens / phase.global_batch_tokens
+        self._block = functools.lru_cache(maxsize=4)(self._find_block)  # the steps of a block come one after another
 
     def draw(self, step: int) -> tuple[int, int]:
         """The bucket of the phase's step number `step` (from 0), and how many steps of the phase drew it before."""
@@ -280,19 +308,52 @@ class _Phase:
         rest = math.fsum(short.values())
         return {stream: tokens - rest * self.shares[stream] for stream, tokens in short.items()}
 
-    def _block(self, block: int) -> tuple[list[int], list[int]]:
+    def _find_block(self, block: int) -> tuple[list[int], list[int]]:
         """Draws of each bucket before the block, and the block's own buckets in order (positions in `buckets`)."""
         before = self._bucket_seats.counts(block * BLOCK_STEPS)
         after = self._bucket_seats.counts((block + 1) * BLOCK_STEPS)
-        chosen = [bucket for bucket, (a, b) in enumerate(zip(before, after, strict=True)) for _ in range(b - a)]
-        orders = []
-        for attempt in range(MAX_SHUFFLES):
+        chosen = np.repeat(np.arange(len(before)), np.subtract(after, before))
+        off, changes = self._source_changes(block * BLOCK_STEPS, before, after)
+        can_be_close = np.abs(off + changes.sum(axis=0)).max() <= MAX_SOURCE_STEPS  # where every order ends
+        for attempt in range(MAX_SHUFFLES if can_be_close else 0):
             hashes = np.frombuffer(_digest(*self._key, block, attempt), dtype="<u8")
-            order = [chosen[place] for place in np.argsort(hashes, kind="stable").tolist()]
-            if (drift := self._drift(block * BLOCK_STEPS, before, order)) <= MAX_DRIFT_STEPS:
-                return before, order
-            orders.append((drift, order))
-        return before, min(orders, key=lambda drift_and_order: drift_and_order[0])[1]
+            order = chosen[np.argsort(hashes, kind="stable")]
+            rows = np.empty(BLOCK_STEPS, dtype=np.int64)
+            rows[np.argsort(order, kind="stable")] = np.arange(BLOCK_STEPS)  # a bucket's draws come in their order
+            if (
+                np.abs(off + np.cumsum(changes[rows], axis=0)).max() <= MAX_SOURCE_STEPS
+                and self._drift(block * BLOCK_STEPS, before, order.tolist()) <= MAX_DRIFT_STEPS
+            ):
+                return before, order.tolist()
+        return before, self._closest_order(off, changes, chosen.tolist())
+
+    def _source_changes(
+        self, step: int, before: Sequence[int], after: Sequence[int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """How far each source is ahead of its due at `step`: [sources], in steps; and what each draw of the block
+        changes of it, bucket by bucket: [BLOCK_STEPS, sources]."""
+        off = self._off_before - step * self._source_weights
+        changes = np.tile(-self._source_weights, (BLOCK_STEPS, 1))
+        row = 0
+        for position, bucket in enumerate(self.buckets):
+            columns, part = self._columns[bucket], bucket / self.global_batch_tokens
+            draws = range(before[position], after[position] + 1)
+            counts = np.array([self.drawn_in_bucket(bucket, number) for number in draws], dtype=np.float64)
+            off[columns] += part * counts[0]
+            changes[row : row + len(draws) - 1, columns] += part * np.diff(counts, axis=0)
+            row += len(draws) - 1
+        return off, changes
+
+    def _closest_order(self, off: NDArray[np.float64], changes: NDArray[np.float64], chosen: list[int]) -> list[int]:
+        """The order in which each step takes the bucket that leaves the furthest source closest to its due."""
+        left, order = list(range(BLOCK_STEPS)), []
+        while left:
+            firsts = {chosen[row]: row for row in reversed(left)}.values()  # a bucket's draws come in their order
+            best = min(firsts, key=lambda row: float(np.abs(off + changes[row]).max()))
+            off = off + changes[best]
+            left.remove(best)
+            order.append(chosen[best])
+        return order
 
     def _drift(self, step: int, before: Sequence[int], order: Sequence[int]) -> float:
         """By how many steps any set of buckets gets ahead of its due, at most, after any step of `order` from `step`.

@@ -19,6 +19,8 @@ PIECE_STYLES = ("green", "cyan")  # in turn
 BAR = " ┃ "
 MASKED_STYLE = "reverse"  # the last token of a text's piece: it has no next token to learn
 PROMPT_STYLE = "dim"  # what is not learned of a conversation
+# Of C0 and C1, what would ring, move or paint in a terminal: rich leaves some of them in, ESC among them.
+CONTROL_CHARACTERS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 Run = tuple[str, bool]
 
@@ -54,7 +56,7 @@ class ShownSample:
             style = PIECE_STYLES[number % len(PIECE_STYLES)]
             text.append(BAR if number else "", style="bold red")
             for run, is_learned in piece:
-                text.append(run, style=style if is_learned else f"{style} {left_out}")
+                text.append(run.translate(CONTROL_CHARACTERS), style=style if is_learned else f"{style} {left_out}")
         return text
 
 
@@ -71,7 +73,7 @@ def shown_samples(
         if index >= stream.num_samples:
             raise ConfigError(
                 f"--index ({index}): source {stream.source} has {stream.num_samples} sample(s) in bucket "
-                f"{stream.bucket}"
+                f"{stream.bucket}; give a smaller one"
             )
         for number in range(index, min(index + count, stream.num_samples)):
             sample = dataset.sample(SampleId(stream.source, stream.bucket, number))

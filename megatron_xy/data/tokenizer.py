@@ -48,7 +48,9 @@ def tokenizer_file(path: Path | str) -> Path:
     if file.is_dir():
         found = [file / name for name in (TOKENIZER_FILE, TOKENIZER_JSON) if (file / name).is_file()]
         if not found:
-            raise ConfigError(f"tokenizer ({file}): the folder holds no {TOKENIZER_FILE} and no {TOKENIZER_JSON}")
+            raise ConfigError(
+                f"tokenizer ({file}): the folder holds no {TOKENIZER_FILE} and no {TOKENIZER_JSON}; name one that does"
+            )
         file = found[0]
     if not file.is_file():
         raise ConfigError(f"tokenizer ({file}) does not exist; name a {TOKENIZER_FILE} or a {TOKENIZER_JSON}")

@@ -73,7 +73,7 @@ def frequent_pieces(corpus: str, *, number: int, say: Say) -> list[str]:
     runs = re.compile(f"[{HAN}]{{2,}}")
     found = [run for text in _texts(corpus, say=say) for run in runs.findall(text)]
     if not found:
-        raise DataError(f"corpus ({corpus}) holds no two Chinese characters side by side")
+        raise DataError(f"corpus ({corpus}) holds no two Chinese characters side by side; name one of Chinese text")
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(found),

@@ -21,7 +21,7 @@ from megatron_xy.config import (
 )
 from megatron_xy.dryrun import ppo, training
 from megatron_xy.dryrun.rank import RankFindings
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.model_source import resolve_model
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
@@ -33,11 +33,11 @@ OfRank = Callable[..., list[RankFindings]]  # of rank and world_size
 def chosen_ranks(config: RunConfig, *, ranks: Sequence[int], all_stages: bool, world_size: int) -> list[int]:
     """The ranks to build: those asked for, and with `all_stages` the first of each stage of each role; else rank 0.
 
-    Raises ConfigError for a rank outside the world.
+    Raises UsageError for a rank outside the world.
     """
     for rank in ranks:
         if not 0 <= rank < world_size:
-            raise ConfigError(
+            raise UsageError(
                 f"--rank {rank}: a world of {world_size} has ranks 0 to {world_size - 1}; name one of them"
             )
     first_ranks = ppo.first_ranks if config.task == "ppo" else training.first_ranks

@@ -57,7 +57,10 @@ def read_calibration(
     if not rows:
         raise DataError(f"--calibration ({path}): holds no samples; name a folder or a file that does")
     if (highest := max(max(row) for row in rows)) >= vocab_size:
-        raise DataError(f"--calibration ({path}): holds token {highest}; the model knows 0..{vocab_size - 1}")
+        raise DataError(
+            f"--calibration ({path}): holds token {highest}; the model knows 0..{vocab_size - 1}; "
+            f"name data of the model's own tokenizer"
+        )
     if len(rows) < number:
         say(f"warning: --calibration ({path}): holds {len(rows)} samples, fewer than --num-samples ({number})")
     rows = [row[:longest] for row in rows]

@@ -26,8 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_xy import __version__
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.progress import Progress, showing_progress
+from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.sampler import SampleId
+from megatron_xy.data.workers import Progress
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
 from megatron_xy.hf import nf4
 from megatron_xy.hf.folder import file_inside, read_object
@@ -81,7 +82,8 @@ def compare(
     dataset = PackedDataset([data])
     if plain.vocab_size < dataset.vocab_size:
         raise ConfigError(
-            f"--data ({data}): has a vocabulary of {dataset.vocab_size}, more than the models' {plain.vocab_size}"
+            f"--data ({data}): has a vocabulary of {dataset.vocab_size}, more than the models' {plain.vocab_size}; "
+            f"name data of their tokenizer"
         )
     for form in forms:
         check_tokenizers(data, form.folder, say=say)

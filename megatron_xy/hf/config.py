@@ -169,7 +169,7 @@ def complete_model(model: ModelConfig, stored: ModelConfig, *, origin: str) -> M
 def _read(directory: Path) -> Values:
     values = read_object(directory, CONFIG)
     if values is None:
-        raise DataError(f"{directory} holds no {CONFIG}: it is no HF model folder")
+        raise DataError(f"{directory} holds no {CONFIG}: it is no HF model folder; name one that is")
     return Values(directory / CONFIG, values)
 
 

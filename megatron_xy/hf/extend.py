@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from megatron_xy.data import vocabulary
+from megatron_xy.data.engines import TOKENIZER_CONFIG
 from megatron_xy.data.sentencepiece_json import inexact_reasons, parse_model
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_xy.dtypes import Bits, itemsize
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import CONFIG
@@ -24,7 +25,7 @@ from megatron_xy.hf.convert import CHECKSUMS
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, PLAIN
 from megatron_xy.hf.reader import INDEX
-from megatron_xy.hf.release import TOKENIZER_CONFIG, copy_side_files
+from megatron_xy.hf.release import copy_side_files
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
@@ -35,7 +36,6 @@ from megatron_xy.storage import write_json, write_text
 from megatron_xy.tensor_files import bits_of, torch_dtype
 
 CORPUS = "corpus:"
-TOKENIZER = "tokenizer.model"
 WITH_ROWS_BY_PIECE = (PLAIN[EMBEDDING], PLAIN[OUTPUT_LAYER])
 ROWS_AT_A_TIME = 256
 _KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "pad_token")
@@ -95,9 +95,9 @@ def _candidates(characters: str | None, pieces: str | None, *, number: int, say:
 
 def _tokenizer_of(source: Source, *, size: int) -> Any:
     """The folder's SentencePiece model. Raises DataError where the extended one could not stand in its place."""
-    path = file_inside(source.folder, TOKENIZER)
+    path = file_inside(source.folder, TOKENIZER_FILE)
     if path is None:
-        raise DataError(f"{source.folder} holds no {TOKENIZER}; only SentencePiece vocabularies can be extended")
+        raise DataError(f"{source.folder} holds no {TOKENIZER_FILE}; only SentencePiece vocabularies can be extended")
     model = parse_model(load_tokenizer(path).engine.serialized)
     if reasons := inexact_reasons(model):
         raise DataError(f"{path} cannot be extended: {reasons[0]}")
@@ -111,7 +111,7 @@ def _tokenizer_of(source: Source, *, size: int) -> Any:
         if index >= len(model.pieces):
             raise DataError(
                 f"{source.folder}: the added token {token} ({index}) lies behind the {len(model.pieces)} pieces of "
-                f"{TOKENIZER}, where new ones would come; make it a piece of {TOKENIZER} first"
+                f"{TOKENIZER_FILE}, where new ones would come; make it a piece of {TOKENIZER_FILE} first"
             )
     return model
 
@@ -186,8 +186,8 @@ def _rows(opened: SafetensorsFile, name: str, stored: StoredTensor, start: int, 
 
 def _write_tokenizer(folder: Path, source: Path, serialized: bytes, opened: Source, *, say: Say) -> None:
     """tokenizer.model, tokenizer.json and the settings that the old folder had beside what the new ones must say."""
-    (folder / TOKENIZER).write_bytes(serialized)
-    write_hf_tokenizer(folder / TOKENIZER, folder, model_max_length=opened.model.max_position_embeddings)
+    (folder / TOKENIZER_FILE).write_bytes(serialized)
+    write_hf_tokenizer(folder / TOKENIZER_FILE, folder, model_max_length=opened.model.max_position_embeddings)
     for name in ("special_tokens_map.json", "added_tokens.json"):  # tokenizer_config.json says it all
         (folder / name).unlink(missing_ok=True)
     written = read_object(folder, TOKENIZER_CONFIG) or {}

@@ -37,7 +37,7 @@ def quantize(
     if to_kind != "hf":
         raise UsageError(f"--to {target}: must be hf:DIR")
     if scheme in BITSANDBYTES and calibration is not None:
-        raise UsageError(f"--scheme {scheme} takes no --calibration")
+        raise UsageError(f"--scheme {scheme} takes no --calibration; leave it out")
     if scheme not in BITSANDBYTES and calibration is None:
         raise UsageError(f"--scheme {scheme} needs --calibration, a `data build` folder or a jsonl file")
     if chat_template is not None and (calibration is None or calibration.is_dir()):

@@ -101,7 +101,7 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[str, StoredTensor]]:
     for file in sorted(set(index.values())) if index is not None else [SINGLE]:
         path = file_inside(directory, file)
         if path is None:
-            raise DataError(f"{directory / file} is named by {INDEX} and is not there")
+            raise DataError(f"{directory / file} is named by {INDEX} and is not there; copy it again")
         opened = SafetensorsFile(path)
         opened.close()
         headers[file] = opened.tensors
@@ -109,7 +109,7 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[str, StoredTensor]]:
         return {name: (SINGLE, tensor) for name, tensor in headers[SINGLE].items()}
     for name, file in index.items():
         if name not in headers[file]:
-            raise DataError(f"{directory / file} does not hold {name}, though {INDEX} says so")
+            raise DataError(f"{directory / file} does not hold {name}, though {INDEX} says so; copy both again")
     return {name: (file, headers[file][name]) for name, file in index.items()}
 
 
@@ -124,7 +124,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
                 f"{directory} holds pytorch_model.bin, a pickle, which is never opened; load and save it once with "
                 f"transformers' save_pretrained, which writes safetensors"
             )
-        raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+        raise DataError(f"{directory} holds neither {SINGLE} nor {INDEX}; name a folder with weights")
     values = Values(directory / INDEX, index)
     values.object("metadata")
     weight_map = dict(values.object("weight_map").values)

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_xy import __version__
 from megatron_xy.data.chat import Chat
 from megatron_xy.data.chat_template import ChatTemplate
+from megatron_xy.data.engines import TOKENIZER_CONFIG
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import file_inside, read_object
@@ -21,7 +22,6 @@ from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.storage import storage_errors, write_json, write_text
 
 MODEL_CARD = "README.md"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.data.engines import TOKENIZER_CONFIG
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.sentencepiece_json import CONTROL, UNKNOWN, inexact_reasons, parse_model, tokenizer_json
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import write_json
 
@@ -43,9 +44,9 @@ def write_hf_tokenizer(sentencepiece_model: Path, directory: Path, *, model_max_
         "model_max_length": model_max_length,
         **{key: name for key, name in names.items() if name in control},
     }
-    (directory / "tokenizer.model").write_bytes(serialized)
+    (directory / TOKENIZER_FILE).write_bytes(serialized)
     write_json(directory / "tokenizer.json", {**tokenizer_json(model), **_special_tokens(model, control=control)})
-    write_json(directory / "tokenizer_config.json", settings)
+    write_json(directory / TOKENIZER_CONFIG, settings)
 
 
 def check_tokenizers(data_folder: Path, model_folder: Path, *, say: Callable[[str], None]) -> None:

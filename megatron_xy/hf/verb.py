@@ -1,4 +1,4 @@
-"""`megatron-xy convert`: from where to where, in which type, with which tokenizer."""
+"""`megatron-xy convert`: from where to where, in which type, with which tokenizer; what ckpt:DIR and hf:DIR name."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from megatron_xy.import_args.shell import UNKNOWN, program_arguments
 
 SEVERAL = ("--data-path",)  # flags with more than one value
 _TABLE = Path(__file__).with_name("flags.yaml")
+_FRACTION = r"[\d.]+([eE]-?\d+)?"
 
 
 @dataclass
@@ -51,7 +52,7 @@ def import_args(script: Path) -> Imported:
     imported = Imported(left_out=[*program.notes, *(f"{word}: may be more flags" for word in stray)])
     for key, entry in table["keys"].items():
         _take(imported, key, entry, flags)
-    _derive(imported, flags)
+    _Derivation(imported, flags).run()
     taken = {entry["flag"] for entry in table["keys"].values()} | set(table["derived"])
     alone = {*table["alone"], *(entry["flag"] for entry in table["keys"].values() if entry["kind"] == "flag")}
     for flag, words in flags.items():
@@ -118,99 +119,122 @@ def _typed(word: str, kind: str) -> Any:
     return int(word) if kind == "int" and word.lstrip("+-").isdigit() else float(word)
 
 
-def _derive(imported: Imported, flags: dict[str, list[str]]) -> None:
-    """What takes several flags, or another unit."""
+@dataclass(frozen=True)
+class _Derivation:
+    """Keys that take several flags, or another unit."""
 
-    def number(flag: str) -> int | None:
-        words = flags.get(flag, [])
+    imported: Imported
+    flags: dict[str, list[str]]
+
+    def run(self) -> None:
+        """Adds to the values, and to what is left out, in this order."""
+        self._batch()
+        self._schedule()
+        self._shape()
+        self._parallel()
+        self._layers()
+        self._data()
+
+    def _batch(self) -> None:
+        length = self._number("--seq-length")
+        for flag, key in (("--micro-batch-size", "micro_batch_tokens"), ("--global-batch-size", "global_batch_tokens")):
+            size = self._number(flag)
+            if size is not None and length is not None:
+                self._set(f"training.{key}", size * length, f"{flag} {size} x --seq-length {length}")
+            else:
+                why = f"it or --seq-length is not known without running the script; set training.{key}"
+                self._leave_out(flag, why)
+        samples, batch = self._number("--train-samples"), self._number("--global-batch-size")
+        if samples is not None and batch:
+            origin = f"--train-samples {samples} / --global-batch-size {batch}"
+            self._set("training.train_iters", samples // batch, origin)
+        else:
+            self._leave_out("--train-samples", "not known without running the script; set training.train_iters")
+
+    def _schedule(self) -> None:
+        """A schedule in samples is one in tokens here; a warm-up in parts of the decay is one in iterations."""
+        values, length = self.imported.values, self._number("--seq-length")
+        for name in ("warmup", "decay", "wsd_decay"):
+            flag = f"--lr-{name.replace('_', '-')}-samples"
+            samples = self._number(flag)
+            if samples is not None and length is not None:
+                self._set(f"optimizer.lr_{name}_tokens", samples * length, f"{flag} {samples} x --seq-length {length}")
+                values.pop(f"optimizer.lr_{name}_iters", None)
+            else:
+                self._leave_out(flag, f"not known; set optimizer.lr_{name}_tokens")
+        flag = "--lr-warmup-fraction"
+        words = self.flags.get(flag, [])
+        whole = values.get("optimizer.lr_decay_iters") or values.get("training.train_iters")
+        if whole is not None and len(words) == 1 and re.fullmatch(_FRACTION, words[0]):
+            steps = round(float(words[0]) * int(whole[0]))
+            self._set("optimizer.lr_warmup_iters", steps, f"{flag} {words[0]} of {whole[0]} iterations")
+        else:
+            self._leave_out(flag, "it or the iterations are not known; set optimizer.lr_warmup_iters")
+
+    def _shape(self) -> None:
+        hidden, heads = self._number("--hidden-size"), self._number("--num-attention-heads")
+        width = self._number("--kv-channels")
+        if width is not None and (hidden is None or not heads or width * heads != hidden):
+            self._leave_out("--kv-channels", "heads are as wide as hidden_size / num_attention_heads here")
+        if "--num-query-groups" in self.flags and "--group-query-attention" not in self.flags:
+            self.imported.values.pop("model.num_query_groups", None)
+            self._leave_out("--num-query-groups", "Megatron ignores it without --group-query-attention")
+        if "--swiglu" in self.flags and "--ffn-hidden-size" not in self.flags and hidden is not None:
+            size = int(4 * hidden * 2 / 3) // 64 * 64
+            origin = "--ffn-hidden-size is not given: Megatron's default with --swiglu"
+            self._set("model.ffn_hidden_size", size, origin)
+
+    def _parallel(self) -> None:
+        flag = "--num-layers-per-virtual-pipeline-stage"
+        layers, stages = self._number("--num-layers"), self._number("--pipeline-model-parallel-size")
+        chunk = self._number(flag)
+        if layers and stages and chunk:
+            origin = f"{flag} {chunk}: {layers} layers / {stages} stages / {chunk}"
+            self._set("parallel.virtual_pipeline_model_parallel_size", layers // stages // chunk, origin)
+        else:
+            self._leave_out(flag, "it, the layers or the stages are not known")
+        if (minutes := self._number("--distributed-timeout-minutes")) is not None:
+            self._set("runtime.timeout_seconds", 60 * minutes, f"--distributed-timeout-minutes {minutes}")
+
+    def _layers(self) -> None:
+        granularity = "model.recompute_granularity"
+        if "--recompute-activations" in self.flags:
+            self._set(granularity, "selective", "--recompute-activations")
+        kind, origin = self.imported.values.get(granularity, ("", ""))
+        if kind == "selective":
+            self._set(granularity, kind, f"{origin}: the MLP here, as attention kernels recompute by themselves")
+        if "--bf16" in self.flags:
+            self._set("model.params_dtype", "bf16", "--bf16")
+        flag = "--transformer-impl"
+        implementations = {"local": "torch", "transformer_engine": "transformer_engine"}
+        implementation = implementations.get("".join(self.flags.get(flag, [])))
+        if implementation is not None:
+            self._set("model.layer_spec", implementation, flag)
+        else:
+            self._leave_out(flag, "local or transformer_engine here, model.layer_spec")
+
+    def _data(self) -> None:
+        flag = "--data-path"
+        words = self.flags.get(flag, [])
+        weights = [word for word in words if re.fullmatch(_FRACTION, word)]
+        paths = [word for word in words if word not in weights and UNKNOWN not in word]
+        if any(UNKNOWN in word for word in words):
+            self._leave_out(flag, "not known without running the script; set data.path")
+        if paths:
+            origin = f"{flag}: name what `data build` wrote of the same corpus"
+            origin += f"; weights by source, in their order {' '.join(weights)}: data.weights" if weights else ""
+            self._set("data.path", paths if len(paths) > 1 else paths[0], origin)
+
+    def _number(self, flag: str) -> int | None:
+        words = self.flags.get(flag, [])
         return int(words[0]) if len(words) == 1 and words[0].isdigit() else None
 
-    def unsettled(flag: str, why: str) -> None:
-        if flag in flags:
-            imported.left_out.append(f"{' '.join([flag, *flags[flag]])}: {why}")
+    def _set(self, key: str, value: Any, origin: str) -> None:
+        self.imported.values[key] = (value, origin)
 
-    values = imported.values
-    length = number("--seq-length")
-    for flag, key in (("--micro-batch-size", "micro_batch_tokens"), ("--global-batch-size", "global_batch_tokens")):
-        size = number(flag)
-        if size is not None and length is not None:
-            values[f"training.{key}"] = (size * length, f"{flag} {size} x --seq-length {length}")
-        else:
-            unsettled(flag, f"it or --seq-length is not known without running the script; set training.{key}")
-    samples, batch = number("--train-samples"), number("--global-batch-size")
-    if samples is not None and batch:
-        values["training.train_iters"] = (samples // batch, f"--train-samples {samples} / --global-batch-size {batch}")
-    else:
-        unsettled("--train-samples", "not known without running the script; set training.train_iters")
-    _derive_schedule(imported, flags, length=length)
-    hidden, heads = number("--hidden-size"), number("--num-attention-heads")
-    if (width := number("--kv-channels")) is not None and (hidden is None or not heads or width * heads != hidden):
-        unsettled("--kv-channels", "heads are as wide as hidden_size / num_attention_heads here")
-    if "--num-query-groups" in flags and "--group-query-attention" not in flags:
-        values.pop("model.num_query_groups", None)
-        unsettled("--num-query-groups", "Megatron ignores it without --group-query-attention")
-    if "--swiglu" in flags and "--ffn-hidden-size" not in flags and hidden is not None:
-        size = int(4 * hidden * 2 / 3) // 64 * 64
-        values["model.ffn_hidden_size"] = (size, "--ffn-hidden-size is not given: Megatron's default with --swiglu")
-    layers, stages = number("--num-layers"), number("--pipeline-model-parallel-size")
-    chunk = number("--num-layers-per-virtual-pipeline-stage")
-    if layers and stages and chunk:
-        origin = f"--num-layers-per-virtual-pipeline-stage {chunk}: {layers} layers / {stages} stages / {chunk}"
-        values["parallel.virtual_pipeline_model_parallel_size"] = (layers // stages // chunk, origin)
-    else:
-        unsettled("--num-layers-per-virtual-pipeline-stage", "it, the layers or the stages are not known")
-    if "--recompute-activations" in flags:
-        values["model.recompute_granularity"] = ("selective", "--recompute-activations")
-    if values.get("model.recompute_granularity", ("", ""))[0] == "selective":
-        origin = (
-            f"{values['model.recompute_granularity'][1]}: the MLP here, as attention kernels recompute by themselves"
-        )
-        values["model.recompute_granularity"] = ("selective", origin)
-    if "--bf16" in flags:
-        values["model.params_dtype"] = ("bf16", "--bf16")
-    if (minutes := number("--distributed-timeout-minutes")) is not None:
-        values["runtime.timeout_seconds"] = (60 * minutes, f"--distributed-timeout-minutes {minutes}")
-    implementation = {"local": "torch", "transformer_engine": "transformer_engine"}.get(
-        "".join(flags.get("--transformer-impl", []))
-    )
-    if implementation is not None:
-        values["model.layer_spec"] = (implementation, "--transformer-impl")
-    else:
-        unsettled("--transformer-impl", "local or transformer_engine here, model.layer_spec")
-    words = flags.get("--data-path", [])
-    weights = [word for word in words if re.fullmatch(r"[\d.]+([eE]-?\d+)?", word)]
-    paths = [word for word in words if word not in weights and UNKNOWN not in word]
-    if any(UNKNOWN in word for word in words):
-        unsettled("--data-path", "not known without running the script; set data.path")
-    if paths:
-        origin = "--data-path: name what `data build` wrote of the same corpus"
-        origin += f"; weights by source, in their order {' '.join(weights)}: data.weights" if weights else ""
-        values["data.path"] = (paths if len(paths) > 1 else paths[0], origin)
-
-
-def _derive_schedule(imported: Imported, flags: dict[str, list[str]], *, length: int | None) -> None:
-    """A schedule in samples is one in tokens here; a warm-up in parts of the decay is one in iterations."""
-    values = imported.values
-    for name in ("warmup", "decay", "wsd_decay"):
-        flag = f"--lr-{name.replace('_', '-')}-samples"
-        words = flags.get(flag, [])
-        if len(words) == 1 and words[0].isdigit() and length is not None:
-            values[f"optimizer.lr_{name}_tokens"] = (
-                int(words[0]) * length,
-                f"{flag} {words[0]} x --seq-length {length}",
-            )
-            values.pop(f"optimizer.lr_{name}_iters", None)
-        elif flag in flags:
-            imported.left_out.append(f"{' '.join([flag, *words])}: not known; set optimizer.lr_{name}_tokens")
-    if "--lr-warmup-fraction" in flags:
-        words = flags["--lr-warmup-fraction"]
-        whole = values.get("optimizer.lr_decay_iters") or values.get("training.train_iters")
-        given = f"--lr-warmup-fraction {' '.join(words)}"
-        if whole is not None and len(words) == 1 and re.fullmatch(r"[\d.]+([eE]-?\d+)?", words[0]):
-            steps = round(float(words[0]) * int(whole[0]))
-            values["optimizer.lr_warmup_iters"] = (steps, f"{given} of {whole[0]} iterations")
-        else:
-            imported.left_out.append(f"{given}: it or the iterations are not known; set optimizer.lr_warmup_iters")
+    def _leave_out(self, flag: str, why: str) -> None:
+        if flag in self.flags:
+            self.imported.left_out.append(f"{' '.join([flag, *self.flags[flag]])}: {why}")
 
 
 def _same(words: Sequence[str], expected: str) -> bool:

@@ -19,9 +19,8 @@ from megatron_xy.orphans import MARK_VARIABLE, kill_marked, marked_processes
 from megatron_xy.signals import STOP_SIGNALS
 
 _COMMANDS = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "--filename", "-"]}
-_LINGER_SECONDS = (
-    15.0  # for torchrun, once a rank has recorded a failure: cut off from the rendezvous it would wait for ever
-)
+# For torchrun, once a rank has recorded a failure: cut off from the rendezvous it would wait for ever.
+_LINGER_SECONDS = 15.0
 _POLL_SECONDS = 0.5
 
 

@@ -206,16 +206,7 @@ def _transformer_engine_attention(heads: int, groups: int, head_dim: int, scale:
 def _difference_from_sdpa(attend: Attend, dtype: torch.dtype, head_dim: int) -> float:
     """Largest difference, relative to the largest value, of output and gradients on three documents."""
     target = device.current()
-    lengths = (70, 1, 57)
-    borders = torch.tensor([0, 70, 71, 128], dtype=torch.int32).to(target)
-    packed = PackedDocuments(
-        qkv_format="sbhd",
-        cu_seqlens_q=borders,
-        cu_seqlens_kv=borders,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        segment_lengths=lengths,
-    )
+    packed = PackedDocuments.of((70, 1, 57))
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(128, heads, head_dim, generator=generator) for heads in (4, 2, 2, 4)]
     results = []

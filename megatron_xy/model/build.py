@@ -123,6 +123,8 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
         # Weights are drawn, or come from a checkpoint.
         perform_initialization=False,
         use_cpu_initialization=device.is_cpu(),
+        # A GPU adds up the embedding's gradient in any order, else; a CPU has one order.
+        deterministic_mode=torch.are_deterministic_algorithms_enabled() and not device.is_cpu(),
         # The fused kernels want CUDA extensions that are not required here.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

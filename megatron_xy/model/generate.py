@@ -306,7 +306,7 @@ class _Replica:
             num_going_on=going_on,
             longest=longest,
             mask=mask,
-            prompts=_packed(lengths) if lengths else None,
+            prompts=PackedDocuments.of(lengths) if lengths else None,
             copies=(_on_device(copied), _on_device(copied_to)) if copied else None,
             outputs=_on_device(outputs) if lengths else None,
         )
@@ -347,18 +347,6 @@ class _Replica:
 
 def _on_device(values: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.array(values, dtype=np.int64)).to(device.current())
-
-
-def _packed(lengths: Sequence[int]) -> PackedDocuments:
-    borders = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device.current())
-    return PackedDocuments(
-        qkv_format="sbhd",
-        cu_seqlens_q=borders,
-        cu_seqlens_kv=borders,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        segment_lengths=tuple(lengths),
-    )
 
 
 def _exchanged(mine: dict[int, Answer], number: int, *, group: dist.ProcessGroup) -> list[Answer]:

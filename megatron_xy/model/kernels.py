@@ -41,18 +41,18 @@ def rms_norm(values: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch
     """values / rms(values) * weight over the last dimension; [..., hidden], weight [hidden]."""
     if not device.is_cpu() and not compiler().works:
         return F.rms_norm(values, weight.shape, weight, eps)  # one kernel from torch 2.9 on
-    if not torch.is_grad_enabled():
-        return _rms_norm_forward(values, weight, eps)[0]  # type: ignore[no-any-return]
-    normed: torch.Tensor = _RMSNorm.apply(values, weight, eps)  # type: ignore[no-untyped-call]
-    return normed
+    rows, learns = values.flatten(0, -2), torch.is_grad_enabled()
+    normed: torch.Tensor = (
+        _RMSNorm.apply(rows, weight, eps) if learns else _rms_norm_forward(rows, weight, eps)[0]  # type: ignore[no-untyped-call]
+    )
+    return normed.view(values.shape)
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up; [..., 2 x ffn], the gate's half first -> [..., ffn]. Keeps its input alone."""
-    if not torch.is_grad_enabled():
-        return _swiglu_forward(gate_and_up)  # type: ignore[no-any-return]
-    activated: torch.Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]
-    return activated
+    rows, learns = gate_and_up.flatten(0, -2), torch.is_grad_enabled()
+    activated: torch.Tensor = _SwiGLU.apply(rows) if learns else _swiglu_forward(rows)  # type: ignore[no-untyped-call]
+    return activated.view(*gate_and_up.shape[:-1], activated.size(-1))
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -70,12 +70,18 @@ def _double(values: torch.Tensor) -> torch.Tensor:
 
 
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled where a compiler works."""
+    """The function, compiled where a compiler works.
+
+    torch compiles it again for each new kind of arguments, eight times at most, and then no more. So all come as rows
+    of tokens, and without their history: whether gradients are wanted of them would make another kind.
+    """
     compiled = functools.cache(lambda: torch.compile(function))
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        return (compiled() if compiler().works else function)(*arguments)
+        if not compiler().works:
+            return function(*arguments)
+        return compiled()(*(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments))
 
     return call
 
@@ -111,7 +117,7 @@ def _rms_norm_backward(
     grad: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     normed, wide_grad = _wide(values) * scale, _wide(grad)
-    weight_grad = (wide_grad * normed).flatten(0, -2).sum(dim=0)
+    weight_grad = (wide_grad * normed).sum(dim=0)
     scaled_grad = wide_grad * _wide(weight)
     mean = (scaled_grad * normed).mean(dim=-1, keepdim=True)
     return ((scaled_grad - normed * mean) * scale).to(values.dtype), weight_grad.to(weight.dtype)
@@ -125,7 +131,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return _swiglu_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+        return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
 @_fused
@@ -134,8 +140,9 @@ def _swiglu_forward(gate_and_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
-@_fused
 def _swiglu_backward(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
+    if compiler().works:
+        return _swiglu_gradient(grad, gate_and_up)  # type: ignore[no-any-return]
     gate, up = gate_and_up.chunk(2, dim=-1)
     result = torch.empty_like(gate_and_up)
     gate_grad, up_grad = result.chunk(2, dim=-1)  # written in place: on a CPU half the time of joining two parts
@@ -144,6 +151,13 @@ def _swiglu_backward(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Ten
     torch.ops.aten.silu.out(gate, out=up_grad)
     up_grad.mul_(grad)
     return result
+
+
+@_fused
+def _swiglu_gradient(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
+    """The same without writing in place, which torch.compile does not make one kernel of."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
 
 
 class _Rotate(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Which layers a model is built of: megatron-core's own linear layers or Transformer Engine's, chosen once a process.
 
-`auto` takes Transformer Engine where it is installed and works on a GPU, and torch everywhere else. In both, attention,
-RoPE and SwiGLU are ours, and parameters carry the same global names, so that a checkpoint is free of the choice.
+`auto` takes Transformer Engine for bf16 where it is installed and works on a GPU, and torch everywhere else. In both,
+attention, RoPE and SwiGLU are ours, and parameters carry the same global names, so that a checkpoint is free of the
+choice.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def choose_layers(model: ModelConfig) -> LayerChoice:
         name, reason = "torch", "as configured"
     elif obstacle is not None:
         name, reason = "torch", obstacle
+    elif model.layer_spec == "auto" and model.params_dtype == "fp32":  # its cuBLAS calls, read in its source
+        name, reason = "torch", "transformer_engine multiplies fp32 in TF32, with 10 bits of mantissa"
     else:
         name, reason = "transformer_engine", "installed, and works on this GPU"
     attention = choose_backend(

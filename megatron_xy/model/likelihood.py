@@ -244,6 +244,7 @@ class _Replica:
         cos, sin = rotation(_on_device(np.concatenate(positions)), self._frequencies)
         cache = self._made_room(now, chunk=chunk)
         reached = [_on_device(slots) for slots in now.reached]
+        lengths = [len(segment.tokens) for segment in now.segments]
         hidden: torch.Tensor | None = None
         if not part.is_first:
             hidden = torch.empty(len(tokens), self._hidden_size, dtype=self._dtype, device=device.current())
@@ -254,7 +255,9 @@ class _Replica:
             places, rows = _outputs(now)
 
         def read(layer: int, projected: torch.Tensor) -> torch.Tensor:
-            return attend_along_branches(projected, cache[layer], reached, first=len(now.kept), cos=cos, sin=sin)
+            return attend_along_branches(
+                projected, cache[layer], reached, lengths=lengths, first=len(now.kept), cos=cos, sin=sin
+            )
 
         output = part(tokens, hidden, read=read, outputs=_on_device(places))
         if part.is_last:
@@ -300,6 +303,7 @@ def attend_along_branches(
     cached: torch.Tensor,
     reached: Sequence[torch.Tensor],
     *,
+    lengths: Sequence[int],
     first: int,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -307,16 +311,15 @@ def attend_along_branches(
     """What a layer's queries read of their branches; writes the pass's keys and values into `cached` from slot `first`.
 
     projected [tokens, groups x (queries a group + 2) x head_dim]; cached [slots, groups, 2, head_dim] of the layer;
-    reached: of each segment the slots [begin + length] that its last token attends to. Returns [tokens, heads x
-    head_dim].
+    reached: of each segment the slots [begin + length] that its last token attends to; lengths: its new tokens. Returns
+    [tokens, heads x head_dim].
     """
     groups, head_dim = cached.size(1), cached.size(-1)
     heads = projected.view(len(projected), groups, -1, head_dim)
     turned = turned_by(heads[:, :, :-1], cos, sin)
     cached[first:, :, 0], cached[first:, :, 1] = turned[:, :, -1], heads[:, :, -1]
     parts, begin = [], 0
-    for slots in reached:
-        length = int(slots[-1]) - first - begin + 1
+    for slots, length in zip(reached, lengths, strict=True):
         queries = turned[begin : begin + length, :, :-1]
         begin += length
         keys, values = cached[slots].movedim(0, 1).unbind(dim=2)  # [groups, slots, head_dim]

@@ -90,7 +90,6 @@ def _padded(row: Sequence[int], width: int) -> MicroBatch:
         loss_mask=np.zeros(width, dtype=np.float32),
         position_ids=np.concatenate([np.arange(length), np.arange(width - length)]),
         cu_seqlens=np.array(borders, dtype=np.int32),
-        max_seqlen=max(length, width - length),
         source_ids=np.zeros(width, dtype=np.int32),
         num_padding_tokens=width - length,
         sum_squared_lengths=length**2,

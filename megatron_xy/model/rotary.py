@@ -7,12 +7,14 @@ by the angles from here. Angles, cos and sin are fp32 under every dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from megatron_xy import mcore
+from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig
 
 
@@ -26,6 +28,20 @@ class PackedDocuments(mcore.PackedSeqParams):  # type: ignore[misc]
 
     position_ids: torch.Tensor | None = None
     segment_lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, position_ids: torch.Tensor | None = None) -> PackedDocuments:
+        """Segments of these lengths, one after another, on this process's device."""
+        borders = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device.current())
+        return cls(
+            qkv_format="sbhd",
+            cu_seqlens_q=borders,
+            cu_seqlens_kv=borders,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            position_ids=position_ids,
+            segment_lengths=tuple(lengths),
+        )
 
 
 class RotaryAngles:

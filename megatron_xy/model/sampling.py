@@ -113,8 +113,9 @@ class Sampler:
             if top_p < 1.0:
                 kept = ranked.masked_fill(ranked < threshold[:, None], -torch.inf)
                 whole = kept.logsumexp(dim=1) if top_k else parts[:, :, number].logsumexp(dim=0)
-                shares = (kept - whole[:, None]).double().exp()
-                is_inside = shares.cumsum(dim=1) - shares < top_p
+                # In whole parts of 2^-52, whose sums no order changes: torch refuses others on a deterministic GPU.
+                shares = ((kept - whole[:, None]).double().exp() * 2.0**52).long()
+                is_inside = shares.cumsum(dim=1) - shares < top_p * 2.0**52
                 last = (is_inside & (kept > -torch.inf)).sum(dim=1).clamp(min=1) - 1
                 threshold = kept.gather(1, last[:, None])[:, 0]
                 if number < self._columns and not bool((threshold > floor).all()):

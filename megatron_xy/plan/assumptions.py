@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import UsageError
 from megatron_xy.flops import PEAK_BF16_FLOPS
 
 FILE = Path(__file__).with_name("assumptions.yaml")
@@ -40,10 +40,10 @@ class Efficiencies:
 
 
 def device(name: str) -> Device:
-    """The device that `--gpu` names. Raises ConfigError with the names that there are."""
+    """The device that `--gpu` names. Raises UsageError with the names that there are."""
     known = _file()["devices"]
     if name.lower() not in known:
-        raise ConfigError(f"--gpu ({name}) is not known; the planner knows {', '.join(known)}")
+        raise UsageError(f"--gpu ({name}) is not known; the planner knows {', '.join(known)}")
     entry = known[name.lower()]
     values = {key: float(leaf["value"]) for key, leaf in entry.items() if key != "name"}
     return Device(entry["name"], peak_flops=PEAK_BF16_FLOPS[entry["name"]], **values)

@@ -214,7 +214,7 @@ def make_plan(
 
 def buckets_of(config: RunConfig) -> dict[int, float]:
     """{bucket: share of the steps}, as the sampler draws the data folders' at first; without them the assumed ones."""
-    micro, context = config.training.micro_batch_tokens, _context(config)
+    micro, context = config.training.micro_batch_tokens, config.model.max_position_embeddings
     samples: Counter[tuple[str, int]] = Counter()
     for path in config.data.paths:
         if (path / MANIFEST_NAME).is_file():
@@ -228,10 +228,6 @@ def buckets_of(config: RunConfig) -> dict[int, float]:
     assumed = {bucket: share for bucket, share in section("buckets").items() if micro % bucket == 0}
     assumed = {bucket: share for bucket, share in assumed.items() if bucket <= context}
     return assumed or {micro: 1.0}
-
-
-def _context(config: RunConfig) -> int:
-    return config.model.max_position_embeddings
 
 
 def _check_shape_is_known(job: Job) -> None:

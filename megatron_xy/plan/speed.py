@@ -17,9 +17,8 @@ FORWARD_SHARE = 1 / 3  # of a training step's arithmetic
 # Bytes that the element-wise kernels of a layer move for a token, forward and backward: norms and residual sums by
 # hidden size, SwiGLU by ffn size; each reads and writes every operand once, in 2-byte numbers.
 HIDDEN_BYTES, FFN_BYTES = 44, 16
-OPTIMIZER_BYTES = (
-    34  # AdamW reads gradient, weight, moments (16), writes the last three and the bf16 weight; norm, clip
-)
+# AdamW reads gradient, weight, moments (16), writes the last three and the bf16 weight; norm, clip.
+OPTIMIZER_BYTES = 34
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_xy.config import InvalidConfig, load_config
-from megatron_xy.errors import ConfigError
+from megatron_xy.config import InvalidConfig, check_world, load_config
+from megatron_xy.errors import ConfigError, UsageError
+from megatron_xy.model_source import with_shapes
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan
@@ -41,11 +42,12 @@ def plan(
     chosen, rates = device(gpu), efficiencies()
     refused = None
     try:
-        given = load_config(path, overrides=overrides, world_size=num_nodes * gpus_per_node)
+        given = with_shapes(load_config(path, overrides=overrides, world_size=num_nodes * gpus_per_node))
+        check_world(given, world_size=num_nodes * gpus_per_node)
     except InvalidConfig as error:
         if not do_search:
             raise
-        given, refused = load_config(path, overrides=overrides), error
+        given, refused = with_shapes(load_config(path, overrides=overrides)), error
     calibration = None
     if calibrate_by is not None:
         calibration = calibrate(calibrate_by, gpu=chosen, rates=rates, gpus_per_node=gpus_per_node)
@@ -89,12 +91,12 @@ def plan(
 
 
 def parsed_tokens(text: str) -> float:
-    """366e9 of 366B. Raises ConfigError."""
+    """366e9 of 366B. Raises UsageError."""
     unit = UNITS.get(text[-1:].upper())
     try:
         number = float(text[:-1] if unit else text) * (unit or 1.0)
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise ConfigError(f"--tokens ({text}) must be a number above 0, such as 366B or 1.5T")
+        raise UsageError(f"--tokens ({text}) must be a number above 0, such as 366B or 1.5T")
     return number

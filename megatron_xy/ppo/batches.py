@@ -123,7 +123,6 @@ def _pack(
         loss_mask=mask,
         position_ids=positions,
         cu_seqlens=np.array(borders, dtype=np.int32),
-        max_seqlen=int(lengths.max()),
         source_ids=np.zeros(width, dtype=np.int32),
         num_padding_tokens=width - used,
         sum_squared_lengths=int((lengths[: len(answers)].astype(np.int64) ** 2).sum()),

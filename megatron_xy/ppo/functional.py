@@ -152,12 +152,6 @@ def kl_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
-def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """q/p - 1 + log p - log q: unbiased and never negative."""
-    difference = log_ratio(logprobs, ref_logprobs)
-    return (-difference).exp() - 1 + difference
-
-
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 - Var(returns - values) / Var(returns) over the valid tokens; 0 where returns do not vary."""
     valid = mask.bool()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,17 @@ def load_reward_function(name: str) -> RewardFunction:
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there")
+        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there; name FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location("megatron_xy_reward_function", path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file does
+    except (Exception, SystemExit) as error:  # whatever a user's file does
         raise ConfigError(f"ppo.reward_function ({name}): {path} fails: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        raise ConfigError(f"ppo.reward_function ({name}): {path} has no function {function}")
+        raise ConfigError(f"ppo.reward_function ({name}): {path} has no function {function}; name one that it has")
     scores: RewardFunction = found
     return scores
 
@@ -43,20 +45,25 @@ def load_reward_function(name: str) -> RewardFunction:
 class FunctionScorer:
     """Scores by a function, which rank 0 calls."""
 
-    def __init__(self, function: RewardFunction, *, prompts: PromptFile, tokenizer: Tokenizer) -> None:
-        self._function, self._prompts, self._tokenizer = function, prompts, tokenizer
+    def __init__(
+        self, function: RewardFunction, *, prompts: PromptFile, tokenizer: Tokenizer, beat: Callable[[str], None]
+    ) -> None:
+        """beat: takes the phase."""
+        self._function, self._prompts, self._tokenizer, self._beat = function, prompts, tokenizer, beat
 
     def score(self, rollout: Rollout) -> Shipment:
         """`scores` [answers]. Raises DataError where the function fails or gives another number of scores."""
         scores = torch.zeros(len(rollout.responses), device=device.current())
         if dist.get_rank() == 0:
-            rows = [self._prompts.rows[drawn.row] for drawn in rollout.drawn]
+            self._beat("reward.function")
+            rows = copy.deepcopy([self._prompts.rows[drawn.row] for drawn in rollout.drawn])  # the function's own
             texts = [self._tokenizer.decode_answer(response) for response in rollout.responses]
             try:
                 given = [float(score) for score in self._function([row["prompt"] for row in rows], texts, rows)]
-            except Exception as error:  # whatever a user's function does
+            except (Exception, SystemExit) as error:  # whatever a user's function does
+                last = traceback.extract_tb(error.__traceback__)[-1]
                 raise DataError(
-                    f"ppo.reward_function failed on a batch of {len(texts)} answers: "
+                    f"ppo.reward_function failed on a batch of {len(texts)} answers, at {last.filename}:{last.lineno}: "
                     f"{type(error).__name__}: {error}; mend the function and run again"
                 ) from error
             if len(given) != len(texts):

@@ -5,56 +5,28 @@ What can be known to fail is found before any process group starts: files, promp
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron_xy import device, environment, mcore, parallel
-from megatron_xy.checkpoint_files import MANIFEST, read_manifest
-from megatron_xy.config import (
-    ParallelConfig,
-    PlacedRole,
-    RoleName,
-    RunConfig,
-    check_role_shapes,
-    check_world,
-    placed_roles,
-    room_for_answers,
-)
-from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.config import ParallelConfig, PlacedRole, RunConfig, check_world, placed_roles
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.sampling import SamplingOptions
-from megatron_xy.model_source import resolve_model, split_origin
+from megatron_xy.model_source import stored_head
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
+from megatron_xy.ppo.facts import fingerprints
+from megatron_xy.ppo.material import Material, look_at
 from megatron_xy.ppo.placement import drawn
-from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
 from megatron_xy.ppo.reward_function import FunctionScorer, RewardFunction, load_reward_function
 from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel, RoleWorker
 from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAnswers
 from megatron_xy.ppo.trainer import Cast, PPOTrainer
 from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
+from megatron_xy.run_dir import check_space
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
-from megatron_xy.storage import file_sha256
 from megatron_xy.watchdog import Watchdog, backend_timeout
-
-
-@dataclass(frozen=True)
-class Material:
-    """All that a PPO run is given, looked at and found fit."""
-
-    roles: dict[RoleName, PlacedRole]
-    prompts: PromptFile
-    responses: GivenResponses | None
-    tokenizer: Tokenizer
-    renderers: dict[str, Renderer]
-    reward_function: RewardFunction | None
-    stored_scores: tuple[float, float]  # mean and deviation, as the reward model's checkpoint keeps them
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
@@ -65,79 +37,20 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     rank, world_size = environment.rank(), environment.world_size()
     check_world(config, world_size=world_size)
     check_boards(config.runtime)
-    material = look_at(config, world_size=world_size)
+    assert config.ppo is not None, "the config's rules ask for it"
+    material = look_at(config, placed_roles(config, world_size=world_size))
+    check_space(config, material.trained_models)
+    function = None if config.ppo.reward_function is None else load_reward_function(config.ppo.reward_function)
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == 0, wandb_project=config.runtime.wandb_project)
     for line in told(material, world_size=world_size):
         log.say(line)
     with session(config, log=log, watchdog=watchdog, began=began):
-        trainer = build(config, material, log=log, watchdog=watchdog, stop=stop)
+        trainer = build(config, material, function=function, log=log, watchdog=watchdog, stop=stop)
         watchdog.beat(iteration=0, phase="weights")
         with log.phase("weights"):
             trainer.restore()
         stop.can_save = True
         trainer.train()
-
-
-def look_at(config: RunConfig, *, world_size: int) -> Material:
-    """Opens and checks what the config names. Raises ConfigError or DataError."""
-    ppo = config.ppo
-    assert ppo is not None and ppo.prompts is not None and config.data.tokenizer is not None, "the rules ask for them"
-    roles = {
-        name: replace(role, model=resolve_model(role.model))
-        for name, role in placed_roles(config, world_size=world_size).items()
-    }
-    check_role_shapes(roles)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    _check_vocabularies(roles, tokenizer)
-    prompts = PromptFile(ppo.prompts, seed=config.seed)
-    name, room = room_for_answers(roles.values(), ppo)
-    reason = f"the {name} has {room} tokens for prompt and answer, ppo.max_response_length is {ppo.max_response_length}"
-    by_template = {template: Renderer(tokenizer, template) for template in {r.chat_template for r in roles.values()}}
-    for renderer in by_template.values():
-        prompts.check_lengths(renderer, most=room - ppo.max_response_length, reason=reason)
-    renderers: dict[str, Renderer] = {name: by_template[role.chat_template] for name, role in roles.items()}
-    responses = None
-    if ppo.responses is not None:
-        responses = GivenResponses(ppo.responses)
-        num_drawn = config.training.train_iters * ppo.rollout_batch_size
-        vocab_size = roles["actor"].model.vocab_size
-        assert vocab_size, "the shape is complete"
-        responses.check(num_drawn=num_drawn, most=ppo.max_response_length, vocab_size=vocab_size)
-    elif not renderers["actor"].stop_ids:
-        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end")
-    scores = None if ppo.reward_function is None else load_reward_function(ppo.reward_function)
-    stored = (0.0, 1.0)
-    if ppo.reward_normalization == "stored":
-        stored = _stored_scores(roles["reward"])
-    return Material(roles, prompts, responses, tokenizer, renderers, scores, stored)
-
-
-def _check_vocabularies(roles: dict[RoleName, PlacedRole], tokenizer: Tokenizer) -> None:
-    """All roles read the same token ids."""
-    wanted = roles["actor"].model.vocab_size
-    for name, role in roles.items():
-        if role.model.vocab_size != wanted:
-            raise ConfigError(
-                f"roles.{name} has a vocabulary of {role.model.vocab_size}, the actor one of {wanted}; the roles read "
-                f"the same token ids: take models of one tokenizer"
-            )
-    if wanted is None or tokenizer.vocab_size > wanted:
-        raise ConfigError(
-            f"data.tokenizer ({tokenizer.path}) has {tokenizer.vocab_size} tokens, the models {wanted}; name the "
-            f"tokenizer that they were trained with"
-        )
-
-
-def _stored_scores(role: PlacedRole) -> tuple[float, float]:
-    """What the reward model's checkpoint says of its scores on the SFT model's answers."""
-    kind, folder = split_origin(role.model.load or "ckpt:")
-    scores = read_manifest(folder).state.get("scores") if kind == "ckpt" and role.model.load else None
-    if not isinstance(scores, dict) or not float(scores.get("std", 0)) > 0:
-        raise DataError(
-            f"ppo.reward_normalization (stored): {role.model.load} keeps no mean and deviation of its scores; take "
-            f"running or none"
-        )
-    return float(scores["mean"]), float(scores["std"])
 
 
 def told(material: Material, *, world_size: int) -> list[str]:
@@ -146,12 +59,26 @@ def told(material: Material, *, world_size: int) -> list[str]:
     lines += drawn(material.roles, world_size=world_size)
     sizes = ", ".join(f"{name} {num_parameters(role.model) / 1e6:,.1f} M" for name, role in material.roles.items())
     lines.append(f"  parameters: {sizes}")
+    critic = material.roles["critic"].model.load
+    if critic is not None and stored_head(critic) == "language_model":
+        lines.append(f"  critic: the trunk of {critic}, with a fresh value head")
     lines.append(f"  {len(material.prompts):,} prompts in {material.prompts.path}")
     return lines
 
 
-def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watchdog, stop: StopRequest) -> PPOTrainer:
-    """Groups and models of all roles, in one order on all ranks, and the trainer over them."""
+def build(
+    config: RunConfig,
+    material: Material,
+    *,
+    function: RewardFunction | None,
+    log: RunLog,
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> PPOTrainer:
+    """Groups and models of all roles, in one order on all ranks, and the trainer over them.
+
+    function: that stands in for the reward model.
+    """
     ppo, roles = config.ppo, material.roles
     assert ppo is not None, "the config's rules ask for it"
     timeout = backend_timeout(config.runtime.timeout_seconds)
@@ -170,8 +97,8 @@ def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watch
     actor, critic, reference = workers["actor"], workers["critic"], workers["reference"]
     assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made above"
     scorer: Scorer
-    if material.reward_function is not None:
-        scorer = FunctionScorer(material.reward_function, prompts=material.prompts, tokenizer=material.tokenizer)
+    if function is not None:
+        scorer = FunctionScorer(function, prompts=material.prompts, tokenizer=material.tokenizer, beat=beat)
     else:
         reward = workers["reward"]
         assert isinstance(reward, RewardModel), "made above"
@@ -192,7 +119,7 @@ def build(config: RunConfig, material: Material, *, log: RunLog, watchdog: Watch
         source=_source(config, material, actor),
         prompts=material.prompts,
         renderers=material.renderers,
-        fingerprints=_fingerprints(config, material),
+        fingerprints=fingerprints(config, material),
         tokenizer=str(material.tokenizer.path),
         log=log,
         watchdog=watchdog,
@@ -255,32 +182,3 @@ def _source(config: RunConfig, material: Material, actor: Actor) -> AnswerSource
         seed=config.seed,
     )
     return GeneratedAnswers(actor, options)
-
-
-def _fingerprints(config: RunConfig, material: Material) -> dict[str, str]:
-    """Of the files that decide what is drawn and what it is measured against."""
-    ppo = config.ppo
-    assert ppo is not None and ppo.prompts is not None, "the config's rules ask for them"
-    prints = {"ppo.prompts": file_sha256(ppo.prompts), "data.tokenizer": material.tokenizer.sha256}
-    if ppo.responses is not None:
-        prints["ppo.responses"] = file_sha256(ppo.responses)
-    frozen: tuple[RoleName, ...] = ("reference", "reward")
-    for name in frozen:
-        role = material.roles.get(name)
-        if role is not None and role.model.load is not None:
-            prints[f"roles.{name}.model.load"] = _weights_fingerprint(role.model.load)
-    return prints
-
-
-def _weights_fingerprint(load: str) -> str:
-    """Of a checkpoint its manifest, which has all checksums; of an HF folder its small files and all sizes."""
-    kind, folder = split_origin(load)
-    if kind == "ckpt":
-        return file_sha256(folder / MANIFEST)
-    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.suffix == ".safetensors")
-    small = [file_sha256(path) for path in sorted(folder.glob("*.json")) if _is_of_the_weights(path)]
-    return hashlib.sha256(json.dumps([sizes, small]).encode()).hexdigest()
-
-
-def _is_of_the_weights(path: Path) -> bool:
-    return path.name in ("config.json", "model.safetensors.index.json")

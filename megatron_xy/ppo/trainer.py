@@ -30,6 +30,7 @@ from megatron_xy.parallel import Groups, barrier, max_over, sum_over
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
 from megatron_xy.ppo.experience import Experience, Rollout
+from megatron_xy.ppo.facts import facts
 from megatron_xy.ppo.prompts import PromptFile, Renderer
 from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout, dumped
@@ -56,6 +57,11 @@ class Cast:
     def trained(self) -> list[RoleWorker]:
         """Actor and critic."""
         return [self.workers[name] for name in TRAINED]
+
+    @property
+    def roles_here(self) -> str:
+        """The roles that this rank has a part in."""
+        return ", ".join(name for name, worker in self.workers.items() if worker.role is not None)
 
 
 class PPOTrainer:
@@ -87,6 +93,7 @@ class PPOTrainer:
             name: {} if load is None else kept_facts(*split_origin(load)) for name, load in loads.items()
         }  # for a release
         self.states = {name: TrainingState() for name in TRAINED}
+        self._skipped_in_a_row = dict.fromkeys(TRAINED, 0)  # steps without any update of the role
         self.checkpoints = config.run_dir / "checkpoints"
         self.writers = {name: self._writer(name) for name in TRAINED}
         for worker in cast.trained:
@@ -164,7 +171,7 @@ class PPOTrainer:
     def _step(self, iteration: int) -> bool:
         """One PPO step, recorded; returns whether any rank was asked to stop."""
         began = time.perf_counter()
-        spent = _Phases(self.watchdog, iteration)
+        spent = _Phases(self.watchdog, iteration, roles=self.cast.roles_here)
         first = self.state.consumed_samples
         size = self.ppo.rollout_batch_size
         spent.enter("generate")
@@ -220,11 +227,24 @@ class PPOTrainer:
         if iteration == 1 or self._is_due(iteration):
             for sample in chosen:
                 self.log.say(sample_line(sample))
+        self._note_skipped(skipped, wanted=wanted)
+        self._watch_ratio(metrics, is_warmup=is_warmup)
+        return stopping
+
+    def _note_skipped(self, skipped: dict[str, int], *, wanted: dict[str, int]) -> None:
+        """Tells updates that were not made, by role; raises DataError, on all ranks alike, after too many steps in a
+        row of which a role has learned nothing."""
+        limit = self.config.training.max_skipped_in_a_row
         for name, count in skipped.items():
             if count:
                 self.log.say(f"  SKIPPED {count} of {wanted[name]} updates of the {name}: gradient not finite")
-        self._watch_ratio(metrics, is_warmup=is_warmup)
-        return stopping
+            self._skipped_in_a_row[name] = self._skipped_in_a_row[name] + 1 if 0 < count == wanted[name] else 0
+            if self._skipped_in_a_row[name] >= limit:
+                raise DataError(
+                    f"all updates of the {name} were skipped in {limit} steps in a row, up to step "
+                    f"{self.state.iteration}: its gradients are not finite; go on from an earlier checkpoint "
+                    f"(checkpoint.resume=ITERATION) with a lower optimizer.lr, or raise training.max_skipped_in_a_row"
+                )
 
     def _mini_batches(self, iteration: int) -> list[list[int]]:
         """Indices of answers, shuffled anew for every epoch of every step; the same on all ranks."""
@@ -366,21 +386,17 @@ class PPOTrainer:
         barrier(self.cast.world)
 
     def _facts(self, name: str) -> dict[str, Any]:
-        """What a manifest keeps of the config, for `check_continuation`: what is drawn, and measured against."""
-        order = {"seed": self.config.seed, "ppo.rollout_batch_size": self.ppo.rollout_batch_size, **self.fingerprints}
-        settings = {f"ppo.{key}": value for key, value in self.ppo.model_dump(mode="json").items()}
-        return {
-            "model": self.cast.workers[name].placed.model.model_dump(mode="json"),
-            "data_order": order,
-            "settings": {key: value for key, value in settings.items() if key not in order},
-        }
+        """What a manifest keeps of the config, for `check_continuation`."""
+        roles = {worker.name: worker.placed for worker in self.cast.workers.values()}
+        return facts(self.config, roles, of=name, fingerprints=self.fingerprints)
 
 
 class _Phases:
     """Seconds by phase of one step; the watchdog is told each."""
 
-    def __init__(self, watchdog: Watchdog, iteration: int) -> None:
-        self._watchdog, self._iteration = watchdog, iteration
+    def __init__(self, watchdog: Watchdog, iteration: int, *, roles: str) -> None:
+        """roles: of this rank, which a hang's report tells where the rank waits for other ones."""
+        self._watchdog, self._iteration, self._roles = watchdog, iteration, roles
         self._name, self._began = "", time.perf_counter()
         self.seconds: dict[str, float] = {}
 
@@ -390,4 +406,4 @@ class _Phases:
         if self._name:
             self.seconds[self._name] = now - self._began
         self._name, self._began = name, now
-        self._watchdog.beat(iteration=self._iteration, phase=name)
+        self._watchdog.beat(iteration=self._iteration, phase=f"{name} (roles: {self._roles})")

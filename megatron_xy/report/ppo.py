@@ -16,6 +16,7 @@ from megatron_xy.report.records import Metrics
 
 FIRST_AND_LAST = 10  # steps whose means are compared
 LENGTH_GROWTH, MOST_KL = 1.5, 20.0  # beyond: answers grow longer; nats an answer in which the policy runs away
+MOST_DEVIATIONS = 6.0  # of the first answers' scores, by which a mean score may rise
 
 
 def draw_scores(metrics: Metrics) -> Figure:
@@ -102,7 +103,7 @@ def summarise_ppo(metrics: Metrics, *, config: RunConfig, environment: Mapping[s
             for name in ("seconds_by_role", "idle_share_by_role", "tokens_per_second_by_phase")
         },
     }
-    for name in ("score_mean", "kl", "entropy", "response_length_mean", "end_rate", "critic_loss"):
+    for name in ("score_mean", "score_std", "kl", "entropy", "response_length_mean", "end_rate", "critic_loss"):
         values = metrics.column(name)
         told[f"first_{name}"], told[f"last_{name}"] = mean(values[:FIRST_AND_LAST]), mean(values[-FIRST_AND_LAST:])
     told["signs_of_reward_hacking"] = _signs(told)
@@ -117,6 +118,12 @@ def _signs(told: Mapping[str, Any]) -> list[str]:
         signs.append(f"answers grew from {first:.1f} to {now:.1f} tokens")
     if told["last_kl"] > MOST_KL:
         signs.append(f"the policy is {told['last_kl']:.1f} nats an answer away from the reference")
+    deviation = told["first_score_std"]
+    if deviation and (rise := told["last_score_mean"] - told["first_score_mean"]) > MOST_DEVIATIONS * deviation:
+        signs.append(
+            f"the score rose by {rise / deviation:.1f} deviations of the first answers' scores: few answers that good, "
+            f"if any, were there for the reward model to learn from"
+        )
     if told["last_end_rate"] < 0.5 * told["first_end_rate"]:
         signs.append(f"answers that end by themselves fell from {told['first_end_rate']:.0%} to "
                      f"{told['last_end_rate']:.0%}")  # fmt: skip

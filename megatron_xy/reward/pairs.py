@@ -78,7 +78,7 @@ def load_pairs(config: RunConfig) -> PairData:
     template = None if data.chat_template is None else load_chat_template(data.chat_template, tokenizer)
     renderer = Renderer(tokenizer, data.chat_template)
     if not renderer.stop_ids:
-        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end")
+        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end; name another one")
     reader = _Reader(config, renderer)
     pairs = [pair for path in data.paths for pair in reader.read(path, option="data.path")]
     notes = [f"{reader.num_dropped:,} pairs without a clear preference (A0, B0) are dropped"] * bool(reader.num_dropped)

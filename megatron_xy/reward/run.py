@@ -10,7 +10,7 @@ import contextlib
 from megatron_xy.config import RunConfig
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
-from megatron_xy.preflight import check_space, open_pairs
+from megatron_xy.preflight import open_pairs
 from megatron_xy.pretrain import build, open_log, with_model
 from megatron_xy.reward.batches import PairOrder
 from megatron_xy.reward.evaluator import PairEvaluator
@@ -18,6 +18,7 @@ from megatron_xy.reward.loader import PairLoader
 from megatron_xy.reward.objective import reward_objective
 from megatron_xy.reward.pairs import PairData
 from megatron_xy.role import Role
+from megatron_xy.run_dir import check_space
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.trainer import Trainer, timed
@@ -30,7 +31,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
     config = with_model(config)
-    check_space(config)
+    check_space(config, [config.model])
     data = open_pairs(config)
     order = order_of(config, data)
     config = with_epochs(config, order)

@@ -9,7 +9,7 @@ from megatron_xy.run_folder.environment import write_env
 from megatron_xy.run_folder.exits import EXIT_NAMES, ExitRecord, clear_exit, read_exit, record_exit
 from megatron_xy.run_folder.files import check_place, prepare
 from megatron_xy.run_folder.heartbeats import Beat, clear_heartbeats, new_beat, read_heartbeats, write_beat
-from megatron_xy.run_folder.locks import SUPERVISOR_LOCK, RunDirBusy, exit_lock, lock, refuse_if_busy
+from megatron_xy.run_folder.locks import SUPERVISOR_LOCK, RunDirBusy, exit_lock, lock, refuse_if_busy, told_by_holder
 from megatron_xy.run_folder.starts import ATTEMPT_VARIABLE, current_attempt, read_start, this_start, write_start
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "record_exit",
     "refuse_if_busy",
     "this_start",
+    "told_by_holder",
     "write_beat",
     "write_env",
     "write_start",

@@ -54,6 +54,14 @@ def lock(run_dir: Path, *, name: str = TRAINING_LOCK) -> Iterator[None]:
         os.close(descriptor)
 
 
+def told_by_holder(run_dir: Path) -> bytes | None:
+    """What the training that holds `run_dir` wrote into its lock: another text at every start; None where none is."""
+    try:
+        return (run_dir / TRAINING_LOCK).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
 def refuse_if_busy(run_dir: Path) -> None:
     """Raises RunDirBusy where another start than this process's holds `run_dir`; for those who do not lock it."""
     if (path := foreign_lock(run_dir)) is not None:

@@ -11,12 +11,16 @@ from megatron_xy.run_folder.files import now, read_json
 from megatron_xy.storage import write_json
 
 COURSE = "course.json"
-ATTEMPT_VARIABLE = "MEGATRON_XY_ATTEMPT"  # set by the supervisor: 0, then 1 for the first restart
+START_VARIABLE = "MEGATRON_XY_START"  # set by launch's batch script, whose job keeps its number when it is requeued
+ATTEMPT_VARIABLE = "MEGATRON_XY_ATTEMPT"  # set by the supervisor, or that script: 0, then 1 for the first restart
 
 
 def this_start() -> str:
-    """One word for all processes of one start: a supervisor with its ranks, a bare torchrun's ranks, or this alone."""
+    """One word for all processes of one start: a scheduler's job, a supervisor with its ranks, a bare torchrun's ranks,
+    or this alone."""
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
+    if supervisor is None and START_VARIABLE in os.environ:
+        return os.environ[START_VARIABLE]
     if supervisor is None and "RANK" in os.environ:
         return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"  # of which there is one at a time
     return f"{socket.gethostname()}:pid {supervisor or os.getpid()}"

@@ -63,3 +63,21 @@ def test_a_split_vocabulary_gives_what_the_whole_gives(world_size: int) -> None:
             )
         gradient = torch.cat([torch.from_numpy(results[case][2]) for results in ranks], dim=-1).double()
         torch.testing.assert_close(gradient, whole.grad, rtol=1e-4, atol=1e-5)
+
+
+def of_no_tokens() -> list[Any]:
+    """As a data parallel rank has them whose micro-batch got no answer."""
+    group = dist.group.WORLD
+    assert group is not None
+    logits = torch.ones(0, COLUMNS // group.size(), requires_grad=True)
+    logprobs, entropy = losses.token_logprobs_and_entropy(
+        logits, torch.zeros(0, dtype=torch.int64), vocab_size=57, temperature=0.7, tp_group=group
+    )
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logits.grad is not None
+    return [tuple(tensor.shape) for tensor in (logprobs, entropy, logits.grad)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_micro_batch_may_be_empty(world_size: int) -> None:
+    assert run_ranks(of_no_tokens, world_size=world_size) == [[(0,), (0,), (0, COLUMNS // world_size)]] * world_size

@@ -44,7 +44,6 @@ def micro_batches(number: int) -> list[Any]:
                 loss_mask=np.ones(TOKENS, dtype=np.float32),
                 position_ids=np.concatenate([np.arange(length) for length in lengths]),
                 cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
-                max_seqlen=max(lengths),
                 source_ids=np.zeros(TOKENS, dtype=np.int32),
                 num_padding_tokens=0,
                 sum_squared_lengths=sum(length**2 for length in lengths),

@@ -115,6 +115,17 @@ def test_a_hung_data_loader_is_named_by_its_phase(config, tmp_path, monkeypatch)
     assert "in sleep_for_ever" in report, "the thread that reads ahead shows where"
 
 
+@pytest.mark.slow
+def test_a_hung_evaluation_is_found_as_soon_as_a_hung_step(config, tmp_path, monkeypatch):
+    """But for the first one, which may compile; a rank that spins is at work only where nobody counts its work."""
+    evaluated = [f"data.eval_path={config.parent / 'data'}", "training.eval_interval=2"]
+    ended = faulty(config, tmp_path / "run", monkeypatch, "1:evaluate:4:spin_for_ever", *evaluated)
+    the_report(ended, tmp_path / "run")
+    message = read_exit(tmp_path / "run").message
+    assert "iteration 4, phase evaluate" in message and "in spin_for_ever" in ended.err
+    assert float(re.search(r"nothing has gone forward for (\d+) s", message)[1]) < 3 * TIMEOUT_SECONDS
+
+
 def test_a_hung_save_is_named(config, tmp_path, monkeypatch):
     """Rank 1 writes to a pipe that nobody reads; rank 0 waits for its part, and not in a collective."""
     ended = faulty(config, tmp_path / "run", monkeypatch, "1:save:3:block_the_save", "checkpoint.save_interval=3")

@@ -17,7 +17,7 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.verify import transformers_logits
-from megatron_xy.logprobs import logprobs_file, work_folder
+from megatron_xy.logprobs import logprobs_file
 from megatron_xy.model_job import ModelJob
 from megatron_xy.run_folder import RunDirBusy
 
@@ -26,6 +26,10 @@ MODEL = ModelConfig(
     max_position_embeddings=64, add_qkv_bias=True,
 )  # fmt: skip
 LENGTHS = (5, 1, 33, 2, 17, 64)
+
+
+def work_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.work")
 
 
 def verb(source: str, rows: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -80,5 +84,5 @@ def test_rows_get_the_logprobs_of_transformers_on_one_rank_and_on_four(tmp_path:
     given.write_text('{"tokens": [1, 301]}\n{"text": "a"}\n')
     answer = verb(f"hf:{folder}", given, tmp_path / "bad.safetensors")
     assert answer.returncode == 65
-    assert "rows.jsonl:1: holds token 1 or 301; the model knows 0..300" in answer.stderr
+    assert "rows.jsonl:1: holds token 301; the model knows 0..300" in answer.stderr
     assert "rows.jsonl:2: must be" in answer.stderr and not (tmp_path / "bad.safetensors").exists()

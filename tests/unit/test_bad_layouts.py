@@ -38,6 +38,9 @@ BAD_OF_ONE_MODEL = {  # overrides, and what the report must hold: values, rule, 
     "a recomputation that is none": ([f"{M}recompute_granularity=some"], ["recompute_granularity (some)"]),
     "a precision that is none": ([f"{M}params_dtype=fp8"], ["params_dtype (fp8)"]),
     "a key misspelt": ([f"{P}tensor_parallel_size=8"], ["tensor_parallel_size", "tensor_model_parallel_size"]),
+    "a profile of a rank that is not there": (
+        ["runtime.profile=5:8", "runtime.profile_ranks=[0,512]"], ["names rank 512", "from 0 to 511"]
+    ),
     "phases with another batch": ([f"{T}phases=[{{from_iter: 5, global_batch_tokens: 99}}]"], ["phases[0]", "(99)"]),
 }  # fmt: skip
 BAD_OF_ROLES = {

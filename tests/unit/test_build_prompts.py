@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.ppo.prompts import PromptFile
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -75,12 +75,12 @@ def test_bad_rows_and_options_are_named_and_nothing_is_written(tmp_path: Path) -
     with pytest.raises(DataError) as raised:
         build([bad], [], output, ratio=1.0, most=None, seed=0)
     assert [f"{bad}:{line}:" in str(raised.value) for line in (1, 2, 3, 4)] == [False, True, True, True]
-    for preferences, ratio, most, words_of_it in (
-        ([], 1.0, None, "no files"),
-        ([bad], -1.0, None, "--ratio (-1.0)"),
-        ([bad], 1.0, 0, "--most (0)"),
-        ([tmp_path / "none.jsonl"], 1.0, None, "there is no such file"),
+    for preferences, ratio, most, error, words_of_it in (
+        ([], 1.0, None, UsageError, "no files"),
+        ([bad], -1.0, None, UsageError, "--ratio (-1.0)"),
+        ([bad], 1.0, 0, UsageError, "--most (0)"),
+        ([tmp_path / "none.jsonl"], 1.0, None, ConfigError, "there is no such file"),
     ):
-        with pytest.raises(ConfigError, match=words_of_it.replace("(", r"\(").replace(")", r"\)")):
+        with pytest.raises(error, match=words_of_it.replace("(", r"\(").replace(")", r"\)")):
             build(preferences, [], output, ratio=ratio, most=most, seed=0)
     assert not output.exists()

@@ -259,6 +259,7 @@ BAD_ROWS = {
     "every answer has weight 0": {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     },
+    "neither a conversation .messages. nor a field 'text'": {"prompt": "a", "response": "b"},
     "no field 'source'": {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         "source": None,
@@ -272,8 +273,9 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path, tokenizer, reason):
     if row["source"] is None:
         del row["source"]
     good = [row for row in rows(6) if "text" not in row]
-    with pytest.raises(DataError, match=rf"corpus\.jsonl:{len(good) + 1}: .*({reason})"):
+    with pytest.raises(DataError, match=rf"corpus\.jsonl:{len(good) + 1}: .*({reason})") as caught:
         built(tmp_path, [*good, row], tokenizer)
+    assert "or leave them out with `data build --bad-lines skip`" in str(caught.value)
 
 
 def test_skipped_bad_rows_are_counted(tmp_path, tokenizer):

@@ -49,6 +49,14 @@ def test_another_model_is_refused_by_name_with_both_values(name, value):
     assert len(caught.value.problems) == 1
 
 
+def test_a_checkpoint_written_before_a_key_has_its_default():
+    old = facts()
+    del old["model"]["add_qkv_bias"]
+    assert differences(old, facts()) == []
+    with pytest.raises(InvalidConfig, match=r"model\.add_qkv_bias \(True\) is False in run/iter_0000008"):
+        differences(old, facts(model={"add_qkv_bias": True}))
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [

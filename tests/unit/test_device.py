@@ -99,12 +99,22 @@ def test_peak_memory_is_in_bytes() -> None:
     ],
 )
 def test_what_backends_say_of_a_lost_peer(text: str) -> None:
-    lost = parallel.as_peer_lost(RuntimeError(f"{text}\nmore lines"))
+    guess = " This is typically caused by a remote worker crashing. Check the logs of the remote worker."
+    lost = parallel.as_peer_lost(RuntimeError(f"{text}{guess}\nmore lines"))
     assert lost is not None and lost.exit_code == 76
     told = text.removeprefix("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] ")
     assert str(lost).endswith(told) and "pair.cc" not in str(lost) and "more lines" not in str(lost)
     assert parallel.as_peer_lost(ValueError(text)) is None
     assert parallel.as_peer_lost(RuntimeError("shape '[3]' is invalid for input of size 2")) is None
+
+
+def test_a_broken_gpu_is_a_lost_rank_which_another_start_may_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    text = "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported"
+    lost = parallel.as_peer_lost(RuntimeError(text))
+    assert lost is not None and lost.exit_code == 76
+    assert "GPU of rank 3" in str(lost) and "ECC error encountered; look at dmesg" in str(lost)
+    assert parallel.as_peer_lost(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
 
 
 def test_errors_of_torch_are_told_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:

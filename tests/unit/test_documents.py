@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import tracemalloc
 
@@ -56,6 +57,15 @@ def test_inputs_keep_the_order_given_and_refuse_what_they_cannot_read(tmp_path):
     for wrong in ("missing.jsonl", "none*.jsonl", "empty"):
         with pytest.raises(ConfigError, match=wrong.replace("*", r"\*")):
             find_inputs([tmp_path / wrong])
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
+    strange = tmp_path / os.fsdecode(b"bad\xff.jsonl")
+    strange.write_text('{"text": "hello"}\n')
+    for named in (strange, tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(ConfigError, match=r"bad\\udcff\.jsonl'\): .* rename them") as caught:
+            find_inputs([named])
+        caught.value.args[0].encode("utf-8")
 
 
 BAD = [

@@ -10,7 +10,7 @@ from megatron_xy import device
 from megatron_xy.config import load_config
 from megatron_xy.dryrun import verb
 from megatron_xy.dryrun.ledger import Ledger, as_kernel, storage_bytes
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 
 MIB = 2**20
 RUN = """\
@@ -91,7 +91,7 @@ def test_ranks_are_those_named_and_the_first_of_each_stage(tmp_path: Path) -> No
     config = run_of(RUN, tmp_path, world_size=8)
     assert verb.chosen_ranks(config, ranks=[], all_stages=False, world_size=8) == [0]
     assert verb.chosen_ranks(config, ranks=[5], all_stages=True, world_size=8) == [0, 4, 5]
-    with pytest.raises(ConfigError, match="--rank 8: a world of 8 has ranks 0 to 7"):
+    with pytest.raises(UsageError, match="--rank 8: a world of 8 has ranks 0 to 7"):
         verb.chosen_ranks(config, ranks=[8], all_stages=False, world_size=8)
     roles = run_of(PPO, tmp_path, world_size=7)
     assert verb.chosen_ranks(roles, ranks=[], all_stages=True, world_size=7) == [0, 2, 4, 6]

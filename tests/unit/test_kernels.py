@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -91,3 +92,28 @@ def test_the_backward_pass_keeps_no_more_than_it_needs(name: str, bytes_kept: in
 
 def test_on_a_cpu_nothing_is_compiled() -> None:
     assert not kernels.compiler().works and "CPU" in kernels.compiler().reason
+
+
+ROWS, WEIGHT = drawn(TOKENS, WIDTH).detach(), drawn(WIDTH).detach()
+HALF_ROWS, HEADS = ROWS[:, : WIDTH // 2].contiguous(), drawn(TOKENS, 1, 3, WIDTH).detach()
+COMPILED = {
+    "_rms_norm_forward": (ROWS, WEIGHT, 1e-3),
+    "_rms_norm_backward": (ROWS, ROWS, WEIGHT, ROWS[:, :1]),
+    "_swiglu_forward": (ROWS,),
+    "_swiglu_gradient": (HALF_ROWS, ROWS),
+    "_rotated": (HEADS, *(tensor.detach() for tensor in angles())),
+}
+
+
+def test_what_a_gpu_compiles_is_each_one_graph_with_the_same_result() -> None:
+    optimize = importlib.import_module("torch._dynamo").optimize  # torch.compile, which the stand-in replaces
+    for name, arguments in COMPILED.items():
+        function = getattr(kernels, name).__wrapped__
+        expected = function(*arguments)
+        with torch.no_grad():
+            torch.testing.assert_close(optimize("eager", nopython=True)(function)(*arguments), expected)
+
+
+def test_the_gradient_of_swiglu_that_a_gpu_compiles_is_the_one_in_place() -> None:
+    expected = kernels._swiglu_backward(HALF_ROWS, ROWS)
+    torch.testing.assert_close(kernels._swiglu_gradient(HALF_ROWS, ROWS), expected)

@@ -155,7 +155,9 @@ def test_slurm_without_enough_good_nodes(cluster: Path) -> None:
 def test_slurm_goes_on_after_codes_that_are_worth_it(cluster: Path, code: str, failures: int, requeued: bool) -> None:
     (cluster / "run" / "logs").mkdir(parents=True)
     (cluster / "run" / "logs" / "slurm-7.failures").write_text("76\n" * failures)  # of this job, earlier
-    answer = run_script(cluster, slurm_script(), FAKE_CODE=code, SLURM_RESTART_COUNT="50")  # clean stops, most of them
+    script = slurm_script()
+    assert 'MEGATRON_XY_START="slurm-$SLURM_JOB_ID" MEGATRON_XY_ATTEMPT="${SLURM_RESTART_COUNT:-0}"' in script
+    answer = run_script(cluster, script, FAKE_CODE=code, SLURM_RESTART_COUNT="50")  # clean stops, most of them
     assert answer.returncode == int(code)
     record = cluster / "record" / "scontrol"
     assert (record.read_text() == "requeue 7\n") if requeued else not record.exists()

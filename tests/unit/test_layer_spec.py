@@ -41,24 +41,13 @@ def test_the_dimension_that_tensor_parallelism_splits_goes_by_name() -> None:
     assert split_dimension("decoder.layers.0.self_attention") is None
 
 
-def packed_documents(lengths: tuple[int, ...]) -> PackedDocuments:
-    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return PackedDocuments(
-        cu_seqlens_q=borders,
-        cu_seqlens_kv=borders,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        segment_lengths=lengths,
-    )
-
-
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("lengths", [(30,), (1, 12, 17), (10, 10, 10)])
 def test_sdpa_attends_within_each_document(groups: int, lengths: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(30, heads, 8, generator=generator) for heads in (4, groups, groups)]
     query, key, value = (tensor.requires_grad_() for tensor in tensors)
-    output = backends.attend_by_sdpa(query, key, value, packed_documents(lengths), None)
+    output = backends.attend_by_sdpa(query, key, value, PackedDocuments.of(lengths), None)
     gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
 
     # The plain way: one matrix of scores for all, masked to each document's causal part.
@@ -82,7 +71,7 @@ def test_grouped_attention_keeps_keys_and_values_once() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        backends.attend_by_sdpa(query, key, key, packed_documents((64,)), None)
+        backends.attend_by_sdpa(query, key, key, PackedDocuments.of((64,)), None)
     outputs_and_query = 2 * query.numel() * 4
     assert sum(storages.values()) <= outputs_and_query + key.numel() * 4 + 64 * 8 * 4 + 64  # log-sum-exp; the seeds
 
@@ -108,7 +97,7 @@ def test_a_backend_that_gives_wrong_results_or_fails_is_not_used() -> None:
         return backends.attend_by_sdpa(query, key, value, packed, 1.0)
 
     def uncut(query, key, value, packed, scale):
-        return backends.attend_by_sdpa(query, key, value, packed_documents((128,)), scale)
+        return backends.attend_by_sdpa(query, key, value, PackedDocuments.of((128,)), scale)
 
     def absent(query, key, value, packed, scale):
         raise RuntimeError("no kernel image is available\nfor execution")

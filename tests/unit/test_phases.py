@@ -1,10 +1,12 @@
 """Phases of a run: balance over every prefix of it, what may change without reshuffling, and the cap on epochs."""
 
 import json
+import math
 from collections import Counter
+from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_xy.config import DataConfig, Phase, RunConfig, TrainingConfig, load_config
@@ -14,7 +16,7 @@ from megatron_xy.data.phases import check_epochs, describe_epochs, run_sampler, 
 from megatron_xy.data.plan_steps import plan_steps
 from megatron_xy.data.sampler import BucketSampler, SamplerPhase, Stream
 from megatron_xy.data.trace import trace_steps
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.preflight import check_paths
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
@@ -51,6 +53,44 @@ def test_no_source_is_off_its_weight_by_more_than_three_global_batches_through_a
             drawn[sample.source] += sample.bucket
         for source in due:
             assert abs(drawn[source] - due[source]) <= 3 * largest_batch
+
+
+def restless_run(seed):
+    """(streams, phases, steps): twelve sources at most, phases of 1 to 11 steps, the smallest batch of the buckets."""
+    random = Random(seed)
+    buckets = random.choice([(64,), (64, 128, 256), (64, 96, 128, 192), (16, 32, 64, 128, 256, 512), BUCKETS])
+    sources = [f"source {number}" for number in range(random.randint(5, 12))]
+    in_one_bucket = random.random() < 0.5
+    streams = []
+    for source in sources:
+        held = {} if in_one_bucket else {bucket: random.choice([0, 0, 1, 5, 1000]) for bucket in buckets}
+        held = held if any(held.values()) else {random.choice(buckets): 9}
+        streams += [Stream(source, bucket, count) for bucket, count in held.items()]
+    phases, start = [], 0
+    for _ in range(random.randint(30, 80)):
+        weights = {source: random.choice([0.0, 0.0, 1.0, 1.0, random.random()]) for source in sources}
+        weights[random.choice(sources)] = 1.0
+        phases.append(SamplerPhase(start, weights, math.lcm(*buckets)))
+        start += random.choice([1, 2, 3, 5, 7, 9, 11])
+    return streams, phases, start + 20
+
+
+@settings(deadline=None, derandomize=True, max_examples=12)
+@given(seed=st.integers(0, 10**9))
+@example(seed=144)
+@example(seed=1367)
+def test_many_sources_stay_close_to_their_weights_through_many_short_phases(seed):
+    """Judged by their buckets alone, shuffles led to 3.02 and 2.89 batches in the two examples."""
+    streams, phases, steps = restless_run(seed)
+    sampler = BucketSampler(streams, seed=seed, phases=phases)
+    off = Counter()
+    for data_step in range(steps):
+        phase = [phase for phase in phases if phase.from_step <= data_step][-1]
+        for source, weight in phase.weights.items():
+            off[source] -= weight / sum(phase.weights.values())
+        for sample in sampler.batch(data_step).samples:
+            off[sample.source] += sample.bucket / phase.global_batch_tokens
+        assert max(map(abs, off.values())) <= 2.25
 
 
 def test_a_hundred_changes_do_not_add_up():
@@ -182,6 +222,8 @@ def test_plan_steps_and_trace_follow_the_phases(data):
     config = run_yaml(data, phases=[{"from_iter": 20, "weights": {"a": 0, "b": 1}, "global_batch_tokens": 512}])
     asked = {"config_path": config, "overrides": [], "steps": range(18, 22)}
     rows = list(plan_steps(data / "data", **asked, data_parallel_size=1, data_parallel_rank=0))
+    with pytest.raises(UsageError, match=r"--data-parallel-rank \(2\) must be below --data-parallel-size \(2\)"):
+        next(plan_steps(data / "data", **asked, data_parallel_size=2, data_parallel_rank=2))
     tokens = Counter()
     for row in rows:
         tokens[row["data_step"]] += row["bucket"] * len(row["samples"])

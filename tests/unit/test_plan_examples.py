@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xy.config import InvalidConfig, ParallelConfig, check_world, load_config
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.plan import verb
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
@@ -91,8 +91,13 @@ def test_numbers_of_tokens(text, number):
 
 @pytest.mark.parametrize("text", ["", "B", "-1B", "nan", "inf", "many"])
 def test_bad_numbers_of_tokens(text):
-    with pytest.raises(ConfigError, match="366B"):
+    with pytest.raises(UsageError, match="366B"):
         parsed_tokens(text)
+
+
+def test_a_gpu_that_the_planner_does_not_know():
+    with pytest.raises(UsageError, match=r"--gpu \(b999\) is not known; the planner knows h100, h200"):
+        device("b999")
 
 
 @pytest.mark.parametrize("verb", [["check", "--world-size", "512"], ["plan", "--nodes", "64", "--json"]])

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_xy.config import InvalidConfig, check_world, dump_config, load_config, placed_roles
+from megatron_xy.ppo.facts import facts
 from megatron_xy.ppo.placement import drawn
 
 SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "vocab_size": 96}
@@ -54,6 +55,12 @@ def test_roles_take_what_they_leave_out_from_the_sections_of_the_run(tmp_path: P
     assert [role.model.head for role in roles.values()] == ["language_model", "value", "language_model", "value"]
     assert (actor.model.num_layers, critic.model.num_layers, critic.model.hidden_size) == (4, 2, 64)
     assert (actor.micro_batch_tokens, roles["reward"].micro_batch_tokens) == (2048, 512)
+
+
+def test_a_min_lr_that_nobody_gives_is_no_higher_than_the_roles_lr(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"optimizer": {"min_lr": None}}, overrides=("roles.actor.optimizer.lr=1e-6",))
+    roles = placed_roles(config, world_size=4)
+    assert [roles[name].optimizer.min_lr for name in ("actor", "critic")] == [1e-6, 3e-5]
 
 
 def test_shares_follow_one_another(tmp_path: Path) -> None:
@@ -111,6 +118,7 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
         ({"training": {"epochs": 2}}, "training.epochs: task ppo counts in train_iters; leave it out"),
         ({"training": {"phases": [{"from_iter": 0}]}}, "training.phases: task ppo has one phase; leave it out"),
         ({"training": {"eval_interval": 5}}, "training.eval_interval: task ppo evaluates nothing by itself"),
+        ({"training": {"spike_policy": "skip"}}, "training.spike_policy: task ppo skips no spikes"),
         ({"runtime": {"profile": "2:3"}}, "runtime.profile: task ppo is not profiled yet; leave it out"),
         ({"ppo": {"kl_loss_coef": 0.1}}, "would count the divergence twice"),
         ({"ppo": {"temperature": 0}}, "ppo.temperature (0): must be greater than 0"),
@@ -142,3 +150,29 @@ def test_the_report_s_scale_fits_on_16_and_on_64_nodes(world_size: int, replicas
     )
     assert sum(line.count("#") for line in lines[:4]) == 64
     assert "a character stands for" in lines[4]
+
+
+def test_a_checkpoint_keeps_the_settings_of_every_role(tmp_path: Path) -> None:
+    def kept(changes: dict[str, Any], rule: str) -> dict[str, Any]:
+        (tmp_path / "score.py").write_text(rule)
+        config = config_of(
+            tmp_path, {"ppo": {"prompts": "p", "reward_function": f"{tmp_path}/score.py:score"}, **changes}
+        )
+        found = facts(config, placed_roles(config, world_size=4), of="actor", fingerprints={"ppo.prompts": "0a"})
+        assert found["model"]["num_layers"] == 4 and found["data_order"]["ppo.prompts"] == "0a"
+        assert not found["settings"].keys() & found["data_order"].keys()
+        settings: dict[str, Any] = found["settings"]
+        return settings
+
+    roles = {
+        "actor": {"ranks": "0-1", "parallel": {"tensor_model_parallel_size": 2}},
+        "critic": {"ranks": "2,3", "optimizer": {"lr": 2e-3}, "model": {"num_layers": 2}},
+        "reference": {"ranks": 0},
+        "reward": None,
+    }
+    before = kept({"roles": roles}, "def score(p, a, r): return [0.0] * len(r)")
+    roles["critic"] = {"ranks": "1-3", "optimizer": {"lr": 5e-4}, "model": {"num_layers": 2}}
+    after = kept({"roles": roles, "training": {"train_iters": 7}}, "def score(p, a, r): return [1.0] * len(r)")
+    changed = {name for name, value in after.items() if before[name] != value}
+    assert changed == {"roles.critic.ranks", "roles.critic.optimizer.lr", "training.train_iters", "ppo.reward_function"}
+    assert (before["roles.critic.ranks"], after["roles.critic.ranks"]) == ("2-3", "1-3")

@@ -11,7 +11,8 @@ from megatron_xy.continuation import facts
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.errors import ConfigError, StorageError
-from megatron_xy.preflight import check_paths, check_space
+from megatron_xy.preflight import check_paths
+from megatron_xy.run_dir import check_space
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 
@@ -84,8 +85,18 @@ def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_o
         "model.ffn_hidden_size=131072",
         "checkpoint.keep_latest=4",
     )
-    told = r"run_dir \(.*\) has [\d,.]+ GB free, and 1,030,[\d,.]+ are needed: .*\.keep_latest \(4\) are .* 0 are there; make"
+    told = r"run_dir \(.*\) has [\d,.]+ MB free, and 1,030,[\d,.]+ are needed: .*\.keep_latest \(4\) are .* 0 are there"
     with pytest.raises(StorageError, match=told):
         check_paths(config(*huge, f"run_dir={built.parent / 'another'}"))
     with pytest.raises(StorageError, match=r", and 824,.* 1 are there"):
-        check_space(config(*huge))
+        check_space(config(*huge), [config(*huge).model])
+
+
+def test_what_a_killed_save_left_counts_as_free(config):
+    left = config().run_dir / "checkpoints" / ".tmp-iter_0000012" / "rank-00000-of-00001.safetensors"
+    left.parent.mkdir()
+    huge = config("model.num_layers=1000", "model.hidden_size=32768", "model.ffn_hidden_size=131072")
+    with left.open("wb") as stream:
+        stream.truncate(10**12)  # a hole: it takes no room
+    with pytest.raises(StorageError, match=r"has 1,[\d,.]+ MB free, and 412,"):
+        check_space(huge, [huge.model])

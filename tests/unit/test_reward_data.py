@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.config import RunConfig
+from megatron_xy.config import RunConfig, RuntimeConfig
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.preflight import open_pairs
+from megatron_xy.preflight import check_paths, open_pairs
 from megatron_xy.reward.batches import PairOrder, compared_columns, pair_micro_batches
 from megatron_xy.reward.pairs import PairData, _asked, load_pairs
 from megatron_xy.reward.split import clusters_of, split_by_cluster
@@ -101,6 +101,17 @@ def test_what_cannot_be_trained_on_is_refused(toy: Path) -> None:
         open_pairs(small)
     with pytest.raises(DataError, match="leaves no prompt to hold out"):
         load_pairs(config_of(toy, [GOOD, GOOD], test_fraction=0.5))
+
+
+def test_check_says_that_a_board_is_not_installed(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = config_of(toy)
+    shape = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
+    config = config.model_copy(update={"model": config.model.model_copy(update=shape), "run_dir": toy / "run"})
+    check_paths(config)
+    config = config.model_copy(update={"runtime": RuntimeConfig(wandb_project="mine")})
+    with pytest.raises(ConfigError, match=r"runtime\.wandb_project \(mine\): wandb is not installed"):
+        check_paths(config)
 
 
 def test_a_tenth_is_held_out_by_prompt(toy: Path) -> None:

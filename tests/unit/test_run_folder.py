@@ -152,6 +152,17 @@ def test_a_rank_0_that_nobody_cleared_it_for_keeps_what_its_own_start_wrote(tmp_
     assert read_exit(tmp_path) is None
 
 
+def test_a_requeued_job_is_the_same_start_wherever_its_ranks_meet(monkeypatch):
+    monkeypatch.delenv("MEGATRON_XY_SUPERVISOR_PID", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MEGATRON_XY_START", "slurm-7")
+    starts = set()
+    for address in ("node01", "node02"):
+        monkeypatch.setenv("MASTER_ADDR", address)
+        starts.add(this_start())
+    assert starts == {"slurm-7"}
+
+
 def test_a_heartbeat_tells_iteration_phase_and_process(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGATRON_XY_ATTEMPT", "2")
     prepare(tmp_path)

@@ -279,6 +279,10 @@ def test_a_weighted_source_without_samples_is_refused_and_without_weight_is_not(
         make_sampler(streams, weights={"full": 1, "empty": 1})
     assert make_sampler(streams, weights={"full": 1, "empty": 0}).shares() == {("full", 256): 1.0}
     assert make_sampler(streams, weights=None).shares() == {("full", 256): 1.0}
+    almost_none = make_sampler(
+        [Stream("a", 256, 9), Stream("b", 256, 1), Stream("b", 512, 9)], weights={"a": 1, "b": 5e-324}
+    )
+    assert almost_none.shares() == {("a", 256): 1.0, ("b", 512): 5e-324}, "a part that is no number above 0 is left out"
 
 
 def test_data_without_samples_is_refused():

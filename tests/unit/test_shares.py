@@ -9,7 +9,7 @@ import pytest
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.build_folder import Share
 from megatron_xy.data.work_folder import WORK_FOLDER
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 from tests.unit.small_corpus import content, texts, train_tokenizer
 
 BUCKETS = [64, 128]
@@ -58,7 +58,7 @@ def test_a_share_is_named_counting_from_0_or_from_1(text, share):
 
 @pytest.mark.parametrize("text", ["5/4", "a/4", "1", "1/0", "-1/4", ""])
 def test_a_share_that_is_none_is_refused(text):
-    with pytest.raises(ConfigError, match="must be I/N"):
+    with pytest.raises(UsageError, match="must be I/N"):
         Share.parse(text)
 
 

@@ -40,6 +40,8 @@ fi
 head_node=$(head -n 1 <<< "$good_nodes")
 rendezvous_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 export head_node rendezvous_id
+# A requeued job goes on with its own checkpoints, whatever checkpoint.resume said to its first start.
+export MEGATRON_XY_START="slurm-$SLURM_JOB_ID" MEGATRON_XY_ATTEMPT="${SLURM_RESTART_COUNT:-0}"
 rm -f {{ (job.run_dir / "exit.json") | quoted }}  # what an earlier try left
 
 srun --nodes={{ job.nodes }} --ntasks={{ job.nodes }} --ntasks-per-node=1 --nodelist="$(paste -sd, <<< "$good_nodes")" \

@@ -1,0 +1,70 @@
+"""What a PPO checkpoint's manifest keeps of its run, so that a resumed one can tell what has changed; without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_xy.checkpoint_files import MANIFEST
+from megatron_xy.config import PlacedRole, RoleName, RunConfig
+from megatron_xy.model_source import split_origin
+from megatron_xy.ppo.material import Material
+from megatron_xy.ppo.placement import spelt_ranks
+from megatron_xy.storage import file_sha256
+
+
+def facts(
+    config: RunConfig, roles: Mapping[str, PlacedRole], *, of: str, fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
+    """What `continuation.check_continuation` compares of the role `of`: its model, what is drawn and measured against,
+    and all settings, every role's included. fingerprints: as below.
+    """
+    ppo = config.ppo
+    assert ppo is not None, "the config's rules ask for it"
+    order = {"seed": config.seed, "ppo.rollout_batch_size": ppo.rollout_batch_size, **fingerprints}
+    sections = {"ppo": ppo.model_dump(mode="json"), "training": config.training.model_dump(mode="json")}
+    if ppo.reward_function is not None:
+        contents = file_sha256(Path(ppo.reward_function.rpartition(":")[0]))
+        sections["ppo"]["reward_function"] = f"{ppo.reward_function} (sha256 {contents[:12]})"
+    for name, role in roles.items():
+        sections[f"roles.{name}"] = {"ranks": spelt_ranks(role.ranks), "micro_batch_tokens": role.micro_batch_tokens}
+        sections[f"roles.{name}.parallel"] = role.parallel.model_dump(mode="json")
+        sections[f"roles.{name}.optimizer"] = {} if role.optimizer is None else role.optimizer.model_dump(mode="json")
+    settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return {
+        "model": roles[of].model.model_dump(mode="json"),
+        "data_order": order,
+        "settings": {key: value for key, value in settings.items() if key not in order},
+    }
+
+
+def fingerprints(config: RunConfig, material: Material) -> dict[str, str]:
+    """Of the files that decide what is drawn and what it is measured against."""
+    ppo = config.ppo
+    assert ppo is not None and ppo.prompts is not None, "the config's rules ask for them"
+    prints = {"ppo.prompts": file_sha256(ppo.prompts), "data.tokenizer": material.tokenizer.sha256}
+    if ppo.responses is not None:
+        prints["ppo.responses"] = file_sha256(ppo.responses)
+    frozen: tuple[RoleName, ...] = ("reference", "reward")
+    for name in frozen:
+        role = material.roles.get(name)
+        if role is not None and role.model.load is not None:
+            prints[f"roles.{name}.model.load"] = _weights_fingerprint(role.model.load)
+    return prints
+
+
+def _weights_fingerprint(load: str) -> str:
+    """Of a checkpoint its manifest, which has all checksums; of an HF folder its small files and all sizes."""
+    kind, folder = split_origin(load)
+    if kind == "ckpt":
+        return file_sha256(folder / MANIFEST)
+    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.suffix == ".safetensors")
+    small = [file_sha256(path) for path in sorted(folder.glob("*.json")) if _is_of_the_weights(path)]
+    return hashlib.sha256(json.dumps([sizes, small]).encode()).hexdigest()
+
+
+def _is_of_the_weights(path: Path) -> bool:
+    return path.name in ("config.json", "model.safetensors.index.json")

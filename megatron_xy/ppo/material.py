@@ -1,0 +1,116 @@
+"""What a PPO run is given, looked at before any process group starts, and by `check --paths`; without torch.
+
+config, files -> roles with their whole shapes, prompts and answers as token ids, what ends an answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megatron_xy.checkpoint_files import read_manifest
+from megatron_xy.config import (
+    TRAINED_ROLES,
+    ModelConfig,
+    PlacedRole,
+    RoleName,
+    RunConfig,
+    check_role_shapes,
+    room_for_answers,
+)
+from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.model_source import resolve_model, split_origin, stored_head
+from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a PPO run is given, looked at and found fit."""
+
+    roles: dict[RoleName, PlacedRole]
+    prompts: PromptFile
+    responses: GivenResponses | None
+    tokenizer: Tokenizer
+    renderers: dict[str, Renderer]
+    stored_scores: tuple[float, float]  # mean and deviation, as the reward model's checkpoint keeps them
+
+    @property
+    def trained_models(self) -> list[ModelConfig]:
+        """Those of which the run's checkpoints are."""
+        return [self.roles[name].model for name in TRAINED_ROLES]
+
+
+def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Material:
+    """Opens and checks what the config names, all but the weights themselves. Raises ConfigError or DataError."""
+    ppo = config.ppo
+    assert ppo is not None and ppo.prompts is not None and config.data.tokenizer is not None, "the rules ask for them"
+    roles = {name: replace(role, model=resolve_model(role.model)) for name, role in placed.items()}
+    check_role_shapes(roles)
+    _check_heads(roles)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    _check_vocabularies(roles, tokenizer)
+    prompts = PromptFile(ppo.prompts, seed=config.seed)
+    name, room = room_for_answers(roles.values(), ppo)
+    reason = f"the {name} has {room} tokens for prompt and answer, ppo.max_response_length is {ppo.max_response_length}"
+    by_template = {template: Renderer(tokenizer, template) for template in {r.chat_template for r in roles.values()}}
+    for renderer in by_template.values():
+        prompts.check_lengths(renderer, most=room - ppo.max_response_length, reason=reason)
+    renderers: dict[str, Renderer] = {name: by_template[role.chat_template] for name, role in roles.items()}
+    responses = None
+    if ppo.responses is not None:
+        responses = GivenResponses(ppo.responses)
+        num_drawn = config.training.train_iters * ppo.rollout_batch_size
+        vocab_size = roles["actor"].model.vocab_size
+        assert vocab_size, "the shape is complete"
+        responses.check(num_drawn=num_drawn, most=ppo.max_response_length, vocab_size=vocab_size)
+    elif not renderers["actor"].stop_ids:
+        raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end; name another one")
+    stored = (0.0, 1.0)
+    if ppo.reward_normalization == "stored":
+        stored = _stored_scores(roles["reward"])
+    return Material(roles, prompts, responses, tokenizer, renderers, stored)
+
+
+def _check_heads(roles: Mapping[RoleName, PlacedRole]) -> None:
+    """A critic may begin as a language model's trunk; else a head that the weights lack would be drawn at random."""
+    for name, role in roles.items():
+        head = role.model.head if role.model.load is None else stored_head(role.model.load)
+        if head == "language_model" and name == "reward":
+            raise ConfigError(
+                f"roles.reward.model.load ({role.model.load}) is a language model, which gives no scores; name a "
+                f"reward model"
+            )
+        if head == "value" and role.model.head == "language_model":
+            raise ConfigError(
+                f"roles.{name}.model.load ({role.model.load}) is a reward model or critic, which says nothing; name a "
+                f"language model"
+            )
+
+
+def _check_vocabularies(roles: Mapping[RoleName, PlacedRole], tokenizer: Tokenizer) -> None:
+    """All roles read the same token ids."""
+    wanted = roles["actor"].model.vocab_size
+    for name, role in roles.items():
+        if role.model.vocab_size != wanted:
+            raise ConfigError(
+                f"roles.{name} has a vocabulary of {role.model.vocab_size}, the actor one of {wanted}; the roles read "
+                f"the same token ids: take models of one tokenizer"
+            )
+    if wanted is None or tokenizer.vocab_size > wanted:
+        raise ConfigError(
+            f"data.tokenizer ({tokenizer.path}) has {tokenizer.vocab_size} tokens, the models {wanted}; name the "
+            f"tokenizer that they were trained with"
+        )
+
+
+def _stored_scores(role: PlacedRole) -> tuple[float, float]:
+    """What the reward model's checkpoint says of its scores on the SFT model's answers."""
+    kind, folder = split_origin(role.model.load or "ckpt:")
+    scores = read_manifest(folder).state.get("scores") if kind == "ckpt" and role.model.load else None
+    if not isinstance(scores, dict) or not float(scores.get("std", 0)) > 0:
+        raise DataError(
+            f"ppo.reward_normalization (stored): {role.model.load} keeps no mean and deviation of its scores; take "
+            f"running or none"
+        )
+    return float(scores["mean"]), float(scores["std"])

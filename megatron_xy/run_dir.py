@@ -1,0 +1,66 @@
+"""Whether a run can begin in its folder: room for its checkpoints, and the checkpoint that it would go on from.
+
+From the config, its model complete, and the folder to an error or none; nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Sequence
+
+from megatron_xy.checkpoint_files import read_manifest
+from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations, swept_bytes
+from megatron_xy.config import ModelConfig, RunConfig
+from megatron_xy.continuation import check_continuation, facts
+from megatron_xy.errors import DataError, StorageError
+from megatron_xy.flops import checkpoint_bytes
+
+
+def check_resume(config: RunConfig, *, data_fingerprints: Sequence[str]) -> None:
+    """Raises ConfigError where the run would not go on from what lies there, by its manifest.
+
+    A damaged one is left to the run, which verifies every byte, says what it passes over, or ends.
+    """
+    now = facts(config, model=config.model, data_fingerprints=data_fingerprints)
+    for iteration in iterations_to_resume(config):
+        folder = iteration_folder(config.run_dir / "checkpoints", iteration)
+        with contextlib.suppress(DataError):
+            then = read_manifest(folder).state
+            allowed = config.checkpoint.allow_changes
+            return check_continuation(then, now, allow_changes=allowed, origin=folder, say=lambda line: None)
+
+
+def iterations_to_resume(config: RunConfig) -> list[int]:
+    """The checkpoints that the run would go on from, the first whole one; none where it starts afresh.
+
+    Raises ConfigError where `checkpoint.resume` names one that is not there.
+    """
+    checkpoints, resume = config.run_dir / "checkpoints", config.checkpoint.resume
+    if resume == "never":
+        return []
+    found = saved_iterations(checkpoints)
+    if resume == "auto":
+        return found
+    if resume not in found:
+        raise no_such_iteration(checkpoints, resume)
+    return [resume]
+
+
+def check_space(config: RunConfig, models: Iterable[ModelConfig]) -> None:
+    """Raises StorageError where the disk has no room for the checkpoints that a run keeps.
+
+    models: complete, those that it trains.
+    """
+    checkpoints, kept = config.run_dir / "checkpoints", config.checkpoint.keep_latest
+    there = len(saved_iterations(checkpoints))
+    size = sum(map(checkpoint_bytes, models))
+    num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
+    disk = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists()))
+    free = disk.free + swept_bytes(checkpoints)  # which the run does first
+    if disk.total and free < num_to_come * size:  # some network file systems tell no size at all
+        raise StorageError(
+            f"run_dir ({config.run_dir}) has {free / 1e6:,.1f} MB free, and {num_to_come * size / 1e6:,.1f} are "
+            f"needed: a checkpoint takes {size / 1e6:,.1f} MB, checkpoint.keep_latest ({kept}) are kept while another "
+            f"is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
+        )

@@ -1,0 +1,141 @@
+"""What a PPO run is given is looked at whole before anything starts, by `check --paths` as well.
+
+No model of a wrong kind or vocabulary gets through, no prompt or answer that does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_xy.config import InvalidConfig, load_config
+from megatron_xy.errors import ConfigError, MegatronXYError
+from megatron_xy.plan.overview import Plan
+from megatron_xy.plan.verb import plan
+from megatron_xy.preflight import check_paths
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from toy_files import write_rows, write_tokenizer
+
+WORDS = [f"w{number:02d}" for number in range(16)]  # and 3 special tokens
+SHAPE = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def hf_folder(folder: Path, *, architecture: str, vocab_size: int = 20, **shape: int) -> str:
+    """What `model.load` says of a folder with nothing but a config."""
+    folder.mkdir()
+    labels = {"num_labels": 1} if architecture == "LlamaForSequenceClassification" else {}
+    config = {**SHAPE, "architectures": [architecture], "vocab_size": vocab_size, **labels, **shape}
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"hf:{folder}"
+
+
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "language": hf_folder(folder / "language", architecture="LlamaForCausalLM"),
+        "value": hf_folder(folder / "value", architecture="LlamaForSequenceClassification"),
+        "wide": hf_folder(folder / "wide", architecture="LlamaForSequenceClassification", vocab_size=24),
+        "huge": hf_folder(folder / "huge", architecture="LlamaForCausalLM", num_hidden_layers=1000, hidden_size=2**16),
+        "narrow": hf_folder(folder / "narrow", architecture="LlamaForCausalLM", vocab_size=18),
+    }
+
+
+def look(tmp_path: Path, loads: dict[str, str], *overrides: str, **kinds: str) -> None:
+    """`check --paths` of a run whose roles begin as these kinds of folder."""
+    check_paths(load_config(written(tmp_path, loads, **kinds), overrides=overrides))
+
+
+def written(tmp_path: Path, loads: dict[str, str], **kinds: str) -> Path:
+    """Its RUN.yaml, with all that it names."""
+    write_tokenizer(tmp_path, WORDS)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "w00"}, {"prompt": " ".join(WORDS)}])
+    write_rows(tmp_path / "responses.jsonl", [{"response_tokens": [3, 4, 18]}] * 8)
+    kinds = {"actor": "language", "critic": "value", "reference": "language", "reward": "value", **kinds}
+    config: dict[str, Any] = {
+        "task": "ppo",
+        "run_dir": str(tmp_path / "run"),
+        "data": {"tokenizer": str(tmp_path / "tokenizer.json")},
+        "training": {"micro_batch_tokens": 64, "train_iters": 2},
+        "roles": {name: {"share": 0.25, "model": {"load": loads[kind]}} for name, kind in kinds.items()},
+        "ppo": {
+            "prompts": str(tmp_path / "prompts.jsonl"), "responses": str(tmp_path / "responses.jsonl"),
+            "rollout_batch_size": 4, "mini_batch_size": 4, "max_response_length": 8,
+        },
+    }  # fmt: skip
+    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "ppo.yaml"
+
+
+def test_a_critic_may_begin_as_a_reward_or_a_language_model(tmp_path: Path, loads: dict[str, str]) -> None:
+    look(tmp_path, loads)
+    look(tmp_path, loads, critic="language")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "override", "code", "text"),
+    [
+        ({"reward": "language"}, "seed=1", 78, "roles.reward.model.load (hf:{}) is a language model, which gives no"),
+        ({"actor": "value"}, "seed=1", 78, "roles.actor.model.load (hf:{}) is a reward model or critic, which says"),
+        ({"reference": "value"}, "seed=1", 78, "roles.reference.model.load (hf:{}) is a reward model or critic"),
+        ({"critic": "wide"}, "seed=1", 78, "roles.critic has a vocabulary of 24, the actor one of 20"),
+        (dict.fromkeys(("actor", "reference", "critic"), "narrow"), "seed=1", 78, "roles.reward has a vocabulary of"),
+        ({}, "roles.critic.parallel.tensor_model_parallel_size=3", 78, "model.num_attention_heads (4) must be"),
+        ({}, "ppo.max_response_length=64", 78, "ppo.max_response_length (64) leaves no room for a prompt"),
+        ({}, "roles.reward.micro_batch_tokens=24", 65, "prompts.jsonl:2: the prompt has 17 tokens, must have 1 to 16"),
+        ({}, "training.train_iters=3", 65, "responses.jsonl holds 8 answers, and place 12 is drawn"),
+        ({"critic": "huge"}, "seed=1", 74, " are needed: a checkpoint takes"),
+        ({}, "ppo.reward_normalization=stored", 65, "keeps no mean and deviation of its scores"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    tmp_path: Path, loads: dict[str, str], kinds: dict[str, str], override: str, code: int, text: str
+) -> None:
+    with pytest.raises(MegatronXYError) as caught:
+        look(tmp_path, loads, override, **kinds)
+    folder = loads[next(iter(kinds.values()))].removeprefix("hf:") if kinds else ""
+    assert caught.value.exit_code == code
+    assert text.format(folder) in str(caught.value)
+
+
+def test_a_reward_function_that_is_not_there_is_named(tmp_path: Path, loads: dict[str, str]) -> None:
+    text = r"ppo\.reward_function \(gone\.py:score\): gone\.py is not there; name FILE\.py:FUNCTION"
+    path = written(tmp_path, loads)
+    config = yaml.safe_load(path.read_text())
+    del config["roles"]["reward"]
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(InvalidConfig, match=text):
+        check_paths(load_config(path, overrides=["ppo.reward_function=gone.py:score"]))
+
+
+def planned(path: Path, *overrides: str) -> Plan:
+    return plan(
+        path, overrides=overrides, num_nodes=1, gpus_per_node=4, gpu="h100", tokens=None, do_search=False,
+        calibrate_by=None, as_json=True,
+    )  # fmt: skip
+
+
+def test_a_plan_takes_shapes_from_what_the_roles_load(tmp_path: Path, loads: dict[str, str]) -> None:
+    path = written(tmp_path, loads)
+    roles = {role.job.role: role.job.model for role in planned(path).roles}
+    assert {name: (model.num_layers, model.vocab_size, model.head) for name, model in roles.items()} == {
+        "actor": (4, 20, "language_model"),
+        "critic": (4, 20, "value"),
+        "reference": (4, 20, "language_model"),
+        "reward": (4, 20, "value"),
+    }
+    uneven = ("roles.actor.ranks=0-2", "roles.actor.parallel.tensor_model_parallel_size=3", "roles.critic.ranks=3")
+    with pytest.raises(InvalidConfig, match=r"roles.actor: model.num_attention_heads \(4\) must be a multiple of"):
+        planned(path, *uneven, "roles.reference.ranks=0", "roles.reward.ranks=0")
+    with pytest.raises(ConfigError, match="is not here to tell; give the shape keys in the config beside load"):
+        planned(path, "roles.reference.model.load=hf:nowhere")
