@@ -42,6 +42,7 @@ def inexact_reasons(model: Any) -> list[str]:
         "it has no piece for each of the 256 bytes": len(pieces[BYTE]) != 256,
         "it has user-defined pieces": not pieces.keys() <= {NORMAL, UNKNOWN, CONTROL, BYTE},
         "it has pieces with characters that are no pieces themselves": not set("".join(normal)) <= normal,
+        "it has pieces with blanks": " " in "".join(normal),
         "it has control pieces of a single character": any(len(piece) == 1 for piece in special),
         "it normalises text by a character map": bool(model.normalizer_spec.precompiled_charsmap),
         "it removes extra whitespace": model.normalizer_spec.remove_extra_whitespaces,
@@ -90,12 +91,16 @@ def tokenizer_json(model: Any) -> dict[str, Any]:
     }
 
 
-def _merges(model: Any) -> list[list[str]]:
-    """Every pair of normal pieces that makes a normal piece, best score first: what SentencePiece would join."""
-    normal = {piece.piece: (piece.score, index) for index, piece in enumerate(model.pieces) if piece.type == NORMAL}
+def _merges(model: Any) -> list[str]:
+    """ "LEFT RIGHT" of every two normal pieces that make a normal piece, best score first: what SentencePiece would join.
+
+    A piece holds no blank: U+2581 stands for it.
+    """
+    normal = {piece.piece: (-piece.score, index) for index, piece in enumerate(model.pieces) if piece.type == NORMAL}
     ranked = []
-    for piece, (score, index) in normal.items():
+    for piece, rank in normal.items():
         for cut in range(1, len(piece)):
-            if (left := piece[:cut]) in normal and (right := piece[cut:]) in normal:
-                ranked.append((-score, index, normal[left][1], normal[right][1], left, right))
-    return [[left, right] for *_, left, right in sorted(ranked)]
+            left, right = piece[:cut], piece[cut:]
+            if left in normal and right in normal:
+                ranked.append((rank, normal[left][1], normal[right][1], f"{left} {right}"))
+    return [merge for *_, merge in sorted(ranked)]

@@ -245,6 +245,13 @@ def test_models_that_no_tokenizer_json_reproduces_are_left_to_sentencepiece(tmp_
     assert reason in unsuitable(tokenizer)
 
 
+def test_a_piece_with_a_blank_is_none_that_a_merge_can_name(folder):
+    model = parse_model((folder / "tokenizer.model").read_bytes())
+    assert inexact_reasons(model) == []
+    next(piece for piece in reversed(model.pieces) if len(piece.piece) == 1).piece = " "
+    assert "it has pieces with blanks" in inexact_reasons(model)
+
+
 @pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}])
 def test_the_gate_lets_an_exact_model_through(tmp_path, options):
     pytest.importorskip("fastokens")
