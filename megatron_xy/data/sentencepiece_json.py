@@ -92,7 +92,7 @@ def tokenizer_json(model: Any) -> dict[str, Any]:
 
 
 def _merges(model: Any) -> list[str]:
-    """ "LEFT RIGHT" of every two normal pieces that make a normal piece, best score first: what SentencePiece would join.
+    """Every two normal pieces that make a normal one, best score first, as "LEFT RIGHT": what SentencePiece would join.
 
     A piece holds no blank: U+2581 stands for it.
     """
