@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,3 +40,8 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def digest(*parts: int | str) -> bytes:
+    """64 bytes, a key, that depend on every part; JSON keeps the borders between parts."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8 * PERMUTATION_ROUNDS).digest()

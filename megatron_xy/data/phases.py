@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection, Sequence
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.sampler import BucketSampler, SamplerPhase, Stream
+from megatron_xy.data.phase_draws import SamplerPhase
+from megatron_xy.data.sampler import BucketSampler, Stream
 from megatron_xy.errors import ConfigError
 
 

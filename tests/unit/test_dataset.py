@@ -22,7 +22,8 @@ from megatron_xy.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_xy.data.sampler import BucketSampler, SampleId, SamplerPhase, Stream
+from megatron_xy.data.phase_draws import SamplerPhase
+from megatron_xy.data.sampler import BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import file_sha256
 

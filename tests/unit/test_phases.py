@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from megatron_xy.config import DataConfig, Phase, RunConfig, TrainingConfig, load_config
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.phase_draws import SamplerPhase
 from megatron_xy.data.phases import check_epochs, describe_epochs, run_sampler, sampler_phases
 from megatron_xy.data.plan_steps import plan_steps
-from megatron_xy.data.sampler import BucketSampler, SamplerPhase, Stream
+from megatron_xy.data.sampler import BucketSampler, Stream
 from megatron_xy.data.trace import trace_steps
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.preflight import check_paths
