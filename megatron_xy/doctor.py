@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from megatron_xy import device, environment, links, parallel, waits
+from megatron_xy.compiling import compiler
 from megatron_xy.config import ModelConfig
 from megatron_xy.flops import peak_flops
 from megatron_xy.health import Finding, installed_versions, machine_findings, version_of
 from megatron_xy.model.attention_backends import BACKENDS, examine
-from megatron_xy.model.kernels import compiler
 from megatron_xy.model.layer_spec import DTYPES, choose_layers
 
 ACCEPTED = {

@@ -6,35 +6,13 @@ works there; on a CPU they run as they stand, since a bare machine has no C++ co
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from megatron_xy import device
-
-
-class Compiler(NamedTuple):
-    """Whether torch.compile is used in this process, and why (not)."""
-
-    works: bool
-    reason: str
-
-
-@functools.cache
-def compiler() -> Compiler:
-    """Tries torch.compile once on this process's device; on a CPU it is never called."""
-    if device.is_cpu():
-        return Compiler(False, "never used on a CPU: it would want a C++ compiler")
-    probe = torch.ones(64, device=device.current())
-    try:
-        correct = bool((torch.compile(_double)(probe) == 2).all().item())
-    except Exception as error:  # whatever keeps it from compiling: no C compiler, no Triton, an unknown GPU
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Compiler(False, f"torch.compile does not work here: {lines[0]}")
-    return Compiler(correct, "torch.compile works" if correct else "torch.compile gives wrong results here")
+from megatron_xy.compiling import compiled, compiler
 
 
 def rms_norm(values: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
@@ -65,27 +43,6 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return rotated
 
 
-def _double(values: torch.Tensor) -> torch.Tensor:
-    return values + values
-
-
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled where a compiler works.
-
-    torch compiles it again for each new kind of arguments, eight times at most, and then no more. So all come as rows
-    of tokens, and without their history: whether gradients are wanted of them would make another kind.
-    """
-    compiled = functools.cache(lambda: torch.compile(function))
-
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        if not compiler().works:
-            return function(*arguments)
-        return compiled()(*(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments))
-
-    return call
-
-
 def _wide(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -105,14 +62,14 @@ class _RMSNorm(torch.autograd.Function):
         return *_rms_norm_backward(grad, values, weight, scale), None
 
 
-@_fused
+@compiled
 def _rms_norm_forward(values: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     wide = _wide(values)
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * scale * _wide(weight)).to(values.dtype), scale
 
 
-@_fused
+@compiled
 def _rms_norm_backward(
     grad: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +91,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
-@_fused
+@compiled
 def _swiglu_forward(gate_and_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
@@ -153,7 +110,7 @@ def _swiglu_backward(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Ten
     return result
 
 
-@_fused
+@compiled
 def _swiglu_gradient(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
     """The same without writing in place, which torch.compile does not make one kernel of."""
     gate, up = gate_and_up.chunk(2, dim=-1)
@@ -172,7 +129,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(grad, cos, -sin), None, None  # a rotation's transpose turns the other way
 
 
-@_fused
+@compiled
 def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = heads.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)

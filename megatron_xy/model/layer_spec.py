@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from megatron_xy import device, mcore
+from megatron_xy.compiling import compiler
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError
 from megatron_xy.model.attention import PackedAttention
 from megatron_xy.model.attention_backends import Choice, choose_backend
-from megatron_xy.model.kernels import compiler, swiglu
+from megatron_xy.model.kernels import swiglu
 from megatron_xy.model.norm import RMSNorm
 from megatron_xy.model.rotary import RotaryAngles
 

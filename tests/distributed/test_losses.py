@@ -26,10 +26,13 @@ def made_up(vocab_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     return logits.to(dtype), labels, torch.rand(2, 33, generator=generator)
 
 
-def split(dtype: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def split(dtype: str, way: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(losses, this rank's columns of the gradient) for every vocabulary."""
+    from megatron_xy import losses as ways
     from megatron_xy.losses import token_cross_entropy
 
+    if way == "as on a GPU":
+        ways._VocabParallelCrossEntropy = ways._CompiledCrossEntropy
     group = dist.group.WORLD
     assert group is not None
     results = []
@@ -43,10 +46,11 @@ def split(dtype: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return results
 
 
+@pytest.mark.parametrize("way", ["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_split_vocabulary_gives_the_losses_and_gradients_of_the_whole(world_size: int, dtype: str) -> None:
-    ranks: list[list[Any]] = run_ranks(split, dtype, world_size=world_size)
+def test_a_split_vocabulary_gives_the_losses_and_gradients_of_the_whole(world_size: int, dtype: str, way: str) -> None:
+    ranks: list[list[Any]] = run_ranks(split, dtype, way, world_size=world_size)
     for case, vocab_size in enumerate(VOCAB_SIZES):
         logits, labels, weights = made_up(vocab_size, DTYPES[dtype])
         whole = logits.double().requires_grad_()

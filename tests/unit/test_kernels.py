@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_xy import device
+from megatron_xy import device, losses
+from megatron_xy.compiling import compiler
 from megatron_xy.model import kernels
 
 device.start(num_threads=1)
@@ -91,24 +93,28 @@ def test_the_backward_pass_keeps_no_more_than_it_needs(name: str, bytes_kept: in
 
 
 def test_on_a_cpu_nothing_is_compiled() -> None:
-    assert not kernels.compiler().works and "CPU" in kernels.compiler().reason
+    assert not compiler().works and "CPU" in compiler().reason
 
 
 ROWS, WEIGHT = drawn(TOKENS, WIDTH).detach(), drawn(WIDTH).detach()
 HALF_ROWS, HEADS = ROWS[:, : WIDTH // 2].contiguous(), drawn(TOKENS, 1, 3, WIDTH).detach()
-COMPILED = {
-    "_rms_norm_forward": (ROWS, WEIGHT, 1e-3),
-    "_rms_norm_backward": (ROWS, ROWS, WEIGHT, ROWS[:, :1]),
-    "_swiglu_forward": (ROWS,),
-    "_swiglu_gradient": (HALF_ROWS, ROWS),
-    "_rotated": (HEADS, *(tensor.detach() for tensor in angles())),
+COLUMNS = torch.randint(WIDTH, (TOKENS,), generator=GENERATOR)
+COMPILED: dict[Callable[..., Any], tuple[Any, ...]] = {
+    kernels._rms_norm_forward: (ROWS, WEIGHT, 1e-3),
+    kernels._rms_norm_backward: (ROWS, ROWS, WEIGHT, ROWS[:, :1]),
+    kernels._swiglu_forward: (ROWS,),
+    kernels._swiglu_gradient: (HALF_ROWS, ROWS),
+    kernels._rotated: (HEADS, *(tensor.detach() for tensor in angles())),
+    losses._largest: (ROWS,),
+    losses._sum_of_exponentials: (ROWS, ROWS[:, 0]),
+    losses._softmax_gradient: (ROWS, ROWS[:, 0], ROWS[:, 1], COLUMNS, ROWS[:, 2], WIDTH - 3),
 }
 
 
 def test_what_a_gpu_compiles_is_each_one_graph_with_the_same_result() -> None:
     optimize = importlib.import_module("torch._dynamo").optimize  # torch.compile, which the stand-in replaces
-    for name, arguments in COMPILED.items():
-        function = getattr(kernels, name).__wrapped__
+    for compiled, arguments in COMPILED.items():
+        function = compiled.__wrapped__  # type: ignore[attr-defined]
         expected = function(*arguments)
         with torch.no_grad():
             torch.testing.assert_close(optimize("eager", nopython=True)(function)(*arguments), expected)

@@ -5,8 +5,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_xy import losses as losses_module
 from megatron_xy import parallel
-from megatron_xy.losses import token_cross_entropy
+from megatron_xy.losses import _CompiledCrossEntropy, token_cross_entropy
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,13 @@ def alone():
     yield dist.group.WORLD
     if started:
         dist.destroy_process_group()
+
+
+@pytest.fixture(params=["as on a CPU", "as on a GPU"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways of the loss; that of a GPU without a compiler."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(losses_module, "_VocabParallelCrossEntropy", _CompiledCrossEntropy)
 
 
 def expected(logits, labels, weights, *, vocab_size):
