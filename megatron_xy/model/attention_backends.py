@@ -11,19 +11,23 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from megatron_xy import device
+from megatron_xy.model.cudnn_attention import attend_by_torch_cudnn
 from megatron_xy.model.rotary import PackedDocuments
+from megatron_xy.model.torch_attention import HALF_PRECISION, attend_by_sdpa, attend_by_torch_varlen
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedDocuments, float | None], torch.Tensor]
-HALF_PRECISION = (torch.bfloat16, torch.float16)
 TOLERANCE = 0.05  # of the self-test, relative to the largest value, in bf16
+SELF_TEST = (70, 1, 57, 1100, 1100, 1024)  # lengths of its documents
+NOT_DETERMINISTIC = {
+    "transformer_engine": " unless told by an environment variable at start",
+    "torch_cudnn": ": its backward pass adds up in any order",
+}
 
 
 class Backend(NamedTuple):
@@ -32,6 +36,7 @@ class Backend(NamedTuple):
     name: str
     attend: Attend
     obstacle: Callable[[torch.dtype, int], str | None]
+    tried: Attend | None = None  # in the self-test, where `attend` would do something else with so little
 
 
 class Finding(NamedTuple):
@@ -65,60 +70,20 @@ def choose_backend(dtype: torch.dtype, head_dim: int, *, deterministic: bool) ->
 def examine(backend: Backend, dtype: torch.dtype, head_dim: int, *, deterministic: bool) -> Finding:
     """Whether the backend works on this device, and how that is known."""
     obstacle = backend.obstacle(dtype, head_dim)
-    if obstacle is None and deterministic and backend.name == "transformer_engine":
-        obstacle = "not deterministic unless told by an environment variable at start"
+    if obstacle is None and deterministic and backend.name in NOT_DETERMINISTIC:
+        obstacle = f"not deterministic{NOT_DETERMINISTIC[backend.name]}"
     if obstacle is not None:
         return Finding(backend.name, False, obstacle)
     if backend.name == "sdpa":
         return Finding(backend.name, True, "torch's scaled dot product attention, document by document")
     try:
-        difference = _difference_from_sdpa(backend.attend, dtype, head_dim)
+        difference = _difference_from_sdpa(backend.tried or backend.attend, dtype, head_dim)
     except Exception as error:  # whatever a foreign kernel says when it does not run here: it is reported, not used
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Finding(backend.name, False, f"fails its self-test: {lines[0]}")
     if not difference < TOLERANCE:
         return Finding(backend.name, False, f"differs from scaled dot product attention by {difference:.3g}")
     return Finding(backend.name, True, f"agrees with scaled dot product attention to {difference:.1g}")
-
-
-def attend_by_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
-) -> torch.Tensor:
-    """torch's own attention on each document in turn; on any device, in any dtype."""
-    # [tokens, heads, head_dim] -> [1, heads, tokens, head_dim]
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    grouped = query.size(1) != key.size(1)
-    if grouped and not device.is_cpu() and query.dtype not in HALF_PRECISION:
-        # On a GPU no fused kernel knows groups in fp32; without one the scores of S x S would be kept.
-        key, value = (tensor.repeat_interleave(query.size(1) // key.size(1), dim=1) for tensor in (key, value))
-        grouped = False
-    lengths = list(packed.segment_lengths)
-    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped) for q, k, v in parts
-    ]
-    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-    return output[0].transpose(0, 1)
-
-
-def attend_by_torch_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
-) -> torch.Tensor:
-    """The flash kernel inside torch: by its public name from torch 2.11 on, by the operator behind it before."""
-    borders, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    options = _torch_varlen_options()
-    if options is not None:
-        # Earlier versions hand groups to the kernel, which knows them, without being told.
-        extra = {"enable_gqa": True} if query.size(1) != key.size(1) and "enable_gqa" in options else {}
-        public = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        output: torch.Tensor = public(
-            query, key, value, borders, borders, longest, longest, window_size=(-1, 0), scale=scale, **extra
-        )
-        return output
-    output = torch.ops.aten._flash_attention_forward(
-        query, key, value, borders, borders, longest, longest, 0.0, True, False, scale=scale
-    )[0]
-    return output
 
 
 def attend_by_flash_attn_2(
@@ -181,15 +146,6 @@ def _flash_attn(
 
 
 @functools.cache
-def _torch_varlen_options() -> frozenset[str] | None:
-    """The keywords of torch's varlen_attn; None where it is not there or not yet as it is from 2.11 on."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return None
-    names = frozenset(inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters)
-    return names if {"window_size", "scale"} <= names else None
-
-
-@functools.cache
 def _transformer_engine_attention(heads: int, groups: int, head_dim: int, scale: float | None) -> Any:
     engine: Any = importlib.import_module("transformer_engine.pytorch")
     return engine.DotProductAttention(
@@ -204,14 +160,15 @@ def _transformer_engine_attention(heads: int, groups: int, head_dim: int, scale:
 
 
 def _difference_from_sdpa(attend: Attend, dtype: torch.dtype, head_dim: int) -> float:
-    """Largest difference, relative to the largest value, of output and gradients on three documents."""
+    """Largest difference, relative to the largest value, of output and gradients from those in fp32."""
     target = device.current()
-    packed = PackedDocuments.of((70, 1, 57))
+    packed = PackedDocuments.of(SELF_TEST)
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(128, heads, head_dim, generator=generator) for heads in (4, 2, 2, 4)]
+    shapes = [(sum(SELF_TEST), heads, head_dim) for heads in (4, 2, 2, 4)]
+    drawn = [torch.randn(shape, generator=generator).to(target, dtype) for shape in shapes]
     results = []
-    for way in (attend, attend_by_sdpa):
-        *inputs, grad = (tensor.to(target, dtype) for tensor in drawn)
+    for way, precision in ((attend, dtype), (attend_by_sdpa, torch.float32)):
+        *inputs, grad = (tensor.detach().to(precision) for tensor in drawn)
         inputs = [tensor.requires_grad_() for tensor in inputs]
         with torch.enable_grad():
             output = way(inputs[0], inputs[1], inputs[2], packed, None)
@@ -248,9 +205,26 @@ def _obstacle_of_flash_attn_3(dtype: torch.dtype, head_dim: int) -> str | None:
     return obstacle
 
 
+def _obstacle_of_torch_cudnn(dtype: torch.dtype, head_dim: int) -> str | None:
+    obstacle = _obstacle_of_flash(None)(dtype, head_dim)
+    if obstacle is not None:
+        return obstacle
+    if head_dim > 128:
+        return f"heads of {head_dim} are wider than 128"
+    if (major := device.compute_capability()[0]) < 9:
+        return f"no faster than flash kernels before Hopper (compute capability 9); this GPU has {major}"
+    return None
+
+
 BACKENDS = (
     Backend("flash_attn_3", attend_by_flash_attn_3, _obstacle_of_flash_attn_3),
     Backend("transformer_engine", attend_by_transformer_engine, _obstacle_of_flash("transformer_engine")),
+    Backend(
+        "torch_cudnn",
+        attend_by_torch_cudnn,
+        _obstacle_of_torch_cudnn,
+        tried=functools.partial(attend_by_torch_cudnn, least_work=0),
+    ),
     Backend("flash_attn_2", attend_by_flash_attn_2, _obstacle_of_flash("flash_attn")),
     Backend("torch_varlen", attend_by_torch_varlen, _obstacle_of_flash(None)),
     Backend("sdpa", attend_by_sdpa, lambda dtype, head_dim: None),

@@ -97,7 +97,7 @@ def test_a_backend_that_gives_wrong_results_or_fails_is_not_used() -> None:
         return backends.attend_by_sdpa(query, key, value, packed, 1.0)
 
     def uncut(query, key, value, packed, scale):
-        return backends.attend_by_sdpa(query, key, value, PackedDocuments.of((128,)), scale)
+        return backends.attend_by_sdpa(query, key, value, PackedDocuments.of((sum(backends.SELF_TEST),)), scale)
 
     def absent(query, key, value, packed, scale):
         raise RuntimeError("no kernel image is available\nfor execution")
