@@ -57,5 +57,5 @@ class Case:
 
 CPU = Case(SMALL, (256, 512, 1024, 2048), 2048)
 CPU_TINY = Case(TINY, (32, 64), 64, steps=1)
-GPU_ONE_B = Case(ONE_B, (2048, 4096, 8192, 16384), 16384, warmup_steps=2, steps=5)
+GPU_ONE_B = Case(ONE_B, (2048, 4096, 8192, 16384), 16384, num_micro_batches=4, warmup_steps=2, steps=5)
 GPU_SEVEN_B = replace(GPU_ONE_B, model=SEVEN_B_SHAPE)

@@ -86,7 +86,7 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
 def measure_losses(request: dict[str, Any]) -> dict[str, Any]:
     """Losses and gradient norms of the first steps on packed documents, from weights drawn by name.
 
-    request: model, micro_batch_tokens, steps, lr.
+    request: model, optimizer, micro_batch_tokens, steps, lr.
     """
     from megatron_xy.data.dataset import Sample, collate
     from megatron_xy.train_step import train_step
@@ -116,9 +116,9 @@ def measure_losses(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_attention(request: dict[str, Any]) -> dict[str, Any]:
-    """Every attention backend on one row of documents of each length, forward and backward, with its TFLOP/s.
+    """Every attention backend on rows of documents, forward and backward, with its TFLOP/s.
 
-    request: tokens, heads, groups, head_dim, dtype, document_lengths, repeats.
+    request: heads, groups, head_dim, dtype, rows (each the lengths of its documents, together the same), repeats.
     """
     from megatron_xy.model.attention_backends import BACKENDS, examine
     from megatron_xy.model.layer_spec import DTYPES
@@ -127,15 +127,15 @@ def measure_attention(request: dict[str, Any]) -> dict[str, Any]:
     dtype, head_dim = DTYPES[request["dtype"]], request["head_dim"]
     generator = torch.Generator().manual_seed(0)
     drawn = [
-        torch.randn(request["tokens"], heads, head_dim, generator=generator).to(device.current(), dtype)
+        torch.randn(sum(request["rows"][0]), heads, head_dim, generator=generator).to(device.current(), dtype)
         for heads in (request["heads"], request["groups"], request["groups"], request["heads"])
     ]
     found = []
     for backend in BACKENDS:
         finding = examine(backend, dtype, head_dim, deterministic=False)
         rows = []
-        for length in request["document_lengths"] if finding.usable else ():
-            packed = PackedDocuments.of((length,) * (request["tokens"] // length))
+        for lengths in request["rows"] if finding.usable else ():
+            packed = PackedDocuments.of(lengths)
             seconds = []
             for _ in range(1 + request["repeats"]):
                 inputs = [tensor.detach().requires_grad_() for tensor in drawn[:3]]
@@ -145,10 +145,13 @@ def measure_attention(request: dict[str, Any]) -> dict[str, Any]:
                 torch.autograd.grad(output, inputs, drawn[3])
                 device.synchronize()
                 seconds.append(time.perf_counter() - began)
-            flops = 6 * request["heads"] * head_dim * request["tokens"] * length  # causal, forward and backward
+            # Causal, forward and backward.
+            flops = 6 * request["heads"] * head_dim * sum(length**2 for length in lengths)
             median = statistics.median(seconds[1:])
-            rows.append({"document_length": length, "seconds": median, "tflops": flops / median / 1e12})
-        found.append({**finding._asdict(), "lengths": rows})
+            lowest, highest = min(lengths), max(lengths)
+            told = f"{len(lengths)} of {lowest}" if lowest == highest else f"{len(lengths)} of {lowest} to {highest}"
+            rows.append({"documents": told, "seconds": median, "tflops": flops / median / 1e12})
+        found.append({**finding._asdict(), "rows": rows})
     return {"backends": found}
 
 
@@ -163,7 +166,8 @@ def _role(request: dict[str, Any], *, draw: bool = True) -> tuple[Any, Any]:
     groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
     assert groups is not None, "this process is the role's one rank"
     model = ModelConfig(**request["model"])
-    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=OptimizerConfig(), seed=1, draw=draw)
+    optimizer = OptimizerConfig(**request.get("optimizer", {}))
+    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=optimizer, seed=1, draw=draw)
     return role, choose_layers(model)
 
 
