@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_xy import device
+from megatron_xy import device, parallel
 from megatron_xy.health import Finding
 
 REPEATS = 5
@@ -77,11 +77,11 @@ def _judged(name: str, rate: float, *, hosts: int) -> Finding:
 def _seconds(work: Callable[[], Any]) -> float:
     """Of one call, the mean of several after one to warm up; all ranks begin together."""
     work()
-    dist.barrier()
+    parallel.barrier()
     device.synchronize()
     began = time.monotonic()
     for _ in range(REPEATS):
         work()
     device.synchronize()
-    dist.barrier()
+    parallel.barrier()
     return (time.monotonic() - began) / REPEATS

@@ -19,6 +19,7 @@ assert device.is_settled(), "device.start() comes before megatron_xy.mcore is im
 
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
+warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*megatron.core")  # of files that are compiled now
 logging.getLogger("megatron").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a toolkit without a GPU is no news here
 

@@ -102,7 +102,7 @@ def start_alone() -> None:
 def stop_distributed() -> None:
     """Leaves the world after all ranks are done."""
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
 
 
@@ -262,9 +262,11 @@ def from_last_stage(tensor: torch.Tensor, groups: Groups) -> torch.Tensor:
     return tensor
 
 
-def barrier(groups: Groups) -> None:
-    """Waits for all ranks of the role."""
-    dist.barrier(group=groups.all_ranks)
+def barrier(groups: Groups | None = None) -> None:
+    """Waits for all ranks of the role; without one, of the world."""
+    # NCCL would guess a GPU by the rank's number, and wait for ever where a host has more or fewer ranks than another.
+    devices = None if device.is_cpu() else [device.current().index]
+    dist.barrier(group=None if groups is None else groups.all_ranks, device_ids=devices)
 
 
 @contextlib.contextmanager
