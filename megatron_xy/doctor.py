@@ -85,7 +85,7 @@ def told(findings: dict[str, Any]) -> str:
         lines.append(f"attention in {dtype}: {attention['chosen']}")
         lines += [f"  {found['name']}: {found['reason']}" for found in attention["findings"]]
     use = "compiled" if findings["compile"]["works"] else "not compiled"
-    lines.append(f"RMSNorm, SwiGLU and RoPE: {use} ({findings['compile']['reason']})")
+    lines.append(f"RMSNorm, SwiGLU, RoPE and loss: {use} ({findings['compile']['reason']})")
     lines.append(f"optimizer: {findings['optimizer']}")
     if findings["patched"]:
         lines.append("patched, since no GPU is there and megatron-core calls it:")

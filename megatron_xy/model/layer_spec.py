@@ -44,9 +44,8 @@ class LayerChoice:
     attention: Choice
 
     def __str__(self) -> str:
-        fused = (
-            "compiled RMSNorm, SwiGLU and RoPE" if compiler().works else "RMSNorm, SwiGLU and RoPE as torch has them"
-        )
+        ours = "RMSNorm, SwiGLU, RoPE and loss"
+        fused = f"compiled {ours}" if compiler().works else f"{ours} as torch has them"
         return f"layers: {self.layer_spec} ({self.reason}); attention: {self.attention.name}; {fused}"
 
 

@@ -364,11 +364,9 @@ class _Sizes:
         """Logits and what the loss makes of them; a value head's gradients."""
         if self.model.head == "value":
             return FP32 * self.hidden_size * self.rows + self.hidden
-        logits, wide = self.width * self._vocabulary * self.tokens, FP32 * self._vocabulary * self.tokens
+        logits = self.width * self._vocabulary * self.tokens
         output_layer = logits + self.whole_hidden + self.width * self._vocabulary * self.hidden_size
         if self.job.has_logprobs:
             chunk = LOGPROBS_TENSORS * FP32 * self._vocabulary * min(self.tokens, LOGPROBS_CHUNK_TOKENS)
             return max(2 * logits + chunk, output_layer)
-        forward = logits + wide + (wide if self.width < FP32 else 0)  # as they are, in fp32, less their largest
-        backward = wide + (logits if self.width < FP32 else 0)
-        return max(forward, backward, output_layer)
+        return max(2 * logits, output_layer)  # with their gradient; the loss's kernels keep nothing else

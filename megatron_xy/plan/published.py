@@ -1,4 +1,4 @@
-"""The planner beside published runs: Megatron-LM's table on H100, XuanYuan2's speeds by bucket on A800, and others'.
+"""The planner beside runs: Megatron-LM's table on H100, XuanYuan2's speeds by bucket on A800, others', and our own.
 
 Rows of docs/plan.md's tables; the first fits the efficiency of matrix products.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.flops import flops_per_token
-from megatron_xy.plan.assumptions import Efficiencies, device, efficiencies, published
+from megatron_xy.plan.assumptions import Efficiencies, device, efficiencies, measured, published
 from megatron_xy.plan.memory import Job
 from megatron_xy.plan.speed import step_time
 
@@ -58,9 +58,11 @@ def megatron_lm(rates: Efficiencies | None = None) -> list[Comparison]:
         )
         dp_size, sequences = table["data_parallel_size"], SEQUENCES_A_MICRO_BATCH.get(pp, 1)
         job = Job("model", model, parallel, dp_size, SEQUENCE * sequences, batch // dp_size // sequences)
-        predicted = step_time(job, bucket=SEQUENCE, gpu=device("h100"), rates=rates).tokens_per_second
-        measured = teraflops * 1e12 / flops_per_token(model, attention_length=2 * SEQUENCE)
-        comparisons.append(Comparison(name, f"tp {tp} x pp {pp} x dp {dp_size}", measured, predicted))
+        predicted = step_time(
+            job, bucket=SEQUENCE, gpu=device("h100"), rates=rates, adds_gradients=False
+        ).tokens_per_second
+        reached = teraflops * 1e12 / flops_per_token(model, attention_length=2 * SEQUENCE)
+        comparisons.append(Comparison(name, f"tp {tp} x pp {pp} x dp {dp_size}", reached, predicted))
     return comparisons
 
 
@@ -91,11 +93,11 @@ def xuanyuan2() -> list[Comparison]:
         bucket: step_time(job, bucket=bucket, gpu=device("a800"), rates=efficiencies()).tokens_per_second
         for bucket in published()["xuanyuan2"]
     }
-    measured = {bucket: float(value) for bucket, value in published()["xuanyuan2"].items()}
-    first = min(measured)
+    reached = {bucket: float(value) for bucket, value in published()["xuanyuan2"].items()}
+    first = min(reached)
     return [
-        Comparison(f"{bucket}", "tp 8 x pp 4", measured[bucket] / measured[first], speeds[bucket] / speeds[first])
-        for bucket in measured
+        Comparison(f"{bucket}", "tp 8 x pp 4", reached[bucket] / reached[first], speeds[bucket] / speeds[first])
+        for bucket in reached
     ]
 
 
@@ -128,8 +130,43 @@ def others() -> list[Comparison]:
         sequence, gpu = run["sequence"], device(run["gpu"])
         job = Job("model", model, parallel, dp_size, sequence * micro, run["batch"] // dp_size // micro)
         per_second = run.get("teraflops", 0) * 1e12 or run.get("mfu", 0) * gpu.peak_flops
-        measured = run.get("tokens") or per_second / flops_per_token(model, attention_length=sequence)
+        reached = run.get("tokens") or per_second / flops_per_token(model, attention_length=sequence)
         predicted = step_time(job, bucket=sequence, gpu=gpu, rates=efficiencies()).tokens_per_second
         layout = f"tp {tp} x pp {pp}{f' (vp {vp})' if vp else ''} x dp {dp_size}"
-        comparisons.append(Comparison(run["name"], f"{gpu.name}, {layout}", measured, predicted, run["why"]))
+        comparisons.append(Comparison(run["name"], f"{gpu.name}, {layout}", reached, predicted, run["why"]))
     return comparisons
+
+
+def ours() -> list[Comparison]:
+    """What `bench gpu` has measured of this code, by model and bucket."""
+    jobs = our_jobs()
+    return [
+        Comparison(
+            f"{entry['name']}, {bucket}",
+            "H200",
+            tokens,
+            step_time(jobs[entry["name"]], bucket=bucket, gpu=device("h200"), rates=efficiencies()).tokens_per_second,
+        )
+        for entry in measured()["models"]
+        for bucket, tokens in entry["tokens"].items()
+    ]
+
+
+def our_jobs() -> dict[str, Job]:
+    """{name: what `bench gpu` trains}."""
+    table = measured()
+    jobs = {}
+    for entry in table["models"]:
+        layers, hidden, ffn, heads, groups, vocabulary = entry["shape"]
+        model = ModelConfig(
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            vocab_size=vocabulary,
+            params_dtype="bf16",
+        )
+        sizes = table["micro_batch_tokens"], table["num_micro_batches"]
+        jobs[entry["name"]] = Job("model", model, ParallelConfig(), 1, *sizes)
+    return jobs

@@ -14,9 +14,12 @@ from megatron_xy.plan.memory import Held, Job, held_between_steps
 from megatron_xy.plan.parameters import stage_layers
 
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic
-# Bytes that the element-wise kernels of a layer move for a token, forward and backward: norms and residual sums by
-# hidden size, SwiGLU by ffn size; each reads and writes every operand once, in 2-byte numbers.
-HIDDEN_BYTES, FFN_BYTES = 44, 16
+# What a layer's element-wise kernels take for a token, forward and backward, as bytes at the rate of a copy: norms,
+# residual sums, RoPE and copies by hidden size, SwiGLU by ffn size. From a profile on an H200 (docs/benchmarks); were
+# each operand read and written once, it would be 44 and 16.
+HIDDEN_BYTES, FFN_BYTES = 95, 26
+# A micro-batch's gradient of a weight is added to the sum in fp32: bf16 read, fp32 read and written.
+ACCUMULATION_BYTES = 10
 # AdamW reads gradient, weight, moments (16), writes the last three and the bf16 weight; norm, clip.
 OPTIMIZER_BYTES = 34
 
@@ -73,11 +76,19 @@ def traffic(job: Job) -> Traffic:
 
 
 def step_time(
-    job: Job, *, bucket: int, gpu: Device, rates: Efficiencies, gpus_per_node: int = 8, held: Held | None = None
+    job: Job,
+    *,
+    bucket: int,
+    gpu: Device,
+    rates: Efficiencies,
+    gpus_per_node: int = 8,
+    held: Held | None = None,
+    adds_gradients: bool = True,
 ) -> StepTime:
     """A step whose samples are documents of `bucket` tokens, attention over the whole of each.
 
-    held: what a rank of the first stage does, where it is known already.
+    held: what a rank of the first stage does, where it is known already. adds_gradients: a micro-batch's gradients are
+    added to the sums by kernels of their own, as here; not within the matrix products, as others do.
     """
     parallel, model = job.parallel, job.model
     assert model.hidden_size and model.ffn_hidden_size and model.num_layers, "the shape is complete"
@@ -99,6 +110,10 @@ def step_time(
     hidden_split = tp if parallel.sequence_parallel else 1
     moved = HIDDEN_BYTES * model.hidden_size / hidden_split + FFN_BYTES * model.ffn_hidden_size / tp
     elementwise = layers * tokens * moved / (gpu.memory_bandwidth * rates.memory)
+    if job.is_trained:
+        held = held or held_between_steps(job, stage=0)
+        if adds_gradients:
+            elementwise += held.parameters * ACCUMULATION_BYTES / (gpu.memory_bandwidth * rates.memory)
     state = DTYPE_BYTES[model.params_dtype] * model.hidden_size * tokens
     gathers, scatters = _layer_collectives(model.recompute_granularity)
     link = _link(gpu, rates, is_in_node=tp <= gpus_per_node)
@@ -112,8 +127,7 @@ def step_time(
     waits = 2 * batches if chunks == 1 else 2 * (stages - 1)
     pipeline = 0.0 if stages == 1 else waits * state / hidden_split / wire
     data_parallel = optimizer = 0.0
-    if job.is_trained:
-        held = held or held_between_steps(job, stage=0)
+    if job.is_trained and held is not None:
         data_parallel = _exposed_data_parallel(job, held, one=one, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
         owned = held.parameters / (job.dp_size if parallel.use_distributed_optimizer else 1)
         optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * rates.memory)

@@ -8,9 +8,10 @@ from megatron_xy.config import RunConfig
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.phases import run_sampler
-from megatron_xy.plan.assumptions import efficiencies
+from megatron_xy.plan.assumptions import efficiencies, measured
+from megatron_xy.plan.memory import stage_memory
 from megatron_xy.plan.overview import buckets_of
-from megatron_xy.plan.published import fitted_matmul, megatron_lm, others, xuanyuan2
+from megatron_xy.plan.published import fitted_matmul, megatron_lm, others, our_jobs, ours, xuanyuan2
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 
@@ -28,11 +29,25 @@ def test_xuanyuan2s_buckets_are_predicted_within_5_points(row):
     assert row.predicted == pytest.approx(row.published, abs=0.05)
 
 
+@pytest.mark.parametrize("row", ours(), ids=lambda row: row.name)
+def test_our_own_runs_are_predicted_within_15_percent(row):
+    assert abs(row.deviation) < 0.15
+
+
+def test_our_own_memory_is_predicted_within_1_percent():
+    for entry in measured()["models"]:
+        planned = stage_memory(our_jobs()[entry["name"]], stage=0)
+        assert planned.total == pytest.approx(entry["peak_memory_bytes"], rel=0.01)
+
+
 def test_the_table_in_the_docs_is_what_the_planner_says():
     text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
     for row in megatron_lm():
         speeds = f"{row.published:,.0f} | {row.predicted:,.0f} | {100 * row.deviation:+.1f} %"
         assert f"| {row.name} | {row.layout} | {speeds} |" in text
+    for row in ours():
+        speeds = f"{row.published:,.0f} | {row.predicted:,.0f} | {100 * row.deviation:+.1f} %"
+        assert f"| {row.name} | {speeds} |" in text
     for row in xuanyuan2():
         points = 100 * (row.predicted - row.published)
         assert f"| {row.name} | {row.published:.3f} | {row.predicted:.3f} | {points:+.1f} |" in text
