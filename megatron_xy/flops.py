@@ -13,6 +13,7 @@ from typing import NamedTuple
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError
 
+FORWARD_SHARE = 1 / 3  # of a training step's arithmetic
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 # Dense bf16 FLOP/s of one whole device, from the makers' data sheets. Keys are the words that the device's name must

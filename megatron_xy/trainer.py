@@ -26,7 +26,7 @@ from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.data.loader import PreparedStep
 from megatron_xy.errors import DataError, Stopped
 from megatron_xy.evaluation import Evaluated
-from megatron_xy.flops import peak_flops, recomputed_flops, step_flops
+from megatron_xy.flops import recomputed_flops, step_flops
 from megatron_xy.hf.convert import export
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
@@ -34,6 +34,7 @@ from megatron_xy.log import EVENTS, RunLog
 from megatron_xy.model.parts import MODEL_PARTS, trained_parts
 from megatron_xy.model_source import changes_to_source, split_origin
 from megatron_xy.parallel import barrier, max_over, sum_over
+from megatron_xy.peak import peak_rate
 from megatron_xy.profiling import ProfileWindow
 from megatron_xy.replicas import check_replicas
 from megatron_xy.role import Role
@@ -119,7 +120,7 @@ class Trainer:
             is_kept=loader.ends_epoch if keeps_epochs else lambda iteration: False,
             on_published=self._export,
         )
-        self._peak_flops = device.matrix_product_rate() if device.is_cpu() else peak_flops(device.name())
+        self._peak_rate = peak_rate()
         self.stragglers = StragglerWatch(role)
         self._frozen_updates: dict[str, int] = {}  # made by steps in which a part of the model stayed as it was
         load = role.model.load
@@ -303,7 +304,7 @@ class Trainer:
         room = groups.dp_size * sum(batch.tokens.size for batch in prepared.micro_batches)
         work = {"num_tokens": room - padding, "sum_squared_lengths": squares}
         flops = step_flops(model, **work)
-        available = seconds * len(groups.ranks) * self._peak_flops if self._peak_flops else None
+        available = seconds * len(groups.ranks) * self._peak_rate if self._peak_rate else None
         sources = self.loader.sources
         record = {
             "iteration": self.state.iteration,

@@ -38,11 +38,12 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
     request: model, buckets, micro_batch_tokens, num_micro_batches, warmup_steps, steps.
     """
     from megatron_xy.flops import flops_per_token, num_parameters
+    from megatron_xy.peak import peak_rate
     from megatron_xy.train_step import train_step
 
     role, choice = _role(request, draw=False)
     _fill(role)
-    peak = _peak_flops()
+    peak = peak_rate()
     rows = []
     for bucket in request["buckets"]:
         batches = [_full_samples(request, bucket, seed) for seed in range(request["num_micro_batches"])]
@@ -200,13 +201,6 @@ def _full_samples(request: dict[str, Any], bucket: int, seed: int) -> Any:
         micro_batch_tokens=request["micro_batch_tokens"],
         split_documents=True,
     )
-
-
-def _peak_flops() -> float | None:
-    """From the makers' tables; on a CPU the rate of a matrix product, measured now."""
-    from megatron_xy.flops import peak_flops
-
-    return device.matrix_product_rate() if device.is_cpu() else peak_flops(device.name())
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_xy.flops import DTYPE_BYTES, flops_per_token, recomputed_flops, stage_share, step_flops
+from megatron_xy.flops import DTYPE_BYTES, FORWARD_SHARE, flops_per_token, recomputed_flops, stage_share, step_flops
 from megatron_xy.plan.assumptions import Device, Efficiencies
 from megatron_xy.plan.memory import Held, Job, held_between_steps
 from megatron_xy.plan.parameters import stage_layers
 
-FORWARD_SHARE = 1 / 3  # of a training step's arithmetic
 # What a layer's element-wise kernels take for a token, forward and backward, as bytes at the rate of a copy: norms,
 # residual sums, RoPE and copies by hidden size, SwiGLU by ffn size. From a profile on an H200 (docs/benchmarks); were
 # each operand read and written once, it would be 44 and 16.

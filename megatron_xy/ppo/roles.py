@@ -57,6 +57,7 @@ class RoleWorker:
         self.before_update: Callable[[], object] = lambda: None  # called right before weights change
         self._beat = beat
         self._busy_seconds = 0.0
+        self._padding = (0, 0)
 
     @property
     def name(self) -> str:
@@ -79,6 +80,12 @@ class RoleWorker:
         device.synchronize()
         self._busy_seconds += time.perf_counter() - began
 
+    def take_padding(self) -> tuple[int, int]:
+        """(padding, all tokens) of this rank's micro-batches since the last call; of the ranks of a replica the first
+        counts."""
+        counted, self._padding = self._padding, (0, 0)
+        return counted
+
     def packed(self, role: Role, rollout: Rollout, answers: Sequence[int]) -> list[PackedBatch]:
         """This replica's share of `answers` (indices into the rollout), as micro-batches."""
         prompts, responses = rollout.prompts[self.name], rollout.responses
@@ -89,7 +96,12 @@ class RoleWorker:
         plan = plan_answers(lengths, budget=budget, dp_size=groups.dp_size, multiple=rounds)
         width = width_of(plan, lengths, multiple=groups.tp_size)
         mine = [[answers[index] for index in batch] for batch in plan[groups.dp_rank]]
-        return [_on_device(batch) for batch in pack_answers(mine, prompts, responses, width=width)]
+        batches = pack_answers(mine, prompts, responses, width=width)
+        if groups.tp_rank == 0 and groups.is_first_stage:
+            padding, room = self._padding
+            padding += sum(batch.tokens.num_padding_tokens for batch in batches)
+            self._padding = padding, room + width * len(batches)
+        return [_on_device(batch) for batch in batches]
 
     def fill(self, rollout: Rollout, phase: str, outputs_of: OutputsOf, names: Sequence[str]) -> Shipment:
         """A shipment of `names`, one number a response token each, from a forward pass over all answers.

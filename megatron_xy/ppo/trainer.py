@@ -27,11 +27,13 @@ from megatron_xy.liveness import went_forward
 from megatron_xy.log import RunLog
 from megatron_xy.model_source import split_origin
 from megatron_xy.parallel import Groups, barrier, max_over, sum_over
+from megatron_xy.peak import peak_rate
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
-from megatron_xy.ppo.experience import Experience, Rollout
+from megatron_xy.ppo.experience import Experience
 from megatron_xy.ppo.facts import facts
 from megatron_xy.ppo.prompts import PromptFile, Renderer
+from megatron_xy.ppo.record import Spent, step_record, step_work
 from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout, dumped
 from megatron_xy.ppo.samples import sample_line, samples
@@ -94,6 +96,7 @@ class PPOTrainer:
         }  # for a release
         self.states = {name: TrainingState() for name in TRAINED}
         self._skipped_in_a_row = dict.fromkeys(TRAINED, 0)  # steps without any update of the role
+        self._peak_rate = peak_rate()
         self.checkpoints = config.run_dir / "checkpoints"
         self.writers = {name: self._writer(name) for name in TRAINED}
         for worker in cast.trained:
@@ -181,6 +184,7 @@ class PPOTrainer:
             for renderer in set(self.renderers.values())  # roles of one template share one
         }
         prompts = {name: rendered[renderer] for name, renderer in self.renderers.items()}
+        waited = time.perf_counter() - began
         answers = self.source.answers(drawn, prompts["actor"], first=first)
         rollout = as_rollout(drawn, prompts, answers)
         spent.enter("score")
@@ -203,24 +207,29 @@ class PPOTrainer:
                 consumed_tokens=before.consumed_tokens + rollout.num_tokens,
                 optimizer_steps=before.optimizer_steps + int(metrics[f"{name}_updates"]),
             )
-        stopping, busy = self._gather()
-        record = self._record(rollout, metrics, rates, is_warmup=is_warmup)
+        stopping, busy, (padding, room) = self._gather()
         num_updates = self.ppo.ppo_epochs * size // self.ppo.mini_batch_size
         wanted = {"actor": 0 if is_warmup else num_updates, "critic": num_updates}
         skipped = {name: count - int(metrics[f"{name}_updates"]) for name, count in wanted.items()}
-        record |= {
-            "skipped": any(skipped.values()),
-            "step_seconds": seconds,
-            "seconds_by_phase": spent.seconds,
-            "seconds_by_role": busy,
-            "idle_share_by_role": {name: max(0.0, 1 - worked / seconds) for name, worked in busy.items()},
-            "tokens_per_second": rollout.num_tokens / seconds,
-            "tokens_per_second_by_phase": {
-                "generate": sum(map(len, rollout.responses)) / spent.seconds["generate"],
-                "score": rollout.num_tokens / spent.seconds["score"],
-                "update": self.ppo.ppo_epochs * rollout.num_tokens / spent.seconds["update"],
-            },
-        }
+        flops, recomputed = step_work(
+            {name: worker.placed.model for name, worker in self.cast.workers.items()},
+            rollout,
+            is_generated=self.ppo.responses is None,
+            epochs={name: self.ppo.ppo_epochs if count else 0 for name, count in wanted.items()},
+        )
+        peak = self._peak_rate
+        available = seconds * len(self.cast.world.ranks) * peak if peak else None
+        record = step_record(
+            self.state,
+            experience,
+            metrics,
+            rates,
+            Spent(seconds, waited, spent.seconds, busy, padding, room, flops, recomputed, available),
+            is_warmup=is_warmup,
+            ppo_epochs=self.ppo.ppo_epochs,
+            micro_batch_tokens=self.cast.workers["actor"].placed.micro_batch_tokens,
+        )
+        record["skipped"] = any(skipped.values())
         self.log.ppo_step(record, train_iters=self.config.training.train_iters)
         chosen = samples(experience, self.prompts, self.renderers["actor"])
         self.log.samples(chosen, iteration=iteration)
@@ -295,37 +304,21 @@ class PPOTrainer:
                 f"gave the old log-probabilities are not those that are updated"
             )
 
-    def _gather(self) -> tuple[bool, dict[str, float]]:
-        """Whether any rank was asked to stop; the seconds that each role has worked, mean of its ranks. Collective."""
+    def _gather(self) -> tuple[bool, dict[str, float], tuple[int, int]]:
+        """Whether any rank was asked to stop; the seconds that each role has worked, mean of its ranks; padding and all
+        tokens of all roles' micro-batches. Collective."""
         world = self.cast.world
         busy = [worker.take_busy_seconds() for worker in self.cast.workers.values()]
-        told = torch.tensor(busy, dtype=torch.float64, device=device.current())
-        total = sum_over(told, world.all_ranks).tolist()
+        padding, room = map(sum, zip(*(worker.take_padding() for worker in self.cast.workers.values()), strict=True))
+        told = torch.tensor([padding, room, *busy], dtype=torch.float64, device=device.current())
+        padding, room, *total = sum_over(told, world.all_ranks).tolist()
         asked = torch.tensor([int(self.stop.requested)], device=device.current())
         stopping = bool(max_over(asked, world.all_ranks).item())
         workers = self.cast.workers.items()
-        return stopping, {
+        seconds = {
             name: worked / len(worker.placed.ranks) for (name, worker), worked in zip(workers, total, strict=True)
         }
-
-    def _record(
-        self, rollout: Rollout, metrics: dict[str, float], rates: LearningRates, *, is_warmup: bool
-    ) -> dict[str, Any]:
-        actor_only = ("actor_loss", "actor_grad_norm", "clip_fraction", "kl_loss", "ratio_first_max")
-        told: dict[str, Any] = {name: value for name, value in metrics.items() if not name.endswith("_updates")}
-        if is_warmup:
-            told |= dict.fromkeys(actor_only)
-        return {
-            "iteration": self.state.iteration,
-            "data_step": self.state.data_step - 1,
-            **told,
-            "lr": rates.actor,
-            "critic_lr": rates.critic,
-            "consumed_samples": self.state.consumed_samples,
-            "consumed_tokens": self.state.consumed_tokens,
-            "epoch": rollout.drawn[-1].epoch,
-            "peak_memory_bytes": device.peak_memory_bytes(),
-        }
+        return stopping, seconds, (int(padding), int(room))
 
     def _dump(self, experience: Experience, iteration: int) -> None:
         names = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns")

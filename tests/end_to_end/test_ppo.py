@@ -125,7 +125,18 @@ def test_metrics_rollouts_samples_and_checkpoints(unbroken: Path, folder: Path) 
         "response_length_mean", "end_rate", "seconds_by_phase", "seconds_by_role", "idle_share_by_role", "lr",
         "tokens_per_second_by_phase", "consumed_samples", "skipped",
     }  # fmt: skip
-    assert wanted <= set(records[0])
+    every_task = {
+        "iteration", "data_step", "bucket", "loss", "loss_by_source", "num_loss_tokens", "grad_norm", "lr",
+        "consumed_samples", "consumed_tokens", "padding_ratio", "step_seconds", "data_wait_seconds",
+        "tokens_per_second", "mfu", "hfu", "skipped",
+    }  # fmt: skip
+    assert wanted | every_task <= set(records[0])
+    for record in records:
+        assert (record["loss"], record["grad_norm"]) == (record["actor_loss"], record["actor_grad_norm"])
+        assert 0 < record["padding_ratio"] < 1 and 0 < record["mfu"] == record["hfu"]
+        assert 0 < record["data_wait_seconds"] < record["step_seconds"]
+    lengths = [1 + number % 7 for number in range(ANSWERS)]
+    assert (records[0]["bucket"], records[0]["num_loss_tokens"]) == (128, sum(lengths))
     assert abs(records[0]["kl"]) < 1e-5  # the reference starts as the actor does
     assert abs(records[-1]["kl"]) > 1e-4
     assert all(abs(record["ratio_first_max"] - 1) < 1e-5 for record in records)
@@ -139,7 +150,7 @@ def test_metrics_rollouts_samples_and_checkpoints(unbroken: Path, folder: Path) 
     }  # fmt: skip
     assert dump["scores"].shape == (ANSWERS,)
     assert dump["logprobs"].shape == dump["rewards"].shape == dump["response_mask"].shape
-    assert dump["response_mask"].sum(dim=1).tolist() == [1 + number % 7 for number in range(ANSWERS)]
+    assert dump["response_mask"].sum(dim=1).tolist() == lengths
     told = [json.loads(line) for line in (unbroken / "samples.jsonl").read_text().splitlines()]
     assert [(row["iteration"], row["kind"]) for row in told] == [
         (iteration, kind) for iteration in range(1, STEPS + 1) for kind in ("best", "worst")
