@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def parts_of(suite: str, *, tiny: bool) -> dict[str, Part]:
         "attention": lambda: attention(
             tokens=256 if tiny else 16384, dtype="bf16", heads=32, groups=8, head_dim=32 if tiny else 128
         ),
-        "baseline": lambda: against_plain(middle),
         "recompute": lambda: recompute(brief),
         "layer_specs": lambda: layer_specs(brief),
+        "baseline": lambda: against_plain(middle),
     }
 
 
@@ -170,10 +171,17 @@ def parity(model: dict[str, Any], *, steps: int) -> dict[str, Any]:
     def trained(dtype: str, *, hide_gpu: bool) -> dict[str, Any]:
         return measure("losses", {**request, "model": {**model, "params_dtype": dtype}}, hide_gpu=hide_gpu)
 
-    reference = trained("fp32", hide_gpu=True)
+    with ThreadPoolExecutor() as pool:  # nothing is timed: all at once
+        reference_run = pool.submit(trained, "fp32", hide_gpu=True)
+        runs = {
+            "fp32": pool.submit(trained, "fp32", hide_gpu=False),
+            "bf16": pool.submit(trained, "bf16", hide_gpu=False),
+            "CPU in bf16": pool.submit(trained, "bf16", hide_gpu=True),
+        }
+    reference = reference_run.result()
     rows: dict[str, dict[str, Any]] = {}
-    for name, dtype, hide_gpu in (("fp32", "fp32", False), ("bf16", "bf16", False), ("CPU in bf16", "bf16", True)):
-        found = trained(dtype, hide_gpu=hide_gpu)
+    for name, run in runs.items():
+        found = run.result()
         losses = _differences(found["losses"], reference["losses"])
         norms = _differences(found["grad_norms"], reference["grad_norms"])
         rows[name] = {
@@ -202,8 +210,10 @@ def kill_and_resume(*, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = _small_run(folder, steps=steps)
-        unbroken = _run(config, run_dir=folder / "unbroken", kill_at=None)
-        killed = _run(config, run_dir=folder / "killed", kill_at=steps // 2)
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(_run, config, run_dir=folder / "unbroken", kill_at=None)
+            broken = pool.submit(_run, config, run_dir=folder / "killed", kill_at=steps // 2)
+        unbroken, killed = whole.result(), broken.result()
         keys = ("loss", "grad_norm", "lr")
         same = [all(a[key] == b[key] for key in keys) for a, b in zip(unbroken, killed, strict=True)]
         return {
