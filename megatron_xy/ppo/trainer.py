@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from megatron_xy.ppo.record import Spent, step_record, step_work
 from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout, dumped
 from megatron_xy.ppo.samples import sample_line, samples
+from megatron_xy.replicas import check_replicas
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import storage_errors
@@ -95,12 +97,13 @@ class PPOTrainer:
             name: {} if load is None else kept_facts(*split_origin(load)) for name, load in loads.items()
         }  # for a release
         self.states = {name: TrainingState() for name in TRAINED}
+        self._compared: dict[str, int] = {}  # by role, the step in which its replicas were
         self._skipped_in_a_row = dict.fromkeys(TRAINED, 0)  # steps without any update of the role
         self._peak_rate = peak_rate()
         self.checkpoints = config.run_dir / "checkpoints"
         self.writers = {name: self._writer(name) for name in TRAINED}
         for worker in cast.trained:
-            worker.before_update = self.writers[worker.name].before_update
+            worker.before_update = partial(self._before_update, worker)
 
     @property
     def state(self) -> TrainingState:
@@ -170,6 +173,14 @@ class PPOTrainer:
     def _is_snapshot(self, iteration: int) -> bool:
         """Whether the checkpoint of an iteration is never let go of."""
         return self.ppo.snapshot_interval > 0 and iteration % self.ppo.snapshot_interval == 0
+
+    def _before_update(self, worker: RoleWorker) -> None:
+        """Before each mini-batch's update of a role, on the role's ranks."""
+        self.writers[worker.name].before_update()
+        iteration = self.states[worker.name].iteration + 1
+        if self._is_due(iteration) and self._compared.get(worker.name) != iteration and worker.role is not None:
+            self._compared[worker.name] = iteration
+            check_replicas(worker.role, iteration=iteration)
 
     def _step(self, iteration: int) -> bool:
         """One PPO step, recorded; returns whether any rank was asked to stop."""

@@ -337,6 +337,40 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_told_until_it_is_too_often
     assert "all updates of the actor were skipped in 3 steps in a row, up to step 3" in ended.err
 
 
+FLIP = """
+import os
+import torch
+from megatron_xy import replicas
+
+weight_sums = replicas._weight_sums
+
+def flipped(role):
+    if role.name == "critic" and os.environ["RANK"] == "3":
+        next(iter(role.named_parameters())).parameter.detach().view(torch.int32)[0, 0] ^= 1
+    return weight_sums(role)
+
+replicas._weight_sums = flipped
+
+def score(prompts, responses, rows):
+    return [1.0] * len(rows)
+"""
+
+
+def test_replicas_of_the_critic_that_part_end_the_run_before_a_save(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "flip.py").write_text(FLIP)
+    config = write_ppo(folder, tmp_path / "flip.yaml", ppo={"reward_function": f"{tmp_path / 'flip.py'}:score"})
+    values = yaml.safe_load(config.read_text())
+    del values["roles"]["reward"]
+    values["roles"]["critic"]["parallel"] = {}
+    config.write_text(yaml.safe_dump(values))
+    run_dir = tmp_path / "run"
+    code, said = refused(config, f"run_dir={run_dir}")
+    record = read_exit(run_dir)
+    assert code == 76 and record is not None, said
+    assert "ranks 2, 3 hold other weights" in record.message and "before the update of step 2" in record.message
+    assert not list((run_dir / "checkpoints").glob("iter_*"))
+
+
 def test_a_score_that_is_no_number_ends_the_run_by_name(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "nan.py").write_text("def score(prompts, responses, rows):\n    return [float('nan')] * len(rows)\n")
     config = write_ppo(folder, tmp_path / "nan.yaml", ppo={"reward_function": f"{tmp_path / 'nan.py'}:score"})
