@@ -76,6 +76,9 @@ def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = Fa
             )
         _device = torch.device("cuda", local_rank)
         torch.cuda.set_device(_device)
+        # On Hopper scaled dot product attention would take cuDNN's, which builds a kernel for every length it meets, in
+        # a tenth of a second: for every token that is generated. Who pads to few lengths asks for it: cudnn_attention.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         _device = _CPU
         _install_stand_in()

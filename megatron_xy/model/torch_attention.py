@@ -5,7 +5,6 @@ Arguments and results as in attention_backends.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -13,14 +12,11 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_xy import device
 from megatron_xy.model.rotary import PackedDocuments
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
-# For one document after the other. Not cuDNN's, which builds a kernel for every new length.
-ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend_by_sdpa(
@@ -36,11 +32,9 @@ def attend_by_sdpa(
         grouped = False
     lengths = list(packed.segment_lengths)
     parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    with contextlib.nullcontext() if device.is_cpu() else sdpa_kernel(ANY_LENGTH):
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-            for q, k, v in parts
-        ]
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped) for q, k, v in parts
+    ]
     output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
     return output[0].transpose(0, 1)
 
