@@ -5,7 +5,9 @@ Rows of docs/plan.md's tables; the first fits the efficiency of matrix products.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.flops import flops_per_token
@@ -106,18 +108,8 @@ def others() -> list[Comparison]:
     tables = published()
     comparisons = []
     for run in tables["runs"]:
-        layers, hidden, ffn, heads, groups, vocabulary = tables["shapes"][run["shape"]]
         tp, pp, vp, dp_size, micro = run["tp"], run["pp"], run.get("vp"), run["dp"], run.get("micro", 1)
-        model = ModelConfig(
-            num_layers=layers,
-            hidden_size=hidden,
-            ffn_hidden_size=ffn,
-            num_attention_heads=heads,
-            num_query_groups=groups,
-            vocab_size=vocabulary,
-            params_dtype="bf16",
-            recompute_granularity=run.get("recompute", "none"),
-        )
+        model = _model(tables["shapes"][run["shape"]], recompute_granularity=run.get("recompute", "none"))
         parallel = ParallelConfig(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
@@ -155,18 +147,13 @@ def ours() -> list[Comparison]:
 def our_jobs() -> dict[str, Job]:
     """{name: what `bench gpu` trains}."""
     table = measured()
-    jobs = {}
-    for entry in table["models"]:
-        layers, hidden, ffn, heads, groups, vocabulary = entry["shape"]
-        model = ModelConfig(
-            num_layers=layers,
-            hidden_size=hidden,
-            ffn_hidden_size=ffn,
-            num_attention_heads=heads,
-            num_query_groups=groups,
-            vocab_size=vocabulary,
-            params_dtype="bf16",
-        )
-        sizes = table["micro_batch_tokens"], table["num_micro_batches"]
-        jobs[entry["name"]] = Job("model", model, ParallelConfig(), 1, *sizes)
-    return jobs
+    sizes = table["micro_batch_tokens"], table["num_micro_batches"]
+    return {
+        entry["name"]: Job("model", _model(entry["shape"]), ParallelConfig(), 1, *sizes) for entry in table["models"]
+    }
+
+
+def _model(shape: Sequence[int], **changes: Any) -> ModelConfig:
+    """From layers, hidden, ffn, heads, key and value heads, vocabulary."""
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+    return ModelConfig(**dict(zip(names, shape, strict=True)), params_dtype="bf16", **changes)
