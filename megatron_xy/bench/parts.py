@@ -138,12 +138,12 @@ def recompute(case: Case) -> dict[str, Any]:
 
 def layer_specs(case: Case) -> dict[str, Any]:
     """Both layer specs at one bucket; without Transformer Engine, why: the other parts have measured torch's."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for spec in ("transformer_engine", "torch"):
         try:
             measured = measure("speed", dataclasses.asdict(case.with_model(layer_spec=spec)))
         except MeasurementFailed as error:
-            return {"specs": [{"layer_spec": spec, "error": str(error)}]}
+            return {"specs": [*rows, {"layer_spec": spec, "error": str(error)}]}
         rows.append({"layer_spec": spec, "layers": measured["layers"], **measured["buckets"][0]})
     return {"specs": rows}
 

@@ -20,7 +20,7 @@ from megatron_xy.model.rotary import PackedDocuments
 from megatron_xy.model.torch_attention import attend_by_torch_varlen
 
 SHORT = 1024  # tokens; a shorter document is never worth a batch
-LEAST_WORK = 1 << 17  # heads x tokens of a batch; measured on an H200, where smaller ones take the flash kernel's time
+LEAST_WORK = 1 << 17  # heads x tokens of a batch; on an H200 smaller ones, padded, take the flash kernel's time
 LENGTHS_PER_DOUBLING = 8  # padded lengths between a power of two and the next: at most an eighth is padding
 
 

@@ -106,13 +106,10 @@ def step_time(
     again = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
     matmul = (dense * share + again_dense * layer_share) / tp / (gpu.peak_flops * rates.matmul)
     attention = (whole - dense + again - again_dense) * layer_share / tp / (gpu.peak_flops * rates.attention)
+    held = held or (held_between_steps(job, stage=0) if job.is_trained else None)
+    summed = held.parameters if held is not None and job.is_trained and adds_gradients else 0
+    elementwise = _moved_bytes(job, layers=layers, summed=summed) / (gpu.memory_bandwidth * rates.memory)
     hidden_split = tp if parallel.sequence_parallel else 1
-    moved = HIDDEN_BYTES * model.hidden_size / hidden_split + FFN_BYTES * model.ffn_hidden_size / tp
-    elementwise = layers * tokens * moved / (gpu.memory_bandwidth * rates.memory)
-    if job.is_trained:
-        held = held or held_between_steps(job, stage=0)
-        if adds_gradients:
-            elementwise += held.parameters * ACCUMULATION_BYTES / (gpu.memory_bandwidth * rates.memory)
     state = DTYPE_BYTES[model.params_dtype] * model.hidden_size * tokens
     gathers, scatters = _layer_collectives(model.recompute_granularity)
     link = _link(gpu, rates, is_in_node=tp <= gpus_per_node)
@@ -149,6 +146,15 @@ def step_time(
         mfu=per_second * useful / gpu.peak_flops,
         hfu=per_second * (useful + again / tokens) / gpu.peak_flops,
     )
+
+
+def _moved_bytes(job: Job, *, layers: int, summed: int) -> float:
+    """By a micro-batch's element-wise kernels in so many layers; summed: parameters whose gradients are added up."""
+    model, tp = job.model, job.parallel.tensor_model_parallel_size
+    assert model.hidden_size and model.ffn_hidden_size, "the shape is complete"
+    hidden = model.hidden_size / (tp if job.parallel.sequence_parallel else 1)
+    a_token = HIDDEN_BYTES * hidden + FFN_BYTES * model.ffn_hidden_size / tp
+    return layers * job.micro_batch_tokens * a_token + ACCUMULATION_BYTES * summed
 
 
 def _layer_collectives(granularity: str) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
 from megatron_xy.ppo.experience import Experience
 from megatron_xy.ppo.facts import facts
+from megatron_xy.ppo.phases import Phases
 from megatron_xy.ppo.prompts import PromptFile, Renderer
 from megatron_xy.ppo.record import Spent, step_record, step_work
 from megatron_xy.ppo.roles import RoleWorker
@@ -185,7 +186,7 @@ class PPOTrainer:
     def _step(self, iteration: int) -> bool:
         """One PPO step, recorded; returns whether any rank was asked to stop."""
         began = time.perf_counter()
-        spent = _Phases(self.watchdog, iteration, roles=self.cast.roles_here)
+        spent = Phases(self.watchdog, iteration, roles=self.cast.roles_here)
         first = self.state.consumed_samples
         size = self.ppo.rollout_batch_size
         spent.enter("generate")
@@ -393,21 +394,3 @@ class PPOTrainer:
         """What a manifest keeps of the config, for `check_continuation`."""
         roles = {worker.name: worker.placed for worker in self.cast.workers.values()}
         return facts(self.config, roles, of=name, fingerprints=self.fingerprints)
-
-
-class _Phases:
-    """Seconds by phase of one step; the watchdog is told each."""
-
-    def __init__(self, watchdog: Watchdog, iteration: int, *, roles: str) -> None:
-        """roles: of this rank, which a hang's report tells where the rank waits for other ones."""
-        self._watchdog, self._iteration, self._roles = watchdog, iteration, roles
-        self._name, self._began = "", time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def enter(self, name: str) -> None:
-        """The next phase; the time so far belongs to the one before."""
-        now = time.perf_counter()
-        if self._name:
-            self.seconds[self._name] = now - self._began
-        self._name, self._began = name, now
-        self._watchdog.beat(iteration=self._iteration, phase=f"{name} (roles: {self._roles})")

@@ -16,7 +16,7 @@ ACTOR = ModelConfig(
     vocab_size=VOCAB_SIZE, max_position_embeddings=64, init_method_std=0.3,
 )  # fmt: skip
 CRITIC = ACTOR.model_copy(update={"hidden_size": 16, "head": "value"})
-OPTIMIZER = OptimizerConfig(lr=1e-3, lr_decay_style="constant", adam_eps=1e-6, weight_decay=0.0, clip_grad=0.0)
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_decay_style="constant", adam_eps=1e-5, weight_decay=0.0, clip_grad=0.0)
 SEEDS: dict[str, int] = {"actor": 1, "reference": 2, "critic": 3, "reward": 4}
 ANSWERS = 12
 STOP_IDS = tuple(range(3, 7))  # none of them the end token that a tokenizer would name
