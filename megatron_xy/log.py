@@ -173,7 +173,12 @@ def step_line(record: dict[str, Any], *, train_iters: int) -> str:
     )
     if record["spike"]:
         return f"{line} | {'SKIPPED: spike' if record['skipped'] else 'SPIKE'}"
-    return f"{line} | SKIPPED: gradient not finite" if record["skipped"] else line
+    return f"{line} | SKIPPED: {why_skipped(record)}" if record["skipped"] else line
+
+
+def why_skipped(record: dict[str, Any]) -> str:
+    """Why a step that is no spike left the weights as they were."""
+    return "gradient not finite" if record["num_loss_tokens"] else "no label to learn from"
 
 
 def ppo_line(record: dict[str, Any], *, train_iters: int) -> str:

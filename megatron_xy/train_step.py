@@ -80,7 +80,7 @@ class Objective:
 class StepResult:
     """What one step did, the same on every rank of the role."""
 
-    loss: float  # mean over the global batch's unmasked tokens, or what else the objective counts
+    loss: float  # mean over the global batch's unmasked tokens, or what else the objective counts; nan of none
     num_loss_tokens: int
     source_losses: dict[int, float]  # by source index, for the sources drawn
     source_tokens: dict[int, int]  # unmasked tokens, likewise
@@ -154,8 +154,9 @@ def train_step(
 
 
 def _mean_loss(totals: Sequence[Sequence[float]]) -> float:
-    """Of sums and counts by source."""
-    return sum(row[0] for row in totals) / max(sum(row[1] for row in totals), 1)
+    """Of sums and counts by source; not a number where nothing counts, as in a step without any label."""
+    num_counted = sum(row[1] for row in totals)
+    return sum(row[0] for row in totals) / num_counted if num_counted else math.nan
 
 
 def forward_backward(

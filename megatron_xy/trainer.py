@@ -7,6 +7,7 @@ differ in their loader, objective and evaluator.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from megatron_xy.flops import recomputed_flops, step_flops
 from megatron_xy.hf.convert import export
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
-from megatron_xy.log import EVENTS, RunLog
+from megatron_xy.log import EVENTS, RunLog, why_skipped
 from megatron_xy.model.parts import MODEL_PARTS, trained_parts
 from megatron_xy.model_source import changes_to_source, split_origin
 from megatron_xy.parallel import barrier, max_over, sum_over
@@ -226,7 +227,7 @@ class Trainer:
                 clip_grad=self.config.optimizer.clip_grad,
                 train_only=train_only,
                 objective=self.objective,
-                judge=partial(self._judge, prepared) if self.config.training.spike_policy == "skip" else None,
+                judge=partial(self._judge, prepared),
                 before_update=partial(self._before_update, iteration),
             )
         device.synchronize()
@@ -256,7 +257,7 @@ class Trainer:
         if trace := self.profile.after_step(iteration):
             self.log.say(f"profile written to {trace}")
         if reasons or not result.updated:
-            self._note(record, prepared, reasons=reasons or ["gradient not finite"])
+            self._note(record, prepared, reasons=reasons or [why_skipped(record)])
         return stopping
 
     def _before_update(self, iteration: int) -> None:
@@ -270,7 +271,12 @@ class Trainer:
         )
 
     def _judge(self, prepared: PreparedStep, loss: float, grad_norm: float) -> bool:
-        """Whether a step's update is made under the policy `skip`. Collective: one rank's doubt is enough."""
+        """Whether a step's update is made: not without a loss, nor, under the policy `skip`, where it stands out.
+
+        Collective, where the loss is finite: one rank's doubt is enough.
+        """
+        if not math.isfinite(loss) or self.config.training.spike_policy != "skip":
+            return math.isfinite(loss)
         stands_out = torch.tensor([int(bool(self._reasons(prepared, loss, grad_norm)))], device=device.current())
         return not max_over(stands_out, self.role.groups.all_ranks).item()
 

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_xy.checkpoint_files import read_manifest
 from megatron_xy.config import dump_config
+from megatron_xy.data.build import build_dataset
 from megatron_xy.data.trace import trace_steps
 from tests.distributed import loop
 from tests.distributed.spawn import run_ranks
@@ -138,6 +139,37 @@ def test_steps_that_are_skipped_again_and_again_end_the_run_with_65_on_all_ranks
     events = events_of(config.run_dir)
     assert [event["iteration"] for event in events] == [2, 3, 4]
     assert all(event["grad_norm"] is None and event["reasons"] == ["gradient not finite"] for event in events)
+
+
+@pytest.mark.parametrize("policy", ["log", "skip"])
+def test_a_step_without_any_label_is_skipped_and_says_so(data, tmp_path, policy):
+    """One step draws nothing but documents of one token, which have no next one to learn."""
+    corpus = tmp_path / "single.jsonl"
+    corpus.write_text("".join(json.dumps({"text": letter, "source": "single"}) + "\n" for letter in "abcd" * 300))
+    single = tmp_path / "single"
+    build_dataset([corpus], tokenizer=data / "tokenizer.model", output=single, buckets=BUCKETS, source_field="source")
+    config = loop.config_of(
+        data,
+        tmp_path / "run",
+        data={"path": [str(data), str(single)], "weights": {"code": 1, "prose": 1, "single": 0}},
+        training={
+            "phases": [
+                {"from_iter": 5, "weights": {"code": 0, "prose": 0, "single": 1}},
+                {"from_iter": 6, "weights": {"code": 1, "prose": 1, "single": 0}},
+            ],
+            "spike_policy": policy,
+        },
+        checkpoint={"save_interval": 1, "keep_latest": 40},
+    )
+    run_ranks(loop.train, config, world_size=2)
+    records = metrics_of(config.run_dir)
+    assert [record["iteration"] for record in records if record["skipped"]] == [6]
+    empty = records[5]
+    assert (empty["loss"], empty["loss_by_source"], empty["num_loss_tokens"]) == (None, {}, 0)
+    (event,) = events_of(config.run_dir)
+    assert event["reasons"] == ["no label to learn from"] and set(event["samples"]) == {"single"}
+    at = [hash_of(config.run_dir / "checkpoints" / f"iter_{number:07d}") for number in (5, 6, 7)]
+    assert at[0] == at[1] != at[2]
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run_within_its_next_steps_with_74(data, tmp_path):

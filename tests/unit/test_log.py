@@ -18,6 +18,7 @@ def record(iteration: int, **changes: object) -> dict[str, object]:
         "iteration": iteration,
         "bucket": 128,
         "loss": 1 / 3 + iteration,
+        "num_loss_tokens": 1000,
         "loss_by_source": {"code": 0.1, "prose": 2 / 3},
         "grad_norm": 1.25,
         "lr": 3e-4,
@@ -138,5 +139,7 @@ def test_a_step_line_says_how_long_the_rest_takes(iteration, eta):
         f"   12,346 tokens/s |   2.00 s | ETA {eta}"
     )
     assert step_line(record(iteration, skipped=True), train_iters=100).endswith(" | SKIPPED: gradient not finite")
+    unlabelled = record(iteration, loss=math.nan, num_loss_tokens=0, skipped=True)
+    assert step_line(unlabelled, train_iters=100).endswith(" | SKIPPED: no label to learn from")
     assert step_line(record(iteration, skipped=True, spike=True), train_iters=100).endswith(" | SKIPPED: spike")
     assert step_line(record(iteration, spike=True), train_iters=100).endswith(" | SPIKE")
