@@ -20,6 +20,7 @@ from megatron_xy.config import (
 )
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.model_source import resolve_model, split_origin, stored_head
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
 
@@ -33,6 +34,7 @@ class Material:
     responses: GivenResponses | None
     tokenizer: Tokenizer
     renderers: dict[str, Renderer]
+    stop_ids: tuple[int, ...]  # any of them ends an answer
     stored_scores: tuple[float, float]  # mean and deviation, as the reward model's checkpoint keeps them
 
     @property
@@ -57,6 +59,7 @@ def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Materia
     for renderer in by_template.values():
         prompts.check_lengths(renderer, most=room - ppo.max_response_length, reason=reason)
     renderers: dict[str, Renderer] = {name: by_template[role.chat_template] for name, role in roles.items()}
+    stop_ids = _stop_ids(roles["actor"].model, renderers["actor"])
     responses = None
     if ppo.responses is not None:
         responses = GivenResponses(ppo.responses)
@@ -64,12 +67,19 @@ def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Materia
         vocab_size = roles["actor"].model.vocab_size
         assert vocab_size, "the shape is complete"
         responses.check(num_drawn=num_drawn, most=ppo.max_response_length, vocab_size=vocab_size)
-    elif not renderers["actor"].stop_ids:
+    elif not stop_ids:
         raise DataError(f"data.tokenizer ({tokenizer.path}) has no end token, so no answer could end; name another one")
     stored = (0.0, 1.0)
     if ppo.reward_normalization == "stored":
         stored = _stored_scores(roles["reward"])
-    return Material(roles, prompts, responses, tokenizer, renderers, stored)
+    return Material(roles, prompts, responses, tokenizer, renderers, stop_ids, stored)
+
+
+def _stop_ids(actor: ModelConfig, renderer: Renderer) -> tuple[int, ...]:
+    """The tokenizer's end token, the chat template's, and those that the actor's HF folder names or named."""
+    named = [] if actor.load is None else end_ids(kept_facts(*split_origin(actor.load)))
+    ids = {renderer.tokenizer.eos_id, *renderer.stop_ids, *named}
+    return tuple(sorted(index for index in ids if index is not None))
 
 
 def _check_heads(roles: Mapping[RoleName, PlacedRole]) -> None:

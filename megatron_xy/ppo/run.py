@@ -170,15 +170,14 @@ def build_worker(
 def _source(config: RunConfig, material: Material, actor: Actor) -> AnswerSource:
     ppo, vocab_size = config.ppo, actor.placed.model.vocab_size
     assert ppo is not None and vocab_size, "the config's rules ask for them"
-    stop_tokens = material.renderers["actor"].stop_ids
     if material.responses is not None:
-        return AnswersFromFile(material.responses, stop_tokens=stop_tokens)
+        return AnswersFromFile(material.responses, stop_tokens=material.stop_ids)
     options = SamplingOptions(
         temperature=ppo.temperature,
         top_p=ppo.top_p,
         top_k=ppo.top_k,
         max_response_length=ppo.max_response_length,
-        stop_ids=tuple(stop_tokens),
+        stop_ids=material.stop_ids,
         seed=config.seed,
     )
     return GeneratedAnswers(actor, options)

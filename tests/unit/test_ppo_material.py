@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_xy.config import InvalidConfig, load_config
+from megatron_xy.config import InvalidConfig, load_config, placed_roles
 from megatron_xy.errors import ConfigError, MegatronXYError
 from megatron_xy.plan.overview import Plan
 from megatron_xy.plan.verb import plan
+from megatron_xy.ppo.material import look_at
 from megatron_xy.preflight import check_paths
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -139,3 +140,18 @@ def test_a_plan_takes_shapes_from_what_the_roles_load(tmp_path: Path, loads: dic
         planned(path, *uneven, "roles.reference.ranks=0", "roles.reward.ranks=0")
     with pytest.raises(ConfigError, match="is not here to tell; give the shape keys in the config beside load"):
         planned(path, "roles.reference.model.load=hf:nowhere")
+
+
+def test_an_answer_ends_as_generate_ends_it(tmp_path: Path, loads: dict[str, str]) -> None:
+    """By the tokenizer's end token, and by those that the actor's folder names."""
+    named = Path(hf_folder(tmp_path / "named", architecture="LlamaForCausalLM").removeprefix("hf:"))
+    (named / "generation_config.json").write_text(json.dumps({"eos_token_id": [18, 5]}))
+    path = written(tmp_path, {**loads, "named": f"hf:{named}"})
+
+    def stop_ids(*overrides: str) -> tuple[int, ...]:
+        config = load_config(path, overrides=overrides)
+        return look_at(config, placed_roles(config, world_size=4)).stop_ids
+
+    assert stop_ids() == (18,)
+    assert stop_ids(f"roles.actor.model.load=hf:{named}") == (5, 18)
+    assert stop_ids(f"roles.critic.model.load=hf:{named}") == (18,), "only what the actor says counts"
