@@ -13,12 +13,12 @@ import torch
 from megatron_xy import checkpoint_files as files
 from megatron_xy import device
 from megatron_xy.checkpoint_files import TrainingState
-from megatron_xy.model.build import EMBEDDING, NamedParameter
-from megatron_xy.model.heads import VALUE_HEAD
+from megatron_xy.model.build import NamedParameter
 from megatron_xy.model.parts import part_of_model
 from megatron_xy.optimizer import OwnedParameter
 from megatron_xy.role import Role
 from megatron_xy.shards import ParameterShard
+from megatron_xy.tensor_names import EMBEDDING, VALUE_HEAD
 from megatron_xy.tensor_reader import TensorReader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,10 +11,10 @@ from megatron_xy import device, environment, parallel, waits
 from megatron_xy.config import Head, RunConfig, check_shape
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import read_hf_config
-from megatron_xy.hf.names import EMBEDDING
 from megatron_xy.hf.reader import hf_manifest
 from megatron_xy.model_source import resolve_model, split_origin
 from megatron_xy.role import Role, build_role
+from megatron_xy.tensor_names import EMBEDDING
 from megatron_xy.watchdog import backend_timeout
 from megatron_xy.weights import load_initial_weights
 

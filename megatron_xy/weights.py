@@ -10,9 +10,9 @@ from megatron_xy.checkpoint_state import load_weights
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import read_hf_config
 from megatron_xy.hf.reader import hf_manifest
-from megatron_xy.model.heads import VALUE_HEAD
 from megatron_xy.model_source import split_origin
 from megatron_xy.role import Role
+from megatron_xy.tensor_names import VALUE_HEAD
 
 
 @torch.no_grad()

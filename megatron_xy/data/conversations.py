@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_xy.data.json_kind import json_kind
+
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_ROLES = {  # ShareGPT's words
     "human": "user",
@@ -141,5 +143,4 @@ def _tools(tools: Any) -> list[Any] | None:
 
 
 def _kind(value: object) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "missing" if value is None else names.get(type(value), "a number")
+    return "missing" if value is None else json_kind(value)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_xy.data.compressed import DAMAGE, open_compressed
 from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
+from megatron_xy.data.json_kind import json_kind
 from megatron_xy.data.manifest import RESERVED_NAMES, is_source_name
 from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
@@ -319,7 +320,7 @@ def _parse(raw: bytes, fields: _Fields) -> _Contents:
     except ValueError as error:
         raise _BadLine(f"invalid JSON: {error}") from error
     if not isinstance(row, dict):
-        raise _BadLine(f"a JSON object is wanted, not {_json_type(row)}")
+        raise _BadLine(f"a JSON object is wanted, not {json_kind(row)}")
     return _checked(row, fields)
 
 
@@ -380,13 +381,8 @@ def _string(row: dict[str, Any], name: str) -> str:
     if isinstance(value, UnicodeDecodeError):
         raise _BadLine(f"field {name!r}: invalid UTF-8 at byte {value.start}")
     if not isinstance(value, str):
-        raise _BadLine(f"field {name!r} is {_json_type(value)}, not a string")
+        raise _BadLine(f"field {name!r} is {json_kind(value)}, not a string")
     return value
-
-
-def _json_type(value: object) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
 
 
 def _read_text_file(part: Part) -> Iterator[tuple[int, _Row]]:

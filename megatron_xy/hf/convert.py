@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_xy import checkpoint_files as files
 from megatron_xy.hf.config import CONFIG, hf_config
-from megatron_xy.hf.names import EMBEDDING, global_names, hf_shards
+from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.reader import INDEX, SINGLE
 from megatron_xy.hf.release import TOKENIZER_FILES, copy_side_files, write_release_files
 from megatron_xy.hf.source import Source, open_source
@@ -20,6 +20,7 @@ from megatron_xy.hf.target import Output, plan_files, whole_or_absent, write_fil
 from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor
 from megatron_xy.shards import whole
 from megatron_xy.storage import write_json, write_text
+from megatron_xy.tensor_names import EMBEDDING
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
 MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, some at a time

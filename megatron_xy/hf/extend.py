@@ -23,7 +23,7 @@ from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import CHECKSUMS
 from megatron_xy.hf.folder import file_inside, read_object
-from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER, PLAIN
+from megatron_xy.hf.names import PLAIN
 from megatron_xy.hf.reader import INDEX
 from megatron_xy.hf.release import copy_side_files
 from megatron_xy.hf.source import Source, open_source
@@ -34,6 +34,7 @@ from megatron_xy.safetensors_file import FileRange, SafetensorsFile, StoredTenso
 from megatron_xy.shards import Box, Placed
 from megatron_xy.storage import write_json, write_text
 from megatron_xy.tensor_files import bits_of, torch_dtype
+from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER
 
 CORPUS = "corpus:"
 WITH_ROWS_BY_PIECE = (PLAIN[EMBEDDING], PLAIN[OUTPUT_LAYER])

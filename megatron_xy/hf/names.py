@@ -11,10 +11,8 @@ from collections.abc import Iterator
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.shards import Box, ParameterShard
+from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
 
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT_LAYER = "output_layer.weight"
-VALUE_HEAD = "value_head.weight"
 PLAIN = {
     EMBEDDING: "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig, ParallelConfig
-from megatron_xy.model.heads import VALUE_HEAD, ValueHead
+from megatron_xy.model.heads import ValueHead
 from megatron_xy.model.layer_spec import (
     DTYPES,
     choose_layers,
@@ -29,9 +29,7 @@ from megatron_xy.model.norm import RMSNorm
 from megatron_xy.parallel import Groups
 from megatron_xy.shards import Box, ParameterShard
 from megatron_xy.stages import layers_per_chunk, padded_vocab_size
-
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT_LAYER = "output_layer.weight"
+from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import torch
 
 from megatron_xy import device, mcore
 
-VALUE_HEAD = "value_head.weight"
-
 
 class ValueHead(torch.nn.Module):
     """Stands where a language model has its output layer: hidden states -> one number a token.

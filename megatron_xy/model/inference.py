@@ -16,12 +16,13 @@ import torch.nn.functional as F
 
 from megatron_xy import device
 from megatron_xy.model.attention_backends import Attend
-from megatron_xy.model.build import EMBEDDING, OUTPUT_LAYER, named_parameters
+from megatron_xy.model.build import named_parameters
 from megatron_xy.model.cached_attention import KeyValueCache
 from megatron_xy.model.kernels import rms_norm, swiglu
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.parallel import sum_over
 from megatron_xy.role import Role
+from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER
 
 FINAL_NORM = "decoder.final_layernorm.weight"
 Read = Callable[[int, torch.Tensor], torch.Tensor]

@@ -22,9 +22,9 @@ from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf import verb
 from megatron_xy.hf.convert import to_checkpoint, to_hf
-from megatron_xy.hf.names import EMBEDDING, OUTPUT_LAYER
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import TOLERANCE, transformers_logits
+from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
