@@ -7,6 +7,7 @@ roles on separate ranks work at the same time. The answers of a batch are spread
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -308,8 +309,13 @@ def _updates(
             if not norms:
                 largest = from_last_stage(max_over(largest, groups.collection.dp), groups)
                 first_max = float(largest.exp().item())
+            has_tokens = bool(chosen.any())
             grad_norm, updated = apply_gradients(
-                role.optimizer, lr=lr, clip_grad=clip_grad, before_update=worker.before_update
+                role.optimizer,
+                lr=lr,
+                clip_grad=clip_grad,
+                accepts=lambda norm: has_tokens and math.isfinite(norm),  # noqa: B023  asked within the call
+                before_update=worker.before_update,
             )
             norms.append(grad_norm)
             num_updates += int(updated)

@@ -5,6 +5,7 @@ Every rank of the world runs it; ranks outside a role take part in the exchanges
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -248,23 +249,29 @@ class PPOTrainer:
         if iteration == 1 or self._is_due(iteration):
             for sample in chosen:
                 self.log.say(sample_line(sample))
-        self._note_skipped(skipped, wanted=wanted)
+        self._note_skipped(skipped, wanted=wanted, metrics=metrics)
         self._watch_ratio(metrics, is_warmup=is_warmup)
         return stopping
 
-    def _note_skipped(self, skipped: dict[str, int], *, wanted: dict[str, int]) -> None:
+    def _note_skipped(self, skipped: dict[str, int], *, wanted: dict[str, int], metrics: dict[str, float]) -> None:
         """Tells updates that were not made, by role; raises DataError, on all ranks alike, after too many steps in a
         row of which a role has learned nothing."""
         limit = self.config.training.max_skipped_in_a_row
         for name, count in skipped.items():
+            is_finite = math.isfinite(metrics.get(f"{name}_grad_norm", math.nan))
+            reason = "no answer that ended to learn from" if is_finite else "gradient not finite"
             if count:
-                self.log.say(f"  SKIPPED {count} of {wanted[name]} updates of the {name}: gradient not finite")
+                self.log.say(f"  SKIPPED {count} of {wanted[name]} updates of the {name}: {reason}")
             self._skipped_in_a_row[name] = self._skipped_in_a_row[name] + 1 if 0 < count == wanted[name] else 0
             if self._skipped_in_a_row[name] >= limit:
+                remedy = (
+                    "raise ppo.max_response_length or leave ppo.missing_end"
+                    if is_finite
+                    else "go on from an earlier checkpoint (checkpoint.resume=ITERATION) with a lower optimizer.lr"
+                )
                 raise DataError(
                     f"all updates of the {name} were skipped in {limit} steps in a row, up to step "
-                    f"{self.state.iteration}: its gradients are not finite; go on from an earlier checkpoint "
-                    f"(checkpoint.resume=ITERATION) with a lower optimizer.lr, or raise training.max_skipped_in_a_row"
+                    f"{self.state.iteration}: {reason}; {remedy}, or raise training.max_skipped_in_a_row"
                 )
 
     def _mini_batches(self, iteration: int) -> list[list[int]]:

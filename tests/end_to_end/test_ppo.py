@@ -337,6 +337,23 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_told_until_it_is_too_often
     assert "all updates of the actor were skipped in 3 steps in a row, up to step 3" in ended.err
 
 
+def test_where_no_answer_ended_the_actor_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """Under `missing_end: mask` nothing is left to learn from: no step of momentum or weight decay, and it is said."""
+    run_dir, responses = tmp_path / "run", tmp_path / "cut.jsonl"
+    responses.write_text(json.dumps({"response_tokens": [20, 30, 11]}) + "\n")
+    responses.write_text(responses.read_text() * (3 * ANSWERS))
+    given = (f"run_dir={run_dir}", f"ppo.responses={responses}", "ppo.missing_end=mask", "ppo.missing_end_penalty=0")
+    steps = ("training.train_iters=3", "checkpoint.save_interval=1", "training.max_skipped_in_a_row=3")
+    ended = run_to_end(run_command(folder / "ppo.yaml", *given, *steps, ranks=4))
+    assert "SKIPPED 4 of 4 updates of the actor: no answer that ended to learn from" in ended.out
+    assert ended.code == 65 and "no answer that ended to learn from; raise ppo.max_response_length" in ended.err, ended
+    for record in metrics_of(run_dir):
+        assert record["skipped"] and record["actor_grad_norm"] == 0.0 < record["critic_grad_norm"]
+    first, second = (run_dir / "checkpoints" / f"iter_{number:07d}" for number in (1, 2))
+    assert hash_of(first / "actor") == hash_of(second / "actor")
+    assert hash_of(first / "critic") != hash_of(second / "critic")
+
+
 FLIP = """
 import os
 import torch
