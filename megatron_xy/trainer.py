@@ -42,8 +42,9 @@ from megatron_xy.role import Role
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
 from megatron_xy.spikes import StepHistory
+from megatron_xy.step_record import Spent, step_record
 from megatron_xy.stragglers import StragglerWatch
-from megatron_xy.train_step import Objective, StepResult, train_step
+from megatron_xy.train_step import Objective, train_step
 from megatron_xy.watchdog import Watchdog
 from megatron_xy.weights import load_initial_weights
 
@@ -246,7 +247,17 @@ class Trainer:
             self._frozen_updates[part] = self._frozen_updates.get(part, 0) + 1
         reasons = self._reasons(prepared, result.loss, result.grad_norm)
         self.history.add(bucket=prepared.bucket, loss=result.loss, grad_norm=result.grad_norm, updated=result.updated)
-        record, stopping = self._record(prepared, result, data_step=data_step, lr=lr, seconds=seconds, waited=waited)
+        spent, stopping = self._spent(prepared, seconds=seconds, waited=waited)
+        record = step_record(
+            self.state,
+            prepared,
+            result,
+            spent,
+            lr=lr,
+            sources=self.loader.sources,
+            shares=self.loader.consumed_shares(data_step + 1),
+            epochs=self.loader.epochs_by_source(data_step + 1),
+        )
         record["spike"] = bool(reasons)
         self.log.step(record, train_iters=self.config.training.train_iters)
         self.log.epochs(self.loader.begun_epochs(data_step), data_step=data_step)
@@ -294,10 +305,8 @@ class Trainer:
                 f"training.max_skipped_in_a_row"
             )
 
-    def _record(
-        self, prepared: PreparedStep, result: StepResult, *, data_step: int, lr: float, seconds: float, waited: float
-    ) -> tuple[dict[str, Any], bool]:
-        """The step's object in metrics.jsonl, and whether any rank was asked to stop. Collective, for the counts."""
+    def _spent(self, prepared: PreparedStep, *, seconds: float, waited: float) -> tuple[Spent, bool]:
+        """What the step took, and whether any rank was asked to stop. Collective, for the counts."""
         local = [
             sum(batch.num_padding_tokens for batch in prepared.micro_batches),
             sum(batch.sum_squared_lengths for batch in prepared.micro_batches),
@@ -309,41 +318,19 @@ class Trainer:
         stopping, peak_memory = max_over(largest, groups.all_ranks).tolist()
         room = groups.dp_size * sum(batch.tokens.size for batch in prepared.micro_batches)
         work = {"num_tokens": room - padding, "sum_squared_lengths": squares}
-        flops = step_flops(model, **work)
-        available = seconds * len(groups.ranks) * self._peak_rate if self._peak_rate else None
-        sources = self.loader.sources
-        record = {
-            "iteration": self.state.iteration,
-            "data_step": data_step,
-            "bucket": prepared.bucket,
-            "loss": result.loss,
-            "loss_by_source": {sources[index]: loss for index, loss in result.source_losses.items()},
-            "num_loss_tokens": result.num_loss_tokens,
-            "num_loss_tokens_by_source": {sources[index]: count for index, count in result.source_tokens.items()},
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "consumed_samples": self.state.consumed_samples,
-            "consumed_tokens": self.state.consumed_tokens,
-            "consumed_share_by_source": self.loader.consumed_shares(self.state.data_step),
-            "epochs_by_source": self.loader.epochs_by_source(self.state.data_step),
-            "padding_ratio": padding / room,
-            "step_seconds": seconds,
-            "data_wait_seconds": waited,
-            "seconds_by_phase": {
-                "data": waited,
-                "forward_backward": result.forward_backward_seconds,
-                "optimizer": seconds - waited - result.forward_backward_seconds,
-                **self._seconds_between_steps,
-            },
-            "tokens_per_second": prepared.num_tokens / seconds,
-            "mfu": flops / available if available else None,
-            "hfu": (flops + recomputed_flops(model, **work)) / available if available else None,
-            "peak_memory_bytes": peak_memory,
-            "skipped": not result.updated,
-            **result.measures,
-        }
+        spent = Spent(
+            seconds,
+            waited,
+            self._seconds_between_steps,
+            padding,
+            room,
+            flops=step_flops(model, **work),
+            recomputed_flops=recomputed_flops(model, **work),
+            available_flops=seconds * len(groups.ranks) * self._peak_rate if self._peak_rate else None,
+            peak_memory_bytes=peak_memory,
+        )
         self._seconds_between_steps = dict.fromkeys(self._seconds_between_steps, 0.0)
-        return record, bool(stopping)
+        return spent, bool(stopping)
 
     def _is_save_due(self, iteration: int) -> bool:
         is_due = iteration % self.config.checkpoint.save_interval == 0 or self.loader.ends_epoch(iteration)
