@@ -23,7 +23,10 @@ from megatron_xy.liveness import SIGNS
 from megatron_xy.signals import StopRequest
 
 END = "end"  # the phase of a rank that is about to leave by itself
-STRICT_PHASES = ("data", "step", "evaluate")  # after their first time; else work nobody counts is progress, too
+WRITING_PHASES = ("save", "finish", "profile", END)
+# In start-up, in the first time of every phase, in which kernels are compiled, and always in these, work that nobody
+# counts is progress, too.
+LOOSE_PHASES = (*WRITING_PHASES, "reward.function")
 PATIENCE = 10  # for how many times `timeout_seconds` it is
 WORK_BYTES = 4 * 2**20  # read or written within `timeout_seconds`: a rank that works
 WORK_SHARE = 0.1  # of one core within `timeout_seconds`: likewise
@@ -120,9 +123,13 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         iteration, phase = self._place
-        is_first = iteration in (0, self._first_iterations.get(phase))  # in which kernels are compiled
-        is_strict = phase == "rendezvous" or (phase in STRICT_PHASES and not is_first)
-        self._progress.look(now, place=self._entered, counts_work=not is_strict)
+        is_first = iteration in (0, self._first_iterations.get(phase))
+        self._progress.look(
+            now,
+            place=self._entered,
+            counts_work=phase != "rendezvous" and (is_first or phase in LOOSE_PHASES),
+            counts_disks=iteration == 0 or phase in WRITING_PHASES,
+        )
         stalled = self._progress.stalled_seconds(now)
         has_moved = self._told_entered != self._entered
         if now - self._last_beat >= (self._beat_seconds if has_moved else self._idle_beat_seconds):
@@ -268,15 +275,15 @@ class _Progress:
         self._marked = self._seconds = time.monotonic()
         self._work = _Work.now()
 
-    def look(self, now: float, *, place: int, counts_work: bool) -> None:
-        """Takes in what has happened since the last look."""
+    def look(self, now: float, *, place: int, counts_work: bool, counts_disks: bool) -> None:
+        """Takes in what has happened since the last look. counts_disks: whose writes count, if work does."""
         marks = (SIGNS.marks, place)
         if marks != self._marks:
             self._marks, self._marked, self._seconds = marks, now, now
             self._work = _Work.now()
         elif counts_work and now - self._marked < PATIENCE * self._timeout:
             work = _Work.now()
-            if work.is_work_since(self._work, timeout_seconds=self._timeout):
+            if work.is_work_since(self._work, timeout_seconds=self._timeout, counts_disks=counts_disks):
                 self._work, self._seconds = work, now
 
     def stalled_seconds(self, now: float) -> float:
@@ -304,12 +311,15 @@ class _Work:
             sum(_counters(Path("/proc/vmstat"), ("nr_written",))) * os.sysconf("SC_PAGE_SIZE"),
         )
 
-    def is_work_since(self, before: _Work, *, timeout_seconds: float) -> bool:
-        """Whether it is enough, within `timeout_seconds`, for a process that works rather than hangs."""
+    def is_work_since(self, before: _Work, *, timeout_seconds: float, counts_disks: bool) -> bool:
+        """Whether it is enough, within `timeout_seconds`, for a process that works rather than hangs.
+
+        counts_disks: whether this process may be waiting for what it has written.
+        """
         return (
             self.cpu_seconds - before.cpu_seconds > WORK_SHARE * timeout_seconds
             or self.io_bytes - before.io_bytes > WORK_BYTES
-            or self.disk_bytes - before.disk_bytes > WORK_BYTES
+            or (counts_disks and self.disk_bytes - before.disk_bytes > WORK_BYTES)
         )
 
 

@@ -8,6 +8,10 @@ import random
 import shutil
 import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -402,14 +406,38 @@ def test_a_score_that_is_no_number_ends_the_run_by_name(folder: Path, tmp_path: 
     assert "prompts.jsonl on lines" in record.message
 
 
+@contextmanager
+def busy_disks(path: Path) -> Iterator[None]:
+    """Inside, a thread writes 8 MiB a second to a file and waits for the disk."""
+    is_over = threading.Event()
+
+    def write() -> None:
+        while not is_over.wait(1.0):
+            with path.open("wb") as stream:
+                stream.write(os.urandom(2**23))
+                os.fsync(stream.fileno())
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def test_a_hung_role_ends_the_run_by_name(folder: Path, tmp_path: Path) -> None:
+    """As soon as it would alone, while another process keeps the machine's disks busy."""
     run_dir = tmp_path / "run"
     config = write_ppo(folder, tmp_path / "hung.yaml", runtime={"timeout_seconds": 4})
     with started(run_command(config, f"run_dir={run_dir}", "training.train_iters=5", ranks=4)) as process:
         wait_until(lambda: live_rank_at(run_dir, rank=2, iteration=2), process=process)
         os.kill(live_rank_at(run_dir, rank=2, iteration=2) or 0, signal.SIGSTOP)
-        ended = wait_for_end(process)
+        stopped = time.monotonic()
+        with busy_disks(tmp_path / "written"):
+            ended = wait_for_end(process)
     assert ended.code == 76, ended
+    assert time.monotonic() - stopped < 34  # about 8 s on an idle machine; ten times the timeout where disks count
     record = read_exit(run_dir)
     assert record is not None
     assert "rank 2" in record.message and "critic" in record.message
