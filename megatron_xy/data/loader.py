@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_xy.config import RunConfig
 from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate, samples_of_rank
-from megatron_xy.data.phases import run_sampler
+from megatron_xy.data.phases import epoch_ends, run_sampler
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class StepLoader:
         self.chat_template = dataset.chat_template
         self._dataset, self._config = dataset, config
         self._dp_size, self._dp_rank = dp_size, dp_rank
+        self._epoch_ends = epoch_ends(config, dataset.streams, conversation_sources=dataset.conversation_sources)
         self._prefetcher = Prefetcher(self._micro_batches)
 
     def get(self, data_step: int) -> tuple[PreparedStep, float]:
@@ -48,8 +49,7 @@ class StepLoader:
 
     def ends_epoch(self, iteration: int) -> bool:
         """Whether an iteration, from 1 on, is the last of its epoch, in a run that counts in epochs."""
-        training = self._config.training
-        return training.epochs is not None and iteration % (training.train_iters // training.epochs) == 0
+        return iteration in self._epoch_ends
 
     def consumed_shares(self, data_step: int) -> dict[str, float]:
         """{source: its part of the tokens, padding included, of all steps before `data_step`}, from step 1 on."""

@@ -33,31 +33,41 @@ def run_sampler(config: RunConfig, streams: Sequence[Stream]) -> BucketSampler:
 
 
 def with_epochs(config: RunConfig, streams: Sequence[Stream], *, conversation_sources: Collection[str]) -> RunConfig:
-    """The config with the train_iters that its epochs come to, if it counts in epochs.
+    """The config with the train_iters that its epochs come to, if it counts in epochs. Raises as `epoch_ends`."""
+    ends = epoch_ends(config, streams, conversation_sources=conversation_sources)
+    if not ends:
+        return config
+    return config.model_copy(update={"training": config.training.model_copy(update={"train_iters": ends[-1]})})
+
+
+def epoch_ends(config: RunConfig, streams: Sequence[Stream], *, conversation_sources: Collection[str]) -> list[int]:
+    """The last iteration of each epoch; none where the run does not count in epochs.
 
     In an epoch as many tokens of conversations are drawn as there are, padding included; other sources come by their
-    weights. Raises ConfigError as `run_sampler`, and where no conversations are drawn.
+    weights. It ends with the step that completes it, which may begin the next one. Raises ConfigError as `run_sampler`,
+    and where no conversations are drawn.
     """
     epochs = config.training.epochs
     if epochs is None:
-        return config
+        return []
     sampler = run_sampler(config, streams)
     share = sum(part for (source, _), part in sampler.shares().items() if source in conversation_sources)
     held = sum(stream.bucket * stream.num_samples for stream in streams if stream.source in conversation_sources)
     if not share:
         raise ConfigError(f"training.epochs ({epochs}): the data.weights leave out all conversations; use train_iters")
-    steps = math.ceil(held / share / sampler_phases(config)[0].global_batch_tokens)
-    return config.model_copy(
-        update={"training": config.training.model_copy(update={"train_iters": epochs * steps})},
-    )
+    steps = held / share / sampler_phases(config)[0].global_batch_tokens
+    return [math.ceil(round(epoch * steps, 6)) for epoch in range(1, epochs + 1)]
 
 
 def check_epochs(config: RunConfig, sampler: BucketSampler) -> None:
-    """Raises ConfigError where the planned steps draw a (source, bucket) more often than `data.max_epochs` allows."""
+    """Raises ConfigError where the planned steps draw a (source, bucket) more often than `data.max_epochs` allows.
+
+    Of a run that counts in epochs the last step, which completes them, is let go beyond.
+    """
     steps, limit = config.training.train_iters, config.data.max_epochs
     if limit is None:
         return
-    epochs = sampler.epochs(steps)
+    epochs = sampler.epochs(steps - (config.training.epochs is not None))
     source, bucket = max(epochs, key=lambda stream: epochs[stream])
     if (most := epochs[source, bucket]) > limit:
         raise ConfigError(

@@ -13,7 +13,14 @@ from megatron_xy.config import DataConfig, Phase, RunConfig, TrainingConfig, loa
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.phase_draws import SamplerPhase
-from megatron_xy.data.phases import check_epochs, describe_epochs, run_sampler, sampler_phases
+from megatron_xy.data.phases import (
+    check_epochs,
+    describe_epochs,
+    epoch_ends,
+    run_sampler,
+    sampler_phases,
+    with_epochs,
+)
 from megatron_xy.data.plan_steps import plan_steps
 from megatron_xy.data.sampler import BucketSampler, Stream
 from megatron_xy.data.trace import trace_steps
@@ -194,6 +201,29 @@ def test_a_run_that_repeats_its_data_too_often_is_refused_and_the_epochs_are_tol
     assert describe_epochs(config, sampler) == "epochs after 50 steps: a 1.8, b 5"
     later = config_with([{"from_iter": 40, "weights": {"a": 1, "b": 0}}], max_epochs=4)
     check_epochs(later, run_sampler(later, streams))
+
+
+def test_epochs_end_with_the_step_that_completes_them_and_are_rounded_once():
+    """14 samples by 12 a step: ten epochs are 140 samples, 12 steps, not ten times two."""
+    streams = [Stream("a", 256, 10), Stream("b", 256, 4), Stream("text", 256, 50)]
+
+    def config(**data):
+        training = TrainingConfig(epochs=10, global_batch_tokens=12 * 256, micro_batch_tokens=256)
+        return RunConfig(data=DataConfig(**data), training=training)
+
+    alone = streams[:2]
+    ends = epoch_ends(config(), alone, conversation_sources=["a", "b"])
+    assert ends == [math.ceil(14 * epoch / 12) for epoch in range(1, 11)] and ends[-1] == 12
+    planned = with_epochs(config(max_epochs=10), alone, conversation_sources=["a", "b"])
+    assert planned.training.train_iters == 12
+    sampler = run_sampler(planned, alone)
+    assert all(9 <= times < 10 for times in sampler.epochs(11).values())
+    check_epochs(planned, sampler)
+    with pytest.raises(ConfigError, match=r"max_epochs \(9\): 12 steps"):
+        check_epochs(with_epochs(config(max_epochs=9), alone, conversation_sources=["a", "b"]), sampler)
+    mixed = config(weights={"a": 1, "b": 1, "text": 2})
+    assert epoch_ends(mixed, streams, conversation_sources=["a", "b"])[-1] == math.ceil(140 * 2 / 12)
+    assert epoch_ends(config_with(), streams, conversation_sources=["a", "b"]) == []
 
 
 @pytest.fixture(scope="module")
