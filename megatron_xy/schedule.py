@@ -37,9 +37,9 @@ def learning_rate(config: OptimizerConfig, *, iteration: int, consumed_tokens: i
         begin, style = max(warmup, end - annealing), config.lr_wsd_decay_style
     elif config.lr_decay_style == "linear":
         style = "linear"
-    if position <= begin or end <= begin:
+    if position <= begin:
         return config.lr
-    progress = min(1.0, (position - begin) / (end - begin))
+    progress = min(1.0, (position - begin) / (end - begin)) if end > begin else 1.0  # an end within the warm-up
     return config.min_lr + (config.lr - config.min_lr) * _remaining(style, progress)
 
 

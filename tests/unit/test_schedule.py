@@ -79,6 +79,12 @@ def test_the_decay_may_end_before_the_run():
     assert whole[10:] == [whole[9]] * 20 and whole[9] == pytest.approx(1e-3, rel=1e-12)
 
 
+def test_a_decay_that_ends_within_the_warm_up_leaves_min_lr_after_it():
+    for keys in ({}, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 1}):
+        rates = by_iterations(10, lr_warmup_iters=4, lr_decay_iters=2, **keys)
+        assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3, *[1e-3] * 6], rel=1e-12)
+
+
 def test_a_warm_up_longer_than_the_run_only_rises():
     assert by_iterations(10, lr_warmup_iters=100) == pytest.approx([4e-3 * i / 100 for i in range(1, 11)], rel=1e-12)
 
