@@ -59,6 +59,9 @@ class CheckpointWriter:
         self.checkpoints = checkpoints
         self.part, self.publishes, self.is_kept = part, tuple(publishes), is_kept
         self.keep_latest = keep_latest
+        self.resumed_from = 0  # the iteration that the run has gone on from: what lies behind it and is not its own
+        self._own: set[int] = set()  # is damaged
+        self._wanted_before = 0
         self.asynchronous = asynchronous
         self.timeout_seconds = timeout_seconds
         self._on_progress, self._on_written, self._on_published = on_progress, on_written, on_published
@@ -67,14 +70,18 @@ class CheckpointWriter:
         self._failure: BaseException | None = None
         self._held_seconds = 0.0  # of the save under way
 
-    def save(self, role: Role, state: TrainingState, *, facts: dict[str, Any]) -> float:
+    def save(
+        self, role: Role, state: TrainingState, *, facts: dict[str, Any], wanted_before: int | None = None
+    ) -> float:
         """Writes iter_N; returns the seconds for which the caller was held up. Collective over the role's ranks.
 
         Asynchronously: forward and backward passes may follow at once; before weights or moments are changed,
         `before_update` waits for the copy. facts: what else the manifest says of the run (its model section, versions).
+        wanted_before: the newest one before this iteration is not let go of, however many have come since.
         """
         began = time.monotonic()
         self.wait()
+        self._wanted_before = wanted_before or 0
         parts = [part for part in state_parts(role) if part.is_writer]
         tensors = {part.name: part.shard.trim(part.tensor) for part in parts}
         shards = {part.name: part.shard for part in parts}
@@ -166,6 +173,9 @@ class CheckpointWriter:
         write_json(folder / f"note-{groups.role_rank:05d}.json", note)
         if groups.is_leader:
             num_bytes = self._complete(folder, iteration, num_ranks=size, state=state)
+            if not self.part or self.publishes:
+                self._publish(folder.parent if self.part else folder, iteration)
+                self._let_go_of_the_oldest()
             seconds = time.monotonic() - began
             whose = f" of {self.part}" if self.part else ""
             self._on_written(
@@ -176,10 +186,7 @@ class CheckpointWriter:
                 self._on_published(iteration, iteration_folder(self.checkpoints, iteration))
 
     def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> int:
-        """Gathers the notes into the manifest, gives the folder its name, and lets go of the oldest checkpoints.
-
-        Returns the bytes of all shards.
-        """
+        """Gathers the notes into the manifest; returns the bytes of all shards."""
         notes = {}
         for rank in range(num_ranks):
             with waiting_for(f"rank {rank}'s part of the checkpoint"):
@@ -195,12 +202,10 @@ class CheckpointWriter:
         for rank in notes:
             (folder / f"note-{rank:05d}.json").unlink()
         files.write_manifest(folder, manifest)  # last: from now on another role may give the whole its name
-        if not self.part or self.publishes:
-            self._publish(folder.parent if self.part else folder, iteration)
         return sum(int(facts["bytes"]) for facts in manifest.files.values())
 
     def _publish(self, folder: Path, iteration: int) -> None:
-        """Gives what is whole its name, and lets go of the oldest checkpoints."""
+        """Gives what is whole its name."""
         for part in self.publishes:
             with waiting_for(f"the checkpoint of {part}"):
                 self._await_file(folder / part / files.MANIFEST)
@@ -209,10 +214,15 @@ class CheckpointWriter:
             remove(final)
         folder.rename(final)
         sync_folder(self.checkpoints)
-        # Later ones, damaged or of an abandoned course, do not count among those kept.
-        course = [saved for saved in saved_iterations(self.checkpoints) if saved <= iteration]
+        self._own.add(iteration)
+
+    def _let_go_of_the_oldest(self) -> None:
+        """Removes all but those to keep; what the run has passed over does not count among these."""
+        saved = saved_iterations(self.checkpoints)
+        course = [number for number in saved if number <= self.resumed_from or number in self._own]
+        wanted = next((number for number in course if number < self._wanted_before), None)
         for old in course[self.keep_latest :]:
-            if not self.is_kept(old):
+            if old != wanted and not self.is_kept(old):
                 remove(iteration_folder(self.checkpoints, old))
 
     def _await_note(self, path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from megatron_xy import device
 from megatron_xy.checkpoint_folders import iteration_folder, saved_iterations
 from megatron_xy.config import RunConfig
+from megatron_xy.errors import Stopped
 from megatron_xy.parallel import Groups, sum_over
 from megatron_xy.run_folder import current_attempt, read_start, this_start, write_start
 from megatron_xy.storage import storage_errors, sync_folder
@@ -27,6 +28,13 @@ def wanted_resume(config: RunConfig, groups: Groups) -> str | int:
     own = groups.role_rank == 0 and current_attempt() > 0 and read_start(config.run_dir) == this_start()
     agreed = sum_over(torch.tensor([int(own)], device=device.current()), groups.all_ranks)
     return "auto" if agreed.item() else config.checkpoint.resume
+
+
+def stopped_after(iteration: int, config: RunConfig) -> Stopped:
+    """What a run that saved on request ends with: how it goes on, too."""
+    resume = config.checkpoint.resume
+    goes_on = "the same command" if resume == "auto" else f"with checkpoint.resume=auto in place of {resume} it"
+    return Stopped(f"stopped on request after step {iteration}, state saved; {goes_on} goes on from there")
 
 
 def begin(run_dir: Path, *, iteration: int | None, say: Callable[[str], None]) -> None:

@@ -46,7 +46,7 @@ class StorageError(MegatronXYError):
 
 
 class Stopped(MegatronXYError):
-    """Stopped on request, after the state was saved; the same command goes on from there."""
+    """Stopped on request, after the state was saved; the run can go on from there."""
 
     exit_code = EXIT_STOPPED
 

@@ -25,7 +25,7 @@ from megatron_xy.checkpoint_folders import iteration_folder, sweep
 from megatron_xy.checkpoint_state import FROZEN_UPDATES, load_state
 from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.data.loader import PreparedStep
-from megatron_xy.errors import DataError, Stopped
+from megatron_xy.errors import DataError
 from megatron_xy.evaluation import Evaluated
 from megatron_xy.flops import recomputed_flops, step_flops
 from megatron_xy.hf.convert import export
@@ -157,6 +157,7 @@ class Trainer:
             self._frozen_updates = dict(manifest.state.get(FROZEN_UPDATES, {}))
             self._continued_from = manifest.state.get("continued_from")
             origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
+        self.writer.resumed_from = self.state.iteration
         if role.groups.role_rank == 0:
             course.begin(self.config.run_dir, iteration=None if resume == "auto" else self.state.iteration, say=print)
         barrier(role.groups)  # from here on a request to stop finds all ranks with something to save
@@ -201,7 +202,7 @@ class Trainer:
     def _leave_stopped(self, iteration: int) -> None:
         self.profile.close()
         self.writer.finish(self.role.groups)
-        raise Stopped(f"stopped on request after step {iteration}, state saved; the same command goes on from there")
+        raise course.stopped_after(iteration, self.config)
 
     def _step(self, iteration: int) -> bool:
         """One step, recorded; returns whether any rank was asked to stop, the same answer on all."""
@@ -379,7 +380,11 @@ class Trainer:
             FROZEN_UPDATES: self._frozen_updates,
             "continued_from": self._continued_from,
         }
-        held = self.writer.save(self.role, self.state, facts=facts)
+        # What made the first of a row of skipped updates not finite is in the weights that the update before it left.
+        skipped = self.history.skipped_in_a_row
+        held = self.writer.save(
+            self.role, self.state, facts=facts, wanted_before=iteration - skipped if skipped else None
+        )
         self._seconds_between_steps["save"] += held
         if self.config.checkpoint.async_save:
             self.log.say(f"checkpoint of step {iteration} scheduled")

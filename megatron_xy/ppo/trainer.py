@@ -22,7 +22,7 @@ from megatron_xy.checkpoint_files import METADATA, TrainingState, read_manifest
 from megatron_xy.checkpoint_folders import sweep
 from megatron_xy.checkpoint_state import load_state
 from megatron_xy.config import RunConfig
-from megatron_xy.errors import DataError, Stopped
+from megatron_xy.errors import DataError
 from megatron_xy.hf.convert import export
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.liveness import went_forward
@@ -142,6 +142,8 @@ class PPOTrainer:
                 if worker.role is not None:
                     load_state(worker.role, folder / worker.name, part)
             origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
+        for writer in self.writers.values():
+            writer.resumed_from = self.state.iteration
         if world.role_rank == 0:
             course.begin(self.config.run_dir, iteration=None if resume == "auto" else self.state.iteration, say=print)
         barrier(world)
@@ -161,9 +163,7 @@ class PPOTrainer:
                 self._save(iteration)
             if stopping and iteration < train_iters:
                 self._finish()
-                raise Stopped(
-                    f"stopped on request after step {iteration}, state saved; the same command goes on from there"
-                )
+                raise course.stopped_after(iteration, self.config)
         self._finish()
         self.log.say(f"done: {self.state.iteration} iterations")
 
@@ -375,6 +375,7 @@ class PPOTrainer:
     def _save(self, iteration: int) -> None:
         """Actor first, then the critic, whose leader gives the whole its name once both are there."""
         self.watchdog.beat(iteration=iteration, phase="save")
+        skipped = max(self._skipped_in_a_row.values())
         for worker in self.cast.trained:
             if worker.role is not None:
                 facts = {
@@ -387,7 +388,12 @@ class PPOTrainer:
                     "tokenizer": self.tokenizer,
                     "chat_template": self.renderers[worker.name].template,
                 }
-                self.writers[worker.name].save(worker.role, self.states[worker.name], facts=facts)
+                self.writers[worker.name].save(
+                    worker.role,
+                    self.states[worker.name],
+                    facts=facts,
+                    wanted_before=iteration - skipped if skipped else None,
+                )
 
     def _finish(self) -> None:
         """Waits until the last checkpoint is whole on disk. Collective over the world."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_xy.checkpoint_files import read_manifest
+from megatron_xy.checkpoint_files import read_manifest, verify_files
 from megatron_xy.config import dump_config
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.trace import trace_steps
@@ -139,6 +139,35 @@ def test_steps_that_are_skipped_again_and_again_end_the_run_with_65_on_all_ranks
     events = events_of(config.run_dir)
     assert [event["iteration"] for event in events] == [2, 3, 4]
     assert all(event["grad_norm"] is None and event["reasons"] == ["gradient not finite"] for event in events)
+
+
+def saved_in(run_dir: Path) -> set[int]:
+    return {int(path.name.removeprefix("iter_")) for path in (run_dir / "checkpoints").glob("iter_*")}
+
+
+def test_what_a_run_goes_back_to_from_a_row_of_skipped_steps_is_not_let_go_of(data, tmp_path):
+    """Step 5's update spoils the weights: every later one is skipped and saved, and step 4's checkpoint stays."""
+    keep_two = {"save_interval": 1, "keep_latest": 2, "allow_changes": True}
+    config = loop.config_of(data, tmp_path / "run", checkpoint=keep_two, training={"max_skipped_in_a_row": 4})
+    run_ranks(loop.train, loop.until(config, 4), world_size=1)
+    assert saved_in(config.run_dir) == {3, 4}
+    spoilt = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e30, "min_lr": 1e30})})
+    (end,) = run_ranks(loop.train_into_an_error, spoilt, world_size=1)
+    assert end.startswith("65: the updates of 4 steps in a row were skipped")
+    assert saved_in(config.run_dir) == {4, 7, 8}
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_takes_no_place_of_a_whole_one(data, tmp_path):
+    config = loop.config_of(data, tmp_path / "run", checkpoint={"save_interval": 4, "keep_latest": 2})
+    run_ranks(loop.train, loop.until(config, 8), world_size=1)
+    with (config.run_dir / "checkpoints/iter_0000008/rank-00000-of-00001.safetensors").open("r+b") as shard:
+        shard.truncate(1000)
+    later = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"save_interval": 5})})
+    run_ranks(loop.train, loop.until(later, 10), world_size=1)
+    assert saved_in(config.run_dir) == {5, 8, 10}
+    for whole in (5, 10):
+        folder = config.run_dir / "checkpoints" / f"iter_{whole:07d}"
+        verify_files(folder, read_manifest(folder))
 
 
 @pytest.mark.parametrize("policy", ["log", "skip"])

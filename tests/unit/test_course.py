@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from megatron_xy import course
+from megatron_xy.config import RunConfig
 
 
 def test_later_checkpoints_are_set_aside_and_never_deleted(tmp_path):
@@ -21,3 +24,16 @@ def test_later_checkpoints_are_set_aside_and_never_deleted(tmp_path):
         "abandoned_2_iter_0000004",
     ]
     assert len(said) == 4
+
+
+@pytest.mark.parametrize(
+    ("resume", "goes_on"),
+    [
+        ("auto", "the same command goes on from there"),
+        ("never", "with checkpoint.resume=auto in place of never it goes on from there"),
+        (40, "with checkpoint.resume=auto in place of 40 it goes on from there"),
+    ],
+)
+def test_a_stopped_run_says_what_goes_on(resume, goes_on):
+    config = RunConfig.model_validate({"checkpoint": {"resume": resume}})
+    assert str(course.stopped_after(7, config)) == f"stopped on request after step 7, state saved; {goes_on}"
