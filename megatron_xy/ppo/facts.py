@@ -13,7 +13,7 @@ from megatron_xy.config import PlacedRole, RoleName, RunConfig
 from megatron_xy.model_source import split_origin
 from megatron_xy.ppo.material import Material
 from megatron_xy.ppo.placement import spelt_ranks
-from megatron_xy.storage import file_sha256
+from megatron_xy.storage import file_sha256, sampled_sha256
 
 
 def facts(
@@ -57,13 +57,16 @@ def fingerprints(config: RunConfig, material: Material) -> dict[str, str]:
 
 
 def _weights_fingerprint(load: str) -> str:
-    """Of a checkpoint its manifest, which has all checksums; of an HF folder its small files and all sizes."""
+    """Of a checkpoint its manifest, which has all checksums; of an HF folder its small files and samples of the others.
+
+    Training changes every weight, and whole files of a 70B would take minutes.
+    """
     kind, folder = split_origin(load)
     if kind == "ckpt":
         return file_sha256(folder / MANIFEST)
-    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.suffix == ".safetensors")
+    weights = [(path.name, sampled_sha256(path)) for path in sorted(folder.glob("*.safetensors"))]
     small = [file_sha256(path) for path in sorted(folder.glob("*.json")) if _is_of_the_weights(path)]
-    return hashlib.sha256(json.dumps([sizes, small]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([weights, small]).encode()).hexdigest()
 
 
 def _is_of_the_weights(path: Path) -> bool:

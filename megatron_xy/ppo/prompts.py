@@ -17,7 +17,7 @@ from megatron_xy.data.chat import Chat, answer_tokens
 from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.conversations import BadConversation, Message, parse_messages
 from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
-from megatron_xy.data.rows import BadRow, read_rows
+from megatron_xy.data.rows import BadRow, Row, read_rows
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.errors import DataError
 
@@ -60,11 +60,11 @@ class PromptFile:
 
     def tokens(self, row: int, renderer: Renderer) -> list[int]:
         """A row's prompt as token ids. Raises DataError where the template cannot render it."""
-        prompt = self.rows[row]["prompt"]
+        prompt = self.rows[row].value["prompt"]
         try:
             return renderer.prompt(prompt if isinstance(prompt, str) else parse_messages(prompt))
         except BadConversation as error:
-            raise DataError(f"{self.path}:{self.rows[row]['line']}: {error}") from error
+            raise DataError(f"{self.path}:{self.rows[row].line}: {error}") from error
 
     def check_lengths(self, renderer: Renderer, *, most: int, reason: str) -> None:
         """Raises DataError that names the first row of more than `most` tokens, or of none."""
@@ -72,7 +72,7 @@ class PromptFile:
             length = len(self.tokens(row, renderer))
             if not 0 < length <= most:
                 raise DataError(
-                    f"{self.path}:{self.rows[row]['line']}: the prompt has {length} tokens, must have 1 to {most} "
+                    f"{self.path}:{self.rows[row].line}: the prompt has {length} tokens, must have 1 to {most} "
                     f"({reason}); shorten it, or leave the row out"
                 )
 
@@ -124,7 +124,7 @@ class GivenResponses:
     def check(self, *, num_drawn: int, most: int, vocab_size: int) -> None:
         """Raises DataError where an answer cannot be one, or where there are fewer than are drawn."""
         for row in self.rows:
-            answer, where = row["response_tokens"], f"{self.path}:{row['line']}"
+            answer, where = row.value["response_tokens"], f"{self.path}:{row.line}"
             if len(answer) > most:
                 raise DataError(
                     f"{where}: response_tokens has {len(answer)} tokens, must have 1 to {most} "
@@ -141,11 +141,11 @@ class GivenResponses:
                 f"{self.path} holds {len(self.rows)} answers, and place {first + count} is drawn; give as many as the "
                 f"run draws (training.train_iters x ppo.rollout_batch_size)"
             )
-        return [self.rows[place]["response_tokens"] for place in range(first, first + count)]
+        return [self.rows[place].value["response_tokens"] for place in range(first, first + count)]
 
 
-def _read(path: Path, *, option: str, wanted: str, kinds: tuple[type, ...]) -> list[dict[str, Any]]:
-    """The rows that hold `wanted`, each with its `line`."""
+def _read(path: Path, *, option: str, wanted: str, kinds: tuple[type, ...]) -> list[Row[dict[str, Any]]]:
+    """The rows that hold `wanted`."""
 
     def parse(row: dict[str, Any]) -> dict[str, Any]:
         value = row.get(wanted)
@@ -154,7 +154,7 @@ def _read(path: Path, *, option: str, wanted: str, kinds: tuple[type, ...]) -> l
             raise BadRow(f"{wanted} is missing, empty or of a wrong type{hint}")
         return row
 
-    return [{**row.value, "line": row.line} for row in read_rows(path, option=option, parse=parse)]
+    return read_rows(path, option=option, parse=parse)
 
 
 def padded(rows: Sequence[Sequence[int]], *, width: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -56,7 +56,7 @@ class FunctionScorer:
         scores = torch.zeros(len(rollout.responses), device=device.current())
         if dist.get_rank() == 0:
             self._beat("reward.function")
-            rows = copy.deepcopy([self._prompts.rows[drawn.row] for drawn in rollout.drawn])  # the function's own
+            rows = copy.deepcopy([self._prompts.rows[drawn.row].value for drawn in rollout.drawn])  # the function's own
             texts = [self._tokenizer.decode_answer(response) for response in rollout.responses]
             try:
                 given = [float(score) for score in self._function([row["prompt"] for row in rows], texts, rows)]

@@ -40,8 +40,12 @@ class AnswersFromFile:
 
     def answers(self, drawn: Sequence[DrawnPrompt], prompts: Sequence[Sequence[int]], *, first: int) -> list[Answer]:
         """As AnswerSource. Raises DataError where the file has too few."""
-        rows = self._responses.of(first, len(prompts))
-        return [Answer(row, row[-1] in self._stop_tokens) for row in rows]
+        return [self._answer(row) for row in self._responses.of(first, len(prompts))]
+
+    def _answer(self, row: list[int]) -> Answer:
+        """As the actor would have given it: up to its first end token."""
+        length = next((place + 1 for place, token in enumerate(row) if token in self._stop_tokens), None)
+        return Answer(row[:length], length is not None)
 
 
 class GeneratedAnswers:

@@ -21,8 +21,8 @@ def samples(experience: Experience, prompts: PromptFile, renderer: Renderer) -> 
     return [
         {
             "kind": kind,
-            "line": prompts.rows[rollout.drawn[index].row]["line"],
-            "prompt": _text(prompts.rows[rollout.drawn[index].row]["prompt"]),
+            "line": prompts.rows[rollout.drawn[index].row].line,
+            "prompt": _text(prompts.rows[rollout.drawn[index].row].value["prompt"]),
             "response": renderer.tokenizer.decode_answer(rollout.responses[index]),
             "num_tokens": len(rollout.responses[index]),
             "has_ended": bool(rollout.has_ended[index]),

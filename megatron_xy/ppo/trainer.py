@@ -307,7 +307,7 @@ class PPOTrainer:
                 rows = (
                     torch.nonzero(~torch.isfinite(tensor.reshape(tensor.size(0), -1)).all(dim=1)).reshape(-1).tolist()
                 )
-                lines = [self.prompts.rows[experience.rollout.drawn[row].row]["line"] for row in rows[:5]]
+                lines = [self.prompts.rows[experience.rollout.drawn[row].row].line for row in rows[:5]]
                 raise DataError(
                     f"step {self.state.iteration + 1}: {name} of {len(rows)} answer(s) are not finite, the prompts "
                     f"stand in {self.prompts.path} on lines {', '.join(map(str, lines))}; look at the role that gives "

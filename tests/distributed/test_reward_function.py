@@ -57,14 +57,17 @@ def scored(folder: Path, name: str) -> dict[str, Any]:
         outcome: Any = scorer.score(rollout).tensors["scores"].tolist()
     except DataError as error:
         outcome = str(error)
-    return {"outcome": outcome, "phases": phases, "rows": prompts.rows}
+    return {"outcome": outcome, "phases": phases, "rows": [row.value for row in prompts.rows]}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rule")
     write_tokenizer(folder, [f"w{number:02d}" for number in range(5)])
-    write_rows(folder / "prompts.jsonl", [{"prompt": "w00 w01", "wanted": "abc"}, {"prompt": "w01", "wanted": ""}])
+    write_rows(
+        folder / "prompts.jsonl",
+        [{"prompt": "w00 w01", "wanted": "abc", "line": "its own"}, {"prompt": "w01", "wanted": ""}],
+    )
     (folder / "rules.py").write_text(RULES)
     return folder
 
@@ -74,6 +77,7 @@ def test_it_may_take_its_rows_apart(folder: Path) -> None:
     assert found["outcome"] == [3.0, 0.0]
     assert found["phases"] == ["reward.function"]
     assert [row["prompt"] for row in found["rows"]] == ["w00 w01", "w01"], "rank 0 alone would read other prompts"
+    assert found["rows"][0]["line"] == "its own"
     assert [row["wanted"] for row in found["rows"]] == ["abc", ""]
 
 

@@ -6,8 +6,10 @@ No model of a wrong kind or vocabulary gets through, no prompt or answer that do
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from megatron_xy.config import InvalidConfig, load_config, placed_roles
 from megatron_xy.errors import ConfigError, MegatronXYError
 from megatron_xy.plan.overview import Plan
 from megatron_xy.plan.verb import plan
+from megatron_xy.ppo.facts import fingerprints
 from megatron_xy.ppo.material import look_at
+from megatron_xy.ppo.rollouts import AnswersFromFile
 from megatron_xy.preflight import check_paths
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -155,3 +159,24 @@ def test_an_answer_ends_as_generate_ends_it(tmp_path: Path, loads: dict[str, str
     assert stop_ids() == (18,)
     assert stop_ids(f"roles.actor.model.load=hf:{named}") == (5, 18)
     assert stop_ids(f"roles.critic.model.load=hf:{named}") == (18,), "only what the actor says counts"
+
+
+def test_other_weights_of_a_frozen_role_are_told_by_their_contents(tmp_path: Path, loads: dict[str, str]) -> None:
+    """Of the same shape and size, in a folder of the same name: two epochs of one model, say."""
+    reference = Path(hf_folder(tmp_path / "reference", architecture="LlamaForCausalLM").removeprefix("hf:"))
+    config = load_config(written(tmp_path, loads), overrides=[f"roles.reference.model.load=hf:{reference}"])
+    material = look_at(config, placed_roles(config, world_size=4))
+    found = []
+    for seed in (0, 1, 0):
+        (reference / "model.safetensors").write_bytes(random.Random(seed).randbytes(3_000_001))
+        found.append(fingerprints(config, material)["roles.reference.model.load"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_given_answer_ends_with_its_first_end_token() -> None:
+    rows = [[3, 18, 5, 6], [3, 18, 18], [18, 3], [3, 4]]
+    given = SimpleNamespace(of=lambda first, count: rows[first : first + count])
+    answers = AnswersFromFile(given, stop_tokens=(18,)).answers([], [[1]] * 4, first=0)  # type: ignore[arg-type]
+    assert [(answer.tokens, answer.has_ended) for answer in answers] == [
+        ([3, 18], True), ([3, 18], True), ([18], True), ([3, 4], False),
+    ]  # fmt: skip
