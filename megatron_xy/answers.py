@@ -24,14 +24,14 @@ from megatron_xy.data.chat_template import OF_TOKENIZER, ChatTemplate, load_chat
 from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, read_rows
-from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, Tokenizer, load_tokenizer
+from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError
 from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model_job import ModelJob, run_job
 from megatron_xy.model_ranks import complete_options, joined
-from megatron_xy.model_source import split_origin
+from megatron_xy.model_source import own_tokenizer, split_origin
 from megatron_xy.partial_results import PartialResults
 from megatron_xy.signals import StopRequest
 from megatron_xy.storage import file_sha256
@@ -165,14 +165,12 @@ def find_tokenizer(origin: str, *, given: str | None) -> Tokenizer:
     """
     if given is not None:
         return load_tokenizer(given)
-    kind, folder = split_origin(origin)
-    if any((folder / name).is_file() for name in (TOKENIZER_FILE, TOKENIZER_JSON)):
-        return load_tokenizer(folder)
-    named = files.read_manifest(folder).state.get("tokenizer") if kind == "ckpt" else None
-    if named is None or not Path(named).exists():
-        where = f", and that of its run ({named}) is not there any more" if named else ""
-        raise ConfigError(f"{origin} has no tokenizer beside its weights{where}; name one with --tokenizer")
-    return load_tokenizer(named)
+    found = own_tokenizer(origin)
+    if found is None:
+        raise ConfigError(
+            f"{origin} has no tokenizer beside its weights, nor is that of its run there; name one with --tokenizer"
+        )
+    return load_tokenizer(found)
 
 
 class Chats:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import Head, ModelConfig, RunConfig, role_names, role_sections
+from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON
 from megatron_xy.hf.config import complete_model, read_hf_config
 
 NEW_IN_A_CONTINUED_RUN = ("rotary_base", "rope_scaling", "max_position_embeddings", "norm_epsilon")
@@ -50,6 +51,15 @@ def with_shapes(config: RunConfig) -> RunConfig:
 def stored_head(load: str) -> Head:
     """The head of the weights that `load` names. Raises as `resolve_model`."""
     return _stored_model(load)[0].head
+
+
+def own_tokenizer(origin: str) -> Path | None:
+    """The tokenizer that lies beside weights, or that their run named; None where neither is there."""
+    kind, folder = split_origin(origin)
+    if any((folder / name).is_file() for name in (TOKENIZER_FILE, TOKENIZER_JSON)):
+        return folder
+    named = files.read_manifest(folder).state.get("tokenizer") if kind == "ckpt" else None
+    return Path(named) if named is not None and Path(named).exists() else None
 
 
 def changes_to_source(model: ModelConfig) -> dict[str, list[Any]]:

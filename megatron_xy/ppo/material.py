@@ -21,8 +21,10 @@ from megatron_xy.config import (
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
-from megatron_xy.model_source import resolve_model, split_origin, stored_head
+from megatron_xy.model_source import own_tokenizer, resolve_model, split_origin, stored_head
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
+
+MOST_RENAMED = 0.01  # of the token ids that two tokenizers share: reserved ones that were given a name
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Materia
     _check_heads(roles)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_vocabularies(roles, tokenizer)
+    _check_tokenizers(roles, tokenizer)
     prompts = PromptFile(ppo.prompts, seed=config.seed)
     name, room = room_for_answers(roles.values(), ppo)
     reason = f"the {name} has {room} tokens for prompt and answer, ppo.max_response_length is {ppo.max_response_length}"
@@ -112,6 +115,27 @@ def _check_vocabularies(roles: Mapping[RoleName, PlacedRole], tokenizer: Tokeniz
             f"data.tokenizer ({tokenizer.path}) has {tokenizer.vocab_size} tokens, the models {wanted}; name the "
             f"tokenizer that they were trained with"
         )
+
+
+def _check_tokenizers(roles: Mapping[RoleName, PlacedRole], tokenizer: Tokenizer) -> None:
+    """The roles' own tokenizers, as far as they are there, have the same pieces, but for a few that were renamed."""
+    for name, role in roles.items():
+        path = None if role.model.load is None else own_tokenizer(role.model.load)
+        try:
+            own = tokenizer if path is None else load_tokenizer(path)
+        except DataError:  # of a kind that is not read here, and not used either
+            continue
+        if own.sha256 == tokenizer.sha256:
+            continue
+        shared = range(min(own.vocab_size, tokenizer.vocab_size))
+        other = [index for index in shared if own.engine.spelling(index) != tokenizer.engine.spelling(index)]
+        if len(other) > MOST_RENAMED * len(shared):
+            theirs, ours = (which.engine.spelling(other[0]) for which in (own, tokenizer))
+            raise ConfigError(
+                f"roles.{name}.model.load ({role.model.load}) reads other token ids than data.tokenizer "
+                f"({tokenizer.path}): by its own tokenizer ({own.path}) {len(other)} of {len(shared)} differ, "
+                f"{other[0]} is {theirs!r} and not {ours!r}; take models of one tokenizer"
+            )
 
 
 def _stored_scores(role: PlacedRole) -> tuple[float, float]:

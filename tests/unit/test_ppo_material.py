@@ -180,3 +180,17 @@ def test_a_given_answer_ends_with_its_first_end_token() -> None:
     assert [(answer.tokens, answer.has_ended) for answer in answers] == [
         ([3, 18], True), ([3, 18], True), ([18], True), ([3, 4], False),
     ]  # fmt: skip
+
+
+def test_a_role_of_another_tokenizer_is_refused_where_that_is_there_to_tell(
+    tmp_path: Path, loads: dict[str, str]
+) -> None:
+    reward = Path(hf_folder(tmp_path / "reward", architecture="LlamaForSequenceClassification").removeprefix("hf:"))
+    given = f"roles.reward.model.load=hf:{reward}"
+    look(tmp_path, loads, given)
+    write_tokenizer(reward, WORDS)
+    look(tmp_path, loads, given)
+    write_tokenizer(reward, [*WORDS[1:], WORDS[0]])
+    text = r"roles.reward.model.load .* reads other token ids .* 16 of 19 differ, 1 is 'w01' and not 'w00'; take"
+    with pytest.raises(InvalidConfig, match=text):
+        look(tmp_path, loads, given)
