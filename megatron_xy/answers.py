@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, read_rows
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
@@ -143,7 +144,7 @@ def prepare(job: ModelJob) -> Work:
         top_k=arguments.top_k,
         min_response_length=arguments.min_response_length,
         max_response_length=arguments.max_response_length,
-        stop_ids=tuple(_stop_ids(origin, tokenizer, chat, given=arguments.stop)),
+        stop_ids=tuple(_stop_ids(origin, tokenizer, chat, given=arguments.stop, vocab_size=vocab_size)),
         seed=arguments.seed,
     )
     facts = {
@@ -231,7 +232,7 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: Chats) -> lis
     return [*begin, *tokenizer.encode(prompt).tolist()]
 
 
-def _stop_ids(origin: str, tokenizer: Tokenizer, chat: Chats, *, given: list[str]) -> list[int]:
+def _stop_ids(origin: str, tokenizer: Tokenizer, chat: Chats, *, given: list[str], vocab_size: int) -> list[int]:
     """The tokenizer's end token, the chat template's, those that the HF folder names or named, and the given."""
     ids = {tokenizer.eos_id, *end_ids(kept_facts(*split_origin(origin)))} - {None}
     template = chat.of_the_run()  # what a model has learned to end an answer with ends one to a string, too
@@ -239,11 +240,14 @@ def _stop_ids(origin: str, tokenizer: Tokenizer, chat: Chats, *, given: list[str
     for text in given:
         if text in tokenizer.control_tokens:
             ids.add(tokenizer.control_tokens[text])
-        elif text.isdigit():
+        elif text.isdigit() and int(text) < vocab_size:
             ids.add(int(text))
         else:
             known = ", ".join(list(tokenizer.control_tokens)[:10])
-            raise ConfigError(f"--stop {text}: must be a token id or a control token of the tokenizer, such as {known}")
+            raise ConfigError(
+                f"--stop {text}: must be a token id from 0 to {vocab_size - 1} or a control token of the tokenizer, "
+                f"such as {known}"
+            )
     return sorted(int(index) for index in ids if index is not None)
 
 
@@ -301,13 +305,19 @@ def _generate_in_this_rank(work: Work, arguments: GenerateArguments, *, beat: Ca
 
 
 def _row(work: Work, number: int, num_answers: int, answer: Answer) -> dict[str, Any]:
-    """One row of the output."""
+    """One row of the output. Raises DataError where the model gives no probabilities."""
     row, index = divmod(number, num_answers)
+    logprobs_sum = sum(answer.logprobs)
+    if not math.isfinite(logprobs_sum):
+        raise DataError(
+            f"{work.config.model.load}: the log-probability of an answer to line {work.prompts[row].line} of the "
+            f"prompts is {logprobs_sum}; its weights are damaged, or overflow in this dtype"
+        )
     return {
         "prompt": work.prompts[row].value.given,
         "index": index,
         "response": work.tokenizer.decode_answer(answer.tokens),
         "response_tokens": answer.tokens,
-        "logprobs_sum": sum(answer.logprobs),
+        "logprobs_sum": logprobs_sum,
         "finish_reason": answer.finish_reason,
     }

@@ -117,9 +117,12 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"{directory} holds no {MANIFEST}: it is no checkpoint, or one that was never finished"
-        ) from None
+        roles = sorted(found.parent.name for found in directory.glob(f"*/{MANIFEST}"))
+        if roles:
+            text = f"{directory} is a PPO run's checkpoint, of {' and '.join(roles)}; name the folder of one of them"
+        else:
+            text = f"{directory} holds no {MANIFEST}: it is no checkpoint, or one that was never finished"
+        raise DataError(text) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(body, dict) or "format_version" not in body:

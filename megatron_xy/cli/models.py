@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_xy.cli.options import Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say
+from megatron_xy.config import MIN_TEMPERATURE
 from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def generate(
         int, typer.Option("--max-response-length", min=1, help="tokens, with the stop token")
     ] = 512,
     min_response_length: Annotated[
-        int, typer.Option("--min-response-length", min=0, help="tokens before a stop token may be drawn")
+        int, typer.Option("--min-response-length", min=0, help="tokens at least, with the stop token")
     ] = 0,
     stop: Annotated[
         list[str] | None,
@@ -98,6 +99,15 @@ def generate(
 
     if not top_p > 0:
         raise typer.BadParameter(f"{top_p} must be above 0", param_hint="--top-p")
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise typer.BadParameter(
+            f"{temperature} must be 0, which is greedy, or at least {MIN_TEMPERATURE}", param_hint="--temperature"
+        )
+    if min_response_length > max_response_length:
+        raise typer.BadParameter(
+            f"{min_response_length} exceeds --max-response-length ({max_response_length})",
+            param_hint="--min-response-length",
+        )
     if nproc_per_node == 1:
         leave_on_signals("; the answers that had ended are kept, and the same command goes on")
     arguments = {

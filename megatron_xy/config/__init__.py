@@ -25,6 +25,7 @@ from megatron_xy.config.roles import (
 )
 from megatron_xy.config.rules import check_world
 from megatron_xy.config.sections import (
+    MIN_TEMPERATURE,
     DataConfig,
     Head,
     ModelConfig,
@@ -41,6 +42,7 @@ from megatron_xy.config.sections import (
 )
 
 __all__ = [
+    "MIN_TEMPERATURE",
     "TRAINED_ROLES",
     "DataConfig",
     "Head",

@@ -32,7 +32,7 @@ def load_config(path: Path, *, overrides: Sequence[str] = (), world_size: int | 
     """
     values, lines = read_yaml(path)
     problems = [Problem(where, text) for where, text in apply_overrides(values, lines, overrides)]
-    _let_ranks_replace_shares(values, overrides)
+    _let_overrides_place_roles(values, overrides)
     config, refused = validate(values)
     problems += [Problem(lines.where(name, path), text) for name, text in refused.items()]
     for name, text in run_rules(config, world_size=world_size):
@@ -85,13 +85,16 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json(exclude_none=False)), sort_keys=False)
 
 
-def _let_ranks_replace_shares(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """An override that names a role's ranks means them in place of the share that the file gives."""
+def _let_overrides_place_roles(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """An override that gives a role ranks means them in place of the share that the file gives, and the reverse."""
+    given = {}
     for override in overrides:
-        match = re.match(r"roles\.(\w+)\.ranks=", override)
-        role = match and isinstance(values.get("roles"), dict) and values["roles"].get(match[1])
+        if match := re.fullmatch(r"roles\.(\w+)\.(ranks|share)=(?!null$).+", override):
+            given[match[1]] = match[2]
+    for name, key in given.items():
+        role = values["roles"].get(name) if isinstance(values.get("roles"), dict) else None
         if isinstance(role, dict):
-            role.pop("share", None)
+            role.pop("share" if key == "ranks" else "ranks", None)
 
 
 def _depends_on(name: str, text: str, refused: str) -> bool:

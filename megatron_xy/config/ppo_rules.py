@@ -42,6 +42,14 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             "ppo.reward_normalization",
             "ppo.reward_normalization (stored): a function has no stored statistics; take running or none",
         )
+    elif ppo.reward_normalization == "stored" and "reward" in roles:
+        load = role_sections(config, "reward")[0].load
+        if load is None or not load.startswith("ckpt:"):
+            yield (
+                "ppo.reward_normalization",
+                f"ppo.reward_normalization (stored): roles.reward.model.load ({load}) must be the ckpt:DIR of a reward "
+                f"run, whose manifest keeps mean and deviation of its scores; name one, or take running or none",
+            )
     training, runtime = config.training, config.runtime
     for key, value, why in (  # refused, as nothing would come of them
         ("training.eval_interval", training.eval_interval, "task ppo evaluates nothing by itself"),
@@ -67,8 +75,13 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
 def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
     assert config.roles is not None, "it has this role"
     role = config.roles[name]
-    if (role.ranks is None) == (role.share is None):
+    if role.ranks is None and role.share is None:
         yield f"roles.{name}", f"roles.{name} needs either ranks or a share of the world"
+    elif role.ranks is not None and role.share is not None:
+        yield (
+            f"roles.{name}",
+            f"roles.{name} has both ranks and a share ({role.share:g}) of the world; give one of them",
+        )
     model, parallel = role_sections(config, name)
     if role.model.load is None and config.model.load is None and model.num_layers is None:
         yield f"roles.{name}.model.load", f"roles.{name}.model.load is missing; name the weights that it starts from"

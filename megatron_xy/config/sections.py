@@ -21,6 +21,8 @@ def _folder_of_weights(value: str) -> str:
     return value
 
 
+MIN_TEMPERATURE = 1e-4  # below, logits over it leave the range of fp32
+
 Head = Literal["language_model", "value"]
 RoleName = Literal["actor", "critic", "reference", "reward"]
 
@@ -245,7 +247,9 @@ class PPOConfig(Section):
     mini_batch_size: int = Field(32, ge=1, description="answers an update")
     ppo_epochs: int = Field(1, ge=1)
     max_response_length: int = Field(512, ge=1)
-    temperature: float = Field(1.0, gt=0, description="log-probabilities are those of the tempered distribution")
+    temperature: float = Field(
+        1.0, ge=MIN_TEMPERATURE, description="log-probabilities are those of the tempered distribution"
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="below 1 the sampled distribution is not quite the scored one")
     top_k: int = Field(0, ge=0, description="0: all; else as for top_p")
     kl_coef: float = Field(0.05, ge=0, description="of the penalty in the rewards (k1)")

@@ -140,8 +140,8 @@ def _check_tokenizers(roles: Mapping[RoleName, PlacedRole], tokenizer: Tokenizer
 
 def _stored_scores(role: PlacedRole) -> tuple[float, float]:
     """What the reward model's checkpoint says of its scores on the SFT model's answers."""
-    kind, folder = split_origin(role.model.load or "ckpt:")
-    scores = read_manifest(folder).state.get("scores") if kind == "ckpt" and role.model.load else None
+    assert role.model.load is not None, "the config's rules ask for a checkpoint"
+    scores = read_manifest(split_origin(role.model.load)[1]).state.get("scores")
     if not isinstance(scores, dict) or not float(scores.get("std", 0)) > 0:
         raise DataError(
             f"ppo.reward_normalization (stored): {role.model.load} keeps no mean and deviation of its scores; take "

@@ -202,6 +202,11 @@ def test_a_missing_shard_or_manifest_or_folder_is_said(checkpoint, tmp_path):
     (checkpoint / files.MANIFEST).unlink()
     with pytest.raises(DataError, match=r"holds no manifest\.json"):
         open_whole(checkpoint)
+    for role in ("actor", "critic"):
+        (checkpoint / role).mkdir()
+        (checkpoint / role / files.MANIFEST).touch()
+    with pytest.raises(DataError, match="is a PPO run's checkpoint, of actor and critic; name the folder of one"):
+        open_whole(checkpoint)
     with pytest.raises(ConfigError, match="no such folder"):
         open_whole(tmp_path / "nowhere")
 

@@ -72,10 +72,18 @@ def test_shares_follow_one_another(tmp_path: Path) -> None:
         check_world(config, world_size=12)
 
 
-def test_a_ranks_override_replaces_a_share(tmp_path: Path) -> None:
+def test_an_override_of_ranks_replaces_a_share_and_the_reverse(tmp_path: Path) -> None:
     roles = {name: {"share": 0.25} for name in ("actor", "critic", "reference", "reward")}
     config = config_of(tmp_path, {"roles": roles}, overrides=("roles.reward.ranks=0",))
     assert placed_roles(config, world_size=4)["reward"].ranks == (0,)
+    mixed = {name: {"ranks": 0} for name in roles}
+    for overrides in (
+        ("roles.actor.share=1.0",),
+        ("roles.actor.ranks=null", "roles.actor.share=1.0"),
+        ("roles.actor.ranks=0-3", "roles.actor.share=1.0"),
+    ):
+        config = config_of(tmp_path, {"roles": mixed}, overrides=overrides)
+        assert placed_roles(config, world_size=4)["actor"].ranks == (0, 1, 2, 3)
 
 
 def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
@@ -97,6 +105,11 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
         ({"roles": {"critic": {"ranks": "3-2"}}}, "roles.critic.ranks (3-2) must be a rank or ranges of ranks"),
         ({"roles": {"critic": {"ranks": "2,2-3"}}}, "roles.critic.ranks (2,2-3) names a rank twice"),
         ({"roles": {"critic": {}}}, "roles.critic needs either ranks or a share of the world"),
+        ({"roles": {"critic": {"ranks": "2-3", "share": 0.5}}}, "roles.critic has both ranks and a share (0.5) of the"),
+        (
+            {"ppo": {"reward_normalization": "stored"}},
+            "ppo.reward_normalization (stored): roles.reward.model.load (None) must be the ckpt:DIR of a reward run",
+        ),
         (
             {"roles": {"actor": {"ranks": 0, "parallel": {"tensor_model_parallel_size": 2}}}},
             "roles.actor has 1 ranks, which must be a multiple of its tensor x pipeline parallel size (2); nearest: 2",
@@ -121,7 +134,7 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
         ({"training": {"spike_policy": "skip"}}, "training.spike_policy: task ppo skips no spikes"),
         ({"runtime": {"profile": "2:3"}}, "runtime.profile: task ppo is not profiled yet; leave it out"),
         ({"ppo": {"kl_loss_coef": 0.1}}, "would count the divergence twice"),
-        ({"ppo": {"temperature": 0}}, "ppo.temperature (0): must be greater than 0"),
+        ({"ppo": {"temperature": 0}}, "ppo.temperature (0): must be greater than or equal to 0.0001"),
         ({"ppo": {"reward_function": "score"}}, "ppo.reward_function (score) must be FILE.py:FUNCTION"),
         ({"ppo": {"reward_function": "a.py:score"}}, "roles.reward: ppo.reward_function stands in for it"),
         ({"model": {"num_layers": None}}, "roles.actor.model.load is missing; name the weights that it starts from"),

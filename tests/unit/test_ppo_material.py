@@ -100,7 +100,7 @@ def test_a_critic_may_begin_as_a_reward_or_a_language_model(tmp_path: Path, load
         ({}, "roles.reward.micro_batch_tokens=24", 65, "prompts.jsonl:2: the prompt has 17 tokens, must have 1 to 16"),
         ({}, "training.train_iters=3", 65, "responses.jsonl holds 8 answers, and place 12 is drawn"),
         ({"critic": "huge"}, "seed=1", 74, " are needed: a checkpoint takes"),
-        ({}, "ppo.reward_normalization=stored", 65, "keeps no mean and deviation of its scores"),
+        ({}, "ppo.reward_normalization=stored", 78, "keeps mean and deviation of its scores"),
     ],
 )
 def test_what_does_not_fit_is_named(
