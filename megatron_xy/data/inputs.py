@@ -36,8 +36,8 @@ def find_inputs(inputs: Sequence[Path | str]) -> list[Path]:
     """The corpus files that `inputs` (files, folders, globs) name: in the order given, sorted within each.
 
     A Megatron dataset may be named by its prefix or either file; it is listed as its .bin. Hidden files of a folder are
-    passed over. Raises ConfigError: missing, nothing matches, a kind that is not supported, a file named twice, a name
-    that is not UTF-8.
+    passed over, links are followed. Raises ConfigError: missing, nothing matches, a link to nothing or in a circle, a
+    kind that is not supported, a file named twice, a name that is not UTF-8.
     """
     files: list[Path] = []
     for given in inputs:
@@ -144,17 +144,16 @@ def _scan(path: Path, *, part_bytes: int, file: int, advance: Callable[[int], No
 
 def _expand(given: str) -> list[Path]:
     path = Path(given)
-    if path.is_file():
-        return [path]
     if path.is_dir():
-        below = sorted(file for file in path.rglob("*") if file.is_file())
-        files = [file for file in below if not any(name.startswith(".") for name in file.relative_to(path).parts)]
+        files = sorted(_files_below(path))
         if not files:
             raise ConfigError(f"input ({given}): the folder holds no file; name one with documents")
         return files
+    if path.exists() or path.is_symlink():
+        return [_file(path)]
     if glob.has_magic(given):
         matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - Path.glob refuses absolute patterns
-        files = [file for match in matches if (file := Path(match)).is_file()]
+        files = [_file(path) for path in map(Path, matches) if not path.is_dir()]
         if not files:
             raise ConfigError(
                 f"input ({given}): no file matches; mend the pattern, or quote it where the shell reads it"
@@ -163,6 +162,29 @@ def _expand(given: str) -> list[Path]:
     if bin_path(path).is_file() or idx_path(path).is_file():
         return [bin_path(path)]
     raise ConfigError(f"input ({given}) does not exist; give files, folders or globs")
+
+
+def _files_below(folder: Path, *, inside: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The files below a folder but for hidden ones, those of linked folders too. Raises ConfigError."""
+    here = folder.resolve()
+    if here in inside:
+        raise ConfigError(f"input ({folder}) is a link to a folder that it lies in; remove it, or name files")
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files_below(path, inside=inside | {here})
+        else:
+            yield _file(path)
+
+
+def _file(path: Path) -> Path:
+    """The path of a file. Raises ConfigError where it is none, so that nothing is left out unsaid."""
+    if path.is_file():
+        return path
+    if path.exists():
+        raise ConfigError(f"input ({path}) is neither a file nor a folder; copy what it gives into a file")
+    raise ConfigError(f"input ({path}) is a link to what is not there; mend it, or remove it")
 
 
 def _is_utf8(path: Path) -> bool:

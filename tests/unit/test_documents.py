@@ -59,6 +59,32 @@ def test_inputs_keep_the_order_given_and_refuse_what_they_cannot_read(tmp_path):
             find_inputs([tmp_path / wrong])
 
 
+def test_links_of_a_folder_are_followed_and_nothing_is_left_out_unsaid(tmp_path):
+    for name in ("in/b.jsonl", "in/z.jsonl", "out/a.jsonl", "out/deep/.hidden/x", "out/deep/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    corpus = tmp_path / "in"
+    (corpus / "more").symlink_to(tmp_path / "out")
+    (corpus / ".passed").symlink_to("nothing")
+    names = ["b.jsonl", "more/a.jsonl", "more/deep/c.jsonl", "z.jsonl"]
+    assert [p.relative_to(corpus).as_posix() for p in find_inputs([corpus])] == names
+    assert sorted(find_inputs([corpus / "**"])) == find_inputs([corpus])
+    wrong = corpus / "wrong.jsonl"
+    wrong.symlink_to("nothing")
+    for named in (wrong, corpus, corpus / "*"):
+        with pytest.raises(ConfigError, match=r"wrong\.jsonl\) is a link to what is not there; mend it"):
+            find_inputs([named])
+    wrong.unlink()
+    os.mkfifo(wrong)
+    for named in (wrong, corpus, corpus / "*"):
+        with pytest.raises(ConfigError, match=r"wrong\.jsonl\) is neither a file nor a folder"):
+            find_inputs([named])
+    wrong.unlink()
+    (tmp_path / "out" / "deep" / "circle").symlink_to(corpus)
+    with pytest.raises(ConfigError, match=r"deep/circle\) is a link to a folder that it lies in"):
+        find_inputs([corpus])
+
+
 def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
     strange = tmp_path / os.fsdecode(b"bad\xff.jsonl")
     strange.write_text('{"text": "hello"}\n')
