@@ -1,4 +1,4 @@
-"""Compressed corpus files (.gz, .zst) -> a stream of their bytes that never passes a cut file off as a shorter one."""
+"""Compressed files (.gz, .zst) -> a stream of their bytes that never passes a cut file off as a shorter one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+COMPRESSED = (".gz", ".zst")
 # What reading such a stream raises where the file is cut or damaged.
 DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 COMPRESSED_BLOCK = 8 * 1024  # bytes given to the decompressor at a time; what comes out of one lies in memory

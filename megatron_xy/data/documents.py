@@ -16,13 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from megatron_xy.data.compressed import DAMAGE, open_compressed
+from megatron_xy.data.compressed import COMPRESSED, DAMAGE, open_compressed
 from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
 from megatron_xy.data.json_kind import json_kind
 from megatron_xy.data.manifest import RESERVED_NAMES, is_source_name
 from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.rows_files import FILES_OF_ROWS
+from megatron_xy.rows_files import BYTE_ORDER_MARK, FILES_OF_ROWS
 
 orjson: Any
 try:
@@ -35,11 +35,9 @@ except ImportError:  # of the extra `fast`
 BadLinePolicy = Literal["limit", "fail", "skip"]
 
 JSON_LINES = FILES_OF_ROWS
-COMPRESSED = (".gz", ".zst")
 DEFAULT_SOURCE = "default"
 BAD_LINES_LIMIT = 0.001
 MOST_BAD_LINES_LISTED = 10_000  # of a part (8 MB) each; more are counted only
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BUFFER = 128 * 1024  # bytes
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from megatron_xy.config import RunConfig
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.chat_template import OF_TOKENIZER, load_chat_template
-from megatron_xy.data.compressed import DAMAGE, open_compressed
-from megatron_xy.data.documents import COMPRESSED
+from megatron_xy.data.compressed import COMPRESSED, DAMAGE, open_compressed
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.tokenizer import load_tokenizer

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError
@@ -17,6 +20,24 @@ def test_rows_come_with_their_lines(tmp_path: Path) -> None:
         (1, 1),
         (4, "\U0001f98a \\ud800"),  # a whole pair, and one that is only spelt out
     ]
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("", bytes), (".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress)]
+)
+def test_rows_of_compressed_files_are_the_same(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
+    def read() -> list[tuple[int, int]]:
+        return [(row.line, row.value) for row in read_rows(path, option="--rows", parse=lambda row: row["a"])]
+
+    path = tmp_path / f"rows.jsonl{ending}"
+    whole = compress(b'\xef\xbb\xbf{"a": 1}\n' + b'{"a": 2}\n' * 9)
+    path.write_bytes(whole)
+    assert read() == [(1, 1), *((line, 2) for line in range(2, 11))]
+    if ending:
+        for damaged in (whole[:-6], whole[:12], b"", b"{}\n"):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=r"rows\.jsonl.*: damaged after line .*; copy it again"):
+                read()
 
 
 @pytest.mark.parametrize(
