@@ -76,11 +76,10 @@ class ChatTemplate:
         self.source, self.name = source, name
         self.marks_answers = _MARKED.search(source) is not None
         self._tokens = tokenizer.special_tokens
-        for token in ("bos_token", "eos_token"):
-            if name in BUILT_IN and re.search(rf"\b{token}\b", source) and token not in self._tokens:
-                raise ConfigError(
-                    f"chat_template ({name}) needs a {token}, and the tokenizer {tokenizer.path} has none; name another"
-                )
+        if name in BUILT_IN and (missing := _missing_tokens(source, tokenizer)):
+            raise ConfigError(
+                f"chat_template ({name}) needs {missing[0]}, and the tokenizer {tokenizer.path} has none; name another"
+            )
         try:
             self._template = _environment().from_string(source)
         except TemplateSyntaxError as error:
@@ -98,6 +97,17 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program: it may fail in any way, and is not ours
             raise BadConversation(f"the chat template {self.name} cannot render it: {error}") from error
+
+
+def _missing_tokens(source: str, tokenizer: Tokenizer) -> list[str]:
+    """What the tokenizer lacks of the tokens that a template of BUILT_IN names or spells."""
+    names = [name for name in ("bos_token", "eos_token") if re.search(rf"\b{name}\b", source)]
+    # As text they would end no answer, and any message could forge them.
+    spelt = [token for token in ("<|im_start|>", "<|im_end|>") if token in source]
+    return [
+        *(f"a {name}" for name in names if name not in tokenizer.special_tokens),
+        *(f"the control token {token}" for token in spelt if token not in tokenizer.control_tokens),
+    ]
 
 
 def load_chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:

@@ -83,8 +83,11 @@ def folders(tmp_path_factory):
     for name in names:
         (base / name).mkdir()
     write_hf_tokenizer(trained(base / "tokenizer.model"), base / "sentencepiece", model_max_length=4096)
-    contents = json_contents()
-    (base / "bytes/tokenizer.json").write_text(json.dumps({**contents, "truncation": None, "padding": None}))
+    contents = json_contents(truncation=None, padding=None)
+    for token in ("<|im_start|>", "<|im_end|>"):
+        added = contents["added_tokens"]
+        added.append({**added[0], "id": added[-1]["id"] + 1, "content": token})
+    (base / "bytes/tokenizer.json").write_text(json.dumps(contents))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
     config["chat_template"] = [{"name": "rag", "template": "no"}, {"name": "default", "template": PLAIN}]
     (base / "bytes/tokenizer_config.json").write_text(json.dumps(config))
@@ -93,11 +96,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chats(folders):
-    """{(folder, template): Chat} of every pair, and a ChatML whose control tokens the tokenizer has."""
+    """{(folder, template): Chat} of every pair that goes together."""
     made = {}
     for name, folder in folders.items():
         tokenizer = load_tokenizer(folder)
         for template in BUILT_IN:
+            if (name, template) == ("sentencepiece", "chatml"):  # it has none of its tokens
+                continue
             made[name, template] = Chat(tokenizer, load_chat_template(template, tokenizer))
         unmarked = BUILT_IN["xuanyuan"].replace("{% generation %}", "").replace("{% endgeneration %}", "")
         made[name, "unmarked"] = Chat(tokenizer, ChatTemplate(unmarked, name="unmarked", tokenizer=tokenizer))
@@ -105,8 +110,6 @@ def chats(folders):
     made["bytes", "its own"] = Chat(tokenizer, load_chat_template("tokenizer", tokenizer))
     for template, source in (("trimmed", TRIMMED), ("thinking", THINKING)):
         made["bytes", template] = Chat(tokenizer, ChatTemplate(source, name=template, tokenizer=tokenizer))
-    own = BUILT_IN["chatml"].replace("<|im_start|>", "<|begin|>").replace("<|im_end|>", "<|end|>")
-    made["bytes", "own chatml"] = Chat(tokenizer, ChatTemplate(own, name="own", tokenizer=tokenizer))
     return made
 
 
@@ -149,7 +152,7 @@ def test_ids_and_masks_are_those_of_apply_chat_template(folders, chats):
         if chat.template.marks_answers:
             assert made.learned.astype(int).tolist() == mask, where
             num_marked += sum(mask)
-    assert num_marked > 1000
+    assert num_marked > 500
 
 
 def behind_prompts(chat, messages, **options):
@@ -171,7 +174,7 @@ def behind_prompts(chat, messages, **options):
 @pytest.mark.parametrize("name", ["one turn", "system", "many turns", "last by the user", "unicode", "empty answer"])
 def test_exactly_the_ids_behind_each_generation_prompt_are_learned(chats, name):
     for (folder, template), chat in chats.items():
-        if template in ("chatml", "thinking"):  # no control tokens; an answer that is rendered anew by what follows
+        if template == "thinking":  # an answer that is rendered anew by what follows
             continue
         made = chat.conversation(CONVERSATIONS[name])
         assert made.learned.tolist() == behind_prompts(chat, CONVERSATIONS[name]).tolist(), (folder, template)
@@ -288,6 +291,8 @@ def test_what_a_template_cannot_render_is_refused(folders, chats):
         chats["sentencepiece", "llama-2"].conversation([assistant("c")])
     with pytest.raises(ConfigError, match=r"chat_template \(alpaca\) is neither a file nor one of xuanyuan"):
         load_chat_template("alpaca", tokenizer)
+    with pytest.raises(ConfigError, match=r"\(chatml\) needs the control token <\|im_start\|>, and .* has none; name"):
+        load_chat_template("chatml", tokenizer)
     with pytest.raises(ConfigError, match="came without a chat_template"):
         load_chat_template("tokenizer", tokenizer)
     with pytest.raises(ConfigError, match="or a file, with --chat-template"):
