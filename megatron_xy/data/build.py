@@ -45,6 +45,7 @@ def build_dataset(
     output: Path | str,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     source_field: str | None = None,
+    source_optional: bool = False,
     text_field: str = "text",
     append_eod: bool = False,
     workers: int = 1,
@@ -65,6 +66,7 @@ def build_dataset(
     deduplicate: of documents with the same text, over all inputs, the first one stays. held_out: this fraction of the
     documents, chosen by the hash of their text, goes into OUTPUT/held_out, a data folder of its own. append_eod: end
     every text with the end-of-document token; documents of Megatron datasets are taken as they lie, and refuse it.
+    source_optional: a row without the source field is of source "default", and no bad line.
     chat_template: take rows that hold conversations as such, rendered by this template (see load_chat_template); their
     answers are learned, or with last_turn_only the last one. chat_overflow: see ChatOverflow.
 
@@ -121,7 +123,14 @@ def build_dataset(
                 pool,
                 groups,
                 build=FolderBuild(
-                    side, scanned, loaded, {**options, "selection": asdict(selection)}, selection, bad_lines, chat
+                    side,
+                    scanned,
+                    loaded,
+                    {**options, "selection": asdict(selection)},
+                    selection,
+                    bad_lines,
+                    chat,
+                    source_optional,
                 ),
                 shard=shard,
             )

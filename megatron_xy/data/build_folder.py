@@ -81,6 +81,7 @@ class FolderBuild:
     selection: Selection
     bad_lines: BadLinePolicy
     chat: ChatOptions | None
+    source_optional: bool  # no part of the fingerprint: it decides, as bad_lines does, whether a line is left out
 
     @property
     def fingerprint(self) -> str:
@@ -111,7 +112,14 @@ def build_folder(
         with work_folder(build.folder, build.fingerprint) as work:
             if build.options["deduplicate"]:
                 fields = {name: build.options[name] for name in ("text_field", "source_field")}
-                find_duplicates(pool, groups, work=work, conversations=build.chat is not None, **fields)
+                find_duplicates(
+                    pool,
+                    groups,
+                    work=work,
+                    source_optional=build.source_optional,
+                    conversations=build.chat is not None,
+                    **fields,
+                )
             if shard is not None and (missing := _tokenize_share(pool, tasks, shard=shard, build=build, work=work)):
                 return {"finished": False, "missing": missing}
             reused = not _finish(pool, tasks, build=build, engine=engine, work=work)
@@ -141,6 +149,7 @@ def _tokenize_tasks(groups: Sequence[tuple[Part, ...]], *, build: FolderBuild) -
             source_field=options["source_field"],
             append_eod=options["append_eod"],
             bad_lines=build.bad_lines,
+            source_optional=build.source_optional,
             chat=build.chat,
         )
         for index, parts in enumerate(groups)

@@ -33,6 +33,7 @@ class HashTask:
     parts: tuple[Part, ...]
     text_field: str
     source_field: str | None
+    source_optional: bool = False
     conversations: bool = False
 
     @property
@@ -63,6 +64,7 @@ def find_duplicates(
     work: Path,
     text_field: str,
     source_field: str | None,
+    source_optional: bool = False,
     conversations: bool = False,
 ) -> None:
     """Write into WORK/DUPLICATES_FOLDER the keys of all documents of `groups` whose text stands earlier in them.
@@ -71,7 +73,7 @@ def find_duplicates(
     """
     claims = work / CLAIMS_FOLDER
     hashing = [
-        HashTask(work / "hashes" / f"{index:06d}", parts, text_field, source_field, conversations)
+        HashTask(work / "hashes" / f"{index:06d}", parts, text_field, source_field, source_optional, conversations)
         for index, parts in enumerate(groups)
     ]
     total = sum(part.stop - part.start for parts in groups for part in parts)
@@ -99,6 +101,7 @@ def hash_documents(task: HashTask, advance: Advance) -> int:
             text_field=task.text_field,
             source_field=task.source_field,
             report=LineReport(),
+            source_optional=task.source_optional,
             conversations=task.conversations,
             advance=advance,
         )

@@ -136,11 +136,13 @@ def read_part(
     text_field: str,
     source_field: str | None,
     report: LineReport,
+    source_optional: bool = False,
     conversations: bool = False,
     advance: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Document]:
     """The documents of one part; empty texts and bad lines go into `report`. Memory: one line, or one .txt file.
 
+    source_optional: a row without `source_field`, or with null there, is of DEFAULT_SOURCE and no bad line.
     conversations: a row of jsonl that holds one is taken as such, whatever else it holds.
 
     `advance` is told how many bytes of the file were used up since the last call. Raises DataError where the file
@@ -149,9 +151,11 @@ def read_part(
     if part.path.endswith(".txt"):
         rows = _read_text_file(part)
     elif part.path.endswith(".parquet"):
-        rows = _read_row_groups(part, _Fields(text_field, source_field, conversations=False))
+        rows = _read_row_groups(
+            part, _Fields(text_field, source_field, conversations=False, source_optional=source_optional)
+        )
     else:
-        fields = _Fields(text_field, source_field, conversations)
+        fields = _Fields(text_field, source_field, conversations=conversations, source_optional=source_optional)
         rows = _read_lines(part, advance, fields)
     duplicates = _duplicates(part)
     with reading_unchanged(part):
@@ -248,6 +252,7 @@ class _Fields(NamedTuple):
     text: str
     source: str | None
     conversations: bool
+    source_optional: bool = False
 
 
 _Row = _Contents | _BadLine
@@ -361,7 +366,7 @@ def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
     elif fields.text not in row and fields.conversations:
         raise _BadLine(f"neither a conversation (messages) nor a field {fields.text!r}")
     text = _string(row, fields.text) if conversation is None else conversation.text
-    if fields.source is None:
+    if fields.source is None or (fields.source_optional and row.get(fields.source) is None):
         return _Contents(text, DEFAULT_SOURCE, conversation)
     source = _string(row, fields.source)
     if source in RESERVED_NAMES:

@@ -74,6 +74,7 @@ def _first_texts(tasks: Sequence[TokenizeTask]) -> Iterator[list[str]]:
                 text_field=task.text_field,
                 source_field=task.source_field,
                 report=report,
+                source_optional=task.source_optional,
                 conversations=task.chat is not None,
             )
             for document in documents:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_xy.config import RunConfig
@@ -22,7 +23,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.rows_files import is_file_of_rows
 from megatron_xy.storage import file_sha256
 
-SOURCE_FIELD = "source"  # names the source of a row, where the first row of a file has it
+SOURCE_FIELD = "source"  # names the source of a row, where it has one
 
 
 def data_folders(config: RunConfig, paths: Sequence[Path], *, into: Path) -> list[Path]:
@@ -57,7 +58,8 @@ def _built(config: RunConfig, file: Path, *, into: Path) -> Path:
             tokenizer=data.tokenizer,
             output=folder,
             buckets=buckets,
-            source_field=SOURCE_FIELD if _first_row_names_source(file) else None,
+            source_field=SOURCE_FIELD if _a_row_names_source(file) else None,
+            source_optional=True,
             bad_lines="fail",
             chat_template=name,
             chat_overflow=data.chat_overflow,
@@ -67,11 +69,9 @@ def _built(config: RunConfig, file: Path, *, into: Path) -> Path:
     return folder
 
 
-def _first_row_names_source(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            lines = open_compressed(file, stream) if file.name.endswith(COMPRESSED) else stream
-            row = json.loads(lines.readline())
-    except (ValueError, *DAMAGE):
-        return False  # the build says what is wrong
-    return isinstance(row, dict) and SOURCE_FIELD in row
+def _a_row_names_source(file: Path) -> bool:
+    """Whether the word stands in a line; the build, which reads the rows, says what is wrong with the file."""
+    with file.open("rb") as stream, suppress(*DAMAGE):
+        lines = open_compressed(file, stream) if file.name.endswith(COMPRESSED) else stream
+        return any(f'"{SOURCE_FIELD}"'.encode() in line for line in lines)
+    return False

@@ -52,6 +52,7 @@ class TokenizeTask:
     append_eod: bool
     bad_lines: BadLinePolicy
     fast: bool = False  # by fastokens, which engine_choice.py found to be exact here
+    source_optional: bool = False  # as `read_part` has it
     chat: ChatOptions | None = None  # None: a row that holds a conversation is no document
 
 
@@ -167,6 +168,7 @@ def _batches(task: TokenizeTask, report: LineReport, advance: Advance) -> Iterat
             text_field=task.text_field,
             source_field=task.source_field,
             report=report,
+            source_optional=task.source_optional,
             conversations=task.chat is not None,
             advance=advance,
         )

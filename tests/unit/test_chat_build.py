@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
+from megatron_xy.config import DataConfig, RunConfig, TrainingConfig
 from megatron_xy.data import build, pack_shards, tokenize
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.chat import Chat
@@ -16,6 +17,7 @@ from megatron_xy.data.dataset import NO_LABEL, PackedDataset, collate
 from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.origins import read_mask
+from megatron_xy.data.run_data import data_folders
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.show import shown_samples
 from megatron_xy.data.tokenizer import load_tokenizer
@@ -292,6 +294,28 @@ def test_a_source_holds_texts_or_conversations(tmp_path, tokenizer, monkeypatch)
     apart = sorted(mixed, key=lambda row: "text" in row)
     with pytest.raises(DataError, match="source one holds texts and conversations"):
         built(tmp_path / "apart", apart, tokenizer)
+
+
+def test_a_run_takes_the_source_of_its_rows_one_by_one(tmp_path, tokenizer):
+    data = DataConfig(tokenizer=tokenizer, chat_template="xuanyuan")
+    config = RunConfig(data=data, training=TrainingConfig(micro_batch_tokens=256))
+    given = [row for row in rows(9) if "text" not in row]
+    bare = [{name: value for name, value in row.items() if name != "source"} for row in given]
+    files = {
+        "bare first": ("", [bare[0], *given], {"default": 1, "finance": 2, "general": 7}),
+        "bare last": ("", [*given, {**bare[0], "source": None}], {"default": 1, "finance": 2, "general": 7}),
+        "blank first": ("\n", given, {"finance": 2, "general": 7}),
+        "none": ("", bare, {"default": 9}),
+    }
+    for name, (before, lines, counts) in files.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(before + "".join(json.dumps(row) + "\n" for row in lines))
+        (folder,) = data_folders(config, [path], into=tmp_path)
+        found = {source: entry.documents for source, entry in read_manifest(folder).sources.items()}
+        assert found == counts, name
+    path.write_text(json.dumps({**bare[0], "source": 3}))
+    with pytest.raises(DataError, match=r"none\.jsonl:1: field 'source' is a number"):
+        data_folders(config, [path], into=tmp_path)
 
 
 def test_without_a_template_a_conversation_is_a_bad_line_that_says_what_to_do(tmp_path, tokenizer):
