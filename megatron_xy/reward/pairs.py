@@ -129,8 +129,12 @@ class _Reader:
         """A pair without its place; None where there is no clear preference."""
         strength = _strength(row.get("grade"))
         prompt = parse_prompt(row)
+        answers = [_answer(row, name) for name in ("chosen", "rejected")]
+        source, models = _name(row.get("source"), "source"), _models(row.get("model"))
+        if not strength:
+            return None
         tokens = [prompt_tokens(self._renderer, prompt)]
-        tokens += [answer_tokens(self._renderer, prompt, _answer(row, name)) for name in ("chosen", "rejected")]
+        tokens += [answer_tokens(self._renderer, prompt, answer) for answer in answers]
         asked, chosen, rejected = (np.array(ids, dtype=np.int32) for ids in tokens)
         if np.array_equal(chosen, rejected):
             raise BadRow("chosen and rejected are the same: an identical pair has nothing to learn")
@@ -141,8 +145,8 @@ class _Reader:
             chosen=chosen,
             rejected=rejected,
             strength=strength,
-            source=_name(row.get("source"), "source"),
-            models=_models(row.get("model")),
+            source=source,
+            models=models,
         )
         longest = len(asked) + max(len(chosen), len(rejected))
         if longest > self._longest:
@@ -155,7 +159,7 @@ class _Reader:
                 f"the pair has {pair.num_tokens} tokens, must have at most training.micro_batch_tokens "
                 f"({self._budget}); raise it, or leave the row out"
             )
-        return pair if strength else None
+        return pair
 
 
 def parse_prompt(row: dict[str, Any]) -> str | list[Message]:

@@ -65,6 +65,10 @@ def test_pairs_without_a_clear_preference_are_dropped_and_counted(toy: Path) -> 
     data = load_pairs(config_of(toy, [{**GOOD, "grade": grade} for grade in ("A3", "A0", "B0", "B1")]))
     assert [pair.strength for pair in data.training] == [3, 1]
     assert data.notes == ["2 pairs without a clear preference (A0, B0) are dropped"]
+    unfit = {"chosen": "red " * 29, "rejected": "red " * 29, "grade": "A0"}
+    assert len(load_pairs(config_of(toy, [GOOD, {**GOOD, **unfit}])).training) == 1
+    with pytest.raises(DataError, match="rejected is missing or no string"):
+        load_pairs(config_of(toy, [GOOD, {**GOOD, "grade": "A0", "rejected": None}]))
 
 
 BAD = [
