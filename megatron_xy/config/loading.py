@@ -82,7 +82,7 @@ def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
 
 def dump_config(config: RunConfig) -> str:
     """The whole config as YAML, defaults included: what RUN/run.yaml holds."""
-    return yaml.safe_dump(json.loads(config.model_dump_json(exclude_none=False)), sort_keys=False)
+    return yaml.safe_dump(json.loads(config.model_dump_json(exclude_none=False)), sort_keys=False, allow_unicode=True)
 
 
 def _let_overrides_place_roles(values: dict[str, Any], overrides: Sequence[str]) -> None:

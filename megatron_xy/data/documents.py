@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from megatron_xy.data.compressed import COMPRESSED, DAMAGE, open_compressed
 from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
 from megatron_xy.data.json_kind import json_kind
-from megatron_xy.data.manifest import RESERVED_NAMES, is_source_name
+from megatron_xy.data.manifest import RESERVED_NAMES, SOURCE_RULE, is_source_name
 from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.rows_files import BYTE_ORDER_MARK, FILES_OF_ROWS
@@ -372,7 +372,7 @@ def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
     if source in RESERVED_NAMES:
         raise _BadLine(f"source {source!r} has the name of something else in a data folder; give it another")
     if not is_source_name(source):
-        raise _BadLine(f"source {source[:100]!r} cannot name a folder: 1 to 100 of A-Z a-z 0-9 . _ -, no dot in front")
+        raise _BadLine(f"source {source[:100]!r} cannot name a folder: {SOURCE_RULE}")
     return _Contents(text, source, conversation)
 
 

@@ -6,6 +6,7 @@ It is written last: a folder without one holds no finished data set. Neither tor
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,9 @@ from megatron_xy.storage import file_sha256, write_text
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
-SOURCE_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"
+SOURCE_PATTERN = r"[\w-][\w.-]{0,99}"  # Python's \w: letters and digits of any script, and _
+SOURCE_BYTES = 200  # with what is put around it, a file's name may have 255
+SOURCE_RULE = f"1 to 100 letters, digits and . _ -, no dot in front, in NFC, {SOURCE_BYTES} bytes of UTF-8 at most"
 BAD_LINES_NAME = "bad_lines.txt"
 HELD_OUT_NAME = "held_out"
 RESERVED_NAMES = frozenset(
@@ -41,7 +44,9 @@ class FileEntry(Entry):
 class ShardEntry(Entry):
     """One .bin/.idx pair; `name` is its prefix relative to the data folder."""
 
-    name: str = Field(pattern=rf"^{SOURCE_PATTERN}/bucket_[0-9]{{5,}}/shard_[0-9]{{5,}}$")
+    model_config = ConfigDict(regex_engine="python-re")
+
+    name: str = Field(pattern=rf"\A{SOURCE_PATTERN}/bucket_[0-9]{{5,}}/shard_[0-9]{{5,}}\Z")
     samples: int = Field(ge=1)
     tokens: int = Field(ge=1)
     bin_bytes: int = Field(ge=1)
@@ -228,7 +233,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def is_source_name(name: str) -> bool:
     """Whether a source may carry this name: it becomes a folder beside the manifest and the tokenizer."""
-    return re.fullmatch(SOURCE_PATTERN, name) is not None and name not in RESERVED_NAMES
+    is_name = re.fullmatch(SOURCE_PATTERN, name) is not None and name not in RESERVED_NAMES
+    return is_name and len(name.encode()) <= SOURCE_BYTES and unicodedata.is_normalized("NFC", name)
 
 
 def file_entry(path: Path, *, folder: Path) -> FileEntry:

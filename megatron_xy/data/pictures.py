@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from megatron_xy.data.alternatives import BIN_STARTS, fixed_length_alternatives
 from megatron_xy.data.manifest import Manifest, read_manifest
 from megatron_xy.errors import ConfigError
+from megatron_xy.fonts import fonts_for_names
 from megatron_xy.storage import TEMPORARY_PREFIX, replace, storage_errors
 
 RATIOS = {
@@ -30,12 +31,13 @@ def draw_statistics(directory: Path, folder: Path) -> list[Path]:
         raise ConfigError(f"{directory} was built without its documents' lengths; build it again to draw them")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "document_lengths.png": _document_lengths(manifest),
-        "buckets.png": _buckets(manifest),
-        "ratios.png": _ratios(manifest),
-    }
-    return [_write(figure, folder / name) for name, figure in figures.items()]
+    with fonts_for_names():
+        figures = {
+            "document_lengths.png": _document_lengths(manifest),
+            "buckets.png": _buckets(manifest),
+            "ratios.png": _ratios(manifest),
+        }
+        return [_write(figure, folder / name) for name, figure in figures.items()]
 
 
 def _document_lengths(manifest: Manifest) -> Figure:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from megatron_xy.config import RunConfig, load_config
 from megatron_xy.errors import DataError
+from megatron_xy.fonts import fonts_for_names
 from megatron_xy.report.benchmarks import draw_benchmarks
 from megatron_xy.report.evaluation import draw_evaluation
 from megatron_xy.report.mixture import draw_mixture
@@ -80,7 +81,8 @@ def make_report(
     )
     for name, picture in pictures.items():
         if picture.is_there:
-            with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+            style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+            with matplotlib.rc_context(style), fonts_for_names():
                 images.append((_png(picture.draw(metrics)), picture.caption))
             write_bytes(folder / f"{name}.png", images[-1][0])
         else:

@@ -110,6 +110,12 @@ BAD = [
     (b'{"text": "x", "src": "manifest.json"}', "has the name of something else in a data folder"),
     (b'{"text": "x", "src": "held_out"}', "has the name of something else in a data folder"),
     (b'{"text": "x", "src": ""}', "cannot name a folder"),
+    (b'{"text": "x", "src": "a\\u3000b"}', "1 to 100 letters, digits and . _ -"),
+    (b'{"text": "x", "src": "a\\u202e"}', "cannot name a folder"),
+    (b'{"text": "x", "src": "a\\n"}', "cannot name a folder"),
+    (b'{"text": "x", "src": "\\u212b"}', "in NFC"),
+    (json.dumps({"text": "x", "src": "\u91d1" * 67}).encode(), "200 bytes of UTF-8 at most"),
+    (json.dumps({"text": "x", "src": "a" * 101}).encode(), "cannot name a folder"),
 ]
 
 

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from megatron_xy.cli.data import _show_stats, data_stats
 from megatron_xy.data.alternatives import BIN_STARTS, fixed_length_alternatives, profile_lengths
 from megatron_xy.data.build import build_dataset
-from megatron_xy.data.examine import dataset_stats
+from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.manifest import read_manifest, write_manifest
 from megatron_xy.data.pictures import draw_statistics
 from megatron_xy.data.progress import left_out
+from megatron_xy.data.show import shown_samples
 from megatron_xy.errors import ConfigError
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
+NAME = "\u91d1\u878d-\u00e9.2"
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
@@ -42,7 +44,7 @@ def test_profile_is_the_definition_token_by_token(lengths, cut):
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("statistics")
-    rows = [{"text": text, "src": "ab"[n % 2]} for n, text in enumerate(texts(200))]
+    rows = [{"text": text, "src": ("a", NAME)[n % 2]} for n, text in enumerate(texts(200))]
     corpus = write_rows(folder / "a.jsonl", rows)
     tokenizer = train_tokenizer(folder / "fox.model")
     build_dataset([corpus], tokenizer=tokenizer, output=folder / "out", buckets=BUCKETS, source_field="src")
@@ -59,6 +61,19 @@ def test_alternatives_cover_the_same_tokens_and_documents(output):
     assert alternatives["64"]["truncation_ratio"] > manifest.statistics.truncation_ratio > 0
 
 
+def test_a_source_has_a_name_of_any_script(output, tmp_path):
+    assert list(read_manifest(output).sources) == ["a", NAME] and (output / NAME).is_dir()
+    verify_dataset(output)
+    (sample,) = shown_samples(output, source=NAME, bucket=16, index=0, count=1)
+    assert f"source {NAME}, " in sample.heading
+    longest = "\u91d1" * 66 + "ab"  # of 200 bytes
+    corpus = write_rows(tmp_path / "a.jsonl", [{"text": "the fox", "src": longest}])
+    tokenizer = output / "tokenizer.model"
+    build_dataset([corpus], tokenizer=tokenizer, output=tmp_path / "out", buckets=BUCKETS, source_field="src")
+    verify_dataset(tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("error")  # of a name that no font can spell
 def test_pictures_are_drawn_or_refused(output, tmp_path):
     paths = draw_statistics(output, tmp_path / "pictures")
     assert [path.name for path in paths] == ["document_lengths.png", "buckets.png", "ratios.png"]
