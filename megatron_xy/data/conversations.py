@@ -1,6 +1,7 @@
 """A row of jsonl -> the conversation in it: OpenAI messages, ShareGPT, or instruction/input/output.
 
-    {"messages": [{"role", "content"}, ...], "tools"?}    {"conversations": [{"from", "value"}, ...], "system"?}
+    {"messages": [{"role", "content"}, ...], "system"?, "tools"?}
+    {"conversations": [{"from", "value"}, ...], "system"?}
     {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...]}
 
 What comes out are messages as OpenAI has them. What is no conversation is refused with the reason.
@@ -55,7 +56,9 @@ def parse_conversation(row: dict[str, Any]) -> Conversation:
     turns = _instruction_turns(row) if "instruction" in row else row.get("messages", row.get("conversations"))
     messages = parse_messages(turns)
     system = row.get("system")
-    if system and "messages" not in row and messages[0]["role"] != "system":
+    if system and messages[0]["role"] == "system":
+        raise BadConversation("the messages begin with a system turn, and there is a system beside them; keep one")
+    if system:
         messages.insert(0, {"role": "system", "content": _text(system, "system")})
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:

@@ -12,7 +12,7 @@ from megatron_xy.data import build, pack_shards, tokenize
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.chat import Chat
 from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.conversations import parse_conversation
+from megatron_xy.data.conversations import BadConversation, parse_conversation
 from megatron_xy.data.dataset import NO_LABEL, PackedDataset, collate
 from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
@@ -258,6 +258,10 @@ BAD_ROWS = {
     "message 1 has a lone|a message has a lone surrogate": {
         "messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]
     },
+    "begin with a system turn, and there is a system beside them; keep one": {
+        "messages": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")],
+        "system": "b",
+    },
     "every answer has weight 0": {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     },
@@ -294,6 +298,16 @@ def test_a_source_holds_texts_or_conversations(tmp_path, tokenizer, monkeypatch)
     apart = sorted(mixed, key=lambda row: "text" in row)
     with pytest.raises(DataError, match="source one holds texts and conversations"):
         built(tmp_path / "apart", apart, tokenizer)
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_a_system_beside_the_messages_is_their_first(form):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    made = parse_conversation({form: turns, "system": "be brief"})
+    assert made.messages == [{"role": "system", "content": "be brief"}, *turns]
+    assert parse_conversation({form: made.messages, "system": ""}) == made
+    with pytest.raises(BadConversation, match="system: its content is a number"):
+        parse_conversation({form: turns, "system": 3})
 
 
 def test_a_run_takes_the_source_of_its_rows_one_by_one(tmp_path, tokenizer):
