@@ -25,6 +25,8 @@ def showing_progress() -> Iterator[Progress]:
 
     def progress(phase: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
+        if done < told.get(phase, 0):  # the phase of the next folder: held-out data are built before the others
+            del phases[phase]
         began, last = phases.setdefault(phase, (now, -SECONDS_BETWEEN_LINES))
         finished = done >= total
         if told.get(phase) == done or (now - last < SECONDS_BETWEEN_LINES and not finished):

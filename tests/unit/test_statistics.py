@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_xy.cli.data import _show_stats, data_stats
+from megatron_xy.data import progress
 from megatron_xy.data.alternatives import BIN_STARTS, fixed_length_alternatives, profile_lengths
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats, verify_dataset
@@ -87,6 +88,16 @@ def test_pictures_are_drawn_or_refused(output, tmp_path):
     assert fixed_length_alternatives(read_manifest(tmp_path / "old")) == {}
     with pytest.raises(ConfigError, match="built without its documents' lengths"):
         draw_statistics(tmp_path / "old", tmp_path / "pictures")
+
+
+def test_a_phase_that_comes_again_has_a_clock_of_its_own(monkeypatch, capsys):
+    now = iter([0, 10, 100, 110])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    with progress.showing_progress() as show:
+        for done in (0, 100, 0, 50):
+            show("tokenize", done, 100, "bytes")
+    lines = capsys.readouterr().err.splitlines()
+    assert "100/100 bytes (100%), 10 bytes/s" in lines[1] and "50/100 bytes (50%), 5 bytes/s, ETA 10 s" in lines[3]
 
 
 def test_nothing_that_is_left_out_goes_untold(tmp_path, output, capsys):
