@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from megatron_xy.data.best_fit import EngineName, start_engine
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
@@ -116,10 +117,10 @@ def pack_tasks(
 
 def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
     """Pack the windows of one task, unless its receipt says that it is done; `advance` counts documents."""
-    if task.receipt.is_file():
-        receipt = PackReceipt.model_validate_json(task.receipt.read_bytes())
-        advance(receipt.documents + receipt.dropped_documents)
-        return receipt
+    done = _read_receipt(task.receipt)
+    if done is not None:
+        advance(done.documents + done.dropped_documents)
+        return done
     documents = truncated = dropped = tokens_lost = 0
     with ExitStack() as stack:
         writers: dict[int, TracedWriter] = {}
@@ -143,6 +144,14 @@ def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
     )
     write_text(task.receipt, receipt.model_dump_json())
     return receipt
+
+
+def _read_receipt(path: Path) -> PackReceipt | None:
+    """A task's receipt, if it is done; one that cannot be read is none."""
+    try:
+        return PackReceipt.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError:
+        return None
 
 
 def _pack_window(

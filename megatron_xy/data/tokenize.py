@@ -26,9 +26,9 @@ from megatron_xy.data.conversations import BadConversation
 from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part, ScannedFile, read_part
 from megatron_xy.data.engines import TokenBatch
 from megatron_xy.data.fast_engine import FAST_ENGINE, FastTokenizer, chosen_texts
-from megatron_xy.data.indexed import dtype_for
+from megatron_xy.data.indexed import bin_path, dtype_for, idx_path
 from megatron_xy.data.loaded import loaded_fast_tokenizer, loaded_tokenizer
-from megatron_xy.data.origins import TracedWriter, document_rows
+from megatron_xy.data.origins import TracedWriter, document_rows, trace_path
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.workers import Advance
 from megatron_xy.errors import ConfigError, DataError
@@ -139,12 +139,18 @@ def write_receipt(shard: TokenShard) -> None:
 
 
 def read_receipt(folder: Path) -> TokenShard | None:
-    """The receipt of the shard in `folder`, if it is finished."""
+    """The receipt of the shard in `folder`, if it is finished; one that cannot be read, or misses a file, is none."""
     path = TokenShard.receipt(folder)
     if not path.is_file():
         return None
-    receipt = json.loads(path.read_text(encoding="utf-8"))
-    return TokenShard(folder, **{**receipt, "report": LineReport(**receipt["report"])})
+    try:
+        receipt = json.loads(path.read_bytes())
+        shard = TokenShard(folder, **{**receipt, "report": LineReport(**receipt["report"])})
+        prefixes = [folder / source for source in shard.documents]
+    except (ValueError, TypeError, KeyError):  # cut, or another file's contents
+        return None
+    files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix), trace_path(prefix))]
+    return shard if all(path.is_file() for path in files) else None
 
 
 @dataclass

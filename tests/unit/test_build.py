@@ -163,6 +163,23 @@ def test_a_stopped_build_goes_on_without_redoing_shards(corpus, tokenizer, tmp_p
     assert content(output) == content(tmp_path / "unbroken")
 
 
+def test_a_stopped_build_makes_anew_what_a_cut_receipt_stands_for(corpus, tokenizer, tmp_path, monkeypatch):
+    run(corpus, tokenizer, tmp_path / "unbroken")
+
+    def stop(*args, **options):
+        raise Stop
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(build_folder, "_publish", stop)
+        run(corpus, tokenizer, tmp_path / "out")
+    receipts = list((tmp_path / "out" / build.WORK_FOLDER).glob("*/*.json"))
+    assert {path.parent.name for path in receipts} == {"tokens", "packed"}
+    for path in receipts:
+        path.write_bytes(path.read_bytes()[:20])
+    assert run(corpus, tokenizer, tmp_path / "out")["reused"] is False
+    assert content(tmp_path / "out") == content(tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_build_that_is_asked_to_stop_says_that_it_goes_on(corpus, tokenizer, tmp_path, number, capsys):
     def stop(phase, done, total, unit):

@@ -96,19 +96,41 @@ def test_a_shard_with_a_receipt_is_not_done_again_unless_fastokens_is_no_longer_
     task = task_for(tmp_path, rows, tokenizer, fast=True)
     shard = run(task)
     assert read_receipt(task.folder) == shard
-    (task.folder / "code.bin").unlink()
-    assert run(task) == shard and not (task.folder / "code.bin").exists()
+    tokens = task.folder / "code.bin"
+    tokens.write_bytes(b"")
+    assert run(task) == shard and not tokens.read_bytes()
     again = run(replace(task, fast=False))
-    assert again.engine.startswith("sentencepiece ") and (task.folder / "code.bin").exists()
-    (task.folder / "code.bin").unlink()
-    assert run(task) == again and not (task.folder / "code.bin").exists()
+    assert again.engine.startswith("sentencepiece ") and tokens.read_bytes()
+    tokens.write_bytes(b"")
+    assert run(task) == again and not tokens.read_bytes()
 
 
 def test_a_receipt_that_names_no_engine_counts(tmp_path, rows, tokenizer):
     task = task_for(tmp_path, rows, tokenizer)
-    task.folder.parent.mkdir(parents=True)
+    run(task)
     TokenShard.receipt(task.folder).write_text(json.dumps({"documents": {"code": 3}, "report": {"lines": 3}}))
     assert run(task) == TokenShard(task.folder, {"code": 3}, LineReport(lines=3))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"documents": {"co', b"\xff", b"null", b"{}", b'{"report": {"lines": "?", "x": 1}}']
+)
+def test_a_shard_whose_receipt_cannot_be_read_is_done_again(tmp_path, rows, tokenizer, content):
+    task = task_for(tmp_path, rows, tokenizer)
+    shard = run(task)
+    receipt = TokenShard.receipt(task.folder)
+    receipt.write_bytes(content)
+    assert run(task) == shard == read_receipt(task.folder)
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx", "trace"])
+def test_a_shard_that_misses_a_file_is_done_again(tmp_path, rows, tokenizer, ending):
+    task = task_for(tmp_path, rows, tokenizer)
+    shard = run(task)
+    missing = task.folder / f"code.{ending}"
+    content = missing.read_bytes()
+    missing.unlink()
+    assert read_receipt(task.folder) is None and run(task) == shard and missing.read_bytes() == content
 
 
 def test_lone_surrogates_are_bad_lines_and_the_other_documents_are_encoded(tmp_path, tokenizer):
