@@ -59,8 +59,8 @@ def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -
     """Read a whole data folder: sizes, checksums, every sample within its bucket, every id within the vocabulary.
 
     A held-out part is a data folder of its own, of which nothing is read. The manifest's fingerprint is taken as it
-    stands: it covers options that no manifest holds, such as the fraction held out. Raises ConfigError where the folder is
-    missing, DataError with the file and the reason where anything is wrong or there is a file too many.
+    stands: it covers options that no manifest holds, such as the fraction held out. Raises ConfigError where the
+    folder is missing, DataError with the file and the reason where anything is wrong or there is a file too many.
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
