@@ -51,8 +51,8 @@ def check_continuation(
         problems += [
             Problem(
                 name,
-                f"{name} ({_short(now)}) is {_short(then)} in {origin}: samples would be drawn twice or never; put it "
-                f"back, or accept that with checkpoint.allow_changes=true",
+                f"{name} ({_short(now)}) is {_short(then)} in {origin}: {_harm(name)}; put it back, or accept that "
+                f"with checkpoint.allow_changes=true",
             )
             for name, then, now in changes
         ]
@@ -81,6 +81,11 @@ def _until(order: dict[str, Any], data_step: int) -> dict[str, Any]:
 def _differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, then, now) of what both have and is not the same."""
     return [(name, stored[name], now) for name, now in current.items() if name in stored and stored[name] != now]
+
+
+def _harm(name: str) -> str:
+    """What comes of another order of the data, or, under PPO, of other frozen weights."""
+    return "other weights would judge" if name.endswith(".load") else "samples would be drawn twice or never"
 
 
 def _short(value: Any) -> str:
