@@ -24,7 +24,7 @@ from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import CHECKSUMS
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import PLAIN
-from megatron_xy.hf.reader import INDEX
+from megatron_xy.hf.reader import INDEX, read_index
 from megatron_xy.hf.release import copy_side_files
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
@@ -131,7 +131,7 @@ def _added_tokens(folder: Path) -> Iterator[tuple[str, int]]:
 
 def _write_weights(folder: Path, source: Source, *, first_new: int, spelt: Sequence[Sequence[int]]) -> dict[str, str]:
     """Every file of weights under its name, and the index; returns {file: sha256}."""
-    index = read_object(source.folder, INDEX)
+    index = read_index(source.folder)
     files = sorted({piece.file for entry in source.manifest.tensors.values() for piece in entry.pieces})
     if index is not None:
         files = sorted(set(index["weight_map"].values()))

@@ -6,6 +6,7 @@ No pickle is opened, and no link out of the folder followed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,14 @@ def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
         manifest.tensors[name] = TensorEntry(shape, dtypes[0], pieces)
     _refuse_unused(directory, manifest, stored, model=model)
     return manifest
+
+
+def read_index(directory: Path) -> dict[str, Any] | None:
+    """The folder's index as it is; None where one file holds all weights. As in transformers, that file goes first.
+
+    Raises ConfigError or DataError.
+    """
+    return None if file_inside(directory, SINGLE) is not None else read_object(directory, INDEX)
 
 
 def _explained(part: str, model: ModelConfig) -> str:
@@ -116,7 +125,7 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[str, StoredTensor]]:
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
     """{HF tensor name: file} from the folder's index; None where one file holds all weights."""
-    index = read_object(directory, INDEX)
+    index = read_index(directory)
     if index is None:
         if file_inside(directory, SINGLE) is not None:
             return None

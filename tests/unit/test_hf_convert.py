@@ -70,6 +70,15 @@ def hf_folder(folder, *, model=MODEL, dtype=torch.float32, tensors=None):
     return folder
 
 
+def indexed(folder, changes=()):
+    """The folder, its one file under another name and an index that finds all of the model there, but for changes."""
+    file = "model-00001-of-00001.safetensors"
+    (folder / SINGLE).rename(folder / file)
+    weight_map = dict.fromkeys(random_tensors(MODEL), file) | dict(changes)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
 def there_and_back(folder, tmp_path, **options):
     hf_to_checkpoint(folder, tmp_path / "ckpt")
     checkpoint_to_hf(tmp_path / "ckpt", tmp_path / "back", **options)
@@ -435,10 +444,8 @@ def test_pickles_are_never_opened(tmp_path):
     ],
 )
 def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
-    folder = hf_folder(tmp_path / "hf")
+    folder = indexed(hf_folder(tmp_path / "hf"), {"model.norm.weight": file})
     (folder / "circle.safetensors").symlink_to("circle.safetensors")
-    weight_map = dict.fromkeys(random_tensors(MODEL), SINGLE) | {"model.norm.weight": file}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     refused(folder, text)
 
 
@@ -453,7 +460,7 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
     ],
 )
 def test_a_damaged_index_is_bad_data(tmp_path, index, text):
-    folder = hf_folder(tmp_path / "hf")
+    folder = indexed(hf_folder(tmp_path / "hf"))
     (folder / INDEX).write_text(index)
     refused(folder, text)
 
@@ -484,6 +491,15 @@ def test_a_snapshot_of_the_hub_cache_links_to_its_blobs(tmp_path):
         hf_to_checkpoint(snapshot, tmp_path / "again")
 
 
+def test_the_one_file_goes_before_an_index_as_in_transformers(tmp_path):
+    folder = indexed(hf_folder(tmp_path / "hf"))
+    tensors = {name: 2 * tensor for name, tensor in random_tensors(MODEL).items()}
+    save_file(tensors, folder / SINGLE)
+    assert torch.equal(
+        load_file(there_and_back(folder, tmp_path) / SINGLE)["lm_head.weight"], tensors["lm_head.weight"]
+    )
+
+
 def test_truncated_weights_are_damaged(tmp_path):
     folder = hf_folder(tmp_path / "hf")
     content = (folder / SINGLE).read_bytes()
@@ -492,14 +508,14 @@ def test_truncated_weights_are_damaged(tmp_path):
         refused(folder, r"model\.safetensors is damaged")
 
 
-@pytest.mark.parametrize("indexed", [False, True])
-def test_a_missing_tensor_is_named(tmp_path, indexed):
+@pytest.mark.parametrize("has_index", [False, True])
+def test_a_missing_tensor_is_named(tmp_path, has_index):
     tensors = random_tensors(MODEL)
     missing = "model.layers.1.mlp.up_proj.weight"
     del tensors[missing]
     folder = hf_folder(tmp_path / "hf", tensors=tensors)
-    if indexed:  # the index promises what the file lacks
-        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(random_tensors(MODEL), SINGLE)}))
+    if has_index:
+        indexed(folder)  # which promises what the file lacks
     refused(folder, rf"hold(s no)? {re.escape(missing)}, (which config\.json calls for|though {INDEX} says so)")
 
 
