@@ -138,6 +138,8 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     values = Values(directory / INDEX, index)
     values.object("metadata")
     weight_map = dict(values.object("weight_map").values)
+    if not weight_map:
+        raise DataError(f"{directory / INDEX} names no files: its weight_map is missing or empty; copy it again")
     for file in set(map(str, weight_map.values())):
         if not file.endswith(".safetensors"):
             raise DataError(f"{directory / INDEX} names {file}, which is no .safetensors file; it is refused")

@@ -456,7 +456,8 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, file, text):
         ("[]", "holds a list instead of a JSON object"),
         ('{"weight_map": []}', r"weight_map \(\[\]\) must be an object"),
         ('{"weight_map": {}, "metadata": 7}', r"metadata \(7\) must be an object"),
-        ('{"weight_map": {}}', "holds no model.embed"),
+        ('{"weight_map": {}}', f"{INDEX} names no files: its weight_map is missing or empty"),
+        ("{}", f"{INDEX} names no files: its weight_map is missing or empty"),
     ],
 )
 def test_a_damaged_index_is_bad_data(tmp_path, index, text):
