@@ -157,8 +157,8 @@ def stored_model(directory: Path, manifest: Manifest, *, without: Set[str] = fro
         ) from None
 
 
-def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
-    """Compares size and sha256 of the given shards (default: all) with the manifest. Raises DataError at the first."""
+def verify_sizes(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
+    """Compares the given shards' sizes (default: all) with the manifest. Raises DataError at the first."""
     for file in manifest.files if files is None else files:
         facts, path = manifest.files[file], directory / file
         if path.is_symlink() or not path.is_file():
@@ -166,6 +166,13 @@ def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | 
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise DataError(f"{path} is damaged: {size} bytes instead of {facts['bytes']}")
+
+
+def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
+    """Compares size and sha256 of the given shards (default: all) with the manifest. Raises DataError at the first."""
+    for file in manifest.files if files is None else files:
+        verify_sizes(directory, manifest, files=[file])
+        facts, path = manifest.files[file], directory / file
         try:
             sha256 = file_sha256(path)
         except OSError as error:

@@ -8,7 +8,10 @@ from typing import Any
 from megatron_xy import checkpoint_files as files
 from megatron_xy.config import Head, ModelConfig, RunConfig, role_names, role_sections
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON
+from megatron_xy.errors import ConfigError
 from megatron_xy.hf.config import complete_model, read_hf_config
+from megatron_xy.hf.source import open_source
+from megatron_xy.safetensors_file import SafetensorsFile
 
 NEW_IN_A_CONTINUED_RUN = ("rotary_base", "rope_scaling", "max_position_embeddings", "norm_epsilon")
 NOT_OF_THE_WEIGHTS = {"load", "layer_spec", "recompute_granularity", "params_dtype", "init_method_std"}
@@ -60,6 +63,30 @@ def own_tokenizer(origin: str) -> Path | None:
         return folder
     named = files.read_manifest(folder).state.get("tokenizer") if kind == "ckpt" else None
     return Path(named) if named is not None and Path(named).exists() else None
+
+
+def check_head(model: ModelConfig, *, key: str = "model.load") -> None:
+    """The other way round, a language model's trunk begins a reward model or critic, with a head drawn anew.
+
+    Raises ConfigError where a language model is to be loaded from one of these; else as `resolve_model`.
+    """
+    if model.load is not None and model.head == "language_model" and stored_head(model.load) == "value":
+        raise ConfigError(
+            f"{key} ({model.load}) is a reward model or critic, which says nothing; name a language model"
+        )
+
+
+def check_weights(model: ModelConfig) -> None:
+    """That the weights `model.load` names are there whole, by the headers and sizes of their files; none is read.
+
+    Raises as `resolve_model`.
+    """
+    if model.load is None:
+        return
+    source = open_source(*split_origin(model.load))
+    files.verify_sizes(source.folder, source.manifest)
+    for file in source.manifest.files:
+        SafetensorsFile(source.folder / file).close()
 
 
 def changes_to_source(model: ModelConfig) -> dict[str, list[Any]]:

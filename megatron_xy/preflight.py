@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.config import (
+    TRAINED_ROLES,
     InvalidConfig,
     ModelConfig,
     Problem,
@@ -29,13 +30,13 @@ from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
-from megatron_xy.model_source import resolve_model
+from megatron_xy.model_source import check_head, check_weights, resolve_model
 from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
-from megatron_xy.run_dir import check_resume, check_space, iterations_to_resume
+from megatron_xy.run_dir import begins_anew, check_resume, check_space, iterations_to_resume
 from megatron_xy.run_folder import check_place
 from megatron_xy.storage import file_sha256
 
@@ -79,11 +80,20 @@ def _check_reward_paths(config: RunConfig) -> None:
 
 def _completed(config: RunConfig, findings: _Findings) -> RunConfig:
     """The config with its model completed from what it loads, checked as far as that can be."""
-    model = findings.of("model.load", lambda: resolve_model(config.model)) or config.model
+    model = findings.of("model.load", lambda: _loaded(config, config.model)) or config.model
     findings.of("model.layer_spec", lambda: _check_layer_spec(model))
     completed = config.model_copy(update={"model": model})
     if model is not config.model:
         findings.of("model", lambda: check_shape(completed))
+    return completed
+
+
+def _loaded(config: RunConfig, model: ModelConfig, *, key: str = "model.load", is_trained: bool = True) -> ModelConfig:
+    """`model` completed from what it loads, which is whole at a glance, unless the run goes on from a checkpoint."""
+    completed = resolve_model(model)
+    check_head(completed, key=key)
+    if begins_anew(config) or not is_trained:
+        check_weights(completed)
     return completed
 
 
@@ -103,7 +113,8 @@ def _check_ppo_paths(config: RunConfig) -> None:
     assert ppo is not None and ppo.prompts is not None, "the config's rules ask for it"
     prompts_path, responses_path, reward_function = ppo.prompts, ppo.responses, ppo.reward_function
     for name in role_names(config):
-        findings.of(f"roles.{name}.model.load", partial(resolve_model, role_sections(config, name)[0]))
+        key, model = f"roles.{name}.model.load", role_sections(config, name)[0]
+        findings.of(key, partial(_loaded, config, model, key=key, is_trained=name in TRAINED_ROLES))
     findings.of("data.tokenizer", lambda: load_tokenizer(config.data.tokenizer or ""))
     findings.of("ppo.prompts", lambda: PromptFile(prompts_path, seed=config.seed))
     if responses_path is not None:

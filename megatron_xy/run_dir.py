@@ -47,6 +47,12 @@ def iterations_to_resume(config: RunConfig) -> list[int]:
     return [resume]
 
 
+def begins_anew(config: RunConfig) -> bool:
+    """Whether the run has no checkpoint to go on from, so that what it trains comes from `model.load`."""
+    checkpoint = config.checkpoint
+    return checkpoint.resume == "never" or not saved_iterations(config.run_dir / "checkpoints")
+
+
 def check_space(config: RunConfig, models: Iterable[ModelConfig]) -> None:
     """Raises StorageError where the disk has no room for the checkpoints that a run keeps.
 

@@ -21,7 +21,7 @@ from megatron_xy.config import (
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
-from megatron_xy.model_source import own_tokenizer, resolve_model, split_origin, stored_head
+from megatron_xy.model_source import check_head, own_tokenizer, resolve_model, split_origin, stored_head
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
 
 MOST_RENAMED = 0.01  # of the token ids that two tokenizers share: reserved ones that were given a name
@@ -88,16 +88,12 @@ def _stop_ids(actor: ModelConfig, renderer: Renderer) -> tuple[int, ...]:
 def _check_heads(roles: Mapping[RoleName, PlacedRole]) -> None:
     """A critic may begin as a language model's trunk; else a head that the weights lack would be drawn at random."""
     for name, role in roles.items():
+        check_head(role.model, key=f"roles.{name}.model.load")
         head = role.model.head if role.model.load is None else stored_head(role.model.load)
         if head == "language_model" and name == "reward":
             raise ConfigError(
                 f"roles.reward.model.load ({role.model.load}) is a language model, which gives no scores; name a "
                 f"reward model"
-            )
-        if head == "value" and role.model.head == "language_model":
-            raise ConfigError(
-                f"roles.{name}.model.load ({role.model.load}) is a reward model or critic, which says nothing; name a "
-                f"language model"
             )
 
 

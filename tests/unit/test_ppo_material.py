@@ -6,7 +6,9 @@ No model of a wrong kind or vocabulary gets through, no prompt or answer that do
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,32 +18,19 @@ import pytest
 import yaml
 
 from megatron_xy.config import InvalidConfig, load_config, placed_roles
-from megatron_xy.errors import ConfigError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError
 from megatron_xy.plan.overview import Plan
 from megatron_xy.plan.verb import plan
 from megatron_xy.ppo.facts import fingerprints
 from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.rollouts import AnswersFromFile
 from megatron_xy.preflight import check_paths
+from tests.unit.hollow_weights import hf_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from toy_files import write_rows, write_tokenizer
 
 WORDS = [f"w{number:02d}" for number in range(16)]  # and 3 special tokens
-SHAPE = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
-
-
-def hf_folder(folder: Path, *, architecture: str, vocab_size: int = 20, **shape: int) -> str:
-    """What `model.load` says of a folder with nothing but a config."""
-    folder.mkdir()
-    labels = {"num_labels": 1} if architecture == "LlamaForSequenceClassification" else {}
-    config = {**SHAPE, "architectures": [architecture], "vocab_size": vocab_size, **labels, **shape}
-    (folder / "config.json").write_text(json.dumps(config))
-    return f"hf:{folder}"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +40,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "language": hf_folder(folder / "language", architecture="LlamaForCausalLM"),
         "value": hf_folder(folder / "value", architecture="LlamaForSequenceClassification"),
         "wide": hf_folder(folder / "wide", architecture="LlamaForSequenceClassification", vocab_size=24),
-        "huge": hf_folder(folder / "huge", architecture="LlamaForCausalLM", num_hidden_layers=1000, hidden_size=2**16),
+        "huge": hf_folder(folder / "huge", architecture="LlamaForCausalLM", num_hidden_layers=200, hidden_size=2**16),
         "narrow": hf_folder(folder / "narrow", architecture="LlamaForCausalLM", vocab_size=18),
     }
 
@@ -111,6 +100,21 @@ def test_what_does_not_fit_is_named(
     folder = loads[next(iter(kinds.values()))].removeprefix("hf:") if kinds else ""
     assert caught.value.exit_code == code
     assert text.format(folder) in str(caught.value)
+
+
+def test_weights_that_are_not_there_are_named_role_by_role(tmp_path: Path, loads: dict[str, str]) -> None:
+    cut, gone = (
+        Path(hf_folder(tmp_path / name, architecture="LlamaForSequenceClassification").removeprefix("hf:"))
+        for name in ("cut", "gone")
+    )
+    os.truncate(cut / "model.safetensors", 2000)
+    (gone / "model.safetensors").unlink()
+    with pytest.raises(DataError) as caught:
+        look(tmp_path, {**loads, "cut": f"hf:{cut}", "gone": f"hf:{gone}"}, critic="cut", reward="gone")
+    assert re.findall(r"roles\.\w+\.model\.load: \S+ (?:is damaged|holds neither)", str(caught.value)) == [
+        f"roles.critic.model.load: {cut}/model.safetensors is damaged",
+        f"roles.reward.model.load: {gone} holds neither",
+    ]
 
 
 def test_a_reward_function_that_is_not_there_is_named(tmp_path: Path, loads: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
-"""What `check --paths` says of the run folder: whether it can be had, and whether the run fits what lies there."""
+"""What `check --paths` says of the run folder and of the weights that a run loads: whether it can begin with them."""
 
 import json
+import os
 
 import pytest
 
@@ -10,9 +11,12 @@ from megatron_xy.config import load_config
 from megatron_xy.continuation import facts
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.errors import ConfigError, StorageError
+from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.hf.convert import to_checkpoint
+from megatron_xy.hf.source import open_source
 from megatron_xy.preflight import check_paths
 from megatron_xy.run_dir import check_space
+from tests.unit.hollow_weights import hf_folder
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 
@@ -67,6 +71,43 @@ def test_a_damaged_newest_checkpoint_is_left_to_the_run_which_passes_it_over(con
     check_paths(config())
     with pytest.raises(ConfigError, match=r"model\.num_layers \(3\) is 2 in .*iter_0000008"):
         check_paths(config("model.num_layers=3"))
+
+
+def loading(tmp_path, kind, *, architecture):
+    """A folder of the fixture's shape, and the override that loads it."""
+    shape = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    folder = tmp_path / "hf"
+    hf_folder(folder, architecture=architecture, vocab_size=300, max_position_embeddings=2048, **shape, **heads)
+    if kind == "ckpt":
+        to_checkpoint(open_source("hf", folder), tmp_path / "ckpt", dtype=None, say=print)
+    return tmp_path / kind, f"model.load={kind}:{tmp_path / kind}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "size", "told"),
+    [
+        ("hf", "model.safetensors", 3000, "is damaged: 3000 bytes instead of"),
+        ("hf", "model.safetensors", None, "holds neither model.safetensors nor"),
+        ("ckpt", "rank-00000-of-00001.safetensors", 3000, "is damaged: 3000 bytes instead of"),
+        ("ckpt", "rank-00000-of-00001.safetensors", None, "is missing from the checkpoint"),
+    ],
+)
+def test_weights_that_a_run_begins_with_are_looked_at(config, tmp_path, kind, file, size, told):
+    folder, load = loading(tmp_path, kind, architecture="LlamaForCausalLM")
+    check_paths(config(load, "checkpoint.resume=never"))
+    (folder / file).unlink() if size is None else os.truncate(folder / file, size)
+    with pytest.raises(DataError, match=rf"^model\.load: .*{told}"):
+        check_paths(config(load, "checkpoint.resume=never"))
+    check_paths(config(load))  # it goes on from its checkpoint
+
+
+@pytest.mark.parametrize("kind", ["hf", "ckpt"])
+def test_a_reward_model_is_no_beginning_of_a_language_model(config, tmp_path, kind):
+    folder, load = loading(tmp_path, kind, architecture="LlamaForSequenceClassification")
+    told = rf"model\.load \({kind}:{folder}\) is a reward model or critic, which says nothing; name a language model"
+    with pytest.raises(ConfigError, match=told):
+        check_paths(config(load))
 
 
 def test_a_run_folder_that_cannot_be_had_is_found_and_nothing_made(config, tmp_path):
