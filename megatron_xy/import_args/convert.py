@@ -179,6 +179,8 @@ class _Derivation:
         if "--num-query-groups" in self.flags and "--group-query-attention" not in self.flags:
             self.imported.values.pop("model.num_query_groups", None)
             self._leave_out("--num-query-groups", "Megatron ignores it without --group-query-attention")
+        elif "--group-query-attention" in self.flags and "--num-query-groups" not in self.flags:
+            self._set("model.num_query_groups", 1, "--num-query-groups is not given: Megatron's default")
         if "--swiglu" in self.flags and "--ffn-hidden-size" not in self.flags and hidden is not None:
             size = int(4 * hidden * 2 / 3) // 64 * 64
             origin = "--ffn-hidden-size is not given: Megatron's default with --swiglu"

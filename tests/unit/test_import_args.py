@@ -245,6 +245,8 @@ def test_no_flag_is_dropped_silently(script: Path) -> None:
     [
         ("--hidden-size 4096 --swiglu", "model.ffn_hidden_size", 10880),
         ("--num-query-groups 4", "model.num_query_groups", None),
+        ("--group-query-attention", "model.num_query_groups", 1),
+        ("--group-query-attention --num-query-groups $N", "model.num_query_groups", None),
         ("--num-query-groups 4 --group-query-attention", "model.num_query_groups", 4),
         ("--train-iters 500 --lr-decay-iters 400 --lr-warmup-fraction .05", "optimizer.lr_warmup_iters", 20),
         ("--seq-length 4096 --lr-decay-samples 1000", "optimizer.lr_decay_tokens", 4_096_000),
