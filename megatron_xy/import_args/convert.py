@@ -73,8 +73,17 @@ def import_args(script: Path) -> Imported:
     if not any(flag in flags for flag in table["rope"]):
         missing.append(" or ".join(table["rope"]))
     imported.left_out += [f"{flag} is not given, and is always so here" for flag in missing]
+    for flag, default in table["unlike"].items():
+        if flag not in flags:
+            always = table["always"][flag]
+            imported.left_out.append(f"{flag} is not given, which is {default} in Megatron: always {always} here")
     imported.values = dict(sorted(imported.values.items(), key=lambda item: _place(item[0], table["keys"])))
     imported.problems = _problems(imported)
+    if "--global-batch-size" not in flags:
+        imported.problems.append(
+            "training.global_batch_tokens: --global-batch-size is not given, which is --micro-batch-size x data "
+            "parallel size in Megatron; set it to training.micro_batch_tokens x data parallel size"
+        )
     return imported
 
 

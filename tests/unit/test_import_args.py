@@ -226,6 +226,7 @@ def test_a_llama_of_8b_of_arrays_and_tests() -> None:
         "NullTokenizer: always Llama2Tokenizer",
     ):
         assert told in left_out
+    assert "dropout" not in left_out
     assert "--data-path" not in left_out, "the branch of a real tokenizer is not taken"
 
 
@@ -273,7 +274,9 @@ def test_what_is_missing_is_listed(tmp_path: Path) -> None:
     for line in (
         "no counterpart: --normalization LayerNorm: always RMSNorm here",
         "no counterpart: --hidden-dropout 0.1: always 0 here",
+        "no counterpart: --attention-dropout is not given, which is 0.1 in Megatron: always 0 here",
         "no counterpart: --swiglu is not given",
+        "still needed: training.global_batch_tokens: --global-batch-size is not given, which is --micro-batch-size x",
         "still needed: model.hidden_size (x): must be a whole number",
     ):
         assert line in result.stderr, result.stderr
