@@ -17,7 +17,7 @@ from megatron_xy.import_args.shell import UNKNOWN, program_arguments
 
 SEVERAL = ("--data-path",)  # flags with more than one value
 _TABLE = Path(__file__).with_name("flags.yaml")
-_FRACTION = r"[\d.]+([eE]-?\d+)?"
+_FRACTION = r"(\d+\.?\d*|\.\d+)([eE]-?\d+)?"
 
 
 @dataclass
@@ -140,6 +140,7 @@ class _Derivation:
         self._batch()
         self._schedule()
         self._shape()
+        self._rope_scaling()
         self._parallel()
         self._layers()
         self._data()
@@ -172,11 +173,11 @@ class _Derivation:
             else:
                 self._leave_out(flag, f"not known; set optimizer.lr_{name}_tokens")
         flag = "--lr-warmup-fraction"
-        words = self.flags.get(flag, [])
+        share = self._fraction(flag)
         whole = values.get("optimizer.lr_decay_iters") or values.get("training.train_iters")
-        if whole is not None and len(words) == 1 and re.fullmatch(_FRACTION, words[0]):
-            steps = round(float(words[0]) * int(whole[0]))
-            self._set("optimizer.lr_warmup_iters", steps, f"{flag} {words[0]} of {whole[0]} iterations")
+        if whole is not None and share is not None:
+            steps = round(share * int(whole[0]))
+            self._set("optimizer.lr_warmup_iters", steps, f"{flag} {share} of {whole[0]} iterations")
         else:
             self._leave_out(flag, "it or the iterations are not known; set optimizer.lr_warmup_iters")
 
@@ -194,6 +195,28 @@ class _Derivation:
             size = int(4 * hidden * 2 / 3) // 64 * 64
             origin = "--ffn-hidden-size is not given: Megatron's default with --swiglu"
             self._set("model.ffn_hidden_size", size, origin)
+
+    def _rope_scaling(self) -> None:
+        """Llama 3's, of which Megatron has all but the factor fixed, or a linear one; both at once are not here."""
+        llama3, factor, linear = "--use-rope-scaling", "--rope-scaling-factor", "--rotary-seq-len-interpolation-factor"
+        key, unknown = "model.rope_scaling", "not known without running the script; set model.rope_scaling"
+        if llama3 not in self.flags:
+            self._leave_out(factor, f"Megatron ignores it without {llama3}")
+            if (value := self._fraction(linear)) is not None:
+                self._set(key, {"rope_type": "linear", "factor": value}, linear)
+            else:
+                self._leave_out(linear, unknown)
+            return
+        self._leave_out(linear, f"one scaling at a time here, and {llama3} is given")
+        value = self._fraction(factor) if factor in self.flags else 8.0
+        if value is None:
+            self._leave_out(llama3, unknown)
+            self._leave_out(factor, unknown)
+            return
+        scaling = {"rope_type": "llama3", "factor": value, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        scaling["original_max_position_embeddings"] = 8192
+        told = factor if factor in self.flags else f"{factor} is not given: Megatron's default"
+        self._set(key, scaling, f"{llama3}, {told}")
 
     def _parallel(self) -> None:
         flag = "--num-layers-per-virtual-pipeline-stage"
@@ -239,6 +262,10 @@ class _Derivation:
     def _number(self, flag: str) -> int | None:
         words = self.flags.get(flag, [])
         return int(words[0]) if len(words) == 1 and words[0].isdigit() else None
+
+    def _fraction(self, flag: str) -> float | None:
+        words = self.flags.get(flag, [])
+        return float(words[0]) if len(words) == 1 and re.fullmatch(_FRACTION, words[0]) else None
 
     def _set(self, key: str, value: Any, origin: str) -> None:
         self.imported.values[key] = (value, origin)

@@ -21,6 +21,9 @@ from megatron_xy.import_args import convert
 from megatron_xy.import_args.convert import import_args
 from megatron_xy.import_args.shell import UNKNOWN, program_arguments
 
+LLAMA3 = {
+    "rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192
+}  # fmt: skip
 SCRIPT = Path(__file__).with_name("megatron_scripts") / "llama70b.sh"
 
 
@@ -249,6 +252,11 @@ def test_no_flag_is_dropped_silently(script: Path) -> None:
         ("--group-query-attention", "model.num_query_groups", 1),
         ("--group-query-attention --num-query-groups $N", "model.num_query_groups", None),
         ("--num-query-groups 4 --group-query-attention", "model.num_query_groups", 4),
+        ("--use-rope-scaling", "model.rope_scaling", LLAMA3 | {"factor": 8.0}),
+        ("--use-rope-scaling --rope-scaling-factor 32", "model.rope_scaling", LLAMA3 | {"factor": 32.0}),
+        ("--use-rope-scaling --rope-scaling-factor $N", "model.rope_scaling", None),
+        ("--rope-scaling-factor 8", "model.rope_scaling", None),
+        ("--rotary-seq-len-interpolation-factor 4", "model.rope_scaling", {"rope_type": "linear", "factor": 4.0}),
         ("--train-iters 500 --lr-decay-iters 400 --lr-warmup-fraction .05", "optimizer.lr_warmup_iters", 20),
         ("--seq-length 4096 --lr-decay-samples 1000", "optimizer.lr_decay_tokens", 4_096_000),
         ("--reset-attention-mask --bf16 $MORE", "data.split_documents", True),
