@@ -52,10 +52,11 @@ class BlockReader:
         """A part of a global tensor (default: all of it) as contiguous blocks of whole rows, one after the other.
 
         dtype: the stored one if None. A block takes 2 MB at most, or one row, and stands until the next but one is
-        asked for, of whatever tensor.
+        asked for, of whatever tensor. Raises DataError behind the last one where values are too large for `dtype`.
         """
         entry = self.manifest.tensors[name]
         dtype = dtype or entry.dtype
+        num_too_large = 0
         max_numel = BLOCK_BYTES // max(itemsize(dtype), itemsize(entry.dtype))
         for part in (shard or whole(entry.shape)).in_parts(max_numel):
             block = self._next_block(part.local_shape, dtype)
@@ -64,8 +65,13 @@ class BlockReader:
             else:
                 stored = empty_block(part.numel * itemsize(entry.dtype)).view(bits_dtype(entry.dtype))
                 self.copy_into(name, stored.reshape(part.local_shape), part)
-                cast(stored, block, dtypes=(entry.dtype, dtype))
+                num_too_large += cast(stored, block, dtypes=(entry.dtype, dtype))
             yield block
+        if num_too_large:
+            raise DataError(
+                f"{self.directory}: {name} holds {num_too_large} value(s) too large for {dtype}, which would become "
+                f"infinite; take {'bfloat16 (--dtype bf16)' if dtype == 'float16' else 'float32 (--dtype fp32)'}"
+            )
 
     def parts(self, name: str, shard: ParameterShard, *, dtype: str) -> Iterable[Bits | FileRange]:
         """As `blocks`, but what lies in the files as it is wanted is told as ranges of them, unread."""

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,23 @@ def test_the_dtype_option_casts_every_tensor_either_way(tmp_path, dtype):
         assert config["dtype"] == config["torch_dtype"] == str(kind).removeprefix("torch.")
     assert tensors_agree(open_source("ckpt", tmp_path / "ckpt"), open_source("hf", exported), say=print)
     assert tensors_agree(open_source("hf", folder), open_source("ckpt", tmp_path / "cast"), say=print)
+
+
+@pytest.mark.parametrize("to", ["hf", "ckpt"])
+def test_a_cast_that_would_make_weights_infinite_is_refused(tmp_path, to):
+    tensors = random_tensors(MODEL)
+    tensors["model.layers.1.mlp.down_proj.weight"][:, :2] = torch.tensor([65_520.0, -1e9])
+    tensors["model.norm.weight"][:2] = torch.tensor([65_519.0, torch.inf])  # rounds down; was so before
+    hf_folder(tmp_path / "hf", tensors=tensors)
+    told = (
+        r"decoder\.layers\.1\.mlp\.linear_fc2\.weight holds 64 value\(s\) too large for float16, which would become "
+        r"infinite; take bfloat16 \(--dtype bf16\)"
+    )
+    write = {"hf": partial(to_hf, tokenizer=None), "ckpt": to_checkpoint}[to]
+    with pytest.raises(DataError, match=told):
+        write(open_source("hf", tmp_path / "hf"), tmp_path / "out", dtype="float16", say=print)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    write(open_source("hf", tmp_path / "hf"), tmp_path / "out", dtype="bfloat16", say=print)
 
 
 def test_the_layouts_are_those_of_megatron(tmp_path):
