@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_xy import checkpoint_files as files
 from megatron_xy import run_folder
 from megatron_xy.benchmarks.answering import JobEnded
+from megatron_xy.benchmarks.checkpoints import asked_folder, check_whole
 from megatron_xy.benchmarks.suite import Benchmarks
 from megatron_xy.benchmarks.verb import Placement, evaluate
-from megatron_xy.checkpoint_folders import iteration_folder, saved_iterations
+from megatron_xy.checkpoint_folders import saved_iterations
 from megatron_xy.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigError, DataError
 from megatron_xy.storage import storage_errors, sync_folder
 
@@ -28,7 +28,6 @@ EVALUATIONS = "evaluations.jsonl"
 LOCK = ".evaluate.lock"
 WORK = ".evaluations"
 POLL_SECONDS = 2.0
-ACTOR = "actor"  # whose checkpoint of a PPO run is evaluated
 Say = Callable[[str], None]
 
 
@@ -78,16 +77,11 @@ def _evaluate_one(
     say: Say,
 ) -> int:
     """One checkpoint's line, or why there is none; returns the exit code of ranks that ended badly."""
-    folder = iteration_folder(run_dir / "checkpoints", iteration)
-    if (folder / ACTOR).is_dir():
-        folder = folder / ACTOR
+    folder = asked_folder(run_dir, iteration)
     facts = {**benchmarks.facts, **placement.facts}
     work = _work_folder(run_dir, iteration, facts)
     try:
-        manifest = files.read_manifest(folder)
-        if manifest.state.get("task") == "reward":
-            raise ConfigError(f"{run_dir}: is a run of reward models, which answer no questions; `score` asks them")
-        files.verify_files(folder, manifest, files=sorted(manifest.files))
+        check_whole(folder, run_dir=run_dir)
         with storage_errors(work):
             work.mkdir(parents=True, exist_ok=True)
         say(f"iteration {iteration}: evaluating")

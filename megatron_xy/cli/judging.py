@@ -33,7 +33,9 @@ ApplyChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", help="
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="ckpt:DIR|hf:DIR|RUN", help="the model; with --watch a run's folder")],
+    model: Annotated[
+        str, typer.Argument(metavar="ckpt:DIR|hf:DIR|RUN", help="the model; of a run the newest checkpoint")
+    ],
     tasks: Annotated[str, typer.Option("--tasks", metavar="NAME,...", help="financeiq, or any of lm-eval's")],
     overrides: Layout = None,
     num_fewshot: NumFewshot = None,
@@ -52,22 +54,23 @@ def evaluate(
     from megatron_xy.config import load_model_options
     from megatron_xy.model_job import leave_on_signals
 
-    if watch == model.startswith(("ckpt:", "hf:")):
-        wanted = "a run_dir, with --watch" if watch else "ckpt:DIR or hf:DIR; a run_dir goes with --watch"
-        raise UsageError(f"{model}: must be {wanted}")
+    is_run = not model.startswith(("ckpt:", "hf:"))
+    if watch and not is_run:
+        raise UsageError(f"{model}: must be a run_dir, with --watch")
     if watch and as_json:
         raise UsageError("--json goes without --watch, which writes RUN/evaluations.jsonl")
     if nproc_per_node == 1:
         leave_on_signals("; the same command goes on" if watch else "; nothing is kept")
     _prepare_lm_eval()
     options = load_model_options(
-        f"ckpt:{model}" if watch else model, overrides=overrides or [], world_size=nproc_per_node
+        f"ckpt:{model}" if is_run else model, overrides=overrides or [], world_size=nproc_per_node
     )
     from megatron_xy import device
 
     device.start(num_threads=options.runtime.num_threads)
     from megatron_xy.benchmarks import suite, verb
     from megatron_xy.benchmarks.answering import JobEnded
+    from megatron_xy.benchmarks.checkpoints import newest_checkpoint
     from megatron_xy.benchmarks.watch import watch as watch_run
 
     benchmarks = suite.load_benchmarks(
@@ -81,8 +84,9 @@ def evaluate(
     placement = verb.Placement(nproc_per_node, overrides or [], str(tokenizer) if tokenizer else None, chat_template)
     if watch:
         sys.exit(watch_run(Path(model), benchmarks, placement, say=say))
+    origin = f"ckpt:{newest_checkpoint(Path(model), say=say)}" if is_run else model
     try:
-        metrics = verb.evaluate(model, benchmarks, placement)
+        metrics = verb.evaluate(origin, benchmarks, placement)
     except JobEnded as ended:
         sys.exit(ended.code)
     print(json.dumps(metrics, ensure_ascii=False) if as_json else "\n".join(suite.rows_of(metrics)))

@@ -65,6 +65,8 @@ def test_a_watch_that_is_killed_evaluates_every_checkpoint_once(tmp_path: Path) 
     assert run_to_end(watching(unbroken)).code == 0
     assert [record["results"] for record in lines_of(unbroken)] == [record["results"] for record in records]
     assert (make_report(run_dir).parent / "benchmarks.png").is_file()
+    ended = run_to_end([word for word in watching(run_dir, "--json") if word != "--watch"])
+    assert ended.code == 0 and json.loads(ended.out) == records[-1]["results"], "of a run its newest"
     assert run_to_end(watching(run_dir)).code == 0 and lines_of(run_dir) == records, "there is nothing left to do"
 
 

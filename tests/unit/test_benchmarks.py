@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from megatron_xy.benchmarks.checkpoints import newest_checkpoint
+from megatron_xy.checkpoint_files import Manifest, TrainingState, write_manifest
 from megatron_xy.cli import app
-from megatron_xy.errors import DataError, UsageError
+from megatron_xy.errors import ConfigError, DataError, UsageError
+from megatron_xy.storage import file_sha256
 from tests.end_to_end.small_benchmark import needs_lm_eval, write_financeiq, write_questions
 from tests.unit.small_corpus import train_tokenizer
 
@@ -91,6 +95,41 @@ def test_a_line_counts_for_what_it_says_alone(tmp_path: Path) -> None:
         path.write_text(f"{damaged}\n")
         with pytest.raises(DataError, match=r"jsonl:1: no evaluation; delete the line"):
             _done(path, facts)
+
+
+def saved(folder: Path, *, task: str = "pretrain") -> Path:
+    """A checkpoint with one file of a few bytes."""
+    folder.mkdir(parents=True)
+    (folder / "rank.safetensors").write_bytes(b"weights")
+    kept = {"rank.safetensors": {"bytes": 7, "sha256": file_sha256(folder / "rank.safetensors")}}
+    state = {**asdict(TrainingState()), "world_size": 1, "model": {}, "task": task}
+    write_manifest(folder, Manifest(state, tensors={}, rank_state={}, files=kept))
+    return folder
+
+
+def test_of_a_run_the_newest_whole_checkpoint_is_asked(tmp_path: Path) -> None:
+    run_dir, said = tmp_path / "run", list[str]()
+    with pytest.raises(ConfigError, match="there is no run with a checkpoint; name a run_dir, or ckpt:DIR or hf:DIR"):
+        newest_checkpoint(run_dir, say=said.append)
+    older, newer = (saved(run_dir / "checkpoints" / f"iter_{number:07d}") for number in (8, 12))
+    assert newest_checkpoint(run_dir, say=said.append) == newer
+    (newer / "rank.safetensors").write_bytes(b"weightz")
+    said.clear()
+    assert newest_checkpoint(run_dir, say=said.append) == older
+    assert said[0].startswith("iteration 12 is passed over: ") and said[1:] == ["iteration 8: evaluating"]
+    (older / "rank.safetensors").unlink()
+    with pytest.raises(DataError, match=r"no checkpoint in .* is whole"):
+        newest_checkpoint(run_dir, say=said.append)
+    actor = saved(run_dir / "checkpoints" / "iter_0000016" / "actor", task="ppo")
+    assert newest_checkpoint(run_dir, say=said.append) == actor
+    saved(run_dir / "checkpoints" / "iter_0000020", task="reward")
+    with pytest.raises(ConfigError, match="is a run of reward models"):
+        newest_checkpoint(run_dir, say=said.append)
+
+
+def test_a_watch_is_of_a_run() -> None:
+    with pytest.raises(UsageError, match="ckpt:one: must be a run_dir, with --watch"):
+        CliRunner().invoke(app, ["evaluate", "ckpt:one", "--watch", "--tasks", "mmlu"], catch_exceptions=False)
 
 
 def test_json_of_a_watch_is_refused() -> None:
