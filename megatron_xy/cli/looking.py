@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from megatron_xy.cli.options import AsJson, Overrides, RunYaml, say
-from megatron_xy.errors import EXIT_COMPARISON_FAILED, MegatronXYError
+from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError, MegatronXYError, UsageError
 
 
 def check(
@@ -64,6 +64,8 @@ def plan(
     """Plans a run on a cluster that need not be there: memory by rank, speed, days, checkpoints, other layouts."""
     from megatron_xy.plan import verb
 
+    if picture is not None:
+        _check_picture(picture)
     made = verb.plan(
         run_yaml,
         overrides=overrides or [],
@@ -79,6 +81,14 @@ def plan(
         from megatron_xy.plan.picture import save_picture  # and with it matplotlib, a good part of a second
 
         save_picture(made, picture)
+
+
+def _check_picture(path: Path) -> None:
+    """Before a plan is made, which may take minutes. Raises UsageError for its kind, ConfigError for its folder."""
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--picture {path}: must end in .png, .pdf or .svg")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--picture {path}: there is no folder {path.parent}; make it, or name another")
 
 
 def dryrun(

@@ -9,6 +9,7 @@ from matplotlib.patches import Rectangle
 
 from megatron_xy.plan.overview import Plan
 from megatron_xy.report.axes import COLOURS
+from megatron_xy.storage import storage_errors
 
 GB = 1e9
 PARTS = ("weights", "gradients", "optimizer", "kept", "working", "buffers")
@@ -46,5 +47,7 @@ def draw_plan(plan: Plan) -> Figure:
 
 
 def save_picture(plan: Plan, path: Path) -> None:
-    """Writes the PNG."""
-    draw_plan(plan).savefig(path, dpi=150)
+    """Writes a PNG, PDF or SVG file. Raises StorageError."""
+    figure = draw_plan(plan)
+    with storage_errors(path):
+        figure.savefig(path, dpi=150)

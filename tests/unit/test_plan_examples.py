@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_xy.cli import app
 from megatron_xy.config import InvalidConfig, ParallelConfig, check_world, load_config
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.plan import verb
@@ -207,6 +209,19 @@ def test_no_placement_drawn_at_random_is_faster_than_the_best_one_found():
 def test_a_plan_is_drawn(tmp_path):
     save_picture(planned("xuanyuan2_70b/ppo.yaml"), tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("picture", "error", "told"),
+    [
+        ("plan.xyz", UsageError, "must end in .png, .pdf or .svg"),
+        ("nowhere/plan.png", ConfigError, "there is no folder {}/nowhere; make it, or name another"),
+    ],
+)
+def test_where_no_picture_can_be_nothing_is_planned(tmp_path, picture, error, told):
+    path = tmp_path / picture
+    with pytest.raises(error, match=re.escape(f"--picture {path}: {told.format(tmp_path)}")):
+        CliRunner().invoke(app, ["plan", "no such file", "--picture", str(path)], catch_exceptions=False)
 
 
 def test_a_calibration_finds_how_much_slower_a_run_was(tmp_path):
