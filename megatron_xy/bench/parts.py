@@ -67,6 +67,12 @@ def parts_of(suite: str, *, tiny: bool) -> dict[str, Part]:
     }
 
 
+def has_gpu() -> bool:
+    """Whether the parts would find one; asked in a process of its own, as this one has no torch."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "True"
+
+
 def speed(case: Case) -> dict[str, Any]:
     """Every bucket's speed; the bucketed mix against the largest bucket alone, beside what FLOPs alone give."""
     result = measure("speed", dataclasses.asdict(case))

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_xy.bench.parts import parts_of
+from megatron_xy.bench.parts import has_gpu, parts_of
 from megatron_xy.errors import ConfigError
 from megatron_xy.storage import write_json
 
@@ -28,6 +28,8 @@ def run(suite: str, *, only: Sequence[str], output: Path, tiny: bool, say: Calla
     parts = parts_of(suite, tiny=tiny)
     if unknown := [name for name in only if name not in parts]:
         raise ConfigError(f"--only {unknown[0]}: {suite} has no such part; it has {', '.join(parts)}")
+    if suite == "gpu" and not tiny and not has_gpu():
+        raise ConfigError("bench gpu: there is no GPU here; take `bench cpu`, or --tiny to see that its parts run")
     results: dict[str, Any] = {
         "suite": suite,
         "tiny": tiny,

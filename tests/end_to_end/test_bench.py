@@ -51,6 +51,14 @@ def test_cpu_suite_measures_speed_beside_a_plain_loop(tmp_path: Path) -> None:
     assert all(row["ratio"] == row["tokens_per_second"] / row["plain_tokens_per_second"] for row in baseline)
 
 
+def test_full_sizes_for_a_gpu_are_refused_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    output = tmp_path / "out.json"
+    with pytest.raises(ConfigError, match="bench gpu: there is no GPU here; take `bench cpu`, or --tiny"):
+        verb.run("gpu", only=["speed_1b"], output=output, tiny=False, say=print)
+    assert not output.exists()
+
+
 @pytest.mark.slow
 def test_gpu_suite_without_a_gpu_reports_what_is_missing_and_goes_on(tmp_path: Path) -> None:
     results = bench("gpu", "--only", "parity", "--only", "layer_specs", folder=tmp_path)["parts"]
