@@ -18,14 +18,14 @@ import yaml
 from megatron_xy.errors import StorageError
 from megatron_xy.storage import storage_errors, temporary_name
 
-# (accepted from, below; None: open, is needed, what for)
+# (accepted from, below; None: open, is needed), as in pyproject.toml where that names a limit
 RANGES: dict[str, tuple[str, str | None, bool]] = {
     "torch": ("2.6", None, True),
     "megatron-core": ("0.16.1", "0.20", True),
     "numpy": ("1.26", None, True),
     "safetensors": ("0.4.5", None, True),
     "sentencepiece": ("0.2.0", None, True),
-    "pydantic": ("2.7", None, True),
+    "pydantic": ("2.10", None, True),
     "jinja2": ("3.1.6", None, True),
     "transformers": ("4.50", None, False),
     "transformer-engine": ("1.13", None, False),

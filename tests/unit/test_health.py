@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ ROOT = Path(__file__).parents[2]
 )
 def test_versions_compare_by_number(version: str, limit: str, below: bool) -> None:
     assert is_below(version, limit) is below
+
+
+def test_accepted_versions_are_those_that_are_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    for name, (lowest, limit, is_needed) in health.RANGES.items():
+        wanted = next((line for line in lines if re.split(r"[\[<>=]", line)[0] == name), "")
+        assert (wanted in project["dependencies"]) == is_needed
+        if ">" in wanted:
+            assert wanted == f"{name}>={lowest}" + (f",<{limit}" if limit else "")
 
 
 def test_this_machine_passes_and_nothing_stays(tmp_path: Path) -> None:
