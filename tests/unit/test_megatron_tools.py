@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,10 @@ def test_preprocess_data_names_bad_lines_and_no_option_that_it_has_not(tmp_path,
     assert answer.returncode == 65 and f"{file}:2: invalid JSON" in answer.stderr
     assert answer.stderr.endswith("1 bad line(s); mend them: nothing of this data set was written\n")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_the_comparison_with_datatrove_says_what_it_takes_and_needs():
+    helped = run("datatrove_tokenize", "--help")
+    assert helped.returncode == 0 and "inputs tokenizer output workers" in helped.stdout
+    ended = run("datatrove_tokenize", "none", "none", "none", 1)
+    assert find_spec("datatrove") or (ended.returncode == 78 and "has no datatrove; pip install" in ended.stderr)
