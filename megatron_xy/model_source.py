@@ -77,7 +77,7 @@ def check_head(model: ModelConfig, *, key: str = "model.load") -> None:
 
 
 def check_weights(model: ModelConfig) -> None:
-    """That the weights `model.load` names are there whole, by the headers and sizes of their files; none is read.
+    """That the weights `model.load` names are there whole, by the headers and sizes of their files.
 
     Raises as `resolve_model`.
     """
