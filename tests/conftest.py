@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from megatron_xy import device
 
 device.start(num_threads=1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would all tests
 
 
 @pytest.fixture(autouse=True)
