@@ -59,8 +59,9 @@ class CheckpointWriter:
         self.checkpoints = checkpoints
         self.part, self.publishes, self.is_kept = part, tuple(publishes), is_kept
         self.keep_latest = keep_latest
-        self.resumed_from = 0  # the iteration that the run has gone on from: what lies behind it and is not its own
-        self._own: set[int] = set()  # is damaged
+        # Of the checkpoints behind that which the run has gone on from, those are whole that are its own.
+        self.resumed_from = 0
+        self._own: set[int] = set()
         self._wanted_before = 0
         self.asynchronous = asynchronous
         self.timeout_seconds = timeout_seconds
