@@ -82,7 +82,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sampled_sha256(path: Path, *, num_blocks: int = 64, block_bytes: int = 2**14) -> str:
+def sampled_sha256(path: Path, *, num_blocks: int = 16, block_bytes: int = 2**12) -> str:
     """Hex SHA-256 of a file's size and of blocks of it, the first and the last among them; of a small one, of all."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -40,11 +40,10 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     assert config.ppo is not None, "the config's rules ask for it"
     material = look_at(config, placed_roles(config, world_size=world_size))
     check_space(config, material.trained_models)
-    for role in (
-        material.roles.values() if rank == 0 else ()
-    ):  # one rank's end is that of all, and one reads the headers
-        if role.optimizer is None or begins_anew(config):
-            check_weights(role.model)
+    if rank == 0:  # one rank's end is that of all, and one reads the headers
+        for role in material.roles.values():
+            if role.optimizer is None or begins_anew(config):
+                check_weights(role.model)
     function = None if config.ppo.reward_function is None else load_reward_function(config.ppo.reward_function)
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == 0, wandb_project=config.runtime.wandb_project)
     for line in told(material, world_size=world_size):
