@@ -167,10 +167,9 @@ def find_tokenizer(origin: str, *, given: str | None) -> Tokenizer:
     if given is not None:
         return load_tokenizer(given)
     found = own_tokenizer(origin)
-    if found is None:
-        raise ConfigError(
-            f"{origin} has no tokenizer beside its weights, nor is that of its run there; name one with --tokenizer"
-        )
+    if found is None or not found.exists():
+        where = f", and that of its run ({found}) is not there any more" if found else ""
+        raise ConfigError(f"{origin} has no tokenizer beside its weights{where}; name one with --tokenizer")
     return load_tokenizer(found)
 
 
@@ -311,7 +310,8 @@ def _row(work: Work, number: int, num_answers: int, answer: Answer) -> dict[str,
     if not math.isfinite(logprobs_sum):
         raise DataError(
             f"{work.config.model.load}: the log-probability of an answer to line {work.prompts[row].line} of the "
-            f"prompts is {logprobs_sum}; its weights are damaged, or overflow in this dtype"
+            f"prompts is {logprobs_sum}; its weights are damaged, or overflow in this dtype: verify them, or convert "
+            f"them with --dtype fp32"
         )
     return {
         "prompt": work.prompts[row].value.given,

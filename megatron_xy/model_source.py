@@ -57,12 +57,12 @@ def stored_head(load: str) -> Head:
 
 
 def own_tokenizer(origin: str) -> Path | None:
-    """The tokenizer that lies beside weights, or that their run named; None where neither is there."""
+    """The tokenizer that lies beside weights, or that their run named, which may be gone; None where there is none."""
     kind, folder = split_origin(origin)
     if any((folder / name).is_file() for name in (TOKENIZER_FILE, TOKENIZER_JSON)):
         return folder
     named = files.read_manifest(folder).state.get("tokenizer") if kind == "ckpt" else None
-    return Path(named) if named is not None and Path(named).exists() else None
+    return None if named is None else Path(named)
 
 
 def check_head(model: ModelConfig, *, key: str = "model.load") -> None:

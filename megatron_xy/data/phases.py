@@ -67,12 +67,14 @@ def check_epochs(config: RunConfig, sampler: BucketSampler) -> None:
     steps, limit = config.training.train_iters, config.data.max_epochs
     if limit is None:
         return
-    epochs = sampler.epochs(steps - (config.training.epochs is not None))
+    in_epochs = config.training.epochs is not None
+    epochs = sampler.epochs(steps - in_epochs)
     source, bucket = max(epochs, key=lambda stream: epochs[stream])
-    if (most := epochs[source, bucket]) > limit:
+    if epochs[source, bucket] > limit:
+        most, key = sampler.epochs(steps)[source, bucket], "epochs" if in_epochs else "train_iters"
         raise ConfigError(
             f"data.max_epochs ({limit:g}): {steps} steps would draw source {source}, bucket {bucket}, {most:.4g} "
-            f"times; give it less weight or more data, lower training.train_iters, or raise data.max_epochs"
+            f"times; give it less weight or more data, lower training.{key}, or raise data.max_epochs"
         )
 
 

@@ -118,7 +118,7 @@ def _check_tokenizers(roles: Mapping[RoleName, PlacedRole], tokenizer: Tokenizer
     for name, role in roles.items():
         path = None if role.model.load is None else own_tokenizer(role.model.load)
         try:
-            own = tokenizer if path is None else load_tokenizer(path)
+            own = load_tokenizer(path) if path is not None and path.exists() else tokenizer
         except DataError:  # of a kind that is not read here, and not used either
             continue
         if own.sha256 == tokenizer.sha256:

@@ -265,7 +265,7 @@ class PPOTrainer:
             self._skipped_in_a_row[name] = self._skipped_in_a_row[name] + 1 if 0 < count == wanted[name] else 0
             if self._skipped_in_a_row[name] >= limit:
                 remedy = (
-                    "raise ppo.max_response_length or leave ppo.missing_end"
+                    "raise ppo.max_response_length, take another ppo.missing_end than mask"
                     if is_finite
                     else "go on from an earlier checkpoint (checkpoint.resume=ITERATION) with a lower optimizer.lr"
                 )

@@ -219,7 +219,7 @@ def test_epochs_end_with_the_step_that_completes_them_and_are_rounded_once():
     sampler = run_sampler(planned, alone)
     assert all(9 <= times < 10 for times in sampler.epochs(11).values())
     check_epochs(planned, sampler)
-    with pytest.raises(ConfigError, match=r"max_epochs \(9\): 12 steps"):
+    with pytest.raises(ConfigError, match=r"max_epochs \(9\): 12 steps .*, 10\.\d+ times; .* lower training\.epochs"):
         check_epochs(with_epochs(config(max_epochs=9), alone, conversation_sources=["a", "b"]), sampler)
     mixed = config(weights={"a": 1, "b": 1, "text": 2})
     assert epoch_ends(mixed, streams, conversation_sources=["a", "b"])[-1] == math.ceil(140 * 2 / 12)
