@@ -30,13 +30,13 @@ from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
-from megatron_xy.model_source import check_head, check_weights, resolve_model
+from megatron_xy.model_source import check_head, resolve_model
 from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
-from megatron_xy.run_dir import begins_anew, check_resume, check_space, iterations_to_resume
+from megatron_xy.run_dir import check_resume, check_space, check_weights_to_load, iterations_to_resume
 from megatron_xy.run_folder import check_place
 from megatron_xy.storage import file_sha256
 
@@ -92,8 +92,7 @@ def _loaded(config: RunConfig, model: ModelConfig, *, key: str = "model.load", i
     """`model` completed from what it loads, which is whole at a glance, unless the run goes on from a checkpoint."""
     completed = resolve_model(model)
     check_head(completed, key=key)
-    if begins_anew(config) or not is_trained:
-        check_weights(completed)
+    check_weights_to_load(config, completed, is_trained=is_trained)
     return completed
 
 

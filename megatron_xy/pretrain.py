@@ -19,10 +19,10 @@ from megatron_xy.evaluation import HeldOutEvaluator
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
-from megatron_xy.model_source import check_head, check_weights, resolve_model
+from megatron_xy.model_source import check_head, resolve_model
 from megatron_xy.preflight import check_boards, open_data, open_held_out
 from megatron_xy.role import Role, build_role
-from megatron_xy.run_dir import begins_anew, check_space
+from megatron_xy.run_dir import check_space, check_weights_to_load
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.trainer import Trainer, timed
@@ -81,8 +81,8 @@ def with_model(config: RunConfig) -> RunConfig:
     check_head(config.model)
     check_shape(config)
     check_world(config, world_size=environment.world_size())
-    if environment.rank() == 0 and begins_anew(config):  # one rank's end is that of all, and one reads the headers
-        check_weights(config.model)
+    if environment.rank() == 0:  # one rank's end is that of all, and one reads the headers
+        check_weights_to_load(config, config.model)
     return config
 
 

@@ -15,6 +15,7 @@ from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.continuation import check_continuation, facts
 from megatron_xy.errors import DataError, StorageError
 from megatron_xy.flops import checkpoint_bytes
+from megatron_xy.model_source import check_weights
 
 
 def check_resume(config: RunConfig, *, data_fingerprints: Sequence[str]) -> None:
@@ -47,10 +48,14 @@ def iterations_to_resume(config: RunConfig) -> list[int]:
     return [resume]
 
 
-def begins_anew(config: RunConfig) -> bool:
-    """Whether the run has no checkpoint to go on from, so that what it trains comes from `model.load`."""
-    checkpoint = config.checkpoint
-    return checkpoint.resume == "never" or not saved_iterations(config.run_dir / "checkpoints")
+def check_weights_to_load(config: RunConfig, model: ModelConfig, *, is_trained: bool = True) -> None:
+    """That the weights `model.load` names are there whole, at a glance; not those that a checkpoint stands in for.
+
+    Raises as `check_weights`.
+    """
+    begins_anew = config.checkpoint.resume == "never" or not saved_iterations(config.run_dir / "checkpoints")
+    if begins_anew or not is_trained:
+        check_weights(model)
 
 
 def check_space(config: RunConfig, models: Iterable[ModelConfig]) -> None:

@@ -12,7 +12,7 @@ from megatron_xy.config import ParallelConfig, PlacedRole, RunConfig, check_worl
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.sampling import SamplingOptions
-from megatron_xy.model_source import check_weights, stored_head
+from megatron_xy.model_source import stored_head
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
 from megatron_xy.ppo.facts import fingerprints
 from megatron_xy.ppo.material import Material, look_at
@@ -23,7 +23,7 @@ from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAns
 from megatron_xy.ppo.trainer import Cast, PPOTrainer
 from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
-from megatron_xy.run_dir import begins_anew, check_space
+from megatron_xy.run_dir import check_space, check_weights_to_load
 from megatron_xy.session import session
 from megatron_xy.signals import StopRequest
 from megatron_xy.watchdog import Watchdog, backend_timeout
@@ -42,8 +42,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     check_space(config, material.trained_models)
     if rank == 0:  # one rank's end is that of all, and one reads the headers
         for role in material.roles.values():
-            if role.optimizer is None or begins_anew(config):
-                check_weights(role.model)
+            check_weights_to_load(config, role.model, is_trained=role.optimizer is not None)
     function = None if config.ppo.reward_function is None else load_reward_function(config.ppo.reward_function)
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == 0, wandb_project=config.runtime.wandb_project)
     for line in told(material, world_size=world_size):
