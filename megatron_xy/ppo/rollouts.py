@@ -12,7 +12,7 @@ from megatron_xy import device
 from megatron_xy.model import generate
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.ppo.experience import Rollout
-from megatron_xy.ppo.prompts import DrawnPrompt, GivenResponses, padded
+from megatron_xy.ppo.prompts import DrawnPrompt, GivenResponses
 from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.transport import Shipment, exchange
 
@@ -88,10 +88,3 @@ def as_rollout(drawn: Sequence[DrawnPrompt], prompts: dict[str, list[list[int]]]
         has_ended=torch.tensor([answer.has_ended for answer in answers], device=device.current()),
         mask=(columns.unsqueeze(0) < lengths.unsqueeze(1)).float(),
     )
-
-
-def dumped(rollout: Rollout, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `ppo.dump_rollouts` keeps: tokens [answers, prompt + response], response_mask and `tensors`."""
-    rows = [[*prompt, *response] for prompt, response in zip(rollout.prompts["actor"], rollout.responses, strict=True)]
-    table = torch.from_numpy(padded(rows, width=max(map(len, rows))))
-    return {"tokens": table, "response_mask": rollout.mask.cpu(), **{n: t.cpu() for n, t in tensors.items()}}

@@ -13,6 +13,8 @@ from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model_source import stored_head
+from megatron_xy.ppo.cast import Cast
+from megatron_xy.ppo.checkpoints import PPOCheckpoints
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
 from megatron_xy.ppo.facts import fingerprints
 from megatron_xy.ppo.material import Material, look_at
@@ -20,7 +22,7 @@ from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.reward_function import FunctionScorer, RewardFunction, load_reward_function
 from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel, RoleWorker
 from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAnswers
-from megatron_xy.ppo.trainer import Cast, PPOTrainer
+from megatron_xy.ppo.trainer import PPOTrainer
 from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
 from megatron_xy.run_dir import check_space, check_weights_to_load
@@ -115,15 +117,23 @@ def build(
         state=PPOState(kl_coef=ppo.kl_coef),
         stored=material.stored_scores,
     )
+    cast = Cast(world, workers)
+    checkpoints = PPOCheckpoints(
+        config,
+        cast=cast,
+        fingerprints=fingerprints(config, material),
+        tokenizer=str(material.tokenizer.path),
+        chat_templates={name: renderer.template for name, renderer in material.renderers.items()},
+        log=log,
+    )
     trainer = PPOTrainer(
         config,
-        cast=Cast(world, workers),
+        cast=cast,
         engine=engine,
         source=_source(config, material, actor),
         prompts=material.prompts,
         renderers=material.renderers,
-        fingerprints=fingerprints(config, material),
-        tokenizer=str(material.tokenizer.path),
+        checkpoints=checkpoints,
         log=log,
         watchdog=watchdog,
         stop=stop,

@@ -1,0 +1,171 @@
+"""The checkpoints of a PPO run: actor and critic in one folder, each in its own format, under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_xy import continuation, course, mcore
+from megatron_xy.checkpoint import CheckpointWriter
+from megatron_xy.checkpoint_choice import find_resumable
+from megatron_xy.checkpoint_files import TrainingState, read_manifest
+from megatron_xy.checkpoint_folders import sweep
+from megatron_xy.checkpoint_state import load_state
+from megatron_xy.config import RunConfig
+from megatron_xy.hf.convert import export
+from megatron_xy.hf.kept import kept_facts
+from megatron_xy.liveness import went_forward
+from megatron_xy.log import RunLog
+from megatron_xy.model_source import split_origin
+from megatron_xy.parallel import barrier
+from megatron_xy.ppo.cast import TRAINED, Cast
+from megatron_xy.ppo.controllers import RunningMoments
+from megatron_xy.ppo.engine import PPO, PPOState
+from megatron_xy.ppo.facts import facts
+from megatron_xy.replicas import check_replicas
+from megatron_xy.weights import load_initial_weights
+
+SEED_OFFSETS = {"actor": 0, "reference": 0, "critic": 1, "reward": 2}  # fresh weights of the first two are the same
+
+
+class PPOCheckpoints:
+    """What a PPO run goes on from, and what it leaves. Every rank of the world calls each method."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        cast: Cast,
+        fingerprints: Mapping[str, str],
+        tokenizer: str,
+        chat_templates: Mapping[str, str | None],
+        log: RunLog,
+    ) -> None:
+        """fingerprints: of the files that the run was given, by their keys; chat_templates: by role."""
+        self._config, self._cast, self._log = config, cast, log
+        self._fingerprints, self._tokenizer, self._chat_templates = fingerprints, tokenizer, chat_templates
+        self._folder = config.run_dir / "checkpoints"
+        self._writers = {name: self._writer(name) for name in TRAINED}
+        self._compared = dict.fromkeys(TRAINED, 0)  # the step in which a role's replicas were
+        loads = {worker.name: worker.placed.model.load for worker in cast.trained}
+        self._kept = {  # for a release
+            name: {} if load is None else kept_facts(*split_origin(load)) for name, load in loads.items()
+        }
+
+    def restore(self, engine: PPO) -> dict[str, TrainingState]:
+        """Goes on from the checkpoint that the config asks for, else from what each role's `model.load` names; returns
+        the trained roles' states."""
+        config, world = self._config, self._cast.world
+        if world.role_rank == 0:
+            for name in sweep(self._folder):
+                self._log.say(f"swept {name}, which a killed save left half-written")
+        barrier(world)
+        resume = course.wanted_resume(config, world)
+        found = find_resumable(self._folder, world, resume=resume, say=self._log.say, parts=TRAINED)
+        for worker in self._cast.workers.values():
+            if worker.role is not None and (found is None or worker.name not in TRAINED):
+                load_initial_weights(worker.role, seed=config.seed + SEED_OFFSETS[worker.name])
+        states = {name: TrainingState() for name in TRAINED}
+        origin = "starting from the weights that the roles name"
+        if found is not None:
+            folder, manifest = found
+            continuation.check_continuation(
+                manifest.state,
+                self._facts("actor"),
+                allow_changes=config.checkpoint.allow_changes,
+                origin=folder,
+                say=self._log.say,
+            )
+            kept = manifest.state["ppo"]
+            engine.state = PPOState(kept["kl_coef"], RunningMoments(**kept["moments"]))
+            for worker in self._cast.trained:
+                part = read_manifest(folder / worker.name)
+                states[worker.name] = part.training_state
+                if worker.role is not None:
+                    load_state(worker.role, folder / worker.name, part)
+            origin = f"resuming from {folder} ({states['actor'].iteration} iterations done)"
+        iteration = states["actor"].iteration
+        for writer in self._writers.values():
+            writer.resumed_from = iteration
+        if world.role_rank == 0:
+            course.begin(config.run_dir, iteration=None if resume == "auto" else iteration, say=print)
+        barrier(world)
+        self._log.say(origin)
+        return states
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether a checkpoint is written after an iteration, stop or not."""
+        is_last = iteration == self._config.training.train_iters
+        return is_last or iteration % self._config.checkpoint.save_interval == 0 or self._is_snapshot(iteration)
+
+    def before_update(self, name: str, *, iteration: int) -> None:
+        """Before each mini-batch's update of a role within an iteration, on the role's ranks."""
+        self._writers[name].before_update()
+        role = self._cast.workers[name].role
+        if self.is_due(iteration) and self._compared[name] != iteration and role is not None:
+            self._compared[name] = iteration
+            check_replicas(role, iteration=iteration)
+
+    def save(self, states: Mapping[str, TrainingState], engine: PPOState, *, wanted_before: int | None) -> None:
+        """Actor first, then the critic, whose leader gives the whole its name once both are there.
+
+        wanted_before: the newest checkpoint before this iteration is not let go of.
+        """
+        for worker in self._cast.trained:
+            if worker.role is not None:
+                facts = {
+                    "task": "ppo",
+                    **self._facts(worker.name),
+                    "ppo": {"kl_coef": engine.kl_coef, "moments": asdict(engine.moments)},
+                    "megatron_core": mcore.VERSION,
+                    "torch": torch.__version__,
+                    **self._kept[worker.name],
+                    "tokenizer": self._tokenizer,
+                    "chat_template": self._chat_templates[worker.name],
+                }
+                self._writers[worker.name].save(
+                    worker.role, states[worker.name], facts=facts, wanted_before=wanted_before
+                )
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is whole on disk. Collective over the world."""
+        for worker in self._cast.trained:
+            if worker.role is not None:
+                self._writers[worker.name].wait()
+        barrier(self._cast.world)
+
+    def _writer(self, name: str) -> CheckpointWriter:
+        checkpoint = self._config.checkpoint
+        return CheckpointWriter(
+            self._folder,
+            keep_latest=checkpoint.keep_latest,
+            asynchronous=checkpoint.async_save,
+            timeout_seconds=self._config.runtime.timeout_seconds,
+            on_progress=lambda num_bytes: went_forward(),
+            on_written=self._log.say,
+            part=name,
+            publishes=[other for other in TRAINED if other != name] if name == "critic" else (),
+            is_kept=self._is_snapshot,
+            on_published=self._export,
+        )
+
+    def _is_snapshot(self, iteration: int) -> bool:
+        """Whether the checkpoint of an iteration is never let go of."""
+        assert self._config.ppo is not None, "the config's rules ask for it"
+        interval = self._config.ppo.snapshot_interval
+        return interval > 0 and iteration % interval == 0
+
+    def _export(self, iteration: int, checkpoint: Path) -> None:
+        """Of the roles only the actor is released. Called where the whole is there: by the critic's leader."""
+        interval = self._config.checkpoint.hf_interval
+        if interval and iteration % interval == 0:
+            export(checkpoint / "actor", self._config.run_dir, name=checkpoint.name, say=self._log.say)
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        """What a manifest keeps of the config, for `check_continuation`."""
+        roles = {worker.name: worker.placed for worker in self._cast.workers.values()}
+        return facts(self._config, roles, of=name, fingerprints=self._fingerprints)
