@@ -90,53 +90,30 @@ def step_time(
     added to the sums by kernels of their own, as here; not within the matrix products, as others do.
     """
     parallel, model = job.parallel, job.model
-    assert model.hidden_size and model.ffn_hidden_size and model.num_layers, "the shape is complete"
     tp, stages, chunks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_chunks
-    tokens, batches = job.micro_batch_tokens, job.num_micro_batches
-    share, layers = 0.0, 0
-    for stage in range(stages):
-        number = sum(stage_layers(model, parallel, stage=stage))
-        here = stage_share(model, num_layers=number, has_head=stage == stages - 1)
-        if here > share:
-            share, layers = here, number
-    layer_share = layers / model.num_layers
-    dense = step_flops(model, num_tokens=tokens, sum_squared_lengths=0)
-    whole = step_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
-    again_dense = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=0)
-    again = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
-    matmul = (dense * share + again_dense * layer_share) / tp / (gpu.peak_flops * rates.matmul)
-    attention = (whole - dense + again - again_dense) * layer_share / tp / (gpu.peak_flops * rates.attention)
+    batches = job.num_micro_batches
     held = held or (held_between_steps(job, stage=0) if job.is_trained else None)
     summed = held.parameters if held is not None and job.is_trained and adds_gradients else 0
-    elementwise = _moved_bytes(job, layers=layers, summed=summed) / (gpu.memory_bandwidth * rates.memory)
-    hidden_split = tp if parallel.sequence_parallel else 1
-    state = DTYPE_BYTES[model.params_dtype] * model.hidden_size * tokens
-    gathers, scatters = _layer_collectives(model.recompute_granularity)
-    link = _link(gpu, rates, is_in_node=tp <= gpus_per_node)
-    ring = (tp - 1) / tp
-    tensor_parallel = layers * (gathers + scatters) * state * ring / link * rates.exposed_tensor_parallel
-    one = matmul + attention + elementwise + tensor_parallel
-    bubble = one * (stages - 1) / chunks
-    # 1F1B waits for what it sends and receives; the interleaved schedule sends while it computes.
-    is_pipeline_in_node = stages * tp * job.dp_size <= gpus_per_node
-    wire = _link(gpu, rates, is_in_node=is_pipeline_in_node)
-    waits = 2 * batches if chunks == 1 else 2 * (stages - 1)
-    pipeline = 0.0 if stages == 1 else waits * state / hidden_split / wire
+    one = _micro_batch_time(job, bucket=bucket, summed=summed, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+    bubble = one.seconds * (stages - 1) / chunks
+    pipeline = _pipeline_seconds(job, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
     data_parallel = optimizer = 0.0
     if job.is_trained and held is not None:
-        data_parallel = _exposed_data_parallel(job, held, one=one, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+        data_parallel = _exposed_data_parallel(
+            job, held, one=one.seconds, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node
+        )
         owned = held.parameters / (job.dp_size if parallel.use_distributed_optimizer else 1)
         optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * rates.memory)
-    seconds = batches * one + bubble + pipeline + data_parallel + optimizer
+    seconds = batches * one.seconds + bubble + pipeline + data_parallel + optimizer
     num_gpus = tp * stages * job.dp_size
-    per_second = tokens * batches * job.dp_size / seconds / num_gpus
+    per_second = job.micro_batch_tokens * batches * job.dp_size / seconds / num_gpus
     useful = flops_per_token(model, attention_length=bucket)
     return StepTime(
         bucket=bucket,
-        matmul=batches * matmul,
-        attention=batches * attention,
-        elementwise=batches * elementwise,
-        tensor_parallel=batches * tensor_parallel,
+        matmul=batches * one.matmul,
+        attention=batches * one.attention,
+        elementwise=batches * one.elementwise,
+        tensor_parallel=batches * one.tensor_parallel,
         bubble=bubble,
         pipeline=pipeline,
         data_parallel=data_parallel,
@@ -144,8 +121,72 @@ def step_time(
         seconds=seconds,
         tokens_per_second=per_second,
         mfu=per_second * useful / gpu.peak_flops,
-        hfu=per_second * (useful + again / tokens) / gpu.peak_flops,
+        hfu=per_second * (useful + one.recomputed_flops / job.micro_batch_tokens) / gpu.peak_flops,
     )
+
+
+@dataclass(frozen=True)
+class _MicroBatchTime:
+    """Of one micro-batch on the slowest stage, forward and backward; seconds."""
+
+    matmul: float
+    attention: float
+    elementwise: float
+    tensor_parallel: float
+    recomputed_flops: float  # of all stages
+
+    @property
+    def seconds(self) -> float:
+        return self.matmul + self.attention + self.elementwise + self.tensor_parallel
+
+
+def _micro_batch_time(
+    job: Job, *, bucket: int, summed: int, gpu: Device, rates: Efficiencies, gpus_per_node: int
+) -> _MicroBatchTime:
+    """summed: parameters whose gradients are added up by kernels of their own."""
+    parallel, model = job.parallel, job.model
+    assert model.hidden_size and model.num_layers, "the shape is complete"
+    tp, tokens = parallel.tensor_model_parallel_size, job.micro_batch_tokens
+    share, layers = _slowest_stage(job)
+    layer_share = layers / model.num_layers
+    dense = step_flops(model, num_tokens=tokens, sum_squared_lengths=0)
+    whole = step_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
+    again_dense = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=0)
+    again = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
+    gathers, scatters = _layer_collectives(model.recompute_granularity)
+    state = DTYPE_BYTES[model.params_dtype] * model.hidden_size * tokens
+    sent = layers * (gathers + scatters) * state * (tp - 1) / tp
+    link = _link(gpu, rates, is_in_node=tp <= gpus_per_node)
+    return _MicroBatchTime(
+        matmul=(dense * share + again_dense * layer_share) / tp / (gpu.peak_flops * rates.matmul),
+        attention=(whole - dense + again - again_dense) * layer_share / tp / (gpu.peak_flops * rates.attention),
+        elementwise=_moved_bytes(job, layers=layers, summed=summed) / (gpu.memory_bandwidth * rates.memory),
+        tensor_parallel=sent / link * rates.exposed_tensor_parallel,
+        recomputed_flops=again,
+    )
+
+
+def _slowest_stage(job: Job) -> tuple[float, int]:
+    """(its share of the model's dense FLOPs, its layers); the first one of several."""
+    stages = job.parallel.pipeline_model_parallel_size
+    layers = [sum(stage_layers(job.model, job.parallel, stage=stage)) for stage in range(stages)]
+    shares = [
+        stage_share(job.model, num_layers=number, has_head=stage == stages - 1) for stage, number in enumerate(layers)
+    ]
+    slowest = max(range(stages), key=shares.__getitem__)
+    return shares[slowest], layers[slowest]
+
+
+def _pipeline_seconds(job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> float:
+    """1F1B waits for what it sends and receives; the interleaved schedule sends while it computes."""
+    parallel, model = job.parallel, job.model
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if stages == 1:
+        return 0.0
+    hidden = (model.hidden_size or 0) / (tp if parallel.sequence_parallel else 1)
+    waits = 2 * job.num_micro_batches if parallel.num_chunks == 1 else 2 * (stages - 1)
+    wire = _link(gpu, rates, is_in_node=stages * tp * job.dp_size <= gpus_per_node)
+    return waits * DTYPE_BYTES[model.params_dtype] * hidden * job.micro_batch_tokens / wire
 
 
 def _moved_bytes(job: Job, *, layers: int, summed: int) -> float:
