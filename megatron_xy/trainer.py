@@ -12,41 +12,29 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from megatron_xy import continuation, course, device, mcore, waits
-from megatron_xy.checkpoint import CheckpointWriter
-from megatron_xy.checkpoint_choice import find_resumable
-from megatron_xy.checkpoint_files import TrainingState, amend_state
-from megatron_xy.checkpoint_folders import iteration_folder, sweep
-from megatron_xy.checkpoint_state import FROZEN_UPDATES, load_state
-from megatron_xy.config import ModelConfig, RunConfig
+from megatron_xy import course, device, waits
+from megatron_xy.config import RunConfig
 from megatron_xy.data.loader import PreparedStep
 from megatron_xy.errors import DataError
 from megatron_xy.evaluation import Evaluated
 from megatron_xy.flops import recomputed_flops, step_flops
-from megatron_xy.hf.convert import export
-from megatron_xy.hf.kept import kept_facts
-from megatron_xy.liveness import went_forward
 from megatron_xy.log import EVENTS, RunLog, why_skipped
-from megatron_xy.model.parts import MODEL_PARTS, trained_parts
-from megatron_xy.model_source import changes_to_source, split_origin
-from megatron_xy.parallel import barrier, max_over, sum_over
+from megatron_xy.model.parts import trained_parts
+from megatron_xy.parallel import max_over, sum_over
 from megatron_xy.peak import peak_rate
 from megatron_xy.profiling import ProfileWindow
-from megatron_xy.replicas import check_replicas
 from megatron_xy.role import Role
+from megatron_xy.run_checkpoints import RunCheckpoints, RunState
 from megatron_xy.schedule import learning_rate
 from megatron_xy.signals import StopRequest
-from megatron_xy.spikes import StepHistory
 from megatron_xy.step_record import Spent, step_record
 from megatron_xy.stragglers import StragglerWatch
 from megatron_xy.train_step import Objective, train_step
 from megatron_xy.watchdog import Watchdog
-from megatron_xy.weights import load_initial_weights
 
 
 class Loader(Protocol):
@@ -105,85 +93,39 @@ class Trainer:
         self.config, self.role, self.loader = config, role, loader
         self.evaluator, self.objective = evaluator, objective
         self.log, self.watchdog, self.stop = log, watchdog, stop
-        self.state = TrainingState()
-        self.history = StepHistory()
+        self.state = RunState()
+        self.checkpoints = RunCheckpoints(
+            config,
+            role=role,
+            data_fingerprints=loader.data_fingerprints,
+            chat_template=loader.chat_template,
+            ends_epoch=loader.ends_epoch,
+            keeps_epochs=keeps_epochs,
+            log=log,
+        )
         self.profile = ProfileWindow(
             config.runtime, run_dir=config.run_dir, rank=role.groups.ranks[role.groups.role_rank]
         )
         self._seconds_between_steps = {"save": 0.0, "evaluate": 0.0}  # since the last record
-        self.checkpoints = config.run_dir / "checkpoints"
-        self.writer = CheckpointWriter(
-            self.checkpoints,
-            keep_latest=config.checkpoint.keep_latest,
-            asynchronous=config.checkpoint.async_save,
-            timeout_seconds=config.runtime.timeout_seconds,
-            on_progress=lambda num_bytes: went_forward(),
-            on_written=log.say,
-            is_kept=loader.ends_epoch if keeps_epochs else lambda iteration: False,
-            on_published=self._export,
-        )
         self._peak_rate = peak_rate()
         self.stragglers = StragglerWatch(role)
-        self._frozen_updates: dict[str, int] = {}  # made by steps in which a part of the model stayed as it was
-        load = role.model.load
-        self._kept = {} if load is None else kept_facts(*split_origin(load))  # for a release
-        self._continued_from: dict[str, Any] | None = None  # the weights loaded at the beginning, and what is new
 
     def restore(self) -> None:
         """Goes on from the checkpoint that the config asks for; else from `model.load`, else from fresh weights."""
-        role = self.role
-        if role.groups.is_leader:  # whose words reach the terminal
-            for name in sweep(self.checkpoints):
-                self.log.say(f"swept {name}, which a killed save left half-written")
-        barrier(role.groups)
-        resume = course.wanted_resume(self.config, role.groups)
-        found = find_resumable(self.checkpoints, role.groups, resume=resume, say=self.log.say)
-        if found is None:
-            load_initial_weights(role, seed=self.config.seed)
-            self._say_what_is_new(role.model)
-            origin = f"starting from {role.model.load or 'fresh weights'}"
-        else:
-            folder, manifest = found
-            continuation.check_continuation(
-                manifest.state,
-                self._facts(),
-                allow_changes=self.config.checkpoint.allow_changes,
-                origin=folder,
-                say=self.log.say,
-            )
-            self.state = load_state(role, folder, manifest)
-            if "history" in manifest.state:
-                self.history = StepHistory.from_json(manifest.state["history"])
-            self._frozen_updates = dict(manifest.state.get(FROZEN_UPDATES, {}))
-            self._continued_from = manifest.state.get("continued_from")
-            origin = f"resuming from {folder} ({self.state.iteration} iterations done)"
-        self.writer.resumed_from = self.state.iteration
-        if role.groups.role_rank == 0:
-            course.begin(self.config.run_dir, iteration=None if resume == "auto" else self.state.iteration, say=print)
-        barrier(role.groups)  # from here on a request to stop finds all ranks with something to save
-        self.log.say(origin)
-
-    def _say_what_is_new(self, model: ModelConfig) -> None:
-        """What a continued run changes in the model that it loads: said, and kept in its checkpoints."""
-        if model.load is None:
-            return
-        changes = changes_to_source(model)
-        self._continued_from = {"load": model.load, "changes": changes}
-        for name, (then, now) in changes.items():
-            self.log.say(f"  model.{name} is {now} from here on; it was {then} in {model.load}")
+        self.state = self.checkpoints.restore()
 
     def train(self) -> None:
         """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
         train_iters = self.config.training.train_iters
-        self.log.open_metrics(iteration=self.state.iteration)
-        saved = self.state.iteration
+        saved = self.state.training.iteration
+        self.log.open_metrics(iteration=saved)
         if saved and self._is_evaluation_missing(saved) and not self._evaluate(saved):
             self._leave_stopped(saved)
         first = saved + 1
         for iteration in range(first, train_iters + 1):
             with self.log.phase("first step") if iteration == first else contextlib.nullcontext():
                 stopping = self._step(iteration)
-            if self._is_save_due(iteration) or stopping:
+            if self.checkpoints.is_due(iteration) or stopping:
                 self._save(iteration)
                 saved = iteration
             is_done = iteration == train_iters
@@ -194,14 +136,14 @@ class Trainer:
                 if saved != iteration:  # asked to stop during the evaluation, which the resumed run makes up for
                     self._save(iteration)
                 self._leave_stopped(iteration)
-        self._beat("finish", self.state.iteration)
+        self._beat("finish", self.state.training.iteration)
         self.profile.close()
-        self.writer.finish(self.role.groups)
-        self.log.say(f"done: {self.state.iteration} iterations, last checkpoint at iteration {saved}")
+        self.checkpoints.finish()
+        self.log.say(f"done: {self.state.training.iteration} iterations, last checkpoint at iteration {saved}")
 
     def _leave_stopped(self, iteration: int) -> None:
         self.profile.close()
-        self.writer.finish(self.role.groups)
+        self.checkpoints.finish()
         raise course.stopped_after(iteration, self.config)
 
     def _step(self, iteration: int) -> bool:
@@ -209,16 +151,17 @@ class Trainer:
         self._beat("data", iteration)
         self.profile.before_step(iteration)
         began = time.perf_counter()
-        prepared, waited = self.loader.get(self.state.data_step)
+        before = self.state.training
+        prepared, waited = self.loader.get(before.data_step)
         self._beat("step", iteration)
-        consumed_tokens = self.state.consumed_tokens + prepared.num_tokens
+        consumed_tokens = before.consumed_tokens + prepared.num_tokens
         lr = learning_rate(
             self.config.optimizer,
             iteration=iteration,
             consumed_tokens=consumed_tokens,
             train_iters=self.config.training.train_iters,
         )
-        train_only = self.config.training.train_only_at(self.state.data_step)
+        train_only = self.config.training.train_only_at(before.data_step)
         waits.begin_timing()
         with self.role.active():
             result = train_step(
@@ -230,38 +173,35 @@ class Trainer:
                 train_only=train_only,
                 objective=self.objective,
                 judge=partial(self._judge, prepared),
-                before_update=partial(self._before_update, iteration),
+                before_update=partial(self.checkpoints.before_update, iteration=iteration),
             )
         device.synchronize()
         seconds = time.perf_counter() - began
         busy = seconds - waited - waits.end_timing()
-        data_step = self.state.data_step
-        self.state = replace(
-            self.state,
-            iteration=iteration,
-            data_step=data_step + 1,
-            consumed_samples=self.state.consumed_samples + prepared.num_samples,
-            consumed_tokens=consumed_tokens,
-            optimizer_steps=self.state.optimizer_steps + int(result.updated),
-        )
-        for part in set(MODEL_PARTS) - trained_parts(train_only, model=self.role.model) if result.updated else ():
-            self._frozen_updates[part] = self._frozen_updates.get(part, 0) + 1
         reasons = self._reasons(prepared, result.loss, result.grad_norm)
-        self.history.add(bucket=prepared.bucket, loss=result.loss, grad_norm=result.grad_norm, updated=result.updated)
+        self.state.training = replace(
+            before,
+            iteration=iteration,
+            data_step=before.data_step + 1,
+            consumed_samples=before.consumed_samples + prepared.num_samples,
+            consumed_tokens=consumed_tokens,
+            optimizer_steps=before.optimizer_steps + int(result.updated),
+        )
+        self.state.add(prepared.bucket, result, trained=trained_parts(train_only, model=self.role.model))
         spent, stopping = self._spent(prepared, seconds=seconds, waited=waited)
         record = step_record(
-            self.state,
+            self.state.training,
             prepared,
             result,
             spent,
             lr=lr,
             sources=self.loader.sources,
-            shares=self.loader.consumed_shares(data_step + 1),
-            epochs=self.loader.epochs_by_source(data_step + 1),
+            shares=self.loader.consumed_shares(before.data_step + 1),
+            epochs=self.loader.epochs_by_source(before.data_step + 1),
         )
         record["spike"] = bool(reasons)
         self.log.step(record, train_iters=self.config.training.train_iters)
-        self.log.epochs(self.loader.begun_epochs(data_step), data_step=data_step)
+        self.log.epochs(self.loader.begun_epochs(before.data_step), data_step=before.data_step)
         for straggler in self.stragglers.add(busy):
             self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
         if self.profile.ends_with(iteration):
@@ -272,13 +212,8 @@ class Trainer:
             self._note(record, prepared, reasons=reasons or [why_skipped(record)])
         return stopping
 
-    def _before_update(self, iteration: int) -> None:
-        self.writer.before_update()
-        if self._is_save_due(iteration):  # what one bad memory cell has spoilt is not to be kept
-            check_replicas(self.role, iteration=iteration)
-
     def _reasons(self, prepared: PreparedStep, loss: float, grad_norm: float) -> list[str]:
-        return self.history.reasons(
+        return self.state.history.reasons(
             bucket=prepared.bucket, loss=loss, grad_norm=grad_norm, sigmas=self.config.training.spike_sigmas
         )
 
@@ -298,7 +233,7 @@ class Trainer:
         event = {name: record[name] for name in names}
         self.log.event({**event, "reasons": reasons, "samples": prepared.samples})
         limit = self.config.training.max_skipped_in_a_row
-        if self.history.skipped_in_a_row >= limit:
+        if self.state.history.skipped_in_a_row >= limit:
             raise DataError(
                 f"the updates of {limit} steps in a row were skipped ({reasons[0]} at step {record['iteration']}); "
                 f"{self.config.run_dir / EVENTS} names their samples: go on from an earlier checkpoint "
@@ -333,10 +268,6 @@ class Trainer:
         self._seconds_between_steps = dict.fromkeys(self._seconds_between_steps, 0.0)
         return spent, bool(stopping)
 
-    def _is_save_due(self, iteration: int) -> bool:
-        is_due = iteration % self.config.checkpoint.save_interval == 0 or self.loader.ends_epoch(iteration)
-        return is_due or iteration == self.config.training.train_iters
-
     def _is_evaluation_missing(self, iteration: int) -> bool:
         """Whether the run that is resumed ended before it was evaluated here. Collective: the leader has the file."""
         if not self.evaluator.is_due(iteration):
@@ -356,10 +287,7 @@ class Trainer:
         result = self.evaluator.evaluate(self.role, iteration=iteration, goes_on=goes_on)
         if result is not None and result.checkpoint_facts:
             self._beat("save", iteration)
-            self.writer.finish(self.role.groups)
-            folder = iteration_folder(self.checkpoints, iteration)
-            if self.role.groups.is_leader and folder.is_dir():
-                amend_state(folder, result.checkpoint_facts)
+            self.checkpoints.amend(iteration, result.checkpoint_facts)
         seconds = time.perf_counter() - began
         self._seconds_between_steps["evaluate"] += seconds
         if result is not None and self.role.groups.is_leader:
@@ -368,34 +296,7 @@ class Trainer:
 
     def _save(self, iteration: int) -> None:
         self._beat("save", iteration)
-        facts = {
-            "task": self.config.task,
-            **self._facts(),
-            **self._kept,
-            "tokenizer": str(self.config.data.tokenizer) if self.config.data.tokenizer else None,
-            "chat_template": self.loader.chat_template,
-            "megatron_core": mcore.VERSION,
-            "torch": torch.__version__,
-            "history": self.history.to_json(),
-            FROZEN_UPDATES: self._frozen_updates,
-            "continued_from": self._continued_from,
-        }
-        # What made the first of a row of skipped updates not finite is in the weights that the update before it left.
-        skipped = self.history.skipped_in_a_row
-        held = self.writer.save(
-            self.role, self.state, facts=facts, wanted_before=iteration - skipped if skipped else None
-        )
-        self._seconds_between_steps["save"] += held
-        if self.config.checkpoint.async_save:
-            self.log.say(f"checkpoint of step {iteration} scheduled")
-
-    def _export(self, iteration: int, checkpoint: Path) -> None:
-        interval = self.config.checkpoint.hf_interval
-        if interval and iteration % interval == 0:
-            export(checkpoint, self.config.run_dir, name=checkpoint.name, say=self.log.say)
-
-    def _facts(self) -> dict[str, Any]:
-        return continuation.facts(self.config, model=self.role.model, data_fingerprints=self.loader.data_fingerprints)
+        self._seconds_between_steps["save"] += self.checkpoints.save(self.state)
 
     def _beat(self, phase: str, iteration: int) -> None:
         self.watchdog.beat(iteration=iteration, phase=phase)
