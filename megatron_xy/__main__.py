@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_xy import signals
+from megatron_xy.runtime import signals
 
 
 def main() -> None:

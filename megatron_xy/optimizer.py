@@ -13,7 +13,7 @@ import torch
 from megatron_xy import device, mcore
 from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_xy.parallel import Groups, as_default_group, sum_over
-from megatron_xy.shards import ParameterShard
+from megatron_xy.tensors.shards import ParameterShard
 
 
 def build_optimizer(

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_xy import device, environment, mcore
+from megatron_xy import device, mcore
 from megatron_xy.config import ParallelConfig
 from megatron_xy.errors import ConfigError, PeerLost
-from megatron_xy.liveness import waiting_for
+from megatron_xy.runtime import environment
+from megatron_xy.runtime.liveness import waiting_for
 
 Dimension = Literal["pp", "dp", "cp", "tp"]
 _DIMENSIONS: tuple[Dimension, ...] = ("pp", "dp", "cp", "tp")  # slowest first: tensor parallel ranks are neighbours

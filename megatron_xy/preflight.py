@@ -30,7 +30,7 @@ from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
-from megatron_xy.model_source import check_head, resolve_model
+from megatron_xy.model.source import check_head, resolve_model
 from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile

@@ -20,7 +20,7 @@ from megatron_xy.model.fresh_weights import draw_tensor
 from megatron_xy.model.parts import part_of_model, trained_parts
 from megatron_xy.optimizer import OwnedParameter, build_optimizer, owned_parameters
 from megatron_xy.parallel import Groups
-from megatron_xy.shards import ParameterShard
+from megatron_xy.tensors.shards import ParameterShard
 
 
 @dataclass

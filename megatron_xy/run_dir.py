@@ -9,13 +9,13 @@ import contextlib
 import shutil
 from collections.abc import Iterable, Sequence
 
-from megatron_xy.checkpoint_files import read_manifest
-from megatron_xy.checkpoint_folders import iteration_folder, no_such_iteration, saved_iterations, swept_bytes
+from megatron_xy.checkpoint.continuation import check_continuation, facts
+from megatron_xy.checkpoint.files import read_manifest
+from megatron_xy.checkpoint.folders import iteration_folder, no_such_iteration, saved_iterations, swept_bytes
 from megatron_xy.config import ModelConfig, RunConfig
-from megatron_xy.continuation import check_continuation, facts
 from megatron_xy.errors import DataError, StorageError
 from megatron_xy.flops import checkpoint_bytes
-from megatron_xy.model_source import check_weights
+from megatron_xy.model.source import check_weights
 
 
 def check_resume(config: RunConfig, *, data_fingerprints: Sequence[str]) -> None:

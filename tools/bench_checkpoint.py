@@ -30,12 +30,12 @@ device.start(num_threads=1)
 import numpy as np  # noqa: E402
 
 from megatron_xy import mcore, parallel  # noqa: E402
-from megatron_xy.checkpoint import CheckpointWriter  # noqa: E402
-from megatron_xy.checkpoint_files import TrainingState  # noqa: E402
+from megatron_xy.checkpoint.files import TrainingState  # noqa: E402
+from megatron_xy.checkpoint.writer import CheckpointWriter  # noqa: E402
 from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from megatron_xy.data.dataset import MicroBatch, Sample, collate  # noqa: E402
 from megatron_xy.role import Role, build_role  # noqa: E402
-from megatron_xy.train_step import train_step  # noqa: E402
+from megatron_xy.training.train_step import train_step  # noqa: E402
 
 BYTES_PER_PARAMETER = 12  # fp32 weights and two moments
 HIDDEN_SIZE, VOCAB_SIZE, SEQUENCE, NUM_MICRO_BATCHES = 1024, 8192, 256, 2

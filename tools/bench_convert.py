@@ -214,10 +214,10 @@ def make_model(model: ModelConfig, folder: Path) -> None:
     """An HF folder in bf16 in which no two tensors begin alike."""
     import numpy as np
 
-    from megatron_xy.dtypes import Bits
     from megatron_xy.hf.config import hf_config
     from megatron_xy.hf.names import global_names, hf_shards
-    from megatron_xy.safetensors_file import write_safetensors
+    from megatron_xy.tensors.dtypes import Bits
+    from megatron_xy.tensors.safetensors_file import write_safetensors
 
     folder.mkdir()
     shards = {part: shard for name in global_names(model) for part, shard in hf_shards(name, model).items()}
@@ -240,11 +240,11 @@ def make_model(model: ModelConfig, folder: Path) -> None:
 
 def split_model(model: ModelConfig, source: Path, target: Path) -> None:
     """A checkpoint as the four ranks of TP2 x PP2 write one, each its own file."""
-    from megatron_xy import checkpoint_files as files
+    from megatron_xy.checkpoint import files
     from megatron_xy.hf.names import global_names
     from megatron_xy.hf.source import open_source
     from megatron_xy.hf.target import Output, write_files
-    from megatron_xy.shards import Box, ParameterShard, whole
+    from megatron_xy.tensors.shards import Box, ParameterShard, whole
 
     def halves(name: str, shape: tuple[int, ...]) -> list[ParameterShard]:
         """A tensor's part on each tensor parallel rank; one where both hold the whole."""
@@ -330,7 +330,7 @@ def bare(step: Callable[..., None]) -> Callable[..., None]:
 
 def hash_nothing() -> None:
     """From now on, files of weights that this process writes are not read and hashed."""
-    from megatron_xy.safetensors_file import FollowingDigest
+    from megatron_xy.tensors.safetensors_file import FollowingDigest
 
     def reach(self: FollowingDigest, end: int) -> None:
         self.position = end

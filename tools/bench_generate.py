@@ -33,9 +33,9 @@ from megatron_xy import parallel  # noqa: E402
 from megatron_xy.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_xy.model.generate import Request, generate  # noqa: E402
 from megatron_xy.model.sampling import SamplingOptions  # noqa: E402
-from megatron_xy.model_source import resolve_model  # noqa: E402
+from megatron_xy.model.source import resolve_model  # noqa: E402
+from megatron_xy.model.weights import load_initial_weights  # noqa: E402
 from megatron_xy.role import Role, build_role  # noqa: E402
-from megatron_xy.weights import load_initial_weights  # noqa: E402
 
 VOCAB_SIZE = 4096
 AT_A_TIME = 32

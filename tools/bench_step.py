@@ -29,7 +29,7 @@ from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig  # n
 from megatron_xy.data.dataset import MicroBatch, Sample, collate  # noqa: E402
 from megatron_xy.losses import token_cross_entropy  # noqa: E402
 from megatron_xy.role import Role, build_role  # noqa: E402
-from megatron_xy.train_step import forward, on_device, train_step  # noqa: E402
+from megatron_xy.training.train_step import forward, on_device, train_step  # noqa: E402
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4, vocab_size=8192

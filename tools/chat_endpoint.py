@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_xy.errors import DataError, StorageError, UsageError
-from megatron_xy.partial_results import PartialResults
+from megatron_xy.inference.partial_results import PartialResults
 
 Question = TypeVar("Question")
 SECONDS = 120

@@ -39,7 +39,7 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
     """
     from megatron_xy.flops import flops_per_token, num_parameters
     from megatron_xy.peak import peak_rate
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     role, choice = _role(request, draw=False)
     _fill(role)
@@ -90,7 +90,7 @@ def measure_losses(request: dict[str, Any]) -> dict[str, Any]:
     request: model, optimizer, micro_batch_tokens, steps, lr.
     """
     from megatron_xy.data.dataset import Sample, collate
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     role, choice = _role(request)
     width = request["micro_batch_tokens"]

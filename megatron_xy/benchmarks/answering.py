@@ -15,22 +15,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.answers import find_tokenizer, identity_of
 from megatron_xy.config import RunConfig
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import read_rows
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.workers import Progress
+from megatron_xy.inference.answers import find_tokenizer, identity_of
+from megatron_xy.inference.model_job import ModelJob, run_job
+from megatron_xy.inference.model_ranks import complete_options, joined
+from megatron_xy.inference.partial_results import PartialResults, ResultWriter
 from megatron_xy.model.generate import Answer, Request, generate_share
 from megatron_xy.model.likelihood import Likelihood, Question, likelihoods_of_share
 from megatron_xy.model.sampling import SamplingOptions
-from megatron_xy.model_job import ModelJob, run_job
-from megatron_xy.model_ranks import complete_options, joined
-from megatron_xy.partial_results import PartialResults, ResultWriter
 from megatron_xy.role import Role
-from megatron_xy.signals import StopRequest
+from megatron_xy.runtime.signals import StopRequest
+from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.storage import write_text
-from megatron_xy.watchdog import Watchdog
 
 VERB = "evaluate"
 _LONGEST_TOKENS_A_CHARACTER = 4  # of a text that ends an answer: bytes, each a token

@@ -18,14 +18,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_xy.answers import Chats, find_tokenizer
 from megatron_xy.benchmarks.answering import Model, Prompt
 from megatron_xy.data.chat_template import ANSWER_BEGINS, ANSWER_ENDS
 from megatron_xy.errors import ConfigError
+from megatron_xy.inference.answers import Chats, find_tokenizer
+from megatron_xy.inference.model_job import ModelJob
+from megatron_xy.inference.model_ranks import complete_options
 from megatron_xy.model.likelihood import Question
 from megatron_xy.model.sampling import SamplingOptions
-from megatron_xy.model_job import ModelJob
-from megatron_xy.model_ranks import complete_options
 
 MAX_RESPONSE_LENGTH = 256  # tokens, where a task says nothing: lm-eval's own
 _SAMPLING = {"temperature", "top_p", "top_k"}

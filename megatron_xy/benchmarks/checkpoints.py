@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_xy import checkpoint_files as files
-from megatron_xy.checkpoint_folders import iteration_folder, saved_iterations
+from megatron_xy.checkpoint import files
+from megatron_xy.checkpoint.folders import iteration_folder, saved_iterations
 from megatron_xy.errors import ConfigError, DataError
 
 ACTOR = "actor"

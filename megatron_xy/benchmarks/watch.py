@@ -20,7 +20,7 @@ from megatron_xy.benchmarks.answering import JobEnded
 from megatron_xy.benchmarks.checkpoints import asked_folder, check_whole
 from megatron_xy.benchmarks.suite import Benchmarks
 from megatron_xy.benchmarks.verb import Placement, evaluate
-from megatron_xy.checkpoint_folders import saved_iterations
+from megatron_xy.checkpoint.folders import saved_iterations
 from megatron_xy.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigError, DataError
 from megatron_xy.storage import storage_errors, sync_folder
 

@@ -16,7 +16,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at and verify chec
 @checkpoint_app.command("show")
 def checkpoint_show(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """What a checkpoint holds: where the run stood, its model and layout, tensors, files."""
-    from megatron_xy import checkpoint_files as files
+    from megatron_xy.checkpoint import files
 
     manifest = files.read_manifest(directory)
     if as_json:
@@ -32,7 +32,7 @@ def checkpoint_show(directory: Annotated[Path, typer.Argument(metavar="DIR")], a
 @checkpoint_app.command("verify")
 def checkpoint_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """Compares every file with its checksum, and the pieces of every tensor with its shape."""
-    from megatron_xy import checkpoint_files as files
+    from megatron_xy.checkpoint import files
 
     def verify() -> None:
         manifest = files.read_manifest(directory)
@@ -45,8 +45,8 @@ def checkpoint_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")],
 @checkpoint_app.command("hash")
 def checkpoint_hash(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """A sha256 for every global tensor: the same for every layout that holds the same values."""
-    from megatron_xy import checkpoint_files as files
-    from megatron_xy.block_reader import tensor_hashes
+    from megatron_xy.checkpoint import files
+    from megatron_xy.tensors.block_reader import tensor_hashes
 
     manifest = files.read_manifest(directory)
     files.verify_files(directory, manifest)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_xy.cli.options import AsJson, Overrides, say, verified
-from megatron_xy.signals import cleaned_up_on_signals
+from megatron_xy.runtime.signals import cleaned_up_on_signals
 
 FILE_COLUMNS = 120  # of tables that go into a file or a pipe, where no number is to be cut
 

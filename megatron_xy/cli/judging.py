@@ -16,7 +16,7 @@ import typer
 
 from megatron_xy.cli.options import AsJson, Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say
 from megatron_xy.errors import EXIT_BAD_DATA, ConfigError, UsageError
-from megatron_xy.signals import cleaned_up_on_signals
+from megatron_xy.runtime.signals import cleaned_up_on_signals
 
 Scheme = Literal["int8", "nf4", "gptq-w4a16", "w8a8", "w8a16"]
 NumFewshot = Annotated[
@@ -52,7 +52,7 @@ def evaluate(
 ) -> None:
     """Benchmarks by lm-eval, of a model under any layout, or of every checkpoint of a run as it comes."""
     from megatron_xy.config import load_model_options
-    from megatron_xy.model_job import leave_on_signals
+    from megatron_xy.inference.model_job import leave_on_signals
 
     is_run = not model.startswith(("ckpt:", "hf:"))
     if watch and not is_run:

@@ -150,10 +150,11 @@ def doctor(
 
     Under torchrun it looks at every host, and measures the links between the ranks.
     """
-    from megatron_xy import device, environment
+    from megatron_xy import device
+    from megatron_xy.runtime import environment
 
     device.start(local_rank=environment.local_rank())
-    from megatron_xy.doctor import diagnose, examine_hosts, health_told, told
+    from megatron_xy.doctor.verb import diagnose, examine_hosts, health_told, told
 
     health = examine_hosts(folder)
     if environment.rank() == 0:

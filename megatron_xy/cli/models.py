@@ -15,7 +15,7 @@ from megatron_xy.config import MIN_TEMPERATURE
 from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError
 
 if TYPE_CHECKING:
-    from megatron_xy.model_job import ModelJob
+    from megatron_xy.inference.model_job import ModelJob
 
 vocab_app = typer.Typer(no_args_is_help=True, help="Extend a model's vocabulary.")
 
@@ -94,8 +94,8 @@ def generate(
     nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Answers prompts: sampled or greedy, n answers each, under any layout; goes on where a killed run stopped."""
-    from megatron_xy.model_job import ModelJob, leave_on_signals
-    from megatron_xy.partial_results import PartialResults
+    from megatron_xy.inference.model_job import ModelJob, leave_on_signals
+    from megatron_xy.inference.partial_results import PartialResults
 
     if not top_p > 0:
         raise typer.BadParameter(f"{top_p} must be above 0", param_hint="--top-p")
@@ -119,7 +119,7 @@ def generate(
     run_dir = str(PartialResults(output).run_dir)
     job = ModelJob("generate", model, nproc_per_node, overrides or [], run_dir, arguments)
     _start_device(job)
-    from megatron_xy.answers import generate_file
+    from megatron_xy.inference.answers import generate_file
 
     sys.exit(generate_file(job, say=say))
 
@@ -139,8 +139,8 @@ def score(
     nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Scores answers by a reward model, under any layout; goes on where a killed run stopped."""
-    from megatron_xy.model_job import ModelJob, leave_on_signals
-    from megatron_xy.partial_results import PartialResults
+    from megatron_xy.inference.model_job import ModelJob, leave_on_signals
+    from megatron_xy.inference.partial_results import PartialResults
 
     if nproc_per_node == 1:
         leave_on_signals("; the scores that were there are kept, and the same command goes on")
@@ -150,7 +150,7 @@ def score(
     }  # fmt: skip
     job = ModelJob("score", model, nproc_per_node, overrides or [], str(PartialResults(output).run_dir), arguments)
     _start_device(job)
-    from megatron_xy.scores import score_file
+    from megatron_xy.inference.scores import score_file
 
     sys.exit(score_file(job, say=say))
 
@@ -168,7 +168,7 @@ def logprobs(
     nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Log-probabilities of given token rows under any layout, to compare with other implementations."""
-    from megatron_xy.model_job import ModelJob, leave_on_signals
+    from megatron_xy.inference.model_job import ModelJob, leave_on_signals
 
     if nproc_per_node == 1:
         leave_on_signals("; nothing is kept, and the same command starts afresh")
@@ -176,7 +176,7 @@ def logprobs(
     run_dir = str(output.with_name(f"{output.name}.work"))
     job = ModelJob("logprobs", model, nproc_per_node, overrides or [], run_dir, arguments)
     _start_device(job)
-    from megatron_xy.logprobs import logprobs_file
+    from megatron_xy.inference.logprobs import logprobs_file
 
     sys.exit(logprobs_file(job, say=say))
 
@@ -191,13 +191,14 @@ def _start_device(job: ModelJob) -> None:
 
 def model_rank(job_file: Path) -> None:
     """One rank of a verb over a model, started by that verb."""
-    from megatron_xy.model_job import read_job
-    from megatron_xy.worker import run_model_rank
+    from megatron_xy.inference.model_job import read_job
+    from megatron_xy.runtime.worker import run_model_rank
 
     job = read_job(job_file)
 
     def work(config: Any, stop: Any, watchdog: Any) -> None:
-        from megatron_xy import device, environment
+        from megatron_xy import device
+        from megatron_xy.runtime import environment
 
         device.start(
             local_rank=environment.local_rank(),
@@ -205,9 +206,9 @@ def model_rank(job_file: Path) -> None:
             deterministic=config.runtime.deterministic,
         )
         module, function = {
-            "generate": ("megatron_xy.answers", "generate_in_rank"),
-            "score": ("megatron_xy.scores", "score_in_rank"),
-            "logprobs": ("megatron_xy.logprobs", "logprobs_in_rank"),
+            "generate": ("megatron_xy.inference.answers", "generate_in_rank"),
+            "score": ("megatron_xy.inference.scores", "score_in_rank"),
+            "logprobs": ("megatron_xy.inference.logprobs", "logprobs_in_rank"),
             "evaluate": ("megatron_xy.benchmarks.answering", "answer_in_rank"),
         }[job.verb]
         getattr(importlib.import_module(module), function)(job, config, stop, watchdog)

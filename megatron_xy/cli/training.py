@@ -16,12 +16,12 @@ from megatron_xy.errors import MegatronXYError
 
 def pretrain(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     """(Continued) pre-training in one rank of a torchrun world; `megatron-xy run` starts such a world."""
-    _train("pretrain", "megatron_xy.pretrain", run_yaml, overrides)
+    _train("pretrain", "megatron_xy.training.pretrain", run_yaml, overrides)
 
 
 def sft(run_yaml: RunYaml, overrides: Overrides = None) -> None:
     """Supervised fine-tuning on conversations, in one rank of a torchrun world, as pretrain."""
-    _train("sft", "megatron_xy.pretrain", run_yaml, overrides)
+    _train("sft", "megatron_xy.training.pretrain", run_yaml, overrides)
 
 
 def reward(run_yaml: RunYaml, overrides: Overrides = None) -> None:
@@ -44,7 +44,7 @@ def run(
     from megatron_xy import run_folder
     from megatron_xy.config import load_config, run_dir_of
     from megatron_xy.preflight import BUILT_DATA, check_paths
-    from megatron_xy.supervise import supervise
+    from megatron_xy.runtime.supervise import supervise
 
     options = overrides or []
     try:
@@ -74,10 +74,11 @@ def run(
 def _train(task: str, module: str, run_yaml: Path, overrides: list[str] | None) -> None:
     """A task's work in this process, which ends with it; its module is imported once the device is settled."""
     began = time.monotonic()
-    from megatron_xy.worker import run_worker
+    from megatron_xy.runtime.worker import run_worker
 
     def work(config: Any, stop: Any, watchdog: Any) -> None:
-        from megatron_xy import device, environment
+        from megatron_xy import device
+        from megatron_xy.runtime import environment
 
         device.start(
             local_rank=environment.local_rank(),

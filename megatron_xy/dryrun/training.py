@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megatron_xy import pretrain
 from megatron_xy.config import RunConfig
 from megatron_xy.data.dataset import MicroBatch, Sample, collate
 from megatron_xy.dryrun.ledger import Ledger
@@ -15,7 +14,8 @@ from megatron_xy.reward.batches import pair_micro_batches
 from megatron_xy.reward.objective import reward_objective
 from megatron_xy.reward.pairs import Pair
 from megatron_xy.role import Role
-from megatron_xy.train_step import train_step
+from megatron_xy.training import pretrain
+from megatron_xy.training.train_step import train_step
 
 
 def dry_run(config: RunConfig, *, rank: int, world_size: int, bucket: int) -> list[RankFindings]:

@@ -22,7 +22,7 @@ from megatron_xy.config import (
 from megatron_xy.dryrun import ppo, training
 from megatron_xy.dryrun.rank import RankFindings
 from megatron_xy.errors import ConfigError, UsageError
-from megatron_xy.model_source import resolve_model
+from megatron_xy.model.source import resolve_model
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 SIZES = ("weights", "gradients", "optimizer", "activations", "update", "cache", "beside", "peak")

@@ -10,17 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_xy import checkpoint_files as files
+from megatron_xy.checkpoint import files
 from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.reader import INDEX, SINGLE
 from megatron_xy.hf.release import TOKENIZER_FILES, copy_side_files, write_release_files
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import Output, plan_files, whole_or_absent, write_files
-from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor
-from megatron_xy.shards import whole
 from megatron_xy.storage import write_json, write_text
-from megatron_xy.tensor_names import EMBEDDING
+from megatron_xy.tensors.names import EMBEDDING
+from megatron_xy.tensors.safetensors_file import SafetensorsFile, StoredTensor
+from megatron_xy.tensors.shards import whole
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
 MAX_CHECKPOINT_BYTES = 10**9  # smaller: files are hashed by a thread each, some at a time

@@ -18,7 +18,6 @@ from megatron_xy.data import vocabulary
 from megatron_xy.data.engines import TOKENIZER_CONFIG
 from megatron_xy.data.sentencepiece_json import inexact_reasons, parse_model
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, load_tokenizer
-from megatron_xy.dtypes import Bits, itemsize
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import CHECKSUMS
@@ -30,11 +29,12 @@ from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.hf.verb import place
-from megatron_xy.safetensors_file import FileRange, SafetensorsFile, StoredTensor, write_safetensors
-from megatron_xy.shards import Box, Placed
 from megatron_xy.storage import write_json, write_text
-from megatron_xy.tensor_files import bits_of, torch_dtype
-from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER
+from megatron_xy.tensors.dtypes import Bits, itemsize
+from megatron_xy.tensors.files import bits_of, torch_dtype
+from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER
+from megatron_xy.tensors.safetensors_file import FileRange, SafetensorsFile, StoredTensor, write_safetensors
+from megatron_xy.tensors.shards import Box, Placed
 
 CORPUS = "corpus:"
 WITH_ROWS_BY_PIECE = (PLAIN[EMBEDDING], PLAIN[OUTPUT_LAYER])

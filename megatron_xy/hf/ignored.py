@@ -7,7 +7,7 @@ import re
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.hf.names import global_names, global_shape, hf_shards
-from megatron_xy.tensor_names import EMBEDDING
+from megatron_xy.tensors.names import EMBEDDING
 
 LM_HEAD = "lm_head"
 PATTERN = "re:"  # begins a regular expression, as for llm-compressor

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.checkpoint_files import read_manifest
+from megatron_xy.checkpoint.files import read_manifest
 from megatron_xy.hf.config import TOKEN_IDS, read_model_type, read_token_ids
 from megatron_xy.hf.folder import read_object
 from megatron_xy.hf.values import Values

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.shards import Box, ParameterShard
-from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
+from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
+from megatron_xy.tensors.shards import Box, ParameterShard
 
 PLAIN = {
     EMBEDDING: "model.embed_tokens.weight",

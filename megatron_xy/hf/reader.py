@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_xy.block_reader import BlockReader
-from megatron_xy.checkpoint_files import Manifest, Piece, TensorEntry
+from megatron_xy.checkpoint.files import Manifest, Piece, TensorEntry
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import PLAIN, global_names, global_shape, hf_shards
 from megatron_xy.hf.values import Values
-from megatron_xy.safetensors_file import SafetensorsFile, StoredTensor
-from megatron_xy.shards import whole
-from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER
+from megatron_xy.tensors.block_reader import BlockReader
+from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER
+from megatron_xy.tensors.safetensors_file import SafetensorsFile, StoredTensor
+from megatron_xy.tensors.shards import whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.block_reader import BlockReader
-from megatron_xy.checkpoint_files import Manifest
+from megatron_xy.checkpoint.files import Manifest
 from megatron_xy.data.claims import claim
-from megatron_xy.dtypes import Bits, itemsize
 from megatron_xy.errors import ConfigError, StorageError
-from megatron_xy.safetensors_file import FileRange, write_safetensors
-from megatron_xy.shards import ParameterShard
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, temporary_name, write_json
+from megatron_xy.tensors.block_reader import BlockReader
+from megatron_xy.tensors.dtypes import Bits, itemsize
+from megatron_xy.tensors.safetensors_file import FileRange, write_safetensors
+from megatron_xy.tensors.shards import ParameterShard
 
 MAX_WRITERS = 8  # files at a time; each takes some blocks of memory and up to three threads
 _WORK = "conversion.json"

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_xy import parallel
-from megatron_xy.block_reader import BlockReader
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
@@ -35,11 +34,12 @@ from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import Output, write_files
 from megatron_xy.hf.verb import place
 from megatron_xy.model.logits import logits_of
-from megatron_xy.model_source import resolve_model
+from megatron_xy.model.source import resolve_model
+from megatron_xy.model.weights import load_initial_weights
 from megatron_xy.role import Role, build_role
-from megatron_xy.safetensors_file import memory_of
 from megatron_xy.storage import TEMPORARY_PREFIX, write_json
-from megatron_xy.weights import load_initial_weights
+from megatron_xy.tensors.block_reader import BlockReader
+from megatron_xy.tensors.safetensors_file import memory_of
 
 TOLERANCE = 1e-4  # of logits in fp32
 ROW_LENGTHS = (1, 17, 64, 128)

@@ -15,8 +15,8 @@ from megatron_xy import run_folder
 from megatron_xy.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from megatron_xy.launch.job import Job
 from megatron_xy.launch.scripts import script, torchrun, variables
-from megatron_xy.orphans import MARK_VARIABLE, kill_marked, marked_processes
-from megatron_xy.signals import STOP_SIGNALS
+from megatron_xy.runtime.orphans import MARK_VARIABLE, kill_marked, marked_processes
+from megatron_xy.runtime.signals import STOP_SIGNALS
 
 _COMMANDS = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "--filename", "-"]}
 # For torchrun, once a rank has recorded a failure: cut off from the rendezvous it would wait for ever.

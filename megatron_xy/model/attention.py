@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_xy import mcore
-from megatron_xy.liveness import went_forward
 from megatron_xy.model.attention_backends import Attend
 from megatron_xy.model.kernels import rotate
 from megatron_xy.model.rotary import PackedDocuments, RotaryAngles
+from megatron_xy.runtime.liveness import went_forward
 
 
 class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]

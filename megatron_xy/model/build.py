@@ -27,9 +27,9 @@ from megatron_xy.model.layer_spec import (
 )
 from megatron_xy.model.norm import RMSNorm
 from megatron_xy.parallel import Groups
-from megatron_xy.shards import Box, ParameterShard
 from megatron_xy.stages import layers_per_chunk, padded_vocab_size
-from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
+from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
+from megatron_xy.tensors.shards import Box, ParameterShard
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.shards import Box, ParameterShard
+from megatron_xy.tensors.shards import Box, ParameterShard
 
 TILE = 512  # rows and columns; another size draws another model
 

@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from megatron_xy import device
 from megatron_xy.errors import DataError
-from megatron_xy.liveness import went_forward
 from megatron_xy.model.cached_attention import KeyValueCache, Pass, attend_with_cache, rotation
 from megatron_xy.model.inference import ChunkForward
 from megatron_xy.model.layer_spec import DTYPES
@@ -28,6 +27,7 @@ from megatron_xy.model.rotary import PackedDocuments, inverse_frequencies
 from megatron_xy.model.sampling import Sampler, SamplingOptions
 from megatron_xy.parallel import broadcast_from_last_stage, receive_onward, send_onward, sum_over
 from megatron_xy.role import Role
+from megatron_xy.runtime.liveness import went_forward
 
 MAX_SEQUENCES = 64  # of a replica at a time
 MAX_PROMPT_TOKENS = 4096  # that begin in one pass, beside the sequences that go on

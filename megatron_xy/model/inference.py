@@ -22,7 +22,7 @@ from megatron_xy.model.kernels import rms_norm, swiglu
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.parallel import sum_over
 from megatron_xy.role import Role
-from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER
+from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER
 
 FINAL_NORM = "decoder.final_layernorm.weight"
 Read = Callable[[int, torch.Tensor], torch.Tensor]

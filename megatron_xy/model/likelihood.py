@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from megatron_xy import device
-from megatron_xy.liveness import went_forward
 from megatron_xy.losses import token_logprobs_and_entropy
 from megatron_xy.model.cached_attention import rotation, turned_by
 from megatron_xy.model.inference import ChunkForward
@@ -28,6 +27,7 @@ from megatron_xy.model.rotary import inverse_frequencies
 from megatron_xy.model.sampling import Sampler, SamplingOptions
 from megatron_xy.parallel import receive_onward, send_onward
 from megatron_xy.role import Role
+from megatron_xy.runtime.liveness import went_forward
 
 PASS_TOKENS = 2048  # new tokens of a pass, but for one longer sequence
 

@@ -12,7 +12,7 @@ from megatron_xy.data.dataset import MicroBatch
 from megatron_xy.losses import token_logprobs_and_entropy
 from megatron_xy.parallel import joined_over
 from megatron_xy.role import Role
-from megatron_xy.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
+from megatron_xy.training.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
 
 ROWS_A_PASS = 16  # through the pipeline; all are padded to the longest of them
 OutputsOf = Callable[[Role, torch.Tensor, torch.Tensor], torch.Tensor]

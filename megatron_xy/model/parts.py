@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
+from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
 
 MODEL_PARTS = ("embedding", "output_layer", "rest")
 _PARTS = {EMBEDDING: "embedding", OUTPUT_LAYER: "output_layer", VALUE_HEAD: "output_layer"}

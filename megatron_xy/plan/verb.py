@@ -12,7 +12,7 @@ from rich.console import Console
 
 from megatron_xy.config import InvalidConfig, check_world, load_config
 from megatron_xy.errors import ConfigError, UsageError
-from megatron_xy.model_source import with_shapes
+from megatron_xy.model.source import with_shapes
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan

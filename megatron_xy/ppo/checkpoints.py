@@ -9,25 +9,26 @@ from typing import Any
 
 import torch
 
-from megatron_xy import continuation, course, mcore
-from megatron_xy.checkpoint import CheckpointWriter
-from megatron_xy.checkpoint_choice import find_resumable
-from megatron_xy.checkpoint_files import TrainingState, read_manifest
-from megatron_xy.checkpoint_folders import sweep
-from megatron_xy.checkpoint_state import load_state
+from megatron_xy import mcore
+from megatron_xy.checkpoint import continuation, course
+from megatron_xy.checkpoint.choice import find_resumable
+from megatron_xy.checkpoint.files import TrainingState, read_manifest
+from megatron_xy.checkpoint.folders import sweep
+from megatron_xy.checkpoint.replicas import check_replicas
+from megatron_xy.checkpoint.state import load_state
+from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import RunConfig
 from megatron_xy.hf.convert import export
 from megatron_xy.hf.kept import kept_facts
-from megatron_xy.liveness import went_forward
 from megatron_xy.log import RunLog
-from megatron_xy.model_source import split_origin
+from megatron_xy.model.source import split_origin
+from megatron_xy.model.weights import load_initial_weights
 from megatron_xy.parallel import barrier
 from megatron_xy.ppo.cast import TRAINED, Cast
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, PPOState
 from megatron_xy.ppo.facts import facts
-from megatron_xy.replicas import check_replicas
-from megatron_xy.weights import load_initial_weights
+from megatron_xy.runtime.liveness import went_forward
 
 SEED_OFFSETS = {"actor": 0, "reference": 0, "critic": 1, "reward": 2}  # fresh weights of the first two are the same
 

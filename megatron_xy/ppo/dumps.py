@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_xy.checkpoint_files import METADATA
-from megatron_xy.liveness import went_forward
+from megatron_xy.checkpoint.files import METADATA
 from megatron_xy.ppo.experience import Experience
 from megatron_xy.ppo.prompts import padded
+from megatron_xy.runtime.liveness import went_forward
 from megatron_xy.storage import storage_errors
-from megatron_xy.tensor_files import write_tensors
+from megatron_xy.tensors.files import write_tensors
 
 DUMPED = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns")
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.checkpoint_files import MANIFEST
+from megatron_xy.checkpoint.files import MANIFEST
 from megatron_xy.config import PlacedRole, RoleName, RunConfig
-from megatron_xy.model_source import split_origin
+from megatron_xy.model.source import split_origin
 from megatron_xy.ppo.material import Material
 from megatron_xy.ppo.placement import spelt_ranks
 from megatron_xy.storage import file_sha256, sampled_sha256

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron_xy.checkpoint_files import read_manifest
+from megatron_xy.checkpoint.files import read_manifest
 from megatron_xy.config import (
     TRAINED_ROLES,
     ModelConfig,
@@ -21,7 +21,7 @@ from megatron_xy.config import (
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
-from megatron_xy.model_source import check_head, own_tokenizer, resolve_model, split_origin, stored_head
+from megatron_xy.model.source import check_head, own_tokenizer, resolve_model, split_origin, stored_head
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
 
 MOST_RENAMED = 0.01  # of the token ids that two tokenizers share: reserved ones that were given a name

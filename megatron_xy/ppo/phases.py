@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from megatron_xy.watchdog import Watchdog
+from megatron_xy.runtime.watchdog import Watchdog
 
 
 class Phases:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_xy import device
-from megatron_xy.checkpoint_files import TrainingState
+from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.config import ModelConfig
 from megatron_xy.flops import FORWARD_SHARE, recomputed_flops, step_flops
 from megatron_xy.ppo.engine import LearningRates

@@ -26,7 +26,7 @@ from megatron_xy.ppo.batches import AnswerBatch, pack_answers, plan_answers, wid
 from megatron_xy.ppo.experience import Experience, Rollout
 from megatron_xy.ppo.transport import Shipment
 from megatron_xy.role import Role
-from megatron_xy.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
+from megatron_xy.training.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
 
 ACTOR_METRICS = ("actor_loss", "actor_grad_norm", "clip_fraction", "kl_loss", "ratio_first_max", "actor_updates")
 CRITIC_METRICS = ("critic_loss", "critic_grad_norm", "value_clip_fraction", "critic_updates")

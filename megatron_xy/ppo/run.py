@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_xy import device, environment, mcore, parallel
+from megatron_xy import device, mcore, parallel
 from megatron_xy.config import ParallelConfig, PlacedRole, RunConfig, check_world, placed_roles
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.sampling import SamplingOptions
-from megatron_xy.model_source import stored_head
+from megatron_xy.model.source import stored_head
 from megatron_xy.ppo.cast import Cast
 from megatron_xy.ppo.checkpoints import PPOCheckpoints
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
@@ -26,9 +26,10 @@ from megatron_xy.ppo.trainer import PPOTrainer
 from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
 from megatron_xy.run_dir import check_space, check_weights_to_load
-from megatron_xy.session import session
-from megatron_xy.signals import StopRequest
-from megatron_xy.watchdog import Watchdog, backend_timeout
+from megatron_xy.runtime import environment
+from megatron_xy.runtime.session import session
+from megatron_xy.runtime.signals import StopRequest
+from megatron_xy.runtime.watchdog import Watchdog, backend_timeout
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:

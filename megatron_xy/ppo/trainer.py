@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_xy import course, device
-from megatron_xy.checkpoint_files import TrainingState
+from megatron_xy import device
+from megatron_xy.checkpoint import course
+from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.config import RunConfig
 from megatron_xy.log import RunLog
 from megatron_xy.parallel import max_over, sum_over
@@ -30,9 +31,9 @@ from megatron_xy.ppo.prompts import PromptFile, Renderer
 from megatron_xy.ppo.record import Spent, step_record, step_work
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout
 from megatron_xy.ppo.samples import sample_line, samples
-from megatron_xy.schedule import learning_rate
-from megatron_xy.signals import StopRequest
-from megatron_xy.watchdog import Watchdog
+from megatron_xy.runtime.signals import StopRequest
+from megatron_xy.runtime.watchdog import Watchdog
+from megatron_xy.training.schedule import learning_rate
 
 
 class PPOTrainer:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from megatron_xy.config import RunConfig
-from megatron_xy.evaluation import Evaluated
 from megatron_xy.log import RunLog
 from megatron_xy.reward.batches import PairOrder
 from megatron_xy.reward.pairs import Pair, PairData
 from megatron_xy.reward.scoring import score_answers
 from megatron_xy.reward.table import Scores, lines_of, stored_scores, table_of
 from megatron_xy.role import Role
+from megatron_xy.training.evaluation import Evaluated
 
 
 class PairEvaluator:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_xy.config import RewardConfig
 from megatron_xy.role import Role
-from megatron_xy.train_step import DeviceBatch, DevicePairs, LossFunction, Objective, forward
+from megatron_xy.training.train_step import DeviceBatch, DevicePairs, LossFunction, Objective, forward
 
 MEASURES = ("accuracy", "chosen_mean", "rejected_mean")  # of the scores: the values at the last tokens
 

@@ -11,7 +11,6 @@ from megatron_xy.config import RunConfig
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.preflight import open_pairs
-from megatron_xy.pretrain import build, open_log, with_model
 from megatron_xy.reward.batches import PairOrder
 from megatron_xy.reward.evaluator import PairEvaluator
 from megatron_xy.reward.loader import PairLoader
@@ -19,10 +18,11 @@ from megatron_xy.reward.objective import reward_objective
 from megatron_xy.reward.pairs import PairData
 from megatron_xy.role import Role
 from megatron_xy.run_dir import check_space
-from megatron_xy.session import session
-from megatron_xy.signals import StopRequest
-from megatron_xy.trainer import Trainer, timed
-from megatron_xy.watchdog import Watchdog
+from megatron_xy.runtime.session import session
+from megatron_xy.runtime.signals import StopRequest
+from megatron_xy.runtime.watchdog import Watchdog
+from megatron_xy.training.pretrain import build, open_log, with_model
+from megatron_xy.training.trainer import Trainer, timed
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_xy import device
-from megatron_xy.evaluation import untouched
 from megatron_xy.parallel import from_last_stage, sum_over
 from megatron_xy.ppo.batches import AnswerBatch, pack_answers, plan_answers, width_of
 from megatron_xy.role import Role
-from megatron_xy.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
+from megatron_xy.training.evaluation import untouched
+from megatron_xy.training.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
 
 MICRO_BATCHES_A_PASS = 8  # of a data parallel rank, about: between two looks at whether to go on
 Tokens = Sequence[int] | NDArray[np.int32]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.checkpoint_folders import iteration_folder
+from megatron_xy.checkpoint.folders import iteration_folder
 from megatron_xy.config import RewardConfig, load_config
 from megatron_xy.errors import ConfigError, DataError
 

@@ -6,8 +6,8 @@ import os
 import socket
 from pathlib import Path
 
-from megatron_xy.orphans import SUPERVISOR_VARIABLE
 from megatron_xy.run_folder.files import now, read_json
+from megatron_xy.runtime.orphans import SUPERVISOR_VARIABLE
 from megatron_xy.storage import write_json
 
 COURSE = "course.json"

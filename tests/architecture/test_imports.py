@@ -34,8 +34,8 @@ def test_every_contract_holds() -> None:
 def test_every_contract_can_fail(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "megatron_xy", tmp_path / "megatron_xy", ignore=shutil.ignore_patterns("__pycache__"))
     for file, planted in {
-        "yaml_file.py": "from megatron_xy import trainer",
-        "train_step.py": "from megatron.core import parallel_state",
+        "yaml_file.py": "from megatron_xy.training import trainer",
+        "training/train_step.py": "from megatron.core import parallel_state",
         "data/sampler.py": "import torch",
     }.items():
         path = tmp_path / "megatron_xy" / file

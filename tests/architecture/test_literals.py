@@ -104,7 +104,7 @@ def runs_what_it_reads(node: ast.AST) -> str | None:
 
 
 def operation_with_advisory(node: ast.AST) -> str | None:
-    """torch's operations of which megatron_xy/advisories.yaml says that nothing here calls them."""
+    """torch's operations of which megatron_xy/doctor/advisories.yaml says that nothing here calls them."""
     name = getattr(node, "attr", getattr(node, "id", ""))
     if name in ("mkldnn_max_pool2d", "ctc_loss", "CTCLoss", "lstm_cell", "LSTMCell", "unpack_sequence"):
         return str(name)

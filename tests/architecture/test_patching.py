@@ -27,11 +27,12 @@ def changed(before):
 
 CHECK_IMPORTS = f"""
 import sys
-import megatron_xy, megatron_xy.cli, megatron_xy.config, megatron_xy.preflight, megatron_xy.worker
+import megatron_xy, megatron_xy.cli, megatron_xy.config, megatron_xy.preflight, megatron_xy.runtime.worker
 assert "torch" not in sys.modules, "the package's import brings torch in"
 {SNAPSHOT}
 before = snapshot()
-from megatron_xy import checkpoint_files, device, log
+from megatron_xy import device, log
+from megatron_xy.checkpoint import files as checkpoint_files
 assert changed(before) == [], changed(before)
 assert not device.is_settled()
 assert "megatron" not in sys.modules

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_xy import pretrain, run_folder, signals
+from megatron_xy import run_folder
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.log import RunLog
 from megatron_xy.preflight import open_data, open_held_out
-from megatron_xy.watchdog import END, Watchdog
+from megatron_xy.runtime import signals
+from megatron_xy.runtime.watchdog import END, Watchdog
+from megatron_xy.training import pretrain
 from tests.end_to_end.tiny_run import BUCKETS, VOCAB_SIZE
 
 

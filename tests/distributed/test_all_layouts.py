@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xy import checkpoint_files as files
+from megatron_xy.checkpoint import files
 from megatron_xy.config import OptimizerConfig
 from tests.distributed import models
 from tests.distributed.models import Layout
@@ -33,7 +33,7 @@ SWITCHES = list(itertools.product((False, True), (False, True), ("none", "select
 
 def save_fresh(checkpoints: Path) -> None:
     """The checkpoint that all start from."""
-    from megatron_xy.checkpoint import CheckpointWriter, TrainingState
+    from megatron_xy.checkpoint.writer import CheckpointWriter, TrainingState
 
     role = models.make_role(Layout(), model=MODEL, optimizer=OPTIMIZER)
     assert role is not None
@@ -43,8 +43,8 @@ def save_fresh(checkpoints: Path) -> None:
 
 def curves(folder: Path, shape: Layout, switches: list[tuple[bool, bool, str]]) -> list[Curve]:
     """(loss, gradient norm) of every step, for each (distributed optimizer, overlap, recomputation)."""
-    from megatron_xy.checkpoint_state import load_state
-    from megatron_xy.train_step import train_step
+    from megatron_xy.checkpoint.state import load_state
+    from megatron_xy.training.train_step import train_step
 
     result = []
     for number, (distributed, overlap, recompute) in enumerate(switches):

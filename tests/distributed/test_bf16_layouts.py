@@ -17,7 +17,7 @@ LAYOUTS = [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2)
 
 def train(layout: Layout, dtype: str) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step."""
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     role = models.make_role(layout, model=models.MODEL.model_copy(update={"params_dtype": dtype}), optimizer=OPTIMIZER)
     assert role is not None

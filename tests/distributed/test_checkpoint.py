@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_xy import checkpoint_files as files
-from megatron_xy.block_reader import tensor_hashes
+from megatron_xy.checkpoint import files
 from megatron_xy.config import ModelConfig, OptimizerConfig
+from megatron_xy.tensors.block_reader import tensor_hashes
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
@@ -35,7 +35,7 @@ TARGETS = [
 
 def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, asynchronous: bool = False) -> dict[str, Any]:
     """Three steps, a checkpoint, three steps more; the losses of the latter."""
-    from megatron_xy.checkpoint import CheckpointWriter, TrainingState
+    from megatron_xy.checkpoint.writer import CheckpointWriter, TrainingState
 
     role = models.make_role(layout, model=model, optimizer=OPTIMIZER)
     assert role is not None
@@ -50,7 +50,7 @@ def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, asynch
 
 def load_and_train(layout: Layout, model: ModelConfig, folder: Path) -> list[tuple[float, float]]:
     """Opens a checkpoint into a role with other fresh weights and takes the next three steps."""
-    from megatron_xy.checkpoint_state import load_state
+    from megatron_xy.checkpoint.state import load_state
 
     role = models.make_role(layout, model=model, optimizer=OPTIMIZER, seed=99)
     assert role is not None
@@ -61,8 +61,8 @@ def load_and_train(layout: Layout, model: ModelConfig, folder: Path) -> list[tup
 
 def load_and_save(layout: Layout, model: ModelConfig, folder: Path, checkpoints: Path) -> None:
     """Opens a checkpoint under `layout` and writes it again as it is."""
-    from megatron_xy.checkpoint import CheckpointWriter
-    from megatron_xy.checkpoint_state import load_state
+    from megatron_xy.checkpoint.state import load_state
+    from megatron_xy.checkpoint.writer import CheckpointWriter
 
     role = models.make_role(layout, model=model, optimizer=OPTIMIZER, seed=99)
     assert role is not None
@@ -73,7 +73,7 @@ def load_and_save(layout: Layout, model: ModelConfig, folder: Path, checkpoints:
 
 
 def steps(role: Any, numbers: range, before_update: Callable[[], object] = lambda: None) -> list[tuple[float, float]]:
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     curve = []
     for number in numbers:

@@ -84,8 +84,8 @@ def requests_for(prompts: list[list[int]], *, answers: int = 1, epoch: int = 0) 
 
 
 def load_role(layout: Layout, folder: Path | str) -> Any:
-    from megatron_xy.model_source import resolve_model
-    from megatron_xy.weights import load_initial_weights
+    from megatron_xy.model.source import resolve_model
+    from megatron_xy.model.weights import load_initial_weights
 
     role = models.make_role(layout, model=resolve_model(ModelConfig(load=f"hf:{folder}")), seed=3)
     assert role is not None
@@ -259,7 +259,7 @@ def after_an_update(layout: Layout) -> list[list[int]]:
     """Greedy answers of a role that has just learned: what it has learned must show."""
     from megatron_xy.config import OptimizerConfig
     from megatron_xy.model.generate import SamplingOptions, generate
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     model = models.MODEL.model_copy(update={"init_method_std": 0.2})
     role = models.make_role(layout, model=model, optimizer=OptimizerConfig())

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from megatron_xy import checkpoint_files as files
-from megatron_xy.block_reader import tensor_hashes
+from megatron_xy.checkpoint import files
 from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.errors import DataError
 from megatron_xy.hf import verb
 from megatron_xy.hf.convert import to_checkpoint, to_hf
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import TOLERANCE, transformers_logits
-from megatron_xy.tensor_names import EMBEDDING, OUTPUT_LAYER
+from megatron_xy.tensors.block_reader import tensor_hashes
+from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
@@ -121,8 +121,8 @@ def saved_logits(folder: Path) -> list[NDArray[np.float32]]:
 
 
 def load_role(layout: Layout, load: str, *, optimizer: OptimizerConfig | None = None, **model: Any) -> Any:
-    from megatron_xy.model_source import resolve_model
-    from megatron_xy.weights import load_initial_weights
+    from megatron_xy.model.source import resolve_model
+    from megatron_xy.model.weights import load_initial_weights
 
     resolved = resolve_model(ModelConfig(load=load, **model))
     role = models.make_role(layout, model=resolved, optimizer=optimizer, seed=3)
@@ -139,7 +139,7 @@ def logits(role: Any) -> list[NDArray[np.float32]]:
 
 def logits_of_folders(layout: Layout, loads: list[str], saved: Path) -> list[list[NDArray[np.float32]]]:
     """Of every load; the HF folders' weights are saved as well, as this layout's ranks do it."""
-    from megatron_xy.checkpoint import CheckpointWriter, TrainingState
+    from megatron_xy.checkpoint.writer import CheckpointWriter, TrainingState
 
     found = []
     for load in loads:
@@ -232,8 +232,8 @@ def padding_of(role: Any) -> set[float]:
 
 
 def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, tokenizer: Path) -> Any:
-    from megatron_xy.checkpoint import CheckpointWriter, TrainingState
-    from megatron_xy.train_step import train_step
+    from megatron_xy.checkpoint.writer import CheckpointWriter, TrainingState
+    from megatron_xy.training.train_step import train_step
 
     role = models.make_role(layout, model=model, optimizer=OPTIMIZER)
     assert role is not None

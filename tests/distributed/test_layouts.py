@@ -38,7 +38,7 @@ LAYOUTS = [
 
 def train(layout: Layout, model: ModelConfig, steps: int = STEPS) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step."""
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     role = models.make_role(layout, model=model, optimizer=OPTIMIZER)
     assert role is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_xy.checkpoint_files import read_manifest, verify_files
+from megatron_xy.checkpoint.files import read_manifest, verify_files
 from megatron_xy.config import dump_config
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.trace import trace_steps

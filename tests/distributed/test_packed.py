@@ -58,7 +58,7 @@ def pack(chosen: list[Sample], *, split_documents: bool, micro_batch_tokens: int
 def token_losses(role: Any, micro_batches: list[MicroBatch]) -> np.ndarray | None:
     """Loss of every token [samples, BUCKET] on the last stage."""
     from megatron_xy.losses import token_cross_entropy
-    from megatron_xy.train_step import forward, forward_backward, on_device
+    from megatron_xy.training.train_step import forward, forward_backward, on_device
 
     def step(batches: Iterator[Any], module: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
@@ -150,7 +150,7 @@ def test_packed_documents_have_the_losses_that_they_have_alone(layout: Layout, p
 
 def gradients(layout: Layout, split_documents: bool) -> list[dict[str, np.ndarray]]:
     """This rank's gradients: of the batch, with other padding and masked labels, with one true label changed."""
-    from megatron_xy.train_step import forward_backward, language_model_step, on_device
+    from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
 
     role = models.make_role(layout, model=MODEL, optimizer=OptimizerConfig())
     assert role is not None

@@ -60,7 +60,7 @@ def one_ranks_gradient_is_not_reduced(role: Any) -> None:
 
 def train(layout: Layout, fault: Callable[[Any], None], shift: int = 0) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step; `shift` moves the labels by one place."""
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     role = models.make_role(layout, optimizer=OPTIMIZER)
     assert role is not None

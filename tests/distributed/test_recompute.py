@@ -19,7 +19,7 @@ LAYOUTS = [Layout(), Layout(tp=2, pp=2), Layout(tp=2, pp=2, sp=True)]
 
 def train(layout: Layout, granularity: str) -> dict[str, Any]:
     """The curve of (loss, gradient norm), and the bytes that one micro-batch's forward pass keeps for the backward."""
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     model = models.MODEL.model_copy(update={"recompute_granularity": granularity})
     role = models.make_role(layout, model=model, optimizer=OPTIMIZER)
@@ -36,7 +36,7 @@ def train(layout: Layout, granularity: str) -> dict[str, Any]:
 
 def kept_bytes(role: Any) -> int:
     """Bytes of the distinct storages saved in the first micro-batch's forward pass, parameters left out."""
-    from megatron_xy.train_step import forward_backward, language_model_step, on_device
+    from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
 
     own = {named.parameter.untyped_storage().data_ptr() for named in role.named_parameters()}
     held: dict[int, torch.Tensor] = {}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_xy.checkpoint.replicas import check_replicas, odd_ranks
 from megatron_xy.config import OptimizerConfig
 from megatron_xy.errors import PeerLost
-from megatron_xy.replicas import check_replicas, odd_ranks
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks

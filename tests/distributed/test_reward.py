@@ -91,14 +91,14 @@ def three_steps(case: Case, reward: RewardConfig, load: str | None = None) -> di
     """What the steps told, and the scores before and after them; from fresh weights, or those that `load` names."""
     import torch.distributed as dist
 
-    from megatron_xy.model_source import resolve_model
+    from megatron_xy.model.source import resolve_model
+    from megatron_xy.model.weights import load_initial_weights
     from megatron_xy.parallel import build_groups
     from megatron_xy.reward.batches import pair_micro_batches
     from megatron_xy.reward.objective import reward_objective
     from megatron_xy.reward.scoring import score_answers
     from megatron_xy.role import build_role
-    from megatron_xy.train_step import train_step
-    from megatron_xy.weights import load_initial_weights
+    from megatron_xy.training.train_step import train_step
 
     parallel = case.parallel
     model = MODEL if load is None else resolve_model(ModelConfig(load=load, head="value"))
@@ -150,7 +150,7 @@ def by_the_formula(reward: RewardConfig) -> tuple[float, float, list[float]]:
     from megatron_xy.parallel import build_groups
     from megatron_xy.ppo.batches import pack_answers
     from megatron_xy.role import build_role
-    from megatron_xy.train_step import forward, on_device
+    from megatron_xy.training.train_step import forward, on_device
 
     groups = build_groups("model", ranks=range(dist.get_world_size()), parallel=ParallelConfig(), timeout_seconds=60)
     assert groups is not None

@@ -56,7 +56,7 @@ def train(placements: list[Placement]) -> dict[str, Any]:
     """{role: curve of (loss, gradient norm)} of this rank's roles, trained in turn step by step."""
     from megatron.core import parallel_state
 
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     world = dist.group.WORLD
     roles = {

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_xy import run_folder
 from megatron_xy.errors import ConfigError
-from megatron_xy.session import check_is_shared
+from megatron_xy.runtime.session import check_is_shared
 from tests.distributed.spawn import run_ranks
 
 

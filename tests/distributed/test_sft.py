@@ -80,7 +80,7 @@ def micro_batches(
 
 def curve(layout: Layout, options: dict[str, Any] | None = None) -> list[tuple[float, float, int]]:
     """(loss, gradient norm, learned tokens) of every step."""
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     role = models.make_role(layout, model=MODEL, optimizer=OPTIMIZER)
     assert role is not None
@@ -128,7 +128,7 @@ def test_neither_micro_batch_nor_packing_matter_where_attention_is_split(
 
 def weights_after_a_step(label: int | None, *, learned_too: bool) -> dict[str, np.ndarray]:
     """The weights after one step in which `label` stands for every label that is not learned, or for all."""
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     role = models.make_role(Layout(), model=MODEL, optimizer=OPTIMIZER)
     assert role is not None

@@ -35,7 +35,7 @@ def state_of(role: Any) -> dict[str, torch.Tensor]:
 def step(role: Any, number: int, *, bad_rank: int | None = None, bad_value: float = 0.0) -> tuple[float, bool]:
     """One step in its pieces, with a bad value planted in a split weight's gradient on one rank in between."""
     from megatron_xy.optimizer import apply_gradients
-    from megatron_xy.train_step import forward_backward, language_model_step, on_device
+    from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
 
     role.chunks[0].zero_grad_buffer()
     role.optimizer.zero_grad()
@@ -81,7 +81,7 @@ def test_all_ranks_skip_a_step_that_one_rank_spoils(dtype: str) -> None:
 
 def spoiled_batch(layout: Layout) -> list[tuple[float, bool]]:
     """One rank's weight overflows the forward pass of a whole step; then a step with the weight mended."""
-    from megatron_xy.train_step import train_step
+    from megatron_xy.training.train_step import train_step
 
     role = models.make_role(layout, optimizer=OPTIMIZER)
     assert role is not None

@@ -56,11 +56,11 @@ def two_steps(parallel: ParallelConfig, dtype: str, load: str | None = None) -> 
     """Losses, gradient norms, and the head after two steps towards value = 1 on all tokens."""
     import torch.distributed as dist
 
+    from megatron_xy.model.weights import load_initial_weights
     from megatron_xy.optimizer import apply_gradients
     from megatron_xy.parallel import build_groups, sum_over
     from megatron_xy.role import build_role
-    from megatron_xy.train_step import forward, forward_backward, on_device
-    from megatron_xy.weights import load_initial_weights
+    from megatron_xy.training.train_step import forward, forward_backward, on_device
 
     model = MODEL.model_copy(update={"params_dtype": dtype, "load": load})
     groups = build_groups("critic", ranks=range(dist.get_world_size()), parallel=parallel, timeout_seconds=60)
@@ -125,8 +125,8 @@ def saved(parallel: ParallelConfig, folder: Path, head: str, seed: int) -> dict[
     """Writes a checkpoint of fresh weights; its parameters on this rank."""
     import torch.distributed as dist
 
-    from megatron_xy.checkpoint import CheckpointWriter
-    from megatron_xy.checkpoint_files import TrainingState
+    from megatron_xy.checkpoint.files import TrainingState
+    from megatron_xy.checkpoint.writer import CheckpointWriter
     from megatron_xy.parallel import build_groups
     from megatron_xy.role import build_role
 
@@ -144,10 +144,10 @@ def loaded(parallel: ParallelConfig, load: str, head: str) -> dict[str, Any]:
     """The parameters of a role of that head that starts from `load`."""
     import torch.distributed as dist
 
-    from megatron_xy.model_source import resolve_model
+    from megatron_xy.model.source import resolve_model
+    from megatron_xy.model.weights import load_initial_weights
     from megatron_xy.parallel import build_groups
     from megatron_xy.role import build_role
-    from megatron_xy.weights import load_initial_weights
 
     model = resolve_model(ModelConfig.model_validate({"load": load, "head": head}))
     groups = build_groups("model", ranks=range(dist.get_world_size()), parallel=parallel, timeout_seconds=60)

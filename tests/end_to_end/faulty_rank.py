@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_xy.cli import main
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.watchdog import Watchdog
+from megatron_xy.runtime.watchdog import Watchdog
 
 
 def sleep_for_ever() -> None:
@@ -47,7 +47,7 @@ def block_the_data() -> None:
 
 def block_the_save() -> None:
     """The shard is written to a pipe that nobody reads."""
-    from megatron_xy import checkpoint
+    from megatron_xy.checkpoint import writer as checkpoint
 
     write_tensors = checkpoint.write_tensors
 
@@ -61,7 +61,7 @@ def block_the_save() -> None:
 
 def slow_save() -> None:
     """The shard takes FAULT_SECONDS to write, a little at a time."""
-    from megatron_xy import checkpoint
+    from megatron_xy.checkpoint import writer as checkpoint
 
     write_tensors = checkpoint.write_tensors
 

@@ -16,14 +16,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from megatron_xy import checkpoint_files as files
+from megatron_xy.checkpoint import files
 from megatron_xy.config import ModelConfig
-from megatron_xy.dtypes import Bits
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
-from megatron_xy.safetensors_file import SafetensorsFile, write_safetensors
+from megatron_xy.tensors.dtypes import Bits
+from megatron_xy.tensors.safetensors_file import SafetensorsFile, write_safetensors
 from tests.end_to_end import tiny_run
 
 # 1.1 GB of bf16, of which no tensor takes more than 90 MB.

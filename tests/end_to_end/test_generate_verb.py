@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from megatron_xy.answers import prepare
-from megatron_xy.checkpoint_files import amend_state
+from megatron_xy.checkpoint.files import amend_state
 from megatron_xy.cli import app
 from megatron_xy.config import ModelConfig
 from megatron_xy.data.tokenizer import load_tokenizer
@@ -27,7 +26,8 @@ from megatron_xy.hf.convert import to_checkpoint
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
-from megatron_xy.model_job import ModelJob
+from megatron_xy.inference.answers import prepare
+from megatron_xy.inference.model_job import ModelJob
 from tests.end_to_end.tiny_run import flip_bit, processes_naming, run_to_end, started, wait_until
 from tools.train_tokenizer import train
 

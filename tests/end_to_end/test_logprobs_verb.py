@@ -17,8 +17,8 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.verify import transformers_logits
-from megatron_xy.logprobs import logprobs_file
-from megatron_xy.model_job import ModelJob
+from megatron_xy.inference.logprobs import logprobs_file
+from megatron_xy.inference.model_job import ModelJob
 from megatron_xy.run_folder import RunDirBusy
 
 MODEL = ModelConfig(

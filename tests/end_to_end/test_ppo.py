@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from megatron_xy.checkpoint_files import read_manifest, write_manifest
+from megatron_xy.checkpoint.files import read_manifest, write_manifest
 from megatron_xy.hf.convert import to_hf
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
@@ -361,7 +361,7 @@ def test_where_no_answer_ended_the_actor_stays_as_it_is(folder: Path, tmp_path: 
 FLIP = """
 import os
 import torch
-from megatron_xy import replicas
+from megatron_xy.checkpoint import replicas
 
 weight_sums = replicas._weight_sums
 

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from megatron_xy.checkpoint_files import read_manifest
+from megatron_xy.checkpoint.files import read_manifest
 from megatron_xy.cli import app
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import MegatronXYError
-from megatron_xy.model_job import ModelJob
-from megatron_xy.partial_results import PartialResults
+from megatron_xy.inference.model_job import ModelJob
+from megatron_xy.inference.partial_results import PartialResults
 from megatron_xy.report.verb import make_report
 from tests.end_to_end.tiny_run import (
     Ended,
@@ -200,7 +200,8 @@ def test_an_exported_reward_model_scores_the_same_here_and_in_transformers(
 
 
 def test_score_goes_on_where_a_killed_one_stopped(trained: tuple[Path, Ended, float], tmp_path: Path) -> None:
-    from megatron_xy import device, scores
+    from megatron_xy import device
+    from megatron_xy.inference import scores
 
     folder, _, _ = trained
     end = json.loads((folder / "tokenizer.json").read_text())["added_tokens"][-1]["id"]

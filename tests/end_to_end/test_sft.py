@@ -10,7 +10,7 @@ import signal
 import pytest
 import yaml
 
-from megatron_xy.checkpoint_files import read_manifest
+from megatron_xy.checkpoint.files import read_manifest
 from megatron_xy.run_folder import read_exit
 from tests.end_to_end.tiny_run import (
     BUCKETS,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_xy.checkpoint_files import read_manifest, write_manifest
+from megatron_xy.checkpoint.files import read_manifest, write_manifest
 from megatron_xy.report.verb import make_report
 from tests.end_to_end.small_benchmark import needs_lm_eval, write_financeiq
 from tests.end_to_end.tiny_run import (

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from megatron_xy.cli import app
 from megatron_xy.data.build import build_dataset
-from megatron_xy.orphans import is_running
 from megatron_xy.run_folder import read_heartbeats
+from megatron_xy.runtime.orphans import is_running
 
 BUCKETS = (32, 64, 128, 256)
 VOCAB_SIZE = 400

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_xy.orphans import die_with_parent
 from megatron_xy.run_folder import current_attempt, new_beat, read_heartbeats, record_exit, write_beat
+from megatron_xy.runtime.orphans import die_with_parent
 
 RUN_DIR = Path(sys.argv[2]).parent
 RANK = int(os.environ["RANK"])

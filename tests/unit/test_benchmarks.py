@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_xy.benchmarks.checkpoints import newest_checkpoint
-from megatron_xy.checkpoint_files import Manifest, TrainingState, write_manifest
+from megatron_xy.checkpoint.files import Manifest, TrainingState, write_manifest
 from megatron_xy.cli import app
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.storage import file_sha256
@@ -140,7 +140,7 @@ def test_json_of_a_watch_is_refused() -> None:
 
 def test_a_stop_is_told_beside_the_results() -> None:
     program = (
-        "import os, signal, time; from megatron_xy.model_job import leave_on_signals; "
+        "import os, signal, time; from megatron_xy.inference.model_job import leave_on_signals; "
         "leave_on_signals('; the same command goes on'); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)

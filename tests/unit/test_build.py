@@ -18,7 +18,7 @@ from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
-from megatron_xy.signals import STOP_SIGNALS, cleaned_up_on_signals
+from megatron_xy.runtime.signals import STOP_SIGNALS, cleaned_up_on_signals
 from tests.unit.small_corpus import content, train_tokenizer
 
 BUCKETS = (16, 32, 64)

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from megatron_xy import checkpoint_files as files
-from megatron_xy.block_reader import BlockReader, tensor_hashes
-from megatron_xy.checkpoint_files import Manifest, Piece, TensorEntry
+from megatron_xy.checkpoint import files
+from megatron_xy.checkpoint.files import Manifest, Piece, TensorEntry
 from megatron_xy.cli import app
 from megatron_xy.errors import ConfigError, DataError, StorageError
-from megatron_xy.safetensors_file import FileRange, write_safetensors
-from megatron_xy.shards import Box, ParameterShard, whole
-from megatron_xy.tensor_files import bits_of, dtype_name, write_tensors
-from megatron_xy.tensor_reader import TensorReader
+from megatron_xy.tensors.block_reader import BlockReader, tensor_hashes
+from megatron_xy.tensors.files import bits_of, dtype_name, write_tensors
+from megatron_xy.tensors.reader import TensorReader
+from megatron_xy.tensors.safetensors_file import FileRange, write_safetensors
+from megatron_xy.tensors.shards import Box, ParameterShard, whole
 
 # Global name -> [(file, boxes)]: rows, the gated fc1, columns, one whole, int64 and bf16.
 FULL = {

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from megatron_xy.signals import STOP_SIGNALS, cleaned_up_on_signals
+from megatron_xy.runtime.signals import STOP_SIGNALS, cleaned_up_on_signals
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xy import continuation
+from megatron_xy.checkpoint import continuation
 from megatron_xy.config import InvalidConfig, RunConfig
 from tests.distributed import models
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_xy import course
+from megatron_xy.checkpoint import course
 from megatron_xy.config import RunConfig
 
 

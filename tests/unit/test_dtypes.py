@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_xy.dtypes import CODES, bits_dtype, cast, itemsize
-from megatron_xy.tensor_files import bits_of, torch_dtype
+from megatron_xy.tensors.dtypes import CODES, bits_dtype, cast, itemsize
+from megatron_xy.tensors.files import bits_of, torch_dtype
 
 BEYOND = ("float32", "bfloat16")  # its largest values round to infinity
 TYPES = ("float32", "float16", "bfloat16")

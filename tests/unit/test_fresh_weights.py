@@ -6,7 +6,7 @@ import math
 import torch
 
 from megatron_xy.model.fresh_weights import TILE, draw_tensor
-from megatron_xy.shards import Box, ParameterShard, whole
+from megatron_xy.tensors.shards import Box, ParameterShard, whole
 from tests.distributed.models import MODEL
 
 SHAPE = (TILE + 100, 2 * TILE - 24)

@@ -3,8 +3,8 @@
 import time
 from dataclasses import replace
 
-from megatron_xy.hang_report import claim, new_request
 from megatron_xy.run_folder import prepare
+from megatron_xy.runtime.hang_report import claim, new_request
 
 
 def test_one_process_reports_and_an_earlier_start_on_the_same_address_keeps_none_from_it(tmp_path, monkeypatch):

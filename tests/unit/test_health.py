@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_xy import health
-from megatron_xy.health import is_below, machine_findings
+from megatron_xy.doctor import health
+from megatron_xy.doctor.health import is_below, machine_findings
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +85,7 @@ def test_an_old_version_meets_its_advisory(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_advisory_names_a_test_that_is_there() -> None:
-    entries = yaml.safe_load((ROOT / "megatron_xy" / "advisories.yaml").read_text())
+    entries = yaml.safe_load((ROOT / "megatron_xy" / "doctor" / "advisories.yaml").read_text())
     for entry in entries:
         named = re.match(r'(tests/[\w/]+\.py)(?:::(test_\w+)|, rule "([^"]+)")', entry["test"])
         assert named is not None, entry["id"]

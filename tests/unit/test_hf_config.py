@@ -8,7 +8,7 @@ import pytest
 from megatron_xy.config import InvalidConfig, ModelConfig
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.config import complete_model, hf_config, read_hf_config, read_model_type, read_token_ids
-from megatron_xy.model_source import resolve_model
+from megatron_xy.model.source import resolve_model
 
 MODEL = ModelConfig(
     num_layers=2,

@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_xy import checkpoint_files as files
-from megatron_xy import model_ranks
-from megatron_xy.checkpoint_files import TrainingState
+from megatron_xy.checkpoint import files
+from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError, DataError, StorageError, UsageError
 from megatron_xy.hf import convert, release, verb
@@ -25,9 +24,10 @@ from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.reader import DTYPES, INDEX, hf_manifest
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
-from megatron_xy.model_source import resolve_model
-from megatron_xy.tensor_files import dtype_name, torch_dtype
-from megatron_xy.tensor_reader import TensorReader
+from megatron_xy.inference import model_ranks
+from megatron_xy.model.source import resolve_model
+from megatron_xy.tensors.files import dtype_name, torch_dtype
+from megatron_xy.tensors.reader import TensorReader
 from tools.train_tokenizer import train
 
 MODEL = ModelConfig(

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from megatron_xy.host_copy import HostCopy
+from megatron_xy.checkpoint.host_copy import HostCopy
 
 
 def test_an_update_waits_for_the_copy_that_another_thread_makes():

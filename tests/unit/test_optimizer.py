@@ -11,7 +11,7 @@ from megatron_xy import parallel
 from megatron_xy.config import OptimizerConfig, ParallelConfig
 from megatron_xy.optimizer import apply_gradients, torch_optimizers
 from megatron_xy.role import build_role
-from megatron_xy.train_step import forward_backward, language_model_step, on_device
+from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
 from tests.distributed import models
 
 

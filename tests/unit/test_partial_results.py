@@ -10,8 +10,8 @@ import pytest
 
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.inference.partial_results import PartialResults
 from megatron_xy.model.generate import Request, share_of
-from megatron_xy.partial_results import PartialResults
 
 
 def test_results_of_several_writers_end_in_order(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from megatron_xy.checkpoint_files import Manifest, write_manifest
-from megatron_xy.checkpoint_folders import iteration_folder
+from megatron_xy.checkpoint.continuation import facts
+from megatron_xy.checkpoint.files import Manifest, write_manifest
+from megatron_xy.checkpoint.folders import iteration_folder
 from megatron_xy.config import load_config
-from megatron_xy.continuation import facts
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.errors import ConfigError, DataError, StorageError

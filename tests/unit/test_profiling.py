@@ -1,7 +1,7 @@
 """The profiling window: which ranks record it, and when all know that it ends."""
 
 from megatron_xy.config import RuntimeConfig
-from megatron_xy.profiling import ProfileWindow
+from megatron_xy.training.profiling import ProfileWindow
 
 
 def test_all_ranks_know_when_traces_are_written_and_those_named_write_them(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.hf.quantize import quantize
-from megatron_xy.tensor_files import write_tensors
+from megatron_xy.tensors.files import write_tensors
 from tests.end_to_end.random_model import write_random_model
 
 HAS_BITSANDBYTES = all(find_spec(name) for name in ("bitsandbytes", "accelerate"))

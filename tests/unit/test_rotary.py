@@ -8,7 +8,7 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.data.dataset import Sample, collate
 from megatron_xy.model.kernels import rotate
 from megatron_xy.model.rotary import PackedDocuments, RotaryAngles, inverse_frequencies
-from megatron_xy.train_step import on_device
+from megatron_xy.training.train_step import on_device
 
 LLAMA3 = {
     "rope_type": "llama3",

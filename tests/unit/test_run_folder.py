@@ -221,5 +221,5 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
 
 
 def test_neither_module_imports_torch():
-    code = "import sys, megatron_xy.supervise; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    code = "import sys, megatron_xy.runtime.supervise; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

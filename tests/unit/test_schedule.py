@@ -6,7 +6,7 @@ import math
 import pytest
 
 from megatron_xy.config import OptimizerConfig
-from megatron_xy.schedule import learning_rate
+from megatron_xy.training.schedule import learning_rate
 
 BATCH = 4096
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.shards import Box, ParameterShard
+from megatron_xy.tensors.shards import Box, ParameterShard
 
 
 def cut_points(draw, size):

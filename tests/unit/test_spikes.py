@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_xy.spikes import FEWEST_STEPS, WINDOW, StepHistory
+from megatron_xy.training.spikes import FEWEST_STEPS, WINDOW, StepHistory
 
 SIGMAS = 6.0
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_xy.flops import stage_share
-from megatron_xy.stragglers import outliers
+from megatron_xy.training.stragglers import outliers
 from tests.distributed.models import MODEL
 
 

@@ -1,0 +1,393 @@
+"""`megatron-xy run`: starts torchrun over a RUN.yaml, passes signals on, restarts, and gives the exit code.
+
+What ended a run comes from RUN/exit.json, which the ranks write, and from torchrun's own account where they could not.
+Nothing that was started outlives the supervisor, however it ends. A hang is found and reported by the ranks' own
+watchdogs; the supervisor does it only where none of them runs any more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import IO, TextIO
+
+from megatron_xy.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USAGE, PeerLost
+from megatron_xy.run_folder import (
+    ATTEMPT_VARIABLE,
+    EXIT_NAMES,
+    SUPERVISOR_LOCK,
+    ExitRecord,
+    RunDirBusy,
+    clear_exit,
+    clear_heartbeats,
+    lock,
+    prepare,
+    read_exit,
+    read_heartbeats,
+    record_exit,
+    refuse_if_busy,
+)
+from megatron_xy.runtime import hang_report
+from megatron_xy.runtime.orphans import MARK_VARIABLE, SUPERVISOR_VARIABLE, kill_marked, marked_processes, tie_to
+from megatron_xy.runtime.signals import STOP_SIGNALS
+from megatron_xy.storage import storage_errors
+
+WORTH_A_RESTART = (EXIT_IO, EXIT_PEER_LOST)  # what another try may not meet again
+SILENCE_SECONDS = 15.0  # beyond `timeout_seconds`: no rank's watchdog has told anything, none is left to report
+BEGIN_SECONDS = 1200.0  # for the first rank to tell anything
+BACK_OFF_SECONDS = 1.0
+LINGER_SECONDS = 15.0  # for the other ranks, once one has recorded a failure; torchrun alone would give them 30
+POLL_SECONDS = 0.2
+TORCHRUN_LOG = Path("logs", "torchrun.log")
+
+
+def supervise(
+    config_path: str,
+    *,
+    task: str,
+    run_dir: Path,
+    nproc_per_node: int,
+    overrides: Sequence[str] = (),
+    restarts: int = 0,
+    num_threads: int = 1,
+    timeout_seconds: float = 120.0,
+    module: str = "megatron_xy",
+) -> int:
+    """Runs `python -m MODULE TASK config_path overrides...` on every rank and returns the documented exit code.
+
+    Ends like this: SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and stop, a second one kills them. After 74 and 76
+    it starts again, `restarts` times at most. Where no rank has told anything for longer than `timeout_seconds`, as all
+    are stopped, it reports that and ends them with 76. To be called in the main thread: signals and the children's tie
+    to us need it. Raises ConfigError where `run_dir` cannot be used, RunDirBusy where another run is at work in it.
+    """
+    assert threading.current_thread() is threading.main_thread(), "a child ends with the thread that started it"
+    prepare(run_dir)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
+    environment = {"OMP_NUM_THREADS": str(num_threads)} | os.environ
+    if not _host_name_resolves():  # gloo and torchrun look this host up by its name
+        command.append("--local-addr=127.0.0.1")
+        environment = {"GLOO_SOCKET_IFNAME": "lo"} | environment
+    command += ["-m", module, task, config_path, *overrides]
+    with lock(run_dir, name=SUPERVISOR_LOCK), _received_signals() as received:
+        refuse_if_busy(run_dir)  # a run without a supervisor does not hold our lock
+        if received:  # while this process began
+            name = signal.Signals(received[0]).name
+            message = f"stopped by {name} before any rank was started; there was nothing to save"
+            clear_exit(run_dir)
+            record_exit(run_dir, code=EXIT_STOPPED, message=message, rank=None)
+            _say(f"ended with {EXIT_STOPPED} ({EXIT_NAMES[EXIT_STOPPED]}): {message}")
+            return EXIT_STOPPED
+        for attempt in range(restarts + 1):
+            silence = _Silence(run_dir, ranks=nproc_per_node, attempt=attempt, timeout_seconds=timeout_seconds)
+            record = _attempt(
+                command, environment, attempt=attempt, run_dir=run_dir, received=received, silence=silence
+            )
+            if record.code not in WORTH_A_RESTART or attempt == restarts or received:
+                break
+            _say(
+                f"start {attempt + 1} of {restarts + 1} ended with {_in_words(record)}; "
+                "starting again from the newest valid checkpoint, or from the beginning where there is none"
+            )
+            time.sleep(BACK_OFF_SECONDS)
+            if received:
+                break
+    if record.code != EXIT_DONE:
+        _say(f"ended with {_in_words(record)}")
+    return record.code
+
+
+def _attempt(
+    command: list[str],
+    environment: dict[str, str],
+    *,
+    attempt: int,
+    run_dir: Path,
+    received: list[int],
+    silence: _Silence,
+) -> ExitRecord:
+    """One start of torchrun, to the end of its last process; returns what exit.json says then."""
+    clear_exit(run_dir)
+    clear_heartbeats(run_dir)
+    mark = secrets.token_hex(16)
+    own = {ATTEMPT_VARIABLE: str(attempt), SUPERVISOR_VARIABLE: str(os.getpid()), MARK_VARIABLE: mark}
+    # The tie to us must be made in the child before torchrun runs, and with its process id: a preexec_fn does that
+    # without another interpreter's start. It is safe here, as this process has no other thread while it forks, and the
+    # function only makes system calls. A session of its own keeps the terminal's ctrl-C from reaching torchrun twice.
+    process = subprocess.Popen(
+        command,
+        env=environment | own,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=partial(tie_to, os.getpid()),
+    )
+    assert process.stderr is not None, "it was asked for as a pipe"
+    account = _Account(process.stderr, output=sys.stderr)
+    reader = threading.Thread(target=account.read, daemon=True)
+    reader.start()
+    try:
+        returncode = _wait(process, mark=mark, run_dir=run_dir, received=received, silence=silence)
+    finally:
+        left = kill_marked(mark)
+        reader.join(timeout=5)  # the pipe's last writer is gone by now
+    with storage_errors(run_dir / TORCHRUN_LOG), (run_dir / TORCHRUN_LOG).open("a", encoding="utf-8") as log:
+        log.writelines(account.own_lines)
+    if left:
+        message = f"processes {left} cannot be killed (they wait in the kernel); see to them before the next run"
+        record_exit(run_dir, code=EXIT_PEER_LOST, message=message, rank=None, attempt=attempt)
+        raise PeerLost(message)
+    record = read_exit(run_dir)
+    verdict = _verdict(record, run_dir=run_dir, returncode=returncode, failures=account.failures, received=received)
+    if record is not None and hang_report.read_request(run_dir, since=0.0, attempt=attempt) is not None:
+        verdict = None  # who reported the hang killed the silent ranks and knows why
+    if verdict is None:
+        assert record is not None, "only what the ranks wrote may stand as it is"
+        return record
+    clear_exit(run_dir)
+    record = record_exit(run_dir, code=verdict.code, message=verdict.message, rank=verdict.rank, attempt=attempt)
+    if record is None:
+        raise RunDirBusy(f"another run, without a supervisor, took {run_dir} first; wait for it, or stop it")
+    return record
+
+
+def _wait(process: subprocess.Popen[bytes], *, mark: str, run_dir: Path, received: list[int], silence: _Silence) -> int:
+    """Waits for torchrun's end and returns its code; passes signals on, and ends ranks that outlive a failure."""
+    asked = False
+    linger_until: float | None = None
+    while True:
+        try:
+            return process.wait(timeout=POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass  # time to look around
+        if len(received) > 1:
+            kill_marked(mark)
+        elif received and not asked:
+            asked = True
+            _say(f"{signal.Signals(received[0]).name}: the ranks save and stop; once more kills them")
+            _ask_to_stop(process, mark=mark)
+        if linger_until is None:
+            record = read_exit(run_dir)
+            if record is not None and record.code not in (EXIT_DONE, EXIT_STOPPED):
+                linger_until = time.monotonic() + LINGER_SECONDS
+        elif time.monotonic() > linger_until:
+            kill_marked(mark)
+        if linger_until is None and silence.lasts_too_long():
+            silence.report(marked_processes(mark, parent=process.pid))
+            kill_marked(mark)
+
+
+def _ask_to_stop(process: subprocess.Popen[bytes], *, mark: str) -> None:
+    """SIGTERM to the workers themselves: through torchrun a save would have 30 s. To torchrun while there are none."""
+    workers = marked_processes(mark, parent=process.pid)
+    for pid in workers or [process.pid]:
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            continue  # it has just ended by itself
+
+
+def _verdict(
+    record: ExitRecord | None,
+    *,
+    run_dir: Path,
+    returncode: int,
+    failures: Sequence[_Failure],
+    received: Sequence[int],
+) -> _Verdict | None:
+    """What exit.json must say instead of the ranks' own record; None where that one stands."""
+    killed = _killed_rank(failures)
+    if killed and (record is None or record.code in (EXIT_DONE, EXIT_STOPPED, EXIT_PEER_LOST)) and not received:
+        # Its peers saw it go; in the start-up, where they have nothing to save, torchrun's SIGTERM stopped them.
+        said = f"; rank {record.rank} said: {record.message}" if record and record.code == EXIT_PEER_LOST else ""
+        return _Verdict(EXIT_PEER_LOST, _obituary(killed, run_dir) + said, killed.rank)
+    if record is not None and (record.code != EXIT_DONE or returncode == 0):
+        return None
+    if record is None and returncode == 0:
+        return _Verdict(EXIT_DONE, "done", None)
+    if len(received) > 1:
+        return _Verdict(EXIT_PEER_LOST, "killed on a second signal, before the ranks had saved", None)
+    if received and not read_heartbeats(run_dir):
+        return _Verdict(EXIT_STOPPED, "stopped before the ranks had begun; there was nothing to save", None)
+    if failures:
+        root = failures[-1]
+        if root.exitcode < 0:
+            return _Verdict(EXIT_PEER_LOST, _obituary(root, run_dir), root.rank)
+        code = root.exitcode if root.exitcode in EXIT_NAMES and root.exitcode > EXIT_USAGE else EXIT_BUG
+        message = f"rank {root.rank} (pid {root.pid}) left with {root.exitcode} and without a word; see its output"
+        return _Verdict(code, message, root.rank)
+    how = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"left with {returncode}"
+    return _Verdict(EXIT_PEER_LOST, f"torchrun {how}; its own words are in {run_dir / TORCHRUN_LOG}", None)
+
+
+def _killed_rank(failures: Sequence[_Failure]) -> _Failure | None:
+    """The rank that somebody else than torchrun ended; with SIGTERM torchrun ends those that are left."""
+    for failure in failures:
+        if failure.exitcode < 0 and (failure.exitcode != -signal.SIGTERM or failure is failures[-1]):
+            return failure
+    return None
+
+
+def _obituary(killed: _Failure, run_dir: Path) -> str:
+    name = signal.Signals(-killed.exitcode).name
+    beat = read_heartbeats(run_dir).get(killed.rank)
+    where = f" at iteration {beat.iteration} ({beat.phase})" if beat else ""
+    hint = "; the kernel does that when memory runs out (dmesg tells)" if name == "SIGKILL" else ""
+    return f"rank {killed.rank} (pid {killed.pid}) was killed by {name}{where}{hint}"
+
+
+class _Silence:
+    """Whether any rank still tells where it is; their watchdogs do so every second, whatever the training does."""
+
+    def __init__(self, run_dir: Path, *, ranks: int, attempt: int, timeout_seconds: float) -> None:
+        self._run_dir, self._ranks, self._attempt = run_dir, ranks, attempt
+        self._timeout = timeout_seconds
+        self._newest: float | None = None
+        self._since = self._looked = time.monotonic()
+
+    def lasts_too_long(self) -> bool:
+        """To be asked again and again; time in which nobody asked, as this process was stopped, does not count."""
+        now = time.monotonic()
+        if now - self._looked < 1.0:
+            return False
+        if now - self._looked > SILENCE_SECONDS:
+            self._since += now - self._looked
+        self._looked = now
+        newest = max((beat.time for beat in read_heartbeats(self._run_dir).values()), default=None)
+        if newest != self._newest:
+            self._newest, self._since = newest, now
+        limit = self._timeout + SILENCE_SECONDS if newest is not None else max(BEGIN_SECONDS, self._timeout)
+        return now - self._since > limit
+
+    def report(self, pids: Sequence[int]) -> None:
+        """Asks the ranks for their stacks by signal, tells what they are at, and records 76."""
+        silent_seconds = time.monotonic() - self._since
+        request = hang_report.new_request(rank=None, stalled_seconds=silent_seconds, attempt=self._attempt)
+        if not hang_report.claim(self._run_dir, request, since=0.0):
+            return  # a rank is at it after all
+        hang_report.ask_by_signal(pids)
+        answers = hang_report.gather(self._run_dir, request, ranks=self._ranks, local={})
+        finding = hang_report.tell(self._run_dir, request, ranks=self._ranks, answers=answers, local={})
+        _say(finding.text)
+        code = EXIT_PEER_LOST
+        record_exit(self._run_dir, code=code, message=finding.message, rank=finding.rank, attempt=self._attempt)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A rank that torchrun saw end; exitcode is -N where signal N ended it."""
+
+    rank: int
+    exitcode: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What the supervisor writes into exit.json."""
+
+    code: int
+    message: str
+    rank: int | None
+
+
+class _Account:
+    """Standard error of torchrun and its workers: the workers' lines pass, torchrun's are read and kept.
+
+    torchrun ends with a traceback of its own whenever a rank leaves with another code than 0, a clean stop included.
+    """
+
+    _LOG_LINE = re.compile(r"[A-Z]\d{4} [\d:.]+ \d+ (\S*/)?torch/distributed/(elastic|launcher|run\.py)")
+    _ITS_ERRORS = re.compile(r"torch\.distributed\.elastic\.\S*(ChildFailedError|SignalException)\b")
+    _RANK = re.compile(r"\s+rank\s*: (\d+) \(local_rank")
+    _EXIT_CODE = re.compile(r"\s+exitcode\s*: (-?\d+) \(pid: (\d+)\)")
+
+    def __init__(self, source: IO[bytes], *, output: TextIO) -> None:
+        self.failures: list[_Failure] = []  # the root cause last
+        self.own_lines: list[str] = []  # torchrun's; few, so that a full disk does not cost the workers their output
+        self._source = source
+        self._output = output
+        self._traceback: list[str] = []  # held back until its last line says whose it is
+        self._borders_left = 0  # of the box that follows a ChildFailedError
+        self._rank = 0
+
+    def read(self) -> None:
+        """To the end of the pipe."""
+        with self._source:
+            for line in self._source:
+                self._sort(line.decode("utf-8", errors="replace"))
+            self._pass_on(self._traceback)
+
+    def _sort(self, line: str) -> None:
+        if self._borders_left:
+            self._borders_left -= line.startswith("=====")
+            self._read_failure(line)
+            self.own_lines.append(line)
+        elif self._traceback and line.startswith(" "):
+            self._traceback.append(line)
+        elif self._traceback and self._ITS_ERRORS.match(line):
+            self._borders_left = 2 if "ChildFailedError" in line else 0
+            self.own_lines += [*self._traceback, line]
+            self._traceback = []
+        elif line.startswith("Traceback (most recent call last):"):
+            self._pass_on(self._traceback)
+            self._traceback = [line]
+        elif self._LOG_LINE.match(line):
+            self.own_lines.append(line)
+        else:
+            self._pass_on([*self._traceback, line])
+            self._traceback = []
+
+    def _read_failure(self, line: str) -> None:
+        if match := self._RANK.match(line):
+            self._rank = int(match[1])
+        elif match := self._EXIT_CODE.match(line):
+            self.failures.append(_Failure(self._rank, int(match[1]), int(match[2])))
+
+    def _pass_on(self, lines: Sequence[str]) -> None:
+        self._output.write("".join(lines))
+        self._output.flush()
+
+
+@contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """The stop signals as they come in, in order, while the block runs."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back since the process began
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _host_name_resolves() -> bool:
+    try:
+        socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return False
+    return True
+
+
+def _in_words(record: ExitRecord) -> str:
+    return f"{record.code} ({record.name}): {record.message}"
+
+
+def _say(text: str) -> None:
+    print(f"megatron-xy run: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,343 @@
+"""The watchdog of one rank: a thread that tells where the rank is, and ends the run once nothing goes forward any more.
+
+The training says its phases (`beat`) and its progress (`liveness`); the thread writes the heartbeats that other ranks,
+the supervisor and `report` read. A rank that stands still may only be waiting for a slow one, so the run hangs when no
+rank has gone forward for `timeout_seconds`. Then one rank reports for all (`hang_report`) and every process is ended
+with 76, without any help from the main threads, which may be in a call that never comes back.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from megatron_xy import run_folder
+from megatron_xy.errors import EXIT_PEER_LOST, MegatronXYError
+from megatron_xy.runtime import hang_report, orphans
+from megatron_xy.runtime.liveness import SIGNS
+from megatron_xy.runtime.signals import StopRequest
+
+END = "end"  # the phase of a rank that is about to leave by itself
+WRITING_PHASES = ("save", "finish", "profile", END)
+# In start-up, in the first time of every phase, in which kernels are compiled, and always in these, work that nobody
+# counts is progress, too.
+LOOSE_PHASES = (*WRITING_PHASES, "reward.function")
+PATIENCE = 10  # for how many times `timeout_seconds` it is
+WORK_BYTES = 4 * 2**20  # read or written within `timeout_seconds`: a rank that works
+WORK_SHARE = 0.1  # of one core within `timeout_seconds`: likewise
+BEATS_A_SECOND = 200  # of all ranks together, as each is a new file on a shared file system
+LATE_SECONDS = 2.0  # a tick later than this shows that the process did not run; the time is not held against it
+GONE_SECONDS = 5.0  # after which a rank that stands still looks whether one of its machine's ranks has died
+LEAVE_SECONDS = 3.0  # for ranks that have answered to end by themselves
+FIRST_RANKS = 4  # watch the others' heartbeats from early on; later ranks step in where these do not report
+LAST_RESORT_SECONDS = 60.0  # for reporting and ending; then the C library's exit, from a thread without an interpreter
+BACKEND_SECONDS = 3600.0
+
+
+def backend_timeout(timeout_seconds: float) -> float:
+    """Seconds after which a collective fails by itself: a last resort, since it cannot tell a slow peer from a hung
+    one. The watchdog can, and ends the run long before."""
+    return max(BACKEND_SECONDS, PATIENCE * timeout_seconds)
+
+
+class Watchdog:
+    """Tells where this rank is and watches over it until `close`.
+
+    timeout_seconds: for how long no rank may go forward. stop: held back once the run is being ended.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, rank: int, world_size: int, timeout_seconds: float, phase: str, stop: StopRequest
+    ) -> None:
+        self._run_dir, self._rank, self._world_size = run_dir, rank, world_size
+        self._timeout, self._stop = timeout_seconds, stop
+        self._began = time.time()
+        self._place = (0, phase)
+        self._first_iterations: dict[str, int] = {}  # {phase: the iteration in which it was entered first}
+        self._entered = 1
+        self._tick = min(1.0, timeout_seconds / 10)
+        self._beat_seconds = max(0.05, world_size / BEATS_A_SECOND)
+        self._idle_beat_seconds = max(self._tick, self._beat_seconds)  # while it is where it last said
+        self._last_beat = self._last_look_around = float("-inf")
+        self._told_entered = 0
+        self._progress = _Progress(timeout_seconds)
+        self._others: dict[int, _Seen] = {}
+        self._siblings: dict[int, int] | None = None  # of this machine, once all are there: {rank: process id}
+        self._wake = threading.Event()
+        self._closed = False
+        self._leaving = False
+        self._stacks = hang_report.stacks_path(run_dir, rank).open("w", encoding="utf-8")
+        faulthandler.register(hang_report.STACKS_SIGNAL, file=self._stacks, all_threads=True)
+        self._tell()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, *, iteration: int, phase: str) -> None:
+        """The main thread has come to `phase` of `iteration` (0: before the first). Costs a few microseconds."""
+        if (iteration, phase) == self._place:
+            return
+        if iteration:
+            self._first_iterations.setdefault(phase, iteration)
+        self._place = (iteration, phase)
+        self._entered += 1
+        self._wake.set()
+
+    def close(self, *, phase: str) -> None:
+        """Tells the last phase and ends the watch. A rank that has just been found hanging does not return from it."""
+        self.beat(iteration=self._place[0], phase=phase)
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+        faulthandler.unregister(hang_report.STACKS_SIGNAL)
+        self._stacks.close()
+
+    def await_report(self) -> None:
+        """For a main thread whose collective failed: does not return if that is a sign of a hang being reported."""
+        if self._leaving or hang_report.read_request(self._run_dir, since=self._began) is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        try:
+            expected = time.monotonic()
+            while not self._closed:
+                now = time.monotonic()
+                if now - expected > LATE_SECONDS:
+                    self._progress.forgive(now - expected)
+                self._look(now)
+                pause = (
+                    self._tick
+                    if self._told_entered == self._entered
+                    else max(0.0, self._last_beat + self._beat_seconds - now)
+                )
+                expected = time.monotonic() + pause
+                self._wake.wait(pause)
+                self._wake.clear()
+            self._tell()
+        except (MegatronXYError, OSError) as error:  # the run folder fails; the training will say so when it writes
+            print(f"rank {self._rank}: the watchdog gives up: {error}", file=sys.stderr, flush=True)
+
+    def _look(self, now: float) -> None:
+        iteration, phase = self._place
+        is_first = iteration in (0, self._first_iterations.get(phase))
+        self._progress.look(
+            now,
+            place=self._entered,
+            counts_work=phase != "rendezvous" and (is_first or phase in LOOSE_PHASES),
+            counts_disks=iteration == 0 or phase in WRITING_PHASES,
+        )
+        stalled = self._progress.stalled_seconds(now)
+        has_moved = self._told_entered != self._entered
+        if now - self._last_beat >= (self._beat_seconds if has_moved else self._idle_beat_seconds):
+            self._tell()
+        if self._siblings is None and iteration:
+            self._siblings = orphans.siblings()
+        if stalled > self._tick:
+            request = hang_report.read_request(self._run_dir, since=self._began)
+            if request is not None:
+                self._leave_with(request, stalled)
+        limit = self._timeout + min(0.1 * self._rank, 10.0)  # one after the other, as only one is to report
+        if stalled > (self._timeout / 2 if self._rank < FIRST_RANKS else limit):
+            is_due = now - self._last_look_around >= max(self._tick, self._world_size / BEATS_A_SECOND)
+            if is_due and min(stalled, self._others_stalled(now)) > limit:
+                self._report(stalled)
+        if stalled > GONE_SECONDS and self._siblings:
+            self._look_for_the_dead(self._siblings)
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        self._last_beat, self._told_entered = now, self._entered
+        run_folder.write_beat(self._run_dir, self._own_beat(now))
+
+    def _own_beat(self, now: float) -> run_folder.Beat:
+        iteration, phase = self._place
+        return run_folder.new_beat(
+            rank=self._rank,
+            iteration=iteration,
+            phase=phase,
+            entered=self._entered,
+            progress_time=time.time() - self._progress.stalled_seconds(now),
+            waits_for=self._waits_for(phase),
+        )
+
+    def _waits_for(self, phase: str) -> str | None:
+        """What the main thread waits for; while it ends a save, also what the thread that writes waits for."""
+        waits = dict(SIGNS.waits)
+        main = waits.get(threading.main_thread().ident or 0)
+        return main or (next(iter(waits.values()), None) if phase in ("save", "finish") else None)
+
+    def _others_stalled(self, now: float) -> float:
+        """Seconds since any other rank went forward, by their heartbeats; infinite where there is no other.
+
+        Their clocks may differ from ours: what we see change has changed now at the earliest.
+        """
+        self._last_look_around = now
+        shortest = float("inf")
+        for rank, beat in self._beats().items():
+            if rank == self._rank or beat.time < self._began - self._timeout - hang_report.CLOCKS_APART_SECONDS:
+                continue  # of an earlier start on the same address
+            seen = self._others.get(rank)
+            if seen is None or beat.progress_time > seen.progress_time + 0.01:
+                age = time.time() - beat.progress_time if seen is None else 0.0
+                seen = self._others[rank] = _Seen(beat.progress_time, now - max(0.0, age))
+            shortest = min(shortest, now - seen.seconds)
+        return shortest
+
+    def _beats(self) -> dict[int, run_folder.Beat]:
+        start, attempt = run_folder.this_start(), run_folder.current_attempt()
+        return run_folder.read_heartbeats(self._run_dir, start=start, attempt=attempt)
+
+    def _report(self, stalled: float) -> None:
+        """Reports for all ranks, if no other one does, and ends the run."""
+        request = hang_report.new_request(rank=self._rank, stalled_seconds=stalled)
+        if not hang_report.claim(self._run_dir, request, since=self._began):
+            return  # the next look finds the other one's request
+        self._begin_to_leave()
+        local = orphans.siblings()
+        self._answer(request, stalled)
+        answers = hang_report.gather(self._run_dir, request, ranks=self._world_size, local=local)
+        finding = hang_report.tell(self._run_dir, request, ranks=self._world_size, answers=answers, local=local)
+        print(finding.text, file=sys.stderr, flush=True)
+        self._record(finding.message, rank=finding.rank)
+        for rank in finding.silent:
+            _kill(local.get(rank))
+        hang_report.close(self._run_dir, request, finding)  # the others leave when they see it
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while (left := orphans.siblings()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left.values():
+            _kill(pid)
+        self._end()
+
+    def _leave_with(self, request: hang_report.Request, stalled: float) -> None:
+        """Answers another process's request, waits until that one has reported, and ends this rank."""
+        self._begin_to_leave()
+        self._answer(request, stalled)
+        deadline = time.monotonic() + 2 * hang_report.ANSWER_SECONDS
+        while (told := hang_report.read_request(self._run_dir, since=self._began)) is not None:
+            if told.report is not None or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        self._record(f"nothing has gone forward for {request.stalled_seconds:.0f} s; the report failed", rank=None)
+        local = orphans.siblings()
+        for rank in told.silent if told is not None else []:
+            _kill(local.get(rank))
+        self._end()
+
+    def _begin_to_leave(self) -> None:
+        self._leaving = self._stop.is_deaf = True  # torchrun's SIGTERM, when the first rank is gone, ends no report
+        faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True, file=self._stacks)
+
+    def _answer(self, request: hang_report.Request, stalled: float) -> None:
+        hang_report.answer(self._run_dir, request, self._own_beat(time.monotonic()), stalled_seconds=stalled)
+
+    def _record(self, message: str, *, rank: int | None) -> None:
+        """Before anybody leaves: what a main thread makes of its peer's end must not be the first to be recorded."""
+        try:
+            run_folder.record_exit(self._run_dir, code=EXIT_PEER_LOST, message=message, rank=rank)
+        except (MegatronXYError, OSError):
+            traceback.print_exc()
+
+    def _end(self) -> None:
+        sys.stderr.flush()
+        os._exit(EXIT_PEER_LOST)
+
+    def _look_for_the_dead(self, siblings: dict[int, int]) -> None:
+        """Leaves if a rank of this machine has died: on a GPU no collective says so before the backend's timeout."""
+        dead = [rank for rank, pid in siblings.items() if not orphans.is_running(pid)]
+        beats = self._beats() if dead else {}
+        lost = [beats[rank] for rank in dead if rank in beats and beats[rank].phase != END]
+        if lost:
+            self._begin_to_leave()
+            place = f"last seen at iteration {lost[0].iteration} ({lost[0].phase})"
+            self._record(f"rank {lost[0].rank} (pid {lost[0].pid}) is gone, {place}", rank=lost[0].rank)
+            self._end()
+
+
+class _Seen:
+    """Another rank's progress: its own time of it, and when that was on our clock (time.monotonic())."""
+
+    def __init__(self, progress_time: float, seconds: float) -> None:
+        self.progress_time = progress_time
+        self.seconds = seconds
+
+
+class _Progress:
+    """When something last went forward in this process: marks, phases, and, where it counts, unannounced work."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._timeout = timeout_seconds
+        self._marks = (-1, -1)
+        self._marked = self._seconds = time.monotonic()
+        self._work = _Work.now()
+
+    def look(self, now: float, *, place: int, counts_work: bool, counts_disks: bool) -> None:
+        """Takes in what has happened since the last look. counts_disks: whose writes count, if work does."""
+        marks = (SIGNS.marks, place)
+        if marks != self._marks:
+            self._marks, self._marked, self._seconds = marks, now, now
+            self._work = _Work.now()
+        elif counts_work and now - self._marked < PATIENCE * self._timeout:
+            work = _Work.now()
+            if work.is_work_since(self._work, timeout_seconds=self._timeout, counts_disks=counts_disks):
+                self._work, self._seconds = work, now
+
+    def stalled_seconds(self, now: float) -> float:
+        """Since something last went forward."""
+        return now - self._seconds
+
+    def forgive(self, seconds: float) -> None:
+        """Time in which the process did not run, stopped and continued by somebody, or on a machine that slept."""
+        self._seconds += seconds
+        self._marked += seconds
+
+
+class _Work:
+    """What the kernel counts of this process's work; of the disks' work the whole machine's, for waits in fsync."""
+
+    def __init__(self, cpu_seconds: float, io_bytes: int, disk_bytes: int) -> None:
+        self.cpu_seconds, self.io_bytes, self.disk_bytes = cpu_seconds, io_bytes, disk_bytes
+
+    @classmethod
+    def now(cls) -> _Work:
+        """As it stands."""
+        return cls(
+            time.process_time(),
+            sum(_counters(Path("/proc/self/io"), ("rchar:", "wchar:", "read_bytes:", "write_bytes:"))),
+            sum(_counters(Path("/proc/vmstat"), ("nr_written",))) * os.sysconf("SC_PAGE_SIZE"),
+        )
+
+    def is_work_since(self, before: _Work, *, timeout_seconds: float, counts_disks: bool) -> bool:
+        """Whether it is enough, within `timeout_seconds`, for a process that works rather than hangs.
+
+        counts_disks: whether this process may be waiting for what it has written.
+        """
+        return (
+            self.cpu_seconds - before.cpu_seconds > WORK_SHARE * timeout_seconds
+            or self.io_bytes - before.io_bytes > WORK_BYTES
+            or (counts_disks and self.disk_bytes - before.disk_bytes > WORK_BYTES)
+        )
+
+
+def _counters(path: Path, names: tuple[str, ...]) -> list[int]:
+    """Numbers of a file of `NAME NUMBER` lines; none where the kernel does not show it."""
+    try:
+        pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return []
+    return [int(pair[1]) for pair in pairs if pair[0] in names]
+
+
+def _kill(pid: int | None) -> None:
+    """Ends a rank of this machine; None: it is none."""
+    if pid is None:
+        return
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # it has just ended by itself

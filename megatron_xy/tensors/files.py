@@ -1,0 +1,55 @@
+"""torch's tensors into safetensors files and out of them: the bits are those of `safetensors_file`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_xy.tensors.dtypes import Bits
+from megatron_xy.tensors.safetensors_file import SafetensorsFile, write_safetensors
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    metadata: dict[str, str],
+    on_progress: Callable[[int], object] = lambda num_bytes: None,
+) -> dict[str, Any]:
+    """Writes one safetensors file, synced to disk; returns its {bytes, sha256}. Raises StorageError.
+
+    tensors: on the CPU, contiguous. on_progress: called after each block with the bytes written so far.
+    """
+    return write_safetensors(
+        path,
+        {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()},
+        parts_of=lambda name: [bits_of(tensors[name])],
+        metadata=metadata,
+        on_progress=on_progress,
+    )
+
+
+def read_tensor(file: SafetensorsFile, name: str) -> torch.Tensor:
+    """The tensor, whole. Raises DataError where the file has none of that name."""
+    bits = file.read(name)
+    return torch.from_numpy(bits).view(torch_dtype(file.tensors[name].dtype))
+
+
+def bits_of(tensor: torch.Tensor) -> Bits:
+    """The tensor's own memory on the CPU, as integers as wide as its elements."""
+    return tensor.detach().view(getattr(torch, f"int{8 * tensor.element_size()}")).numpy()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files call it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """What files call so."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), f"files name types as torch does; {name} is none"
+    return dtype

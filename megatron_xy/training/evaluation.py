@@ -1,0 +1,240 @@
+"""Loss on held-out data, by bucket, source and position: every sample once, and no trace of it in the training.
+
+    folder -> rows of one bucket in a fixed order -> forward passes of the role -> sums over ranks -> Evaluation
+
+Sums are kept in fp64, by token: the numbers depend neither on the layout nor on how the data falls into passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_xy import device
+from megatron_xy.config import RunConfig
+from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate
+from megatron_xy.data.sampler import SampleId
+from megatron_xy.log import RunLog
+from megatron_xy.losses import token_cross_entropy
+from megatron_xy.parallel import Groups, sum_over
+from megatron_xy.role import Role
+from megatron_xy.training.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
+
+POSITION_EDGES = (2048, 4096, 8192, 16384)
+MAX_PERPLEXITY_LOSS = 700.0  # beyond it e to the loss is no finite number
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean losses over unmasked held-out tokens; a bucket, source or range of positions without any is left out."""
+
+    loss: float
+    num_tokens: int
+    loss_by_bucket: dict[int, float]
+    loss_by_source: dict[str, float]
+    loss_by_position: dict[str, float]  # by position id, which restarts where documents are split: {"0-2k": ...}
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(min(self.loss, MAX_PERPLEXITY_LOSS))
+
+    def record(self, *, iteration: int) -> dict[str, Any]:
+        """The object in eval.jsonl."""
+        return {
+            "iteration": iteration,
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "num_loss_tokens": self.num_tokens,
+            "loss_by_bucket": {str(bucket): loss for bucket, loss in self.loss_by_bucket.items()},
+            "loss_by_source": self.loss_by_source,
+            "loss_by_position": self.loss_by_position,
+        }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out data, and in what portions this data parallel rank goes through it."""
+
+    dataset: PackedDataset
+    micro_batch_tokens: int
+    split_documents: bool
+    micro_batches_per_pass: int
+    dp_size: int
+    dp_rank: int
+    position_edges: Sequence[int] = POSITION_EDGES
+
+    def rows(self) -> list[tuple[int, list[SampleId]]]:
+        """(bucket, samples) of all ranks' micro-batches, bucket by bucket; a bucket's last one may be short."""
+        dataset = self.dataset
+        rows = []
+        for bucket in dataset.buckets:
+            streams = [stream for stream in dataset.streams if stream.bucket == bucket]
+            ids = [SampleId(stream.source, bucket, index) for stream in streams for index in range(stream.num_samples)]
+            size = self.micro_batch_tokens // bucket
+            rows += [(bucket, ids[first : first + size]) for first in range(0, len(ids), size)]
+        return rows
+
+    def micro_batch(self, bucket: int, samples: Sequence[SampleId]) -> MicroBatch:
+        """One row; where it is short, its last sample stands again, without a part in the loss."""
+        sources = self.dataset.sources
+        size = self.micro_batch_tokens // bucket
+        filled = [*samples, *[samples[-1]] * (size - len(samples))]
+        batch = collate(
+            [self.dataset.sample(sample) for sample in filled],
+            source_indices=[sources.index(sample.source) for sample in filled],
+            num_sources=len(sources),
+            bucket=bucket,
+            micro_batch_tokens=self.micro_batch_tokens,
+            split_documents=self.split_documents,
+        )
+        counts = np.arange(self.micro_batch_tokens) < len(samples) * bucket
+        return replace(batch, loss_mask=batch.loss_mask * counts.astype(np.float32))
+
+
+class HeldOutEvaluator:
+    """A run's evaluations: every `eval_interval` iterations and after the last one, where there is held-out data."""
+
+    def __init__(self, config: RunConfig, held_out: PackedDataset | None, groups: Groups) -> None:
+        training = config.training
+        self._train_iters, self._interval = training.train_iters, training.eval_interval
+        self._held_out = None
+        if held_out is not None:
+            self._held_out = HeldOut(
+                held_out,
+                micro_batch_tokens=training.micro_batch_tokens,
+                split_documents=config.data.split_documents,
+                micro_batches_per_pass=training.global_batch_tokens // (training.micro_batch_tokens * groups.dp_size),
+                dp_size=groups.dp_size,
+                dp_rank=groups.dp_rank,
+            )
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether one follows on this iteration."""
+        return self._held_out is not None and (iteration % self._interval == 0 or iteration == self._train_iters)
+
+    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> Evaluated | None:
+        """Its record; None where `goes_on` said no."""
+        assert self._held_out is not None, "only then is an evaluation due"
+        result = evaluate(role, self._held_out, goes_on=goes_on)
+        return None if result is None else Evaluated(result.record(iteration=iteration))
+
+    def tell(self, log: RunLog, record: dict[str, Any], *, seconds: float) -> None:
+        """Logs a record."""
+        log.evaluation(record, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The object in eval.jsonl, and what the checkpoint of this iteration is to say of itself from now on."""
+
+    record: dict[str, Any]
+    checkpoint_facts: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> Evaluation | None:
+    """The role's loss on all of it; None where `goes_on`, asked before every pass, said no. Collective over the role.
+
+    Weights, gradients, moments and random generators stay as they are. The numbers are the whole's on the last stage.
+    """
+    rows = held_out.rows()
+    buckets, num_sources = held_out.dataset.buckets, len(held_out.dataset.sources)
+    num_ranges = len(held_out.position_edges) + 1
+    totals = torch.zeros(len(buckets), num_sources * num_ranges, 2, dtype=torch.float64, device=device.current())
+    # Ranks take rows in turn. Where rows do not come out even, the last one is run again and counts nothing.
+    mine = [
+        (row, row < len(rows)) for row in range(held_out.dp_rank, _up(len(rows), held_out.dp_size), held_out.dp_size)
+    ]
+    size = held_out.micro_batches_per_pass
+    passes = [mine[first : first + size] for first in range(0, len(mine), size)]
+
+    def prepare(number: int) -> list[MicroBatch]:
+        if number >= len(passes):
+            return []
+        return [held_out.micro_batch(*rows[min(row, len(rows) - 1)]) for row, _ in passes[number]]
+
+    forward_step = partial(_held_out_step, role, held_out, num_sources)
+    with Prefetcher(prepare, depth=1) as prefetcher, untouched(role):
+        for number, part in enumerate(passes):
+            if not goes_on():
+                return None
+            batches = [on_device(batch) for batch in prefetcher.get(number)[0]]
+            outputs = forward_backward(role, batches, forward_step=forward_step, forward_only=True)
+            for (row, counts), output in zip(part, outputs, strict=False):  # none but on the last stage
+                if counts:
+                    totals[buckets.index(rows[row][0])] += output["totals"]
+    sum_over(totals, role.groups.collection.dp)
+    return _evaluation(totals.reshape(len(buckets), num_sources, num_ranges, 2).cpu().numpy(), held_out)
+
+
+@contextlib.contextmanager
+def untouched(role: Role) -> Iterator[None]:
+    """The role at work in evaluation mode; afterwards in training mode, its random generators as they were."""
+    before = role.generator_states
+    try:
+        with role.evaluating(), role.active():
+            yield
+    finally:
+        role.generator_states = before
+
+
+def _held_out_step(
+    role: Role, held_out: HeldOut, num_sources: int, batches: Iterator[DeviceBatch], module: torch.nn.Module
+) -> tuple[torch.Tensor, LossFunction]:
+    batch = next(batches)
+    output = forward(module, batch)
+
+    def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """{totals [sources x ranges of positions, 2]: sums of losses and counts, fp64}."""
+        assert role.model.vocab_size, "the shape is complete once a run starts"
+        losses = token_cross_entropy(
+            logits, batch.labels, vocab_size=role.model.vocab_size, tp_group=role.groups.collection.tp
+        )
+        positions = batch.packed.position_ids
+        assert positions is not None, "on_device sets them"
+        edges = torch.tensor(held_out.position_edges, device=losses.device)
+        ranges = torch.bucketize(positions, edges, right=True)
+        cells = batch.source_ids * (len(edges) + 1) + ranges
+        pairs = torch.stack([(losses * batch.loss_mask)[0], batch.loss_mask[0]], dim=1).to(torch.float64)
+        totals = torch.zeros(num_sources * (len(edges) + 1), 2, dtype=torch.float64, device=losses.device)
+        totals.index_add_(0, cells, pairs)
+        return losses.sum(), batch.loss_mask.sum().to(torch.int), {"totals": totals}
+
+    return output, loss
+
+
+def _evaluation(totals: np.ndarray[Any, np.dtype[np.float64]], held_out: HeldOut) -> Evaluation:
+    """From totals [buckets, sources, ranges, 2]."""
+
+    def means(axes: tuple[int, int], names: Sequence[Any]) -> dict[Any, float]:
+        pairs = totals.sum(axis=axes)
+        return {name: float(total / count) for name, (total, count) in zip(names, pairs, strict=True) if count}
+
+    total, count = totals.sum(axis=(0, 1, 2))
+    return Evaluation(
+        loss=float(total / max(count, 1.0)),
+        num_tokens=int(count),
+        loss_by_bucket=means((1, 2), held_out.dataset.buckets),
+        loss_by_source=means((0, 2), held_out.dataset.sources),
+        loss_by_position=means((0, 1), _range_names(held_out.position_edges)),
+    )
+
+
+def _range_names(edges: Sequence[int]) -> list[str]:
+    """Such as 0-2k, 2-4k, 16k-: from one edge to below the next."""
+    shown = [f"{edge // 1024}" if edge % 1024 == 0 else str(edge) for edge in (0, *edges)]
+    units = ["k" if edge % 1024 == 0 else "" for edge in edges]
+    ranges = [f"{low}-{high}{unit}" for low, high, unit in zip(shown[:-1], shown[1:], units, strict=True)]
+    return [*ranges, f"{shown[-1]}{units[-1]}-"]
+
+
+def _up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit

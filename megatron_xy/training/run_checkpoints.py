@@ -1,0 +1,183 @@
+"""The checkpoints of a training run: what it goes on from, and what it leaves of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_xy import mcore
+from megatron_xy.checkpoint import continuation, course
+from megatron_xy.checkpoint.choice import find_resumable
+from megatron_xy.checkpoint.files import TrainingState, amend_state
+from megatron_xy.checkpoint.folders import iteration_folder, sweep
+from megatron_xy.checkpoint.replicas import check_replicas
+from megatron_xy.checkpoint.state import FROZEN_UPDATES, load_state
+from megatron_xy.checkpoint.writer import CheckpointWriter
+from megatron_xy.config import RunConfig
+from megatron_xy.hf.convert import export
+from megatron_xy.hf.kept import kept_facts
+from megatron_xy.log import RunLog
+from megatron_xy.model.parts import MODEL_PARTS
+from megatron_xy.model.source import changes_to_source, split_origin
+from megatron_xy.model.weights import load_initial_weights
+from megatron_xy.parallel import barrier
+from megatron_xy.role import Role
+from megatron_xy.runtime.liveness import went_forward
+from megatron_xy.training.spikes import StepHistory
+from megatron_xy.training.train_step import StepResult
+
+
+@dataclass
+class RunState:
+    """What a run carries from step to step, beside weights and optimizer."""
+
+    training: TrainingState = field(default_factory=TrainingState)
+    history: StepHistory = field(default_factory=StepHistory)
+    frozen_updates: dict[str, int] = field(default_factory=dict)  # by part of the model: made while it stayed as it was
+    continued_from: dict[str, Any] | None = None  # the weights loaded at the beginning, and what is new
+
+    def add(self, bucket: int, result: StepResult, *, trained: Collection[str]) -> None:
+        """Remembers a step; trained: the parts of the model that it was to change."""
+        self.history.add(bucket=bucket, loss=result.loss, grad_norm=result.grad_norm, updated=result.updated)
+        for part in set(MODEL_PARTS) - set(trained) if result.updated else ():
+            self.frozen_updates[part] = self.frozen_updates.get(part, 0) + 1
+
+
+class RunCheckpoints:
+    """Restores a run's state and saves it. Every rank of the role calls each method."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        role: Role,
+        data_fingerprints: Sequence[str],
+        chat_template: str | None,
+        ends_epoch: Callable[[int], bool],
+        keeps_epochs: bool,
+        log: RunLog,
+    ) -> None:
+        """ends_epoch: whether an iteration ends an epoch that leaves a checkpoint; keeps_epochs: these are not let go
+        of."""
+        self._config, self._role, self._log = config, role, log
+        self._data_fingerprints, self._chat_template = data_fingerprints, chat_template
+        self._ends_epoch = ends_epoch
+        self._folder = config.run_dir / "checkpoints"
+        self._writer = CheckpointWriter(
+            self._folder,
+            keep_latest=config.checkpoint.keep_latest,
+            asynchronous=config.checkpoint.async_save,
+            timeout_seconds=config.runtime.timeout_seconds,
+            on_progress=lambda num_bytes: went_forward(),
+            on_written=log.say,
+            is_kept=ends_epoch if keeps_epochs else lambda iteration: False,
+            on_published=self._export,
+        )
+        load = role.model.load
+        self._kept = {} if load is None else kept_facts(*split_origin(load))  # for a release
+
+    def restore(self) -> RunState:
+        """Goes on from the checkpoint that the config asks for; else from `model.load`, else from fresh weights."""
+        config, role = self._config, self._role
+        if role.groups.is_leader:  # whose words reach the terminal
+            for name in sweep(self._folder):
+                self._log.say(f"swept {name}, which a killed save left half-written")
+        barrier(role.groups)
+        resume = course.wanted_resume(config, role.groups)
+        found = find_resumable(self._folder, role.groups, resume=resume, say=self._log.say)
+        state = RunState()
+        if found is None:
+            load_initial_weights(role, seed=config.seed)
+            state.continued_from = self._what_is_new()
+            origin = f"starting from {role.model.load or 'fresh weights'}"
+        else:
+            folder, manifest = found
+            continuation.check_continuation(
+                manifest.state,
+                self._facts(),
+                allow_changes=config.checkpoint.allow_changes,
+                origin=folder,
+                say=self._log.say,
+            )
+            state.training = load_state(role, folder, manifest)
+            if "history" in manifest.state:
+                state.history = StepHistory.from_json(manifest.state["history"])
+            state.frozen_updates = dict(manifest.state.get(FROZEN_UPDATES, {}))
+            state.continued_from = manifest.state.get("continued_from")
+            origin = f"resuming from {folder} ({state.training.iteration} iterations done)"
+        iteration = state.training.iteration
+        self._writer.resumed_from = iteration
+        if role.groups.role_rank == 0:
+            course.begin(config.run_dir, iteration=None if resume == "auto" else iteration, say=print)
+        barrier(role.groups)  # from here on a request to stop finds all ranks with something to save
+        self._log.say(origin)
+        return state
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether a checkpoint is written after an iteration, stop or not."""
+        is_due = iteration % self._config.checkpoint.save_interval == 0 or self._ends_epoch(iteration)
+        return is_due or iteration == self._config.training.train_iters
+
+    def before_update(self, *, iteration: int) -> None:
+        """Before an iteration changes weights: waits for the copy of a save under way; compares what will be saved."""
+        self._writer.before_update()
+        if self.is_due(iteration):  # what one bad memory cell has spoilt is not to be kept
+            check_replicas(self._role, iteration=iteration)
+
+    def save(self, state: RunState) -> float:
+        """Saves the state after an iteration; returns the seconds for which training was held up."""
+        iteration = state.training.iteration
+        facts = {
+            "task": self._config.task,
+            **self._facts(),
+            **self._kept,
+            "tokenizer": str(self._config.data.tokenizer) if self._config.data.tokenizer else None,
+            "chat_template": self._chat_template,
+            "megatron_core": mcore.VERSION,
+            "torch": torch.__version__,
+            "history": state.history.to_json(),
+            FROZEN_UPDATES: state.frozen_updates,
+            "continued_from": state.continued_from,
+        }
+        # What made the first of a row of skipped updates not finite is in the weights that the update before it left.
+        skipped = state.history.skipped_in_a_row
+        held = self._writer.save(
+            self._role, state.training, facts=facts, wanted_before=iteration - skipped if skipped else None
+        )
+        if self._config.checkpoint.async_save:
+            self._log.say(f"checkpoint of step {iteration} scheduled")
+        return held
+
+    def amend(self, iteration: int, facts: dict[str, Any]) -> None:
+        """Adds facts to an iteration's manifest, if it has one."""
+        self.finish()
+        folder = iteration_folder(self._folder, iteration)
+        if self._role.groups.is_leader and folder.is_dir():
+            amend_state(folder, facts)
+
+    def finish(self) -> None:
+        """Waits until the save under way is whole on disk."""
+        self._writer.finish(self._role.groups)
+
+    def _what_is_new(self) -> dict[str, Any] | None:
+        """What the run changes in the model that it loads, also said; None where it loads none."""
+        model = self._role.model
+        if model.load is None:
+            return None
+        changes = changes_to_source(model)
+        for name, (then, now) in changes.items():
+            self._log.say(f"  model.{name} is {now} from here on; it was {then} in {model.load}")
+        return {"load": model.load, "changes": changes}
+
+    def _export(self, iteration: int, checkpoint: Path) -> None:
+        interval = self._config.checkpoint.hf_interval
+        if interval and iteration % interval == 0:
+            export(checkpoint, self._config.run_dir, name=checkpoint.name, say=self._log.say)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a manifest keeps of the config, for `check_continuation`."""
+        return continuation.facts(self._config, model=self._role.model, data_fingerprints=self._data_fingerprints)
