@@ -18,8 +18,9 @@ from megatron_xy.model import generate
 from megatron_xy.model.inference import ChunkForward
 from megatron_xy.model.layer_spec import DTYPES
 from megatron_xy.ppo.experience import Experience, Rollout
-from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel, RoleWorker
+from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel
 from megatron_xy.ppo.run import build_worker
+from megatron_xy.ppo.worker import RoleWorker
 from megatron_xy.role import Role
 
 

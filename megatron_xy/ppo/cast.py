@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_xy.parallel import Groups
-from megatron_xy.ppo.roles import RoleWorker
+from megatron_xy.ppo.worker import RoleWorker
 
 TRAINED = ("actor", "critic")
 

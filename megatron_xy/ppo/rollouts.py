@@ -13,8 +13,8 @@ from megatron_xy.model import generate
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.prompts import DrawnPrompt, GivenResponses
-from megatron_xy.ppo.roles import RoleWorker
 from megatron_xy.ppo.transport import Shipment, exchange
+from megatron_xy.ppo.worker import RoleWorker
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from megatron_xy.ppo.facts import fingerprints
 from megatron_xy.ppo.material import Material, look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.reward_function import FunctionScorer, RewardFunction, load_reward_function
-from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel, RoleWorker
+from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel
 from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAnswers
 from megatron_xy.ppo.trainer import PPOTrainer
+from megatron_xy.ppo.worker import RoleWorker
 from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
 from megatron_xy.run_dir import check_space, check_weights_to_load

@@ -171,12 +171,12 @@ def critic_loss_by_micro_batch() -> None:
 
     from megatron_xy.ppo import roles
 
-    right = roles._weighted
+    right = roles.weighted
 
     def wrong(weights: torch.Tensor, **parts: torch.Tensor) -> dict[str, torch.Tensor]:
         return right(weights * (ANSWERS * 4 / max(len(weights), 1)), **parts)
 
-    roles._weighted = wrong
+    roles.weighted = wrong
 
 
 def whiten_a_half_by_itself() -> None:

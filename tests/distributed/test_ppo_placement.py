@@ -153,9 +153,9 @@ def whiten_each_rank_by_itself() -> None:
 def weigh_micro_batches_alike() -> None:
     import torch
 
-    from megatron_xy.ppo import roles
+    from megatron_xy.ppo import updates
 
-    right = roles._update_step
+    right = updates._update_step
 
     def wrong(*arguments: Any) -> Any:
         output, learn = right(*arguments)
@@ -166,7 +166,7 @@ def weigh_micro_batches_alike() -> None:
 
         return output, averaged
 
-    roles._update_step = wrong
+    updates._update_step = wrong
 
 
 def values_one_position_late() -> None:

@@ -152,7 +152,8 @@ def test_a_signal_before_the_ranks_have_begun_is_a_clean_stop(tmp_path):
 def test_a_signal_while_the_command_itself_begins_is_a_clean_stop(tmp_path, number):
     """`megatron-xy` holds the signals back from its first line on; the supervisor finds them waiting."""
     code = (
-        "import os, sys; import test_supervise as t; from megatron_xy.runtime import signals; signals.block_stop_signals()\n"
+        "import os, sys; import test_supervise as t; from megatron_xy.runtime import signals\n"
+        "signals.block_stop_signals()\n"
         "os.kill(os.getpid(), int(sys.argv[2])); sys.exit(t.run(t.Path(sys.argv[1]), 'clean'))"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(int(number))]
