@@ -29,6 +29,7 @@ from typing import Any
 
 import sentencepiece
 
+from megatron_xy.data.documents import RowFields
 from megatron_xy.data.sentencepiece_json import parse_model, tokenizer_json
 
 MEGABYTE = 1024 * 1024
@@ -152,7 +153,7 @@ def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
         scan = partial(scan_one, part_bytes=part_bytes)
         scanned = list(pool.run("scan", scan, files, total=total, unit="bytes"))
         tasks = [
-            TokenizeTask(Path(folder) / f"{index:06d}", parts, loaded.path, "text", None, True, "fail")
+            TokenizeTask(Path(folder) / f"{index:06d}", parts, loaded.path, RowFields(), True, "fail")
             for index, parts in enumerate(group_parts(scanned, part_bytes=part_bytes))
         ]
         choice = choose_engine(loaded, tasks)

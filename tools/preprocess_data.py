@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_xy.data.documents import LineReport
+from megatron_xy.data.documents import LineReport, RowFields
 from megatron_xy.data.engine_choice import choose_engine
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, dtype_for
 from megatron_xy.data.inputs import find_inputs, input_size, scan_file
@@ -76,7 +76,7 @@ def preprocess(
             part_bytes = part_bytes_for(total)
             scanned = [scan_file(file, part_bytes=part_bytes, file=index) for index, file in enumerate(files)]
             tasks = [
-                TokenizeTask(scratch / f"{index:06d}", parts, loaded.path, key, None, append_eod, "fail")
+                TokenizeTask(scratch / f"{index:06d}", parts, loaded.path, RowFields(key), append_eod, "fail")
                 for index, parts in enumerate(group_parts(scanned, part_bytes=part_bytes))
             ]
             fast = choose_engine(loaded, tasks).fast

@@ -33,6 +33,9 @@ def data_build(
     buckets: Annotated[
         str | None, typer.Option("--buckets", help="sizes in tokens, ascending; 2048,4096,8192,16384 unless given")
     ] = None,
+    source: Annotated[
+        str, typer.Option("--source", metavar="NAME", help="of documents of which no field tells it")
+    ] = "default",
     source_field: Annotated[
         str | None, typer.Option("--source-field", help="the row's field that names its source")
     ] = None,
@@ -109,6 +112,7 @@ def data_build(
             tokenizer=tokenizer,
             output=output,
             buckets=sizes if seq_length is None else [seq_length],
+            source=source,
             source_field=source_field,
             text_field=text_field,
             append_eod=append_eod,

@@ -16,10 +16,10 @@ from typing import Any, get_args
 from megatron_xy.data.build_folder import FolderBuild, Share, build_folder
 from megatron_xy.data.chat import ChatOptions, ChatOverflow
 from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.documents import BadLinePolicy, Part, ScannedFile
+from megatron_xy.data.documents import DEFAULT_SOURCE, BadLinePolicy, Part, ScannedFile
 from megatron_xy.data.inputs import find_inputs, input_size, is_prefix, scan_file
 from megatron_xy.data.loaded import load_anew, load_engines
-from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME
+from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME, SOURCE_RULE, is_source_name
 from megatron_xy.data.packing import (
     WINDOW_DOCUMENTS,
     Overflow,
@@ -44,6 +44,7 @@ def build_dataset(
     tokenizer: Path | str,
     output: Path | str,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
+    source: str = DEFAULT_SOURCE,
     source_field: str | None = None,
     source_optional: bool = False,
     text_field: str = "text",
@@ -66,7 +67,8 @@ def build_dataset(
     deduplicate: of documents with the same text, over all inputs, the first one stays. held_out: this fraction of the
     documents, chosen by the hash of their text, goes into OUTPUT/held_out, a data folder of its own. append_eod: end
     every text with the end-of-document token; documents of Megatron datasets are taken as they lie, and refuse it.
-    source_optional: a row without the source field is of source "default", and no bad line.
+    source: of documents of which no field tells it. source_optional: a row without the source field is one, and no bad
+    line.
     chat_template: take rows that hold conversations as such, rendered by this template (see load_chat_template); their
     answers are learned, or with last_turn_only the last one. chat_overflow: see ChatOverflow.
 
@@ -91,6 +93,10 @@ def build_dataset(
     )
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out ({held_out}) must be a fraction from 0 to below 1, such as 0.01")
+    if not is_source_name(source):
+        raise ConfigError(
+            f"source ({source[:100]}) cannot name a folder of the data: {SOURCE_RULE}, and not a manifest"
+        )
     files = find_inputs(inputs)
     _check_inputs(files, append_eod=append_eod, source_field=source_field, looks_at_texts=deduplicate or held_out > 0)
     folder = Path(output)
@@ -105,6 +111,7 @@ def build_dataset(
         "overflow": overflow,
         "deduplicate": deduplicate,
         "work_format": WORK_FORMAT,
+        **({} if source == DEFAULT_SOURCE else {"source": source}),
         **({} if chat is None else {"chat": asdict(chat)}),
     }
     prepare = partial(load_engines, loaded.path)
@@ -176,7 +183,7 @@ def _check_inputs(files: Sequence[Path], *, append_eod: bool, source_field: str 
     if source_field is not None and all(is_prefix(file) or file.suffix == ".txt" for file in files):
         raise ConfigError(
             f"source_field ({source_field}) names a field of rows, and no input has rows: {files[0]} and the like have "
-            "no fields; leave it off"
+            "no fields; name their source itself (source)"
         )
     if len(files) >= MOST_FILES:
         raise ConfigError(f"input names {len(files)} files, must be fewer than {MOST_FILES}; join small ones")

@@ -19,7 +19,15 @@ from typing import Any
 from megatron_xy.data.chat import ChatOptions
 from megatron_xy.data.claims import CLAIMS_FOLDER, claim
 from megatron_xy.data.deduplicate import DUPLICATES_FOLDER, find_duplicates
-from megatron_xy.data.documents import BAD_LINES_LIMIT, BadLinePolicy, LineReport, Part, ScannedFile
+from megatron_xy.data.documents import (
+    BAD_LINES_LIMIT,
+    DEFAULT_SOURCE,
+    BadLinePolicy,
+    LineReport,
+    Part,
+    RowFields,
+    ScannedFile,
+)
 from megatron_xy.data.engine_choice import EngineChoice, choose_engine
 from megatron_xy.data.examine import dataset_stats
 from megatron_xy.data.indexed import dtype_for
@@ -84,6 +92,17 @@ class FolderBuild:
     source_optional: bool  # no part of the fingerprint: it decides, as bad_lines does, whether a line is left out
 
     @property
+    def fields(self) -> RowFields:
+        """Where rows hold what."""
+        return RowFields(
+            text=self.options["text_field"],
+            source=self.options["source_field"],
+            source_optional=self.source_optional,
+            conversations=self.chat is not None,
+            default_source=self.options.get("source", DEFAULT_SOURCE),
+        )
+
+    @property
     def fingerprint(self) -> str:
         """Equal where the result would be: over contents and kinds of the inputs in order, tokenizer and options."""
         kinds = [Path(file.path).suffixes[-1:] for file in self.scanned]
@@ -111,15 +130,7 @@ def build_folder(
     try:
         with work_folder(build.folder, build.fingerprint) as work:
             if build.options["deduplicate"]:
-                fields = {name: build.options[name] for name in ("text_field", "source_field")}
-                find_duplicates(
-                    pool,
-                    groups,
-                    work=work,
-                    source_optional=build.source_optional,
-                    conversations=build.chat is not None,
-                    **fields,
-                )
+                find_duplicates(pool, groups, work=work, fields=build.fields)
             if shard is not None and (missing := _tokenize_share(pool, tasks, shard=shard, build=build, work=work)):
                 return {"finished": False, "missing": missing}
             reused = not _finish(pool, tasks, build=build, engine=engine, work=work)
@@ -145,11 +156,9 @@ def _tokenize_tasks(groups: Sequence[tuple[Part, ...]], *, build: FolderBuild) -
             folder=work / "tokens" / f"{index:06d}",
             parts=tuple(replace_fields(part, selection=taken) for part in parts),
             tokenizer=build.tokenizer.path,
-            text_field=options["text_field"],
-            source_field=options["source_field"],
+            fields=build.fields,
             append_eod=options["append_eod"],
             bad_lines=build.bad_lines,
-            source_optional=build.source_optional,
             chat=build.chat,
         )
         for index, parts in enumerate(groups)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.data.claims import CLAIMS_FOLDER
-from megatron_xy.data.documents import LineReport, Part, read_part
+from megatron_xy.data.documents import LineReport, Part, RowFields, read_part
 from megatron_xy.data.selection import document_key, text_hash
 from megatron_xy.data.workers import Advance, Workers
 from megatron_xy.storage import replace, storage_errors, temporary_name
@@ -31,10 +31,7 @@ class HashTask:
 
     folder: Path
     parts: tuple[Part, ...]
-    text_field: str
-    source_field: str | None
-    source_optional: bool = False
-    conversations: bool = False
+    fields: RowFields
 
     @property
     def rows(self) -> Path:
@@ -62,20 +59,14 @@ def find_duplicates(
     groups: Sequence[tuple[Part, ...]],
     *,
     work: Path,
-    text_field: str,
-    source_field: str | None,
-    source_optional: bool = False,
-    conversations: bool = False,
+    fields: RowFields,
 ) -> None:
     """Write into WORK/DUPLICATES_FOLDER the keys of all documents of `groups` whose text stands earlier in them.
 
     What was hashed and found before is kept. Builds that run at the same time share the work.
     """
     claims = work / CLAIMS_FOLDER
-    hashing = [
-        HashTask(work / "hashes" / f"{index:06d}", parts, text_field, source_field, source_optional, conversations)
-        for index, parts in enumerate(groups)
-    ]
+    hashing = [HashTask(work / "hashes" / f"{index:06d}", parts, fields) for index, parts in enumerate(groups)]
     total = sum(part.stop - part.start for parts in groups for part in parts)
     claimed = [claims / f"hash-{task.folder.name}" for task in hashing]
     num_documents = sum(pool.run("hash", hash_documents, hashing, total=total, unit="bytes", claims=claimed))
@@ -96,16 +87,7 @@ def hash_documents(task: HashTask, advance: Advance) -> int:
     hashes, keys = bytearray(), []
     for part in task.parts:
         # Bad lines are told when the corpus is encoded.
-        documents = read_part(
-            part,
-            text_field=task.text_field,
-            source_field=task.source_field,
-            report=LineReport(),
-            source_optional=task.source_optional,
-            conversations=task.conversations,
-            advance=advance,
-        )
-        for document in documents:
+        for document in read_part(part, task.fields, report=LineReport(), advance=advance):
             hashes += text_hash(document.text)
             keys.append(document_key(document.file, document.line))
     rows = np.zeros(len(keys), dtype=ROW)

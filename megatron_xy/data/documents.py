@@ -55,6 +55,21 @@ class Document(NamedTuple):
     conversation: Conversation | None = None
 
 
+class RowFields(NamedTuple):
+    """Where in a row its text and its source stand.
+
+    source_optional: a row without the source, or with null there, is of `default_source` and no bad line.
+    conversations: a row of jsonl that holds one is taken as such, whatever else it holds.
+    default_source: of documents of which no field tells it.
+    """
+
+    text: str = "text"
+    source: str | None = None
+    source_optional: bool = False
+    conversations: bool = False
+    default_source: str = DEFAULT_SOURCE
+
+
 @dataclass(frozen=True)
 class Part:
     """Bytes start..stop of a corpus file, whole lines from line `first_line` on. A compressed or .txt file is one part.
@@ -132,30 +147,21 @@ class LineReport:
 
 def read_part(
     part: Part,
+    fields: RowFields,
     *,
-    text_field: str,
-    source_field: str | None,
     report: LineReport,
-    source_optional: bool = False,
-    conversations: bool = False,
     advance: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Document]:
     """The documents of one part; empty texts and bad lines go into `report`. Memory: one line, or one .txt file.
-
-    source_optional: a row without `source_field`, or with null there, is of DEFAULT_SOURCE and no bad line.
-    conversations: a row of jsonl that holds one is taken as such, whatever else it holds.
 
     `advance` is told how many bytes of the file were used up since the last call. Raises DataError where the file
     itself is damaged (cut or broken), changed since it was scanned, or has not the columns (Parquet).
     """
     if part.path.endswith(".txt"):
-        rows = _read_text_file(part)
+        rows = _read_text_file(part, fields.default_source)
     elif part.path.endswith(".parquet"):
-        rows = _read_row_groups(
-            part, _Fields(text_field, source_field, conversations=False, source_optional=source_optional)
-        )
+        rows = _read_row_groups(part, fields._replace(conversations=False))
     else:
-        fields = _Fields(text_field, source_field, conversations=conversations, source_optional=source_optional)
         rows = _read_lines(part, advance, fields)
     duplicates = _duplicates(part)
     with reading_unchanged(part):
@@ -246,19 +252,10 @@ class _Contents(NamedTuple):
     conversation: Conversation | None = None
 
 
-class _Fields(NamedTuple):
-    """Where in a row it stands."""
-
-    text: str
-    source: str | None
-    conversations: bool
-    source_optional: bool = False
-
-
 _Row = _Contents | _BadLine
 
 
-def _read_row_groups(part: Part, fields: _Fields) -> Iterator[tuple[int, _Row]]:
+def _read_row_groups(part: Part, fields: RowFields) -> Iterator[tuple[int, _Row]]:
     """(row number, its contents) of the row groups of a part."""
     parquet, path = parquet_reader(), Path(part.path)
     stop, line, chosen = 0, 1, []
@@ -274,7 +271,7 @@ def _read_row_groups(part: Part, fields: _Fields) -> Iterator[tuple[int, _Row]]:
             yield line, error
 
 
-def _read_lines(part: Part, advance: Callable[[int], None], fields: _Fields) -> Iterator[tuple[int, _Row]]:
+def _read_lines(part: Part, advance: Callable[[int], None], fields: RowFields) -> Iterator[tuple[int, _Row]]:
     """(line number, its contents) of every line that has some."""
     for line, raw in _lines(part, advance):
         if not raw or raw.isspace():
@@ -311,7 +308,7 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
     advance(part.stop - told)
 
 
-def _parse(raw: bytes, fields: _Fields) -> _Contents:
+def _parse(raw: bytes, fields: RowFields) -> _Contents:
     """The contents of one line of JSON. Raises _BadLine."""
     try:
         # Of a conversation all that a template may print counts, and orjson makes floats of long integers.
@@ -327,7 +324,7 @@ def _parse(raw: bytes, fields: _Fields) -> _Contents:
     return _checked(row, fields)
 
 
-def _load_json(raw: bytes, fields: _Fields) -> Any:
+def _load_json(raw: bytes, fields: RowFields) -> Any:
     """What `json` makes of a line, by orjson where it is there and takes the line: three times as fast.
 
     orjson refuses some of what `json` takes (NaN, lone surrogates, deep nesting), and never the other way round.
@@ -340,7 +337,7 @@ def _load_json(raw: bytes, fields: _Fields) -> Any:
         return _load_plainly(raw, fields)
 
 
-def _load_plainly(raw: bytes, fields: _Fields) -> Any:
+def _load_plainly(raw: bytes, fields: RowFields) -> Any:
     """By `json`, which takes lone surrogates: what no encoder takes. Raises _BadLine where a field has one."""
     row = json.loads(raw.decode("utf-8"))
     for name in (fields.text, fields.source):
@@ -353,7 +350,7 @@ def _load_plainly(raw: bytes, fields: _Fields) -> Any:
     return row
 
 
-def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
+def _checked(row: dict[str, Any], fields: RowFields) -> _Contents:
     """The contents of one row. Raises _BadLine."""
     conversation = None
     if fields.conversations and holds_conversation(row):
@@ -367,7 +364,7 @@ def _checked(row: dict[str, Any], fields: _Fields) -> _Contents:
         raise _BadLine(f"neither a conversation (messages) nor a field {fields.text!r}")
     text = _string(row, fields.text) if conversation is None else conversation.text
     if fields.source is None or (fields.source_optional and row.get(fields.source) is None):
-        return _Contents(text, DEFAULT_SOURCE, conversation)
+        return _Contents(text, fields.default_source, conversation)
     source = _string(row, fields.source)
     if source in RESERVED_NAMES:
         raise _BadLine(f"source {source!r} has the name of something else in a data folder; give it another")
@@ -388,9 +385,9 @@ def _string(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _read_text_file(part: Part) -> Iterator[tuple[int, _Row]]:
+def _read_text_file(part: Part, source: str) -> Iterator[tuple[int, _Row]]:
     raw = Path(part.path).read_bytes().removeprefix(BYTE_ORDER_MARK)
     try:
-        yield 1, _Contents(raw.decode("utf-8"), DEFAULT_SOURCE)
+        yield 1, _Contents(raw.decode("utf-8"), source)
     except UnicodeDecodeError as error:
         yield raw.count(b"\n", 0, error.start) + 1, _BadLine("invalid UTF-8")

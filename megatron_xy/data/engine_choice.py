@@ -69,15 +69,7 @@ def _first_texts(tasks: Sequence[TokenizeTask]) -> Iterator[list[str]]:
     for task in tasks:
         for part in task.parts:
             report = LineReport()  # bad lines are told when the corpus is encoded
-            documents = read_part(
-                part,
-                text_field=task.text_field,
-                source_field=task.source_field,
-                report=report,
-                source_optional=task.source_optional,
-                conversations=task.chat is not None,
-            )
-            for document in documents:
+            for document in read_part(part, task.fields, report=report):
                 texts.append(document.text[:BATCH_CHARACTERS])  # the reference takes some 35 bytes for each
                 size += len(texts[-1])
                 num_documents += 1

@@ -19,6 +19,7 @@ from megatron_xy.data.documents import (
     Document,
     LineReport,
     Part,
+    RowFields,
     ScannedFile,
     file_stamp,
     parquet_reader,
@@ -103,7 +104,7 @@ def read_documents(
             raise ConfigError(f"input ({path}) holds tokens, not text; name text files here")
         report = LineReport()
         whole = Part(str(path), 0, path.stat().st_size, 1, stamp=file_stamp(path))
-        yield from read_part(whole, text_field=text_field, source_field=source_field, report=report)
+        yield from read_part(whole, RowFields(text_field, source_field), report=report)
         if bad_lines == "fail":
             report.raise_if_bad()
         total.add(report)

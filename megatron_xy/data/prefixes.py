@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_xy.data.documents import DEFAULT_SOURCE, LineReport, Part, changed, reading_unchanged
+from megatron_xy.data.documents import LineReport, Part, changed, reading_unchanged
 from megatron_xy.data.indexed import IndexedReader, dtype_for
 from megatron_xy.data.origins import TracedWriter, document_rows
 from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt, write_receipt
@@ -28,12 +28,12 @@ def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
         advance(sum(part.stop - part.start for part in task.parts))
         return done
     vocab_size = load_tokenizer(task.tokenizer).vocab_size
-    report = LineReport()
-    with TracedWriter(task.folder / DEFAULT_SOURCE, dtype=dtype_for(vocab_size)) as writer:
+    report, source = LineReport(), task.fields.default_source
+    with TracedWriter(task.folder / source, dtype=dtype_for(vocab_size)) as writer:
         for part in task.parts:
             with reading_unchanged(part):
                 _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
-    shard = TokenShard(task.folder, {DEFAULT_SOURCE: writer.num_documents} if writer.num_documents else {}, report)
+    shard = TokenShard(task.folder, {source: writer.num_documents} if writer.num_documents else {}, report)
     write_receipt(shard)
     return shard
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_xy.data.chat import Chat, ChatOptions, ChatTokens
 from megatron_xy.data.chat_template import ChatTemplate
 from megatron_xy.data.conversations import BadConversation
-from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part, ScannedFile, read_part
+from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part, RowFields, ScannedFile, read_part
 from megatron_xy.data.engines import TokenBatch
 from megatron_xy.data.fast_engine import FAST_ENGINE, FastTokenizer, chosen_texts
 from megatron_xy.data.indexed import bin_path, dtype_for, idx_path
@@ -47,12 +47,10 @@ class TokenizeTask:
     folder: Path
     parts: tuple[Part, ...]
     tokenizer: Path
-    text_field: str
-    source_field: str | None
+    fields: RowFields
     append_eod: bool
     bad_lines: BadLinePolicy
     fast: bool = False  # by fastokens, which engine_choice.py found to be exact here
-    source_optional: bool = False  # as `read_part` has it
     chat: ChatOptions | None = None  # None: a row that holds a conversation is no document
 
 
@@ -169,16 +167,7 @@ class _Batch:
 def _batches(task: TokenizeTask, report: LineReport, advance: Advance) -> Iterator[_Batch]:
     batch, characters = _Batch(), 0
     for part in task.parts:
-        documents = read_part(
-            part,
-            text_field=task.text_field,
-            source_field=task.source_field,
-            report=report,
-            source_optional=task.source_optional,
-            conversations=task.chat is not None,
-            advance=advance,
-        )
-        for document in documents:
+        for document in read_part(part, task.fields, report=report, advance=advance):
             if document.conversation is None:
                 batch.texts.append(document)
             elif (tokens := _conversation_tokens(document, task=task, report=report)) is not None:
@@ -257,7 +246,7 @@ def _write(
         if source not in writers:
             if len(writers) == MOST_SOURCES:
                 raise ConfigError(
-                    f"source_field ({task.source_field}) names more than {MOST_SOURCES} sources in "
+                    f"source_field ({task.fields.source}) names more than {MOST_SOURCES} sources in "
                     f"{batch[0].path}; name a field that says where a text comes from, not which it is"
                 )
             writer = TracedWriter(task.folder / source, dtype=dtype, masked=learned is not None)

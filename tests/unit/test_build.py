@@ -14,7 +14,7 @@ from megatron_xy.cli import app
 from megatron_xy.data import build, build_folder, tokenize, workers
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.examine import dataset_stats, verify_dataset
-from megatron_xy.data.indexed import IndexedReader
+from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
@@ -100,6 +100,22 @@ def test_every_token_of_the_corpus_is_there_once_in_its_source(corpus, tokenizer
     assert stats["concatenation_ratio"] == pytest.approx(180 / stats["samples"])
     assert sum(b["share"] for s in stats["sources"].values() for b in s["buckets"].values()) == pytest.approx(1)
     assert dataset_stats(output) == {key: value for key, value in stats.items() if key not in ("reused", "finished")}
+
+
+def test_what_has_no_field_of_a_source_has_the_one_that_is_given(corpus, tokenizer, tmp_path):
+    (tmp_path / "plain.txt").write_text("the quick brown fox")
+    with IndexedWriter(tmp_path / "tokens", dtype=np.dtype(np.uint16)) as writer:
+        writer.add_document([np.array([3, 4, 5])])
+    inputs = [corpus / "a.jsonl", tmp_path / "plain.txt", tmp_path / "tokens"]
+    options = {"tokenizer": tokenizer, "buckets": BUCKETS, "source_field": "src"}
+    build_dataset(inputs, output=tmp_path / "out", source="books", **options)
+    assert set(pieces_by_source(tmp_path / "out")) == {"code", "prose", "books"}
+    books = pieces_by_source(tmp_path / "out")["books"]
+    assert [3, 4, 5] in books and len(books) == 2
+    with pytest.raises(ConfigError, match="of other inputs or options"):
+        build_dataset(inputs, output=tmp_path / "out", **options)
+    with pytest.raises(ConfigError, match=r"source \(a/b\) cannot name a folder"):
+        build_dataset(inputs, output=tmp_path / "other", source="a/b", **options)
 
 
 def test_a_tokenizer_json_keeps_its_name_in_the_data_folder(corpus, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_xy.data import documents
-from megatron_xy.data.documents import LineReport, read_part
+from megatron_xy.data.documents import LineReport, RowFields, read_part
 from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
 from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import write_rows
@@ -145,7 +145,7 @@ def test_a_line_reads_the_same_with_orjson_and_without(line):
 
     def read():
         try:
-            return documents._parse(line, documents._Fields("text", None, conversations=False))
+            return documents._parse(line, documents.RowFields("text", None, conversations=False))
         except documents._BadLine as error:
             return str(error)
 
@@ -255,7 +255,7 @@ def test_parts_give_every_document_once_with_its_line(tmp_path, part_bytes, last
     read = [
         (d.text, d.line)
         for part in scanned.parts
-        for d in read_part(part, text_field="text", source_field=None, report=report, advance=advanced.append)
+        for d in read_part(part, RowFields(), report=report, advance=advanced.append)
     ]
     assert read == [(row["text"], n) for n, row in enumerate(rows, start=1) if row["text"]]
     assert report == LineReport(lines=60, skipped_empty=2) and sum(advanced) == scanned.size
@@ -266,4 +266,4 @@ def test_a_file_that_changes_after_the_scan_is_refused(tmp_path):
     (part,) = scan_file(path, part_bytes=1000).parts
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match="changed while it was read"):
-        list(read_part(part, text_field="text", source_field=None, report=LineReport()))
+        list(read_part(part, RowFields(), report=LineReport()))

@@ -24,6 +24,7 @@ from megatron_xy.import_args.shell import UNKNOWN, program_arguments
 LLAMA3 = {
     "rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192
 }  # fmt: skip
+BY_SAMPLES = "--seq-length 2048 --train-samples 1000 --global-batch-size 10"
 SCRIPT = Path(__file__).with_name("megatron_scripts") / "llama70b.sh"
 
 
@@ -205,7 +206,7 @@ def test_a_llama_of_13b_over_a_sourced_file_and_tests() -> None:
     assert (values["training.micro_batch_tokens"], values["training.global_batch_tokens"]) == (2 * 4096, 512 * 4096)
     assert (values["training.train_iters"], values["optimizer.lr_warmup_iters"]) == (4000, 40)
     assert values["data.path"] == ["/data/corpus/zh", "/data/corpus/en"] and values["data.split_documents"] is True
-    assert "0.7 0.3: data.weights" in imported.text()
+    assert "data.weights: 0.7 0.3" in imported.text()
     assert imported.problems == []
     assert imported.left_out == []
 
@@ -259,6 +260,9 @@ def test_no_flag_is_dropped_silently(script: Path) -> None:
         ("--rotary-seq-len-interpolation-factor 4", "model.rope_scaling", {"rope_type": "linear", "factor": 4.0}),
         ("--train-iters 500 --lr-decay-iters 400 --lr-warmup-fraction .05", "optimizer.lr_warmup_iters", 20),
         ("--seq-length 4096 --lr-decay-samples 1000", "optimizer.lr_decay_tokens", 4_096_000),
+        (f"{BY_SAMPLES} --lr-warmup-samples 10", "optimizer.lr_decay_tokens", 2_048_000),
+        (f"{BY_SAMPLES} --lr-warmup-samples 10 --lr-decay-samples 500", "optimizer.lr_decay_tokens", 1_024_000),
+        (BY_SAMPLES, "optimizer.lr_decay_tokens", None),
         ("--reset-attention-mask --bf16 $MORE", "data.split_documents", True),
         ("--transformer-impl local", "model.layer_spec", "torch"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_xy.data import tokenize
 from megatron_xy.data.build import build_dataset
-from megatron_xy.data.documents import LineReport, read_part
+from megatron_xy.data.documents import LineReport, RowFields, read_part
 from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
@@ -69,7 +69,7 @@ def test_parts_of_a_parquet_file_give_every_row_once(tmp_path, part_bytes):
     read = [
         (d.text, d.line)
         for part in scanned.parts
-        for d in read_part(part, text_field="text", source_field=None, report=LineReport(), advance=advanced.append)
+        for d in read_part(part, RowFields(), report=LineReport(), advance=advanced.append)
     ]
     assert read == list(zip(rows, range(1, 101), strict=True))
     assert sum(advanced) == scanned.size == path.stat().st_size
@@ -90,7 +90,7 @@ def test_bad_rows_of_parquet_are_listed_and_bad_files_refused(tmp_path):
     write_parquet(path, {"text": ["a", None, ""]})
     report = LineReport()
     part = scan_file(path, part_bytes=1000).parts[0]
-    assert [d.text for d in read_part(part, text_field="text", source_field=None, report=report)] == ["a"]
+    assert [d.text for d in read_part(part, RowFields(), report=report)] == ["a"]
     assert report == LineReport(
         lines=3, skipped_empty=1, bad_lines=1, listed=[f"{path}:2: field 'text' is null, not a string"]
     )

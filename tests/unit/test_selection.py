@@ -9,7 +9,7 @@ import pytest
 from megatron_xy.data import build, deduplicate, tokenize, workers
 from megatron_xy.data.build import Share, build_dataset
 from megatron_xy.data.deduplicate import HashTask, RangeTask, hash_documents, search_range
-from megatron_xy.data.documents import Part
+from megatron_xy.data.documents import Part, RowFields
 from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.manifest import read_manifest
@@ -164,7 +164,7 @@ def test_a_stopped_build_goes_on(corpus, tokenizer, tmp_path, monkeypatch, phase
 def test_hashes_are_searched_in_ranges_that_cover_all(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"text": str(n % 7)} for n in range(500)])
     part = Part(str(tmp_path / "a.jsonl"), 0, (tmp_path / "a.jsonl").stat().st_size, 1, 3)
-    task = HashTask(tmp_path / "hashes" / "0", (part,), "text", None)
+    task = HashTask(tmp_path / "hashes" / "0", (part,), RowFields())
     assert hash_documents(task, lambda size: None) == 500 == hash_documents(task, lambda size: None)
     for count in (1, 2, 5, 64):
         ranges = [RangeTask(tmp_path / str(count) / str(n), (task.rows,), n, count) for n in range(count)]

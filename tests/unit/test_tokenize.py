@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from megatron_xy.data import engine_choice, tokenize
-from megatron_xy.data.documents import LineReport, Part
+from megatron_xy.data.documents import LineReport, Part, RowFields
 from megatron_xy.data.engine_choice import choose_engine
 from megatron_xy.data.fast_engine import FastTokenizer, awkward_texts, chosen_texts
 from megatron_xy.data.indexed import IndexedReader
@@ -45,8 +45,7 @@ def task_for(folder, rows, tokenizer, **options):
         folder=folder / "tokens" / "000000",
         parts=(Part(str(path), 0, path.stat().st_size, 1),),
         tokenizer=tokenizer,
-        text_field="text",
-        source_field="src",
+        fields=RowFields("text", "src"),
         append_eod=False,
         bad_lines="skip",
     )
