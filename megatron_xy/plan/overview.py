@@ -88,8 +88,8 @@ class Plan:
     tokens_per_second: float  # a GPU, over the mix of buckets
     mfu: float
     step_seconds: float
-    num_tokens: float
-    days: float
+    num_tokens: float | None  # of the whole run; None where epochs of data that are not here decide
+    days: float | None
     reliability: Reliability
     time_line: TimeLine | None  # of a PPO step
     best_split: Split | None
@@ -122,7 +122,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "num_tokens": self.num_tokens,
             "days": self.days,
-            "gpu_hours": self.days * 24 * self.world_size,
+            "gpu_hours": None if self.days is None else self.days * 24 * self.world_size,
             "reliability": dataclasses.asdict(self.reliability),
             "time_line": self.time_line
             and dataclasses.asdict(self.time_line) | {"idle_shares": self.time_line.idle_shares},
@@ -164,8 +164,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a checked config. Raises ConfigError where a model's shape is not known.
 
-    num_tokens: of the whole run; what the config trains on unless given. bucket_shares: of the steps; those of
-    `buckets_of` unless given. with_split: also the best split of the nodes over PPO's roles.
+    num_tokens: of the whole run; what the config's train_iters come to unless given. bucket_shares: of the steps; those
+    of `buckets_of` unless given. with_split: also the best split of the nodes over PPO's roles.
     """
     world_size = num_nodes * gpus_per_node
     all_jobs = jobs(config, world_size=world_size)
@@ -189,7 +189,8 @@ def make_plan(
             split = best_split(all_jobs, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
         step_seconds, tokens = line.seconds, first.ppo.rollout_batch_size * answer_length(first)
         mfu = useful_flops(all_jobs) / (step_seconds * world_size * gpu.peak_flops)
-    all_tokens = num_tokens or float(config.training.train_iters * tokens)
+    if num_tokens is None and config.training.epochs is None:
+        num_tokens = float(config.training.train_iters * tokens)
     return Plan(
         config=config,
         gpu=gpu,
@@ -203,8 +204,8 @@ def make_plan(
         tokens_per_second=tokens / step_seconds / world_size,
         mfu=mfu,
         step_seconds=step_seconds,
-        num_tokens=all_tokens,
-        days=all_tokens / tokens * step_seconds / DAY,
+        num_tokens=num_tokens,
+        days=None if num_tokens is None else num_tokens / tokens * step_seconds / DAY,
         reliability=_reliability(config, roles, step_seconds=step_seconds, num_nodes=num_nodes, world_size=world_size),
         time_line=line,
         best_split=split,

@@ -53,7 +53,7 @@ def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Itera
             f"{other.worst_bytes / GB:.0f}",
             f"{other.tokens_per_second:,.0f}",
             f"{100 * other.mfu:.1f} %",
-            f"{other.days:,.1f}",
+            "" if other.days is None else f"{other.days:,.1f}",
             " ".join(changes(given, other.config)) or "as configured",
         )
     yield table
@@ -69,11 +69,12 @@ def placements(given: RunConfig, found: Sequence[Plan], *, most: int = 5) -> Ite
         "step s", "MFU", "GB", "days", "role", "ranks", "layout", "recompute",
     )  # fmt: skip
     for other in found[:most]:
-        told = (f"{other.step_seconds:.1f}", f"{100 * other.mfu:.1f} %", f"{other.worst_bytes / GB:.0f}")
+        days = "" if other.days is None else f"{other.days:,.2f}"
+        told = (f"{other.step_seconds:.1f}", f"{100 * other.mfu:.1f} %", f"{other.worst_bytes / GB:.0f}", days)
         for number, role in enumerate(other.roles):
             job = role.job
             table.add_row(
-                *((*told, f"{other.days:,.2f}") if number == 0 else ("",) * 4),
+                *(told if number == 0 else ("",) * 4),
                 job.role,
                 spelt_ranks(job.ranks),
                 _sizes(role),
@@ -117,7 +118,7 @@ def _headline(plan: Plan) -> RenderableType:
     text.append(verdict, style="green" if plan.fits else "bold red")
     text.append(
         f"; rank {plan.worst_rank} holds most, {plan.worst_bytes / GB:.1f} of {plan.gpu.memory_bytes / GB:.1f} GB "
-        f"(margin {plan.margin_bytes / GB:.1f})"
+        f"({plan.margin_bytes / GB:.1f} of it for fragmentation and CUDA itself, which the table leaves out)"
     )
     return text
 
@@ -230,18 +231,27 @@ def _speed(plan: Plan) -> RenderableType:
     return table
 
 
+def _whole_run(plan: Plan) -> str:
+    if plan.num_tokens is None or plan.days is None:
+        return (
+            f"{plan.config.training.epochs} epoch(s) of the data: give their tokens (--tokens 162M, say) for its time"
+        )
+    gpu_hours = plan.days * 24 * plan.world_size
+    with_stops = _duration(plan.days / plan.reliability.ettr)
+    return (
+        f"{_number(plan.num_tokens)} tokens: {_duration(plan.days)}, "
+        f"{gpu_hours:,.{0 if gpu_hours >= 10 else 1}f} GPU hours; {with_stops} with stops"
+    )
+
+
 def _costs(plan: Plan) -> RenderableType:
-    kept, sent, gpu_hours = plan.reliability, plan.roles[0].traffic, plan.days * 24 * plan.world_size
+    kept, sent = plan.reliability, plan.roles[0].traffic
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_row(
         "whole step" if plan.time_line else "mix of buckets",
         f"{plan.tokens_per_second:,.0f} tokens/s/GPU, MFU {100 * plan.mfu:.1f} %, {_seconds(plan.step_seconds)} a step",
     )
-    table.add_row(
-        "whole run",
-        f"{_number(plan.num_tokens)} tokens: {_duration(plan.days)}, "
-        f"{gpu_hours:,.{0 if gpu_hours >= 10 else 1}f} GPU hours; {_duration(plan.days / kept.ettr)} with stops",
-    )
+    table.add_row("whole run", _whole_run(plan))
     table.add_row(
         "sent a step and rank",
         f"tp {_number(sent.tensor_parallel)}B, pp {_number(sent.pipeline)}B, dp {_number(sent.data_parallel)}B",
