@@ -172,6 +172,10 @@ class _Derivation:
                 values.pop(f"optimizer.lr_{name}_iters", None)
             else:
                 self._leave_out(flag, f"not known; set optimizer.lr_{name}_tokens")
+        whole_run = self._number("--train-samples")
+        if "optimizer.lr_warmup_tokens" in values and whole_run is not None and length is not None:
+            origin = "--lr-decay-samples is not given: Megatron's default, --train-samples x --seq-length"
+            values.setdefault("optimizer.lr_decay_tokens", (whole_run * length, origin))
         flag = "--lr-warmup-fraction"
         share = self._fraction(flag)
         whole = values.get("optimizer.lr_decay_iters") or values.get("training.train_iters")
@@ -256,7 +260,8 @@ class _Derivation:
             self._leave_out(flag, "not known without running the script; set data.path")
         if paths:
             origin = f"{flag}: name what `data build` wrote of the same corpus"
-            origin += f"; weights by source, in their order {' '.join(weights)}: data.weights" if weights else ""
+            if weights:
+                origin += f", of each with a --source of its own for data.weights: {' '.join(weights)}"
             self._set("data.path", paths if len(paths) > 1 else paths[0], origin)
 
     def _number(self, flag: str) -> int | None:
