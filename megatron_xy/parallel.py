@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import re
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -214,6 +215,18 @@ def gathered_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)
+
+
+def gathered_values(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's JSON value, on every rank of `group` (of the world, unless given), by rank."""
+    group = group or dist.group.WORLD
+    assert group is not None, "start_distributed comes before"
+    content = json.dumps(value).encode()
+    where = device.current()
+    sizes = gathered_over(torch.tensor([len(content)], device=where), group)
+    room = int(sizes.max().item())
+    rows = gathered_over(torch.frombuffer(bytearray(content.ljust(room)), dtype=torch.uint8).to(where), group)
+    return [json.loads(bytes(row)) for row in rows.tolist()]
 
 
 def send_onward(tensor: torch.Tensor, groups: Groups) -> dist.Work:

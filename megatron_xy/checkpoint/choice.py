@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from megatron_xy import device
 from megatron_xy.checkpoint import files
 from megatron_xy.checkpoint.folders import iteration_folder, no_such_iteration, saved_iterations
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.parallel import Groups, joined_over, sum_over
+from megatron_xy.parallel import Groups, gathered_values
 
 
 def find_resumable(
@@ -54,19 +51,12 @@ def find_resumable(
 
 def _agreed_candidates(checkpoints: Path, groups: Groups, *, wanted: int | None) -> list[int]:
     """The leader's view of the folder, on all ranks: a shared file system may show them different ones."""
-    size = 64
-    seen = torch.zeros(size, dtype=torch.int64)
-    found = saved_iterations(checkpoints)
-    if wanted is not None:
-        found = [wanted] if wanted in found else []
-    if groups.role_rank == 0:
-        for place, iteration in enumerate(found[:size]):
-            seen[place] = iteration + 1
-    agreed = sum_over(seen.to(device.current()), groups.all_ranks).tolist()
-    candidates = [int(value) - 1 for value in agreed if value]
-    if wanted is not None and not candidates:
+    candidates: list[int] = gathered_values(saved_iterations(checkpoints), groups.all_ranks)[0]
+    if wanted is None:
+        return candidates
+    if wanted not in candidates:
         raise no_such_iteration(checkpoints, wanted)
-    return candidates
+    return [wanted]
 
 
 def shared_problem(folder: Path, groups: Groups) -> str | None:
@@ -79,8 +69,4 @@ def shared_problem(folder: Path, groups: Groups) -> str | None:
             files.verify_coverage(folder, manifest)
     except (ConfigError, DataError) as error:
         problem = str(error)
-    size = 1024  # bytes of the message, for a tensor of one shape on all ranks
-    text = (problem or "").encode()[:size].ljust(size, b"\0")
-    told = joined_over(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device.current()), groups.all_ranks)
-    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in told.reshape(-1, size).tolist()]
-    return next((text for text in texts if text), None)
+    return next((found for found in gathered_values(problem, groups.all_ranks) if found), None)

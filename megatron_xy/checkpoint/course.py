@@ -6,21 +6,60 @@ name, so that neither `auto` nor retention ever mixes two courses. Nothing is de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_xy import device
-from megatron_xy.checkpoint.folders import iteration_folder, saved_iterations
+from megatron_xy.checkpoint.choice import find_resumable
+from megatron_xy.checkpoint.continuation import check_continuation
+from megatron_xy.checkpoint.files import Manifest
+from megatron_xy.checkpoint.folders import iteration_folder, saved_iterations, sweep
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import Stopped
-from megatron_xy.parallel import Groups, sum_over
+from megatron_xy.parallel import Groups, barrier, sum_over
 from megatron_xy.run_folder import current_attempt, read_start, this_start, write_start
 from megatron_xy.storage import storage_errors, sync_folder
 
 
-def wanted_resume(config: RunConfig, groups: Groups) -> str | int:
+def find_start(
+    config: RunConfig,
+    groups: Groups,
+    *,
+    current: dict[str, Any],
+    say: Callable[[str], None],
+    parts: Sequence[str] = ("",),
+) -> tuple[Path, Manifest] | None:
+    """The checkpoint that the run goes on from, with the manifest of the first of its parts; None where it starts anew.
+
+    What a killed save left is swept. current: what `continuation.facts` says of the run now. Collective. Raises as
+    `find_resumable` and `check_continuation`.
+    """
+    checkpoints = config.run_dir / "checkpoints"
+    if groups.role_rank == 0:
+        for name in sweep(checkpoints):
+            print(f"swept {name}, which a killed save left half-written")
+    barrier(groups)
+    found = find_resumable(checkpoints, groups, resume=_wanted_resume(config, groups), say=say, parts=parts)
+    if found is not None:
+        folder, manifest = found
+        allow_changes = config.checkpoint.allow_changes
+        check_continuation(manifest.state, current, allow_changes=allow_changes, origin=folder, say=say)
+    return found
+
+
+def begin(config: RunConfig, groups: Groups, *, iteration: int) -> None:
+    """The run goes on from `iteration`: see `set_aside`. Collective; when it returns, a stop has something to save."""
+    follows_newest = _wanted_resume(config, groups) == "auto"
+    if groups.role_rank == 0:
+        set_aside(config.run_dir, iteration=None if follows_newest else iteration, say=print)
+        write_start(config.run_dir)
+    barrier(groups)
+
+
+def _wanted_resume(config: RunConfig, groups: Groups) -> str | int:
     """`checkpoint.resume`, but `auto` in a restart of a run that has begun its course: it follows its own checkpoints.
 
     Collective: the first rank's view of the folder decides.
@@ -37,8 +76,8 @@ def stopped_after(iteration: int, config: RunConfig) -> Stopped:
     return Stopped(f"stopped on request after step {iteration}, state saved; {goes_on} goes on from there")
 
 
-def begin(run_dir: Path, *, iteration: int | None, say: Callable[[str], None]) -> None:
-    """Sets later checkpoints than `iteration` aside and notes that this start's course has begun. One rank calls it.
+def set_aside(run_dir: Path, *, iteration: int | None, say: Callable[[str], None]) -> None:
+    """Gives later checkpoints than `iteration` another name. One rank calls it.
 
     iteration: None where the run follows the newest: what `auto` passed over there is damaged, and stays to be looked
     at until a new one takes its name.
@@ -54,4 +93,3 @@ def begin(run_dir: Path, *, iteration: int | None, say: Callable[[str], None]) -
             folder.rename(aside)
         say(f"{folder.name} lies behind iteration {iteration}, from which this run starts: set aside as {aside.name}")
     sync_folder(checkpoints)
-    write_start(run_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Callable
@@ -20,21 +19,9 @@ EXPECTED_WITHIN_NODE = {"all-reduce": 300e9, "point to point": 200e9}
 EXPECTED_BETWEEN_NODES = {"all-reduce": 100e9, "point to point": 20e9}
 
 
-def gathered(value: Any) -> list[Any]:
-    """Every rank's JSON value, on every rank, by rank."""
-    content = json.dumps(value).encode()
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device.current()) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(content)], device=device.current()))
-    room = int(max(sizes).item())
-    mine = torch.frombuffer(bytearray(content.ljust(room)), dtype=torch.uint8).to(device.current())
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine)
-    return [json.loads(bytes(part.cpu().tolist())) for part in parts]
-
-
 def same_versions(versions: dict[str, str]) -> Finding:
     """Whether all ranks have the versions of rank 0."""
-    worlds = gathered({"host": socket.gethostname(), "versions": versions})
+    worlds = parallel.gathered_values({"host": socket.gethostname(), "versions": versions})
     first = worlds[0]
     for rank, world in enumerate(worlds):
         for name in sorted(first["versions"].keys() | world["versions"].keys()):
@@ -48,7 +35,7 @@ def same_versions(versions: dict[str, str]) -> Finding:
 def bandwidth() -> list[Finding]:
     """All-reduce over the world, and rank 0 to the last rank. Collective; every rank gets findings by its own clock."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    hosts = len(set(gathered(socket.gethostname())))
+    hosts = len(set(parallel.gathered_values(socket.gethostname())))
     size = 2**25 if device.is_cpu() else 2**30
     tensor = torch.ones(size // 4, device=device.current())
 

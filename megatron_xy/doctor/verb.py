@@ -111,8 +111,10 @@ def examine_hosts(folder: Path) -> list[dict[str, Any]]:
         return own
     parallel.start_distributed(timeout_seconds=LINK_SECONDS)
     shared = [links.same_versions(installed_versions()), *links.bandwidth()]
-    found: list[dict[str, Any]] = [entry for entries in links.gathered(own) for entry in entries]
-    first: list[dict[str, Any]] = links.gathered([{"host": "all", **asdict(finding)} for finding in shared])[0]
+    found: list[dict[str, Any]] = [entry for entries in parallel.gathered_values(own) for entry in entries]
+    first: list[dict[str, Any]] = parallel.gathered_values([{"host": "all", **asdict(finding)} for finding in shared])[
+        0
+    ]
     parallel.stop_distributed()
     return found + first
 

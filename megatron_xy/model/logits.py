@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from megatron_xy.data.dataset import MicroBatch
 from megatron_xy.losses import token_logprobs_and_entropy
 from megatron_xy.parallel import joined_over
 from megatron_xy.role import Role
-from megatron_xy.training.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
+from megatron_xy.training.train_step import forward_pass, on_device
 
 ROWS_A_PASS = 16  # through the pipeline; all are padded to the longest of them
 OutputsOf = Callable[[Role, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -45,22 +44,8 @@ def _outputs(role: Role, rows: Sequence[Sequence[int]], outputs_of: OutputsOf) -
     width += -width % role.groups.tp_size  # sequence parallelism splits it
     batches = [on_device(_padded(row, width)) for row in rows]
     with role.evaluating(), role.active():
-        step = partial(_forward_step, role, outputs_of)
-        outputs = forward_backward(role, batches, forward_step=step, forward_only=True)
-    return [output["outputs"] for output in outputs]
-
-
-def _forward_step(
-    role: Role, outputs_of: OutputsOf, batches: Iterator[DeviceBatch], module: torch.nn.Module
-) -> tuple[torch.Tensor, LossFunction]:
-    batch = next(batches)
-    output = forward(module, batch)
-
-    def collect(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        found = outputs_of(role, last[0], batch.labels[0])
-        return last.sum(), torch.tensor(1, dtype=torch.int, device=last.device), {"outputs": found}
-
-    return output, collect
+        outputs = forward_pass(role, batches, lambda batch, last: {"rows": outputs_of(role, last[0], batch.labels[0])})
+    return [output["rows"] for output in outputs]
 
 
 def _logits(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from megatron_xy import mcore
-from megatron_xy.checkpoint import continuation, course
-from megatron_xy.checkpoint.choice import find_resumable
+from megatron_xy.checkpoint import course
 from megatron_xy.checkpoint.files import TrainingState, read_manifest
-from megatron_xy.checkpoint.folders import sweep
 from megatron_xy.checkpoint.replicas import check_replicas
 from megatron_xy.checkpoint.state import load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
@@ -61,12 +59,7 @@ class PPOCheckpoints:
         """Goes on from the checkpoint that the config asks for, else from what each role's `model.load` names; returns
         the trained roles' states."""
         config, world = self._config, self._cast.world
-        if world.role_rank == 0:
-            for name in sweep(self._folder):
-                self._log.say(f"swept {name}, which a killed save left half-written")
-        barrier(world)
-        resume = course.wanted_resume(config, world)
-        found = find_resumable(self._folder, world, resume=resume, say=self._log.say, parts=TRAINED)
+        found = course.find_start(config, world, current=self._facts("actor"), say=self._log.say, parts=TRAINED)
         for worker in self._cast.workers.values():
             if worker.role is not None and (found is None or worker.name not in TRAINED):
                 load_initial_weights(worker.role, seed=config.seed + SEED_OFFSETS[worker.name])
@@ -74,13 +67,6 @@ class PPOCheckpoints:
         origin = "starting from the weights that the roles name"
         if found is not None:
             folder, manifest = found
-            continuation.check_continuation(
-                manifest.state,
-                self._facts("actor"),
-                allow_changes=config.checkpoint.allow_changes,
-                origin=folder,
-                say=self._log.say,
-            )
             kept = manifest.state["ppo"]
             engine.state = PPOState(kept["kl_coef"], RunningMoments(**kept["moments"]))
             for worker in self._cast.trained:
@@ -92,9 +78,7 @@ class PPOCheckpoints:
         iteration = states["actor"].iteration
         for writer in self._writers.values():
             writer.resumed_from = iteration
-        if world.role_rank == 0:
-            course.begin(config.run_dir, iteration=None if resume == "auto" else iteration, say=print)
-        barrier(world)
+        course.begin(config, world, iteration=iteration)
         self._log.say(origin)
         return states
 

@@ -132,7 +132,7 @@ def _update_step(
     module: torch.nn.Module,
 ) -> tuple[torch.Tensor, LossFunction]:
     packed = next(batches)
-    output = forward(module, packed.batch)
+    output = forward(module, packed)
 
     def learn(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         place = packed.rows, packed.columns

@@ -16,11 +16,12 @@ import torch
 
 from megatron_xy import device
 from megatron_xy.config import PlacedRole
+from megatron_xy.model.rotary import PackedDocuments
 from megatron_xy.ppo.batches import AnswerBatch, pack_answers, plan_answers, width_of
 from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.transport import Shipment
 from megatron_xy.role import Role
-from megatron_xy.training.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
+from megatron_xy.training.train_step import DeviceBatch, forward_pass, on_device
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class PackedBatch:
     def tokens(self) -> torch.Tensor:
         """[1, tokens]."""
         return self.batch.tokens
+
+    @property
+    def packed(self) -> PackedDocuments:
+        """Where its documents are."""
+        return self.batch.packed
 
 
 OutputsOf = Callable[[Role, PackedBatch, torch.Tensor], dict[str, torch.Tensor]]
@@ -109,29 +115,12 @@ class RoleWorker:
             return Shipment(tensors)
         with self.working(phase) as role, torch.no_grad(), role.evaluating():
             batches = self.packed(role, rollout, range(len(rollout.responses)))
-            outputs = forward_backward(
-                role,
-                batches,
-                forward_step=partial(_forward_step, role, outputs_of),
-                forward_only=True,
-            )
+            outputs = forward_pass(role, batches, partial(outputs_of, role))
             if role.groups.is_last_stage and role.groups.tp_rank == 0:
                 for packed, output in zip(batches, outputs, strict=True):
                     for name, tensor in tensors.items():
                         tensor[packed.rows, packed.columns] = output[name]
         return Shipment(tensors)
-
-
-def _forward_step(
-    role: Role, outputs_of: OutputsOf, batches: Iterator[PackedBatch], module: torch.nn.Module
-) -> tuple[torch.Tensor, LossFunction]:
-    packed = next(batches)
-    output = forward(module, packed.batch)
-
-    def collect(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        return last.sum(), torch.tensor(1, dtype=torch.int, device=last.device), outputs_of(role, packed, last)
-
-    return output, collect
 
 
 def _on_device(batch: AnswerBatch) -> PackedBatch:

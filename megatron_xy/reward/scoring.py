@@ -13,7 +13,7 @@ from megatron_xy.parallel import from_last_stage, sum_over
 from megatron_xy.ppo.batches import AnswerBatch, pack_answers, plan_answers, width_of
 from megatron_xy.role import Role
 from megatron_xy.training.evaluation import untouched
-from megatron_xy.training.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
+from megatron_xy.training.train_step import forward_pass, on_device
 
 MICRO_BATCHES_A_PASS = 8  # of a data parallel rank, about: between two looks at whether to go on
 Tokens = Sequence[int] | NDArray[np.int32]
@@ -70,9 +70,8 @@ def score_pass(
     )
     batches = [on_device(batch.tokens) for batch in packed]
     scores = torch.zeros(len(responses), dtype=torch.float64, device=device.current())
-    for batch, output in zip(
-        packed, forward_backward(role, batches, forward_step=_score_step, forward_only=True), strict=False
-    ):  # none but on the last stage
+    outputs = forward_pass(role, batches, lambda batch, last: {"values": last[0, :, 0]})
+    for batch, output in zip(packed, outputs, strict=False):  # none but on the last stage
         answers, places = _last_tokens(batch, responses)
         scores[torch.from_numpy(answers)] = output["values"][torch.from_numpy(places)].double()
     return from_last_stage(sum_over(scores, groups.collection.dp), groups).cpu().numpy()
@@ -83,12 +82,3 @@ def _last_tokens(batch: AnswerBatch, responses: Sequence[Tokens]) -> tuple[NDArr
     lengths = np.array([len(response) for response in responses])
     is_last = batch.columns == lengths[batch.rows] - 1
     return batch.rows[is_last], batch.before[is_last] + 1
-
-
-def _score_step(batches: Iterator[DeviceBatch], module: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-    output = forward(module, next(batches))
-
-    def collect(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        return last.sum(), torch.tensor(1, dtype=torch.int, device=last.device), {"values": last[0, :, 0]}
-
-    return output, collect

@@ -11,9 +11,8 @@ import torch
 
 from megatron_xy import mcore
 from megatron_xy.checkpoint import continuation, course
-from megatron_xy.checkpoint.choice import find_resumable
 from megatron_xy.checkpoint.files import TrainingState, amend_state
-from megatron_xy.checkpoint.folders import iteration_folder, sweep
+from megatron_xy.checkpoint.folders import iteration_folder
 from megatron_xy.checkpoint.replicas import check_replicas
 from megatron_xy.checkpoint.state import FROZEN_UPDATES, load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
@@ -24,7 +23,6 @@ from megatron_xy.log import RunLog
 from megatron_xy.model.parts import MODEL_PARTS
 from megatron_xy.model.source import changes_to_source, split_origin
 from megatron_xy.model.weights import load_initial_weights
-from megatron_xy.parallel import barrier
 from megatron_xy.role import Role
 from megatron_xy.runtime.liveness import went_forward
 from megatron_xy.training.spikes import StepHistory
@@ -83,12 +81,7 @@ class RunCheckpoints:
     def restore(self) -> RunState:
         """Goes on from the checkpoint that the config asks for; else from `model.load`, else from fresh weights."""
         config, role = self._config, self._role
-        if role.groups.is_leader:  # whose words reach the terminal
-            for name in sweep(self._folder):
-                self._log.say(f"swept {name}, which a killed save left half-written")
-        barrier(role.groups)
-        resume = course.wanted_resume(config, role.groups)
-        found = find_resumable(self._folder, role.groups, resume=resume, say=self._log.say)
+        found = course.find_start(config, role.groups, current=self._facts(), say=self._log.say)
         state = RunState()
         if found is None:
             load_initial_weights(role, seed=config.seed)
@@ -96,24 +89,14 @@ class RunCheckpoints:
             origin = f"starting from {role.model.load or 'fresh weights'}"
         else:
             folder, manifest = found
-            continuation.check_continuation(
-                manifest.state,
-                self._facts(),
-                allow_changes=config.checkpoint.allow_changes,
-                origin=folder,
-                say=self._log.say,
-            )
             state.training = load_state(role, folder, manifest)
             if "history" in manifest.state:
                 state.history = StepHistory.from_json(manifest.state["history"])
             state.frozen_updates = dict(manifest.state.get(FROZEN_UPDATES, {}))
             state.continued_from = manifest.state.get("continued_from")
             origin = f"resuming from {folder} ({state.training.iteration} iterations done)"
-        iteration = state.training.iteration
-        self._writer.resumed_from = iteration
-        if role.groups.role_rank == 0:
-            course.begin(config.run_dir, iteration=None if resume == "auto" else iteration, say=print)
-        barrier(role.groups)  # from here on a request to stop finds all ranks with something to save
+        self._writer.resumed_from = state.training.iteration
+        course.begin(config, role.groups, iteration=state.training.iteration)
         self._log.say(origin)
         return state
 

@@ -60,6 +60,10 @@ class Batch(Protocol):
     def tokens(self) -> torch.Tensor:
         """[1, tokens]."""
 
+    @property
+    def packed(self) -> PackedDocuments:
+        """Where its documents are."""
+
 
 BatchType = TypeVar("BatchType", bound=Batch)
 ForwardStep = Callable[[Iterator[BatchType], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
@@ -191,6 +195,24 @@ def forward_backward(
     return outputs[:num_wanted]
 
 
+def forward_pass(
+    role: Role,
+    batches: Sequence[BatchType],
+    outputs_of: Callable[[BatchType, torch.Tensor], dict[str, torch.Tensor]],
+) -> list[dict[str, torch.Tensor]]:
+    """What `outputs_of` makes of each micro-batch and the last stage's output; an empty list on the other stages."""
+
+    def step(remaining: Iterator[BatchType], module: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        batch = next(remaining)
+
+        def collect(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            return last.sum(), torch.tensor(1, dtype=torch.int, device=last.device), outputs_of(batch, last)
+
+        return forward(module, batch), collect
+
+    return forward_backward(role, batches, forward_step=step, forward_only=True)
+
+
 def language_model_step(
     role: Role, num_sources: int, batches: Iterator[DeviceBatch], module: torch.nn.Module
 ) -> tuple[torch.Tensor, LossFunction]:
@@ -200,7 +222,7 @@ def language_model_step(
     return output, partial(_language_model_loss, role, num_sources, batch)
 
 
-def forward(module: torch.nn.Module, batch: DeviceBatch) -> torch.Tensor:
+def forward(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Hidden states [tokens, 1, hidden] between stages; logits [1, tokens, padded vocabulary/tp] from the last."""
     output: torch.Tensor = module(batch.tokens, batch.packed.position_ids, None, packed_seq_params=batch.packed)
     return output

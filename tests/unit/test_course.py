@@ -12,10 +12,10 @@ def test_later_checkpoints_are_set_aside_and_never_deleted(tmp_path):
     for iteration in (2, 4, 6):
         (tmp_path / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
     said: list[str] = []
-    course.begin(tmp_path, iteration=2, say=said.append)
-    course.begin(tmp_path, iteration=None, say=said.append)
+    course.set_aside(tmp_path, iteration=2, say=said.append)
+    course.set_aside(tmp_path, iteration=None, say=said.append)
     (tmp_path / "checkpoints" / "iter_0000004").mkdir()
-    course.begin(tmp_path, iteration=0, say=said.append)
+    course.set_aside(tmp_path, iteration=0, say=said.append)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [
         "abandoned_1_iter_0000002",
