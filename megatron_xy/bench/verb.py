@@ -5,7 +5,6 @@ A part that fails is a result like another: its error is written down, and the n
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import time
@@ -18,9 +17,8 @@ from rich.table import Table
 
 from megatron_xy.bench.parts import has_gpu, parts_of
 from megatron_xy.errors import ConfigError
+from megatron_xy.packages import installed_versions
 from megatron_xy.storage import write_json
-
-PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "flash-attn", "triton", "numpy")
 
 
 def run(suite: str, *, only: Sequence[str], output: Path, tiny: bool, say: Callable[[str], None]) -> dict[str, Any]:
@@ -36,7 +34,7 @@ def run(suite: str, *, only: Sequence[str], output: Path, tiny: bool, say: Calla
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "packages": installed_versions(),
         "parts": {},
     }
     for name, part in parts.items():
@@ -96,10 +94,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -89,8 +89,7 @@ class Chat:
         behind bos. Raises BadConversation.
         """
         if isinstance(messages, str):
-            bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-            return np.concatenate([np.array(bos, dtype=np.int32), self.tokenizer.encode(messages)])
+            return np.array(self.tokenizer.text_prompt(messages), dtype=np.int32)
         text = self.template.render(self._guarded(messages), tools=self._guarded(tools), add_generation_prompt=True)
         parts, _ = self._parts(text)
         return self.tokenizer.encode_parts(parts).ids

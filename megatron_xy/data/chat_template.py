@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,20 @@ def load_chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
             f"chat_template ({name}) is neither a file nor one of {', '.join((*BUILT_IN, OF_TOKENIZER))}; name one"
         )
     return ChatTemplate(_read(path), name=path.name, tokenizer=tokenizer)
+
+
+def template_of_run(state: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
+    """That of the conversations that a checkpoint has learned, by its manifest's state; None where it has none."""
+    source = state.get("chat_template")
+    return None if source is None else ChatTemplate(source, name="of the checkpoint's run", tokenizer=tokenizer)
+
+
+def template_of_tokenizer(tokenizer: Tokenizer) -> ChatTemplate:
+    """OF_TOKENIZER, for a verb that takes --chat-template, which the ConfigError of a tokenizer without one names."""
+    try:
+        return load_chat_template(OF_TOKENIZER, tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, with --chat-template") from None
 
 
 def _source_of(tokenizer: Tokenizer) -> str:

@@ -90,6 +90,10 @@ class Tokenizer:
             where = f": it is looked for in {TOKENIZER_CONFIG} beside it, which {beside}"
         return f"the tokenizer {self.path} has no end token{where}"
 
+    def text_prompt(self, text: str) -> list[int]:
+        """The ids of a text as it stands, behind the begin token if there is one: what a model goes on from."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text).tolist()]
+
     def encode(self, text: str) -> NDArray[np.int32]:
         """Token ids [length] of one text, without control ids."""
         return self.encode_flat([text]).ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import resource
@@ -16,21 +15,9 @@ from typing import Literal
 import yaml
 
 from megatron_xy.errors import StorageError
+from megatron_xy.packages import PACKAGES, version_of
 from megatron_xy.storage import storage_errors, temporary_name
 
-# (accepted from, below; None: open, is needed), as in pyproject.toml where that names a limit
-RANGES: dict[str, tuple[str, str | None, bool]] = {
-    "torch": ("2.6", None, True),
-    "megatron-core": ("0.16.1", "0.20", True),
-    "numpy": ("1.26", None, True),
-    "safetensors": ("0.4.5", None, True),
-    "sentencepiece": ("0.2.0", None, True),
-    "pydantic": ("2.10", None, True),
-    "jinja2": ("3.1.6", None, True),
-    "transformers": ("4.50", None, False),
-    "transformer-engine": ("1.13", None, False),
-    "flash-attn": ("2.5", None, False),
-}
 OPEN_FILES = 4096  # shards, sockets to peers and libraries of a rank
 SHM_BYTES = 2**30  # a container's default of 64 MB is too little for NCCL
 FREE_BYTES = 10 * 2**30
@@ -58,19 +45,6 @@ def machine_findings(folder: Path, *, has_gpu: bool) -> list[Finding]:
     return [*_versions(), *_advisories(), *_limits(has_gpu=has_gpu), *_disk(folder)]
 
 
-def version_of(package: str) -> str | None:
-    """The installed version; None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def installed_versions() -> dict[str, str]:
-    """Of every package that decides what a run computes."""
-    return {name: found for name in RANGES if (found := version_of(name)) is not None}
-
-
 def is_below(version: str, limit: str) -> bool:
     """Whether `version` is older than `limit`, by their numbers; suffixes such as +cu128 do not count."""
     return _numbers(version) < _numbers(limit)
@@ -83,17 +57,21 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _versions() -> Iterator[Finding]:
-    for name, (lowest, limit, is_needed) in RANGES.items():
+    for name, accepted in PACKAGES.items():
+        if accepted.lowest is None:
+            continue
         found = version_of(name)
-        accepted = f">={lowest}" + (f",<{limit}" if limit else "")
-        remedy = f"pip install '{name}{accepted}'"
+        remedy = f"pip install '{name}{accepted.specifier}'"
+        is_old = found is not None and is_below(found, accepted.lowest)
+        is_new = found is not None and accepted.limit is not None and not is_below(found, accepted.limit)
         if found is None:
-            if is_needed:
+            if accepted.is_needed:
                 yield Finding("fail", name, "not installed", remedy)
-        elif is_below(found, lowest) or (limit is not None and not is_below(found, limit)):
-            yield Finding("fail" if is_needed else "warn", name, f"{found}, accepted {accepted}", remedy)
+        elif is_old or is_new:
+            verdict: Verdict = "fail" if accepted.is_needed else "warn"
+            yield Finding(verdict, name, f"{found}, accepted {accepted.specifier}", remedy)
         else:
-            yield Finding("ok", name, f"{found}, accepted {accepted}")
+            yield Finding("ok", name, f"{found}, accepted {accepted.specifier}")
 
 
 def _advisories() -> Iterator[Finding]:

@@ -17,21 +17,13 @@ from megatron_xy import device, parallel
 from megatron_xy.compiling import compiler
 from megatron_xy.config import ModelConfig
 from megatron_xy.doctor import links
-from megatron_xy.doctor.health import Finding, installed_versions, machine_findings, version_of
+from megatron_xy.doctor.health import Finding, machine_findings
 from megatron_xy.flops import peak_flops
 from megatron_xy.model.attention_backends import BACKENDS, examine
 from megatron_xy.model.layer_spec import DTYPES, choose_layers
+from megatron_xy.packages import PACKAGES, installed_versions, version_of
 from megatron_xy.runtime import environment, waits
 
-ACCEPTED = {
-    "torch": ">= 2.6 (tested: 2.13)",
-    "megatron-core": ">= 0.16.1, < 0.20 (0.19 wants Python 3.12)",
-    "transformers": ">= 4.50, for exports and their check",
-    "transformer-engine": ">= 1.13, optional: layer_spec transformer_engine, and its attention",
-    "flash-attn": ">= 2.5, optional: attention",
-    "flash-attn-3": ">= 3.0 (flash_attn_interface), optional: attention on Hopper",
-    "apex": "any, optional and not used: AdamW is torch's fused one",
-}
 LINK_SECONDS = 300.0  # of a collective of the links' measurement
 # Any model of usual width: what is chosen depends on the dtype and the width of a head alone.
 SHAPE = ModelConfig(num_layers=1, hidden_size=128, ffn_hidden_size=128, num_attention_heads=1, vocab_size=128)
@@ -53,7 +45,10 @@ def diagnose() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: {"found": version_of(name), "accepted": accepted} for name, accepted in ACCEPTED.items()},
+        "packages": {
+            name: {"found": version_of(name), "accepted": "; ".join(filter(None, (accepted.specifier, accepted.note)))}
+            for name, accepted in PACKAGES.items()
+        },
         "device": {
             "name": device.name(),
             "backend": device.backend(),
@@ -78,7 +73,8 @@ def told(findings: dict[str, Any]) -> str:
     where = findings["device"]
     lines = [f"python {findings['python']} on {findings['system']}"]
     for name, package in findings["packages"].items():
-        lines.append(f"{name}: {package['found'] or 'not installed'}; accepted: {package['accepted']}")
+        if not PACKAGES[name].is_needed:  # those are told with the machine
+            lines.append(f"{name}: {package['found'] or 'not installed'}; {package['accepted']}")
     lines.append(f"device: {where['name']}, backend {where['backend']}, {where['threads']} thread(s) a process")
     if where["peak_bf16_flops"]:
         lines.append(f"  peak for MFU: {where['peak_bf16_flops'] / 1e12:.0f} TFLOP/s dense bf16")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import OF_TOKENIZER, ChatTemplate, load_chat_template
+from megatron_xy.data.chat_template import ChatTemplate, template_of_tokenizer
 from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.tokenizer import Tokenizer
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import DataError
 from megatron_xy.hf.tokenizer import check_tokenizers
 
 Say = Callable[[str], None]
@@ -89,14 +89,9 @@ def _of_folder(dataset: PackedDataset, *, number: int, seed: int) -> tuple[list[
 
 
 def _of_rows(path: Path, *, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> list[list[int]]:
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
     @cache
     def chat() -> Chat:
-        try:
-            return Chat(tokenizer, chat_template or load_chat_template(OF_TOKENIZER, tokenizer))
-        except ConfigError as error:
-            raise ConfigError(f"{error}, with --chat-template") from None
+        return Chat(tokenizer, chat_template or template_of_tokenizer(tokenizer))
 
     def parse(row: dict[str, Any]) -> list[int]:
         if isinstance(row.get("messages"), list):
@@ -106,6 +101,6 @@ def _of_rows(path: Path, *, tokenizer: Tokenizer, chat_template: ChatTemplate | 
                 raise BadRow(str(problem)) from None
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise BadRow('must be {"text": ...} or {"messages": [...]}')
-        return [*begin, *tokenizer.encode(row["text"]).tolist()]
+        return tokenizer.text_prompt(row["text"])
 
     return [row.value for row in read_rows(path, option="--calibration", parse=parse)]

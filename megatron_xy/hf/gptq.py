@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.chat_template import ChatTemplate, load_chat_template
+from megatron_xy.data.chat_template import ChatTemplate, load_chat_template, template_of_run
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.calibration import read_calibration
@@ -125,8 +125,7 @@ def _template(given: str | None, source: Source, tokenizer: Tokenizer) -> ChatTe
     """The one given, or else that of the conversations that the checkpoint has learned, if any."""
     if given is not None:
         return load_chat_template(given, tokenizer)
-    text = source.manifest.state.get("chat_template")
-    return ChatTemplate(text, name="of the checkpoint's run", tokenizer=tokenizer) if text is not None else None
+    return template_of_run(source.manifest.state, tokenizer)
 
 
 @contextmanager

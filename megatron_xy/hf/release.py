@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_xy import __version__
 from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import ChatTemplate
+from megatron_xy.data.chat_template import template_of_run
 from megatron_xy.data.engines import TOKENIZER_CONFIG
 from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, load_tokenizer
 from megatron_xy.errors import DataError
@@ -60,22 +60,23 @@ def write_release_files(
     token_ids: dict[str, Any] = kept.get("token_ids", {})
     if not (folder / GENERATION_CONFIG).exists():
         write_json(folder / GENERATION_CONFIG, kept.get("generation_config", {"_from_model_config": True, **token_ids}))
-    template = source.manifest.state.get("chat_template")  # of the conversations that the model has learned
-    if isinstance(template, str):
-        write_text(folder / CHAT_TEMPLATE, template)
-        _add_end_of_answers(folder, kept, template)
+    learned = source.manifest.state.get("chat_template")
+    if isinstance(learned, str):
+        write_text(folder / CHAT_TEMPLATE, learned)
+        _add_end_of_answers(folder, kept, source.manifest.state)
     write_text(folder / MODEL_CARD, _model_card(source, dtype=dtype, quantisation=quantisation))
     return token_ids
 
 
-def _add_end_of_answers(folder: Path, kept: dict[str, Any], template: str) -> None:
+def _add_end_of_answers(folder: Path, kept: dict[str, Any], state: dict[str, Any]) -> None:
     """An answer ends where the template ends it, also for whoever generates with nothing but the release."""
     if not any((folder / name).is_file() for name in (TOKENIZER_FILE, TOKENIZER_JSON)):
         return
     tokenizer = load_tokenizer(folder)
-    stop_ids = Chat(tokenizer, ChatTemplate(template, name="of the checkpoint's run", tokenizer=tokenizer)).stop_ids
+    template = template_of_run(state, tokenizer)
+    assert template is not None, "asked for where there is one"
     known = end_ids(kept)
-    if new := [index for index in stop_ids if index not in known]:
+    if new := [index for index in Chat(tokenizer, template).stop_ids if index not in known]:
         values = read_object(folder, GENERATION_CONFIG) or {}
         write_json(folder / GENERATION_CONFIG, {**values, "eos_token_id": [*known, *new]})
 

@@ -21,7 +21,7 @@ from typing import Any
 from megatron_xy.checkpoint import files
 from megatron_xy.config import RunConfig
 from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import OF_TOKENIZER, ChatTemplate, load_chat_template
+from megatron_xy.data.chat_template import load_chat_template, template_of_run, template_of_tokenizer
 from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, read_rows
@@ -199,21 +199,15 @@ class Chats:
         """The one given, or that of the checkpoint's run; None where there is neither."""
         kind, folder = split_origin(self._origin)
         if self._chat is None and kind == "ckpt":
-            source = files.read_manifest(folder).state.get("chat_template")
-            if source is not None:
-                template = ChatTemplate(source, name="of the checkpoint's run", tokenizer=self._tokenizer)
-                self._chat = Chat(self._tokenizer, template)
+            template = template_of_run(files.read_manifest(folder).state, self._tokenizer)
+            self._chat = None if template is None else Chat(self._tokenizer, template)
         return self._chat
 
     def needed(self) -> Chat:
         """Raises ConfigError where there is no template."""
         self._chat = self.of_the_run()
         if self._chat is None:
-            try:
-                template = load_chat_template(OF_TOKENIZER, self._tokenizer)
-            except ConfigError as error:
-                raise ConfigError(f"{error}, with --chat-template") from None
-            self._chat = Chat(self._tokenizer, template)
+            self._chat = Chat(self._tokenizer, template_of_tokenizer(self._tokenizer))
         return self._chat
 
 
@@ -227,8 +221,7 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: Chats) -> lis
             raise BadRow(f"prompt: {problem}") from None
     if not isinstance(prompt, str):
         raise BadRow(f"prompt is {'missing' if prompt is None else 'neither a string nor a list of messages'}")
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return [*begin, *tokenizer.encode(prompt).tolist()]
+    return tokenizer.text_prompt(prompt)
 
 
 def _stop_ids(origin: str, tokenizer: Tokenizer, chat: Chats, *, given: list[str], vocab_size: int) -> list[int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_xy.config import TRAINED_ROLES
 from megatron_xy.parallel import Groups
 from megatron_xy.ppo.worker import RoleWorker
 
-TRAINED = ("actor", "critic")
+TRAINED: tuple[str, ...] = TRAINED_ROLES
 
 
 @dataclass

@@ -91,8 +91,7 @@ class Renderer:
             return [int(token) for token in self._chat.prompt(prompt)]
         if not isinstance(prompt, str):
             raise BadConversation("the prompt is messages, and no chat template renders them; name data.chat_template")
-        begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return [*begin, *self.tokenizer.encode(prompt).tolist()]
+        return self.tokenizer.text_prompt(prompt)
 
     def answer(self, prompt: str | list[Message], text: str) -> list[int]:
         """Token ids of an answer that is given as text, its end token included. Raises BadConversation."""

@@ -21,22 +21,22 @@ class Shipment:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def exchange(*shipments: Shipment, group: dist.ProcessGroup | None = None) -> list[dict[str, torch.Tensor]]:
+def exchange(*shipments: Shipment) -> list[dict[str, torch.Tensor]]:
     """Every shipment's tensors, whole, on every rank. Collective over the world: all ranks name the same shipments.
 
     One all-reduce for each dtype, however many tensors there are.
     """
     tensors = [tensor for shipment in shipments for tensor in shipment.tensors.values()]
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        _sum_in_place([tensor for tensor in tensors if tensor.dtype == dtype], group)
+        _sum_in_place([tensor for tensor in tensors if tensor.dtype == dtype])
     return [shipment.tensors for shipment in shipments]
 
 
-def _sum_in_place(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    if dist.get_world_size(group) == 1:
+def _sum_in_place(tensors: Sequence[torch.Tensor]) -> None:
+    if dist.get_world_size() == 1:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat, group=group)
+    dist.all_reduce(flat)
     start = 0
     for tensor in tensors:
         tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,23 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.packages import installed_versions
 from megatron_xy.run_folder.files import now
 from megatron_xy.run_folder.starts import current_attempt
 from megatron_xy.storage import write_json
-
-# Whose versions decide what a run computes, or how it is read afterwards.
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformer-engine",
-    "flash-attn",
-    "numpy",
-    "safetensors",
-    "sentencepiece",
-    "transformers",
-    "pydantic",
-    "tensorboard",
-)
 
 
 def write_env(run_dir: Path, *, extra: Mapping[str, Any]) -> None:
@@ -40,22 +26,12 @@ def write_env(run_dir: Path, *, extra: Mapping[str, Any]) -> None:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "python": sys.version.split()[0],
-        "packages": _package_versions(),
+        "packages": installed_versions(),
         "git_revision": _git_revision(),
         "argv": sys.argv,
         "attempt": current_attempt(),
     }
     write_json(run_dir / "env.json", {**environment, **extra})
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an extra that is not installed
-    return versions
 
 
 def _git_revision() -> str | None:

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_xy.doctor import health
 from megatron_xy.doctor.health import is_below, machine_findings
+from megatron_xy.packages import PACKAGES, Accepted
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,11 +35,12 @@ def test_versions_compare_by_number(version: str, limit: str, below: bool) -> No
 def test_accepted_versions_are_those_that_are_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    for name, (lowest, limit, is_needed) in health.RANGES.items():
+    for name, accepted in PACKAGES.items():
         wanted = next((line for line in lines if re.split(r"[\[<>=]", line)[0] == name), "")
-        assert (wanted in project["dependencies"]) == is_needed
-        if ">" in wanted:
-            assert wanted == f"{name}>={lowest}" + (f",<{limit}" if limit else "")
+        if accepted.lowest is not None:
+            assert (wanted in project["dependencies"]) == accepted.is_needed
+        if ">" in wanted and accepted.lowest is not None:
+            assert wanted == f"{name}{accepted.specifier}"
 
 
 def test_this_machine_passes_and_nothing_stays(tmp_path: Path) -> None:
@@ -52,9 +54,9 @@ def test_this_machine_passes_and_nothing_stays(tmp_path: Path) -> None:
 
 
 def test_what_is_not_ok_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(health.RANGES, "numpy", ("99", None, True))
-    monkeypatch.setitem(health.RANGES, "no-such-package", ("1", "2", True))
-    monkeypatch.setitem(health.RANGES, "transformers", ("1", "2", False))
+    monkeypatch.setitem(PACKAGES, "numpy", Accepted("99", is_needed=True))
+    monkeypatch.setitem(PACKAGES, "no-such-package", Accepted("1", "2", is_needed=True))
+    monkeypatch.setitem(PACKAGES, "transformers", Accepted("1", "2"))
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
     try:
@@ -91,4 +93,4 @@ def test_every_advisory_names_a_test_that_is_there() -> None:
         assert named is not None, entry["id"]
         text = (ROOT / named[1]).read_text()
         assert (f"def {named[2]}(" if named[2] else f'"{named[3]}": (') in text, entry["id"]
-        assert entry["package"] in health.RANGES or entry["package"] == "protobuf"
+        assert entry["package"] in PACKAGES or entry["package"] == "protobuf"
