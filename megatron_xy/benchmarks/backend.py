@@ -94,6 +94,10 @@ class MegatronXYLM(TemplateLM):  # type: ignore[misc]
         places: dict[tuple[int, ...], int] = {}
         questions: list[Question] = []
         asked: list[tuple[int, int]] = []
+        self._say_of_cut_ones(
+            sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests),
+            len(requests),
+        )
         for _texts, context, continuation in requests:
             known = tuple(context[-(self.max_length + 1 - len(continuation)) :])
             place = places.setdefault(known, len(questions))
@@ -132,17 +136,28 @@ class MegatronXYLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers up to the first of each request's stop texts, which is cut off."""
-        prompts = []
+        prompts, num_cut = [], 0
         for request in requests:
             context, options = request.args
-            prompts.append(self._prompt(context, normalize_gen_kwargs(options, MAX_RESPONSE_LENGTH)))
+            prompt, is_cut = self._prompt(context, normalize_gen_kwargs(options, MAX_RESPONSE_LENGTH))
+            prompts.append(prompt)
+            num_cut += is_cut
+        self._say_of_cut_ones(num_cut, len(requests))
         texts = self.model.responses(prompts, say=_say)
         return [
             postprocess_generated_text(text, stop=prompt.until, think_end_token=None)
             for text, prompt in zip(texts, prompts, strict=True)
         ]
 
-    def _prompt(self, context: str, options: dict[str, Any]) -> Prompt:
+    def _say_of_cut_ones(self, num_cut: int, num_requests: int) -> None:
+        if num_cut:
+            _say(
+                f"warning: {num_cut:,} of {num_requests:,} requests are longer than the model's "
+                f"max_position_embeddings ({self.max_length}): the beginnings of their contexts are cut off"
+            )
+
+    def _prompt(self, context: str, options: dict[str, Any]) -> tuple[Prompt, bool]:
+        """(what is asked, whether its context was cut on the left)."""
         until = [text for text in handle_stop_sequences(options.pop("until", None), eos=None) if text]
         length = int(options.pop("max_gen_toks"))
         if unknown := sorted(options.keys() - _SAMPLING - _PASSED_OVER):
@@ -155,7 +170,8 @@ class MegatronXYLM(TemplateLM):  # type: ignore[misc]
         chosen = SamplingOptions(
             **{"temperature": 0.0, **given}, max_response_length=length, stop_ids=(self.eot_token_id,)
         )
-        return Prompt(self.tok_encode(context)[-(self.max_length - length) :], chosen, until)
+        tokens, room = self.tok_encode(context), self.max_length - length
+        return Prompt(tokens[-room:], chosen, until), len(tokens) > room
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the model's chat template has it."""

@@ -97,8 +97,7 @@ class CheckpointWriter:
             self._write(groups, state.iteration, tensors=copies, shards=shards, rank_state=rank_state, state=body)
 
         if self.asynchronous:
-            self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint", daemon=True)
-            self._thread.start()
+            self._start(write)
         else:
             write()
         self._held_seconds = time.monotonic() - began
@@ -113,6 +112,17 @@ class CheckpointWriter:
         self._held_seconds += seconds
         self._raise_failure()
         return seconds
+
+    def publish_again(self, iteration: int, groups: Groups) -> None:
+        """Calls `on_published` for what was written before, in a thread; the next save waits for it."""
+        if groups.is_leader and self.is_publisher:
+            folder = iteration_folder(self.checkpoints, iteration)
+            self._start(lambda: self._on_published(iteration, folder))
+
+    @property
+    def is_publisher(self) -> bool:
+        """Whether this role gives the whole its name."""
+        return not self.part or bool(self.publishes)
 
     def wait(self) -> None:
         """Waits for this rank's part of the save under way, and raises what went wrong in it."""
@@ -131,9 +141,13 @@ class CheckpointWriter:
         self.wait()
         barrier(groups)
 
-    def _guarded(self, write: Callable[[], None]) -> None:
+    def _start(self, work: Callable[[], object]) -> None:
+        self._thread = threading.Thread(target=self._guarded, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _guarded(self, work: Callable[[], object]) -> None:
         try:
-            write()
+            work()
         except BaseException as error:  # handed to the training thread, which raises it in `wait`
             self._failure = error
 
@@ -174,16 +188,18 @@ class CheckpointWriter:
         write_json(folder / f"note-{groups.role_rank:05d}.json", note)
         if groups.is_leader:
             num_bytes = self._complete(folder, iteration, num_ranks=size, state=state)
-            if not self.part or self.publishes:
+            if self.is_publisher:
                 self._publish(folder.parent if self.part else folder, iteration)
                 self._let_go_of_the_oldest()
+            else:  # nothing of this role is under way in the folder from here on
+                _whole(folder).touch()
             seconds = time.monotonic() - began
             whose = f" of {self.part}" if self.part else ""
             self._on_written(
                 f"checkpoint{whose} of step {iteration} written: {num_bytes / 1e6:,.1f} MB in {seconds:.2f} s "
                 f"(training held for {self._held_seconds:.2f} s)"
             )
-            if not self.part or self.publishes:
+            if self.is_publisher:
                 self._on_published(iteration, iteration_folder(self.checkpoints, iteration))
 
     def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> int:
@@ -202,14 +218,15 @@ class CheckpointWriter:
                 entry.pieces.append(files.Piece(note["file"], files.shard_from_json(part, shape=shape)))
         for rank in notes:
             (folder / f"note-{rank:05d}.json").unlink()
-        files.write_manifest(folder, manifest)  # last: from now on another role may give the whole its name
+        files.write_manifest(folder, manifest)  # last: from now on it is a checkpoint
         return sum(int(facts["bytes"]) for facts in manifest.files.values())
 
     def _publish(self, folder: Path, iteration: int) -> None:
         """Gives what is whole its name."""
         for part in self.publishes:
             with waiting_for(f"the checkpoint of {part}"):
-                self._await_file(folder / part / files.MANIFEST)
+                self._await_file(_whole(folder / part))
+            _whole(folder / part).unlink()
         final = iteration_folder(self.checkpoints, iteration)
         if final.exists():  # an older run's, damaged or of an abandoned course
             remove(final)
@@ -239,3 +256,8 @@ class CheckpointWriter:
             if time.monotonic() > deadline:
                 raise PeerLost(f"{path} did not appear: that rank's part of the checkpoint was never written")
             time.sleep(0.01)
+
+
+def _whole(part: Path) -> Path:
+    """The file that tells that a role has written its part: beside it, for whoever gives both their name."""
+    return part.with_name(f"{part.name}.whole")

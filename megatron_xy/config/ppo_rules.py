@@ -35,6 +35,12 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
         )
     if ppo.kl_target is not None and not ppo.kl_coef:
         yield "ppo.kl_target", f"ppo.kl_target ({ppo.kl_target:g}) adapts kl_coef, which is 0; give it a start above 0"
+    if ppo.kl_target is not None and ppo.kl_horizon < ppo.rollout_batch_size:
+        yield (
+            "ppo.kl_horizon",
+            f"ppo.kl_horizon ({ppo.kl_horizon}) counts answers, and a step has {ppo.rollout_batch_size} "
+            f"(rollout_batch_size): kl_coef would leap, even below 0; give at least as many, such as 10000",
+        )
     if ppo.reward_function is not None and not re.fullmatch(r"[^\0:]+\.py:[A-Za-z_]\w*", ppo.reward_function):
         yield "ppo.reward_function", f"ppo.reward_function ({ppo.reward_function}) must be FILE.py:FUNCTION"
     if ppo.reward_function is not None and ppo.reward_normalization == "stored":

@@ -83,9 +83,14 @@ def write_index(folder: Path, facts: dict[str, dict[str, Any]]) -> None:
     write_text(folder / CHECKSUMS, "".join(f"{told['sha256']}  {file}\n" for file, told in sorted(facts.items())))
 
 
+def exported(run_dir: Path, *, name: str) -> Path:
+    """Where `export` puts a checkpoint of that name."""
+    return run_dir / "hf" / name
+
+
 def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
     """RUN/hf/NAME of a run's whole checkpoint, block by block out of its shards: nothing is gathered."""
-    target = run_dir / "hf" / name
+    target = exported(run_dir, name=name)
     if target.exists():  # an older run's, or of an abandoned course
         shutil.rmtree(target)
     to_hf(open_source("ckpt", checkpoint), target, dtype=None, tokenizer=None, verify=False, say=say)

@@ -11,12 +11,12 @@ import torch
 
 from megatron_xy import mcore
 from megatron_xy.checkpoint import course
-from megatron_xy.checkpoint.files import TrainingState, read_manifest
+from megatron_xy.checkpoint.files import Manifest, TrainingState, read_manifest
 from megatron_xy.checkpoint.replicas import check_replicas
 from megatron_xy.checkpoint.state import load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import RunConfig
-from megatron_xy.hf.convert import export
+from megatron_xy.hf.convert import export, exported
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.log import RunLog
 from megatron_xy.model.source import split_origin
@@ -58,7 +58,8 @@ class PPOCheckpoints:
     def restore(self, engine: PPO) -> dict[str, TrainingState]:
         """Goes on from the checkpoint that the config asks for, else from what each role's `model.load` names; returns
         the trained roles' states."""
-        config, world = self._config, self._cast.world
+        config, ppo, world = self._config, self._config.ppo, self._cast.world
+        assert ppo is not None, "the config's rules ask for it"
         found = course.find_start(config, world, current=self._facts("actor"), say=self._log.say, parts=TRAINED)
         for worker in self._cast.workers.values():
             if worker.role is not None and (found is None or worker.name not in TRAINED):
@@ -68,7 +69,8 @@ class PPOCheckpoints:
         if found is not None:
             folder, manifest = found
             kept = manifest.state["ppo"]
-            engine.state = PPOState(kept["kl_coef"], RunningMoments(**kept["moments"]))
+            coefficient = kept["kl_coef"] if self._goes_on_adapting(manifest) else ppo.kl_coef
+            engine.state = PPOState(coefficient, RunningMoments(**kept["moments"]))
             for worker in self._cast.trained:
                 part = read_manifest(folder / worker.name)
                 states[worker.name] = part.training_state
@@ -80,6 +82,9 @@ class PPOCheckpoints:
             writer.resumed_from = iteration
         course.begin(config, world, iteration=iteration)
         self._log.say(origin)
+        critic = self._cast.workers["critic"].role
+        if found is not None and critic is not None and self._is_export_missing(found[0].name, iteration):
+            self._writers["critic"].publish_again(iteration, critic.groups)
         return states
 
     def is_due(self, iteration: int) -> bool:
@@ -123,6 +128,12 @@ class PPOCheckpoints:
                 self._writers[worker.name].wait()
         barrier(self._cast.world)
 
+    def _goes_on_adapting(self, manifest: Manifest) -> bool:
+        """Whether the KL coefficient is the one that was reached; one that is fixed, or new in the config, is that."""
+        ppo = self._config.ppo
+        assert ppo is not None, "the config's rules ask for it"
+        return ppo.kl_target is not None and manifest.state["settings"]["ppo.kl_coef"] == ppo.kl_coef
+
     def _writer(self, name: str) -> CheckpointWriter:
         checkpoint = self._config.checkpoint
         return CheckpointWriter(
@@ -144,10 +155,17 @@ class PPOCheckpoints:
         interval = self._config.ppo.snapshot_interval
         return interval > 0 and iteration % interval == 0
 
+    def _is_export_missing(self, name: str, iteration: int) -> bool:
+        """Whether a kill came between a checkpoint and its release."""
+        return self._is_export_due(iteration) and not exported(self._config.run_dir, name=name).exists()
+
+    def _is_export_due(self, iteration: int) -> bool:
+        interval = self._config.checkpoint.hf_interval
+        return interval > 0 and iteration % interval == 0
+
     def _export(self, iteration: int, checkpoint: Path) -> None:
         """Of the roles only the actor is released. Called where the whole is there: by the critic's leader."""
-        interval = self._config.checkpoint.hf_interval
-        if interval and iteration % interval == 0:
+        if self._is_export_due(iteration):
             export(checkpoint / "actor", self._config.run_dir, name=checkpoint.name, say=self._log.say)
 
     def _facts(self, name: str) -> dict[str, Any]:

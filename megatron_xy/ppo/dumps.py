@@ -17,14 +17,15 @@ DUMPED = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages
 
 
 def dump_rollout(experience: Experience, folder: Path, *, iteration: int) -> None:
-    """Writes tokens [answers, prompt + response] as the actor has them, response_mask, and the experience's tensors.
-
-    Raises StorageError.
+    """Writes what the actor has: tokens [answers, prompt + response], an answer right behind its prompt, 0 behind it;
+    prompt_lengths [answers]; and [answers, response] from each answer's first token on: response_mask and the
+    experience's tensors. Raises StorageError.
     """
     rollout = experience.rollout
     rows = [[*prompt, *response] for prompt, response in zip(rollout.prompts["actor"], rollout.responses, strict=True)]
     tensors = {
         "tokens": torch.from_numpy(padded(rows, width=max(map(len, rows)))),
+        "prompt_lengths": torch.tensor([len(prompt) for prompt in rollout.prompts["actor"]]),
         "response_mask": rollout.mask.cpu(),
         **{name: getattr(experience, name).cpu() for name in DUMPED},
     }

@@ -59,16 +59,32 @@ class FunctionScorer:
             rows = copy.deepcopy([self._prompts.rows[drawn.row].value for drawn in rollout.drawn])  # the function's own
             texts = [self._tokenizer.decode_answer(response) for response in rollout.responses]
             try:
-                given = [float(score) for score in self._function([row["prompt"] for row in rows], texts, rows)]
-            except (Exception, SystemExit) as error:  # whatever a user's function does
+                answer = self._function([row["prompt"] for row in rows], texts, rows)
+            except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever a user's function does
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 raise DataError(
                     f"ppo.reward_function failed on a batch of {len(texts)} answers, at {last.filename}:{last.lineno}: "
                     f"{type(error).__name__}: {error}; mend the function and run again"
                 ) from error
-            if len(given) != len(texts):
-                raise DataError(
-                    f"ppo.reward_function gave {len(given)} scores for {len(texts)} answers; it must give one for each"
-                )
-            scores = torch.tensor(given, device=device.current())
+            scores = torch.tensor(self._numbers(answer, rollout), device=device.current())
         return Shipment({"scores": scores})
+
+    def _numbers(self, answer: Any, rollout: Rollout) -> list[float]:
+        """What the function gave, as a finite number an answer. Raises DataError."""
+        wanted, name = len(rollout.responses), "ppo.reward_function"
+        try:
+            given = [float(score) for score in answer]
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{name} gave {str(answer)[:200]} for {wanted} answers ({error}); it must give a number for each"
+            ) from error
+        if len(given) != wanted:
+            raise DataError(f"{name} gave {len(given)} scores for {wanted} answers; it must give one for each")
+        for score, drawn in zip(given, rollout.drawn, strict=True):
+            if not abs(score) <= torch.finfo(torch.float32).max:  # nor where it is no number
+                line = self._prompts.rows[drawn.row].line
+                raise DataError(
+                    f"{name} gave {score} for an answer to the prompt on line {line} of {self._prompts.path}; it must "
+                    f"give finite numbers, in the range of fp32"
+                )
+        return given

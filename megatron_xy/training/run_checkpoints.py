@@ -17,7 +17,7 @@ from megatron_xy.checkpoint.replicas import check_replicas
 from megatron_xy.checkpoint.state import FROZEN_UPDATES, load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import RunConfig
-from megatron_xy.hf.convert import export
+from megatron_xy.hf.convert import export, exported
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.log import RunLog
 from megatron_xy.model.parts import MODEL_PARTS
@@ -98,6 +98,8 @@ class RunCheckpoints:
         self._writer.resumed_from = state.training.iteration
         course.begin(config, role.groups, iteration=state.training.iteration)
         self._log.say(origin)
+        if found is not None and self._is_export_missing(found[0].name, state.training.iteration):
+            self._writer.publish_again(state.training.iteration, role.groups)
         return state
 
     def is_due(self, iteration: int) -> bool:
@@ -156,9 +158,16 @@ class RunCheckpoints:
             self._log.say(f"  model.{name} is {now} from here on; it was {then} in {model.load}")
         return {"load": model.load, "changes": changes}
 
-    def _export(self, iteration: int, checkpoint: Path) -> None:
+    def _is_export_missing(self, name: str, iteration: int) -> bool:
+        """Whether a kill came between a checkpoint and its release."""
+        return self._is_export_due(iteration) and not exported(self._config.run_dir, name=name).exists()
+
+    def _is_export_due(self, iteration: int) -> bool:
         interval = self._config.checkpoint.hf_interval
-        if interval and iteration % interval == 0:
+        return interval > 0 and iteration % interval == 0
+
+    def _export(self, iteration: int, checkpoint: Path) -> None:
+        if self._is_export_due(iteration):
             export(checkpoint, self._config.run_dir, name=checkpoint.name, say=self._log.say)
 
     def _facts(self) -> dict[str, Any]:

@@ -90,6 +90,40 @@ def parameter_bytes(role: Any) -> int:
     return sum(named.parameter.numel() * named.parameter.element_size() for named in role.named_parameters())
 
 
+def two_roles_on_a_slow_disk(checkpoints: Path) -> list[str]:
+    """Actor and critic of one checkpoint, the actor's manifest slow to reach the disk; the names that are left."""
+    import time
+
+    from megatron_xy import storage
+    from megatron_xy.checkpoint.writer import CheckpointWriter, TrainingState
+
+    role = models.make_role(Layout(), optimizer=OPTIMIZER)
+    assert role is not None
+    sync_folder = storage.sync_folder
+
+    def slow(folder: Path) -> None:
+        if folder.name == "actor":
+            time.sleep(0.5)
+        sync_folder(folder)
+
+    storage.sync_folder = slow
+    options: dict[str, Any] = {"keep_latest": 2, "asynchronous": True, "timeout_seconds": 30}
+    writers = [
+        CheckpointWriter(checkpoints, part="actor", **options),
+        CheckpointWriter(checkpoints, part="critic", publishes=["actor"], **options),
+    ]
+    for writer in writers:
+        writer.save(role, TrainingState(iteration=3), facts={"model": models.MODEL.model_dump(mode="json")})
+    for writer in writers:
+        writer.finish(role.groups)
+    return sorted(str(path.relative_to(checkpoints)) for path in checkpoints.glob("*/*"))
+
+
+def test_a_whole_gets_its_name_once_no_part_is_being_written(tmp_path: Path) -> None:
+    (left,) = run_ranks(two_roles_on_a_slow_disk, tmp_path, world_size=1)
+    assert left == ["iter_0000003/actor", "iter_0000003/critic"]
+
+
 @pytest.fixture(scope="module", params=SOURCES, ids=str)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layout, Path, list[Any]]:
     layout: Layout = request.param

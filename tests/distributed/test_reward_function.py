@@ -30,6 +30,15 @@ def leaves(prompts, responses, rows):
 
 def one_for_all(prompts, responses, rows):
     return [1.0]
+
+def forgets(prompts, responses, rows):
+    [1.0, 2.0]
+
+def divides(prompts, responses, rows):
+    return [1.0, float("nan")]
+
+def grows(prompts, responses, rows):
+    return [1e300, 1.0]
 """
 
 
@@ -87,6 +96,9 @@ def test_it_may_take_its_rows_apart(folder: Path) -> None:
         ("fails", "rules.py:11: KeyError: 'missing'; mend the function and run again"),
         ("leaves", "rules.py:14: SystemExit: 3"),
         ("one_for_all", "gave 1 scores for 2 answers; it must give one for each"),
+        ("forgets", "ppo.reward_function gave None for 2 answers ('NoneType' object is not iterable); it must give a"),
+        ("divides", "gave nan for an answer to the prompt on line 2 of"),
+        ("grows", "gave 1e+300 for an answer to the prompt on line 1 of"),
     ],
 )
 def test_what_it_does_wrong_is_told(folder: Path, name: str, text: str) -> None:

@@ -150,11 +150,17 @@ def test_metrics_rollouts_samples_and_checkpoints(unbroken: Path, folder: Path) 
     assert set(records[0]["idle_share_by_role"]) == {"actor", "critic", "reference", "reward"}
     dump = load_file(unbroken / "rollouts" / "iter_0000001.safetensors")
     assert set(dump) == {
-        "tokens", "response_mask", "logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns",
+        "tokens", "prompt_lengths", "response_mask", "logprobs", "ref_logprobs", "values", "scores", "rewards",
+        "advantages", "returns",
     }  # fmt: skip
     assert dump["scores"].shape == (ANSWERS,)
     assert dump["logprobs"].shape == dump["rewards"].shape == dump["response_mask"].shape
     assert dump["response_mask"].sum(dim=1).tolist() == lengths
+    answers = [row[start : start + length] for row, start, length in zip(
+        dump["tokens"].tolist(), dump["prompt_lengths"].tolist(), lengths, strict=True
+    )]  # fmt: skip
+    given = [json.loads(line)["tokens"] for line in (folder / "responses.jsonl").read_text().splitlines()]
+    assert answers == given[: len(answers)]
     told = [json.loads(line) for line in (unbroken / "samples.jsonl").read_text().splitlines()]
     assert [(row["iteration"], row["kind"]) for row in told] == [
         (iteration, kind) for iteration in range(1, STEPS + 1) for kind in ("best", "worst")
@@ -237,6 +243,21 @@ def test_whatever_is_lost_on_resume_shows(lost: str | None, unbroken: Path, fold
         for last in (Path("checkpoints", f"iter_{STEPS:07d}", role) for role in ("actor", "critic"))
     )
     assert is_same is (lost is None)
+
+
+@pytest.mark.parametrize(("change", "coefficient"), [("ppo.kl_coef=0.2", 0.2), ("ppo.kl_target=null", 0.05)])
+def test_a_kl_coefficient_that_is_new_or_fixed_is_the_configs(
+    change: str, coefficient: float, unbroken: Path, folder: Path, tmp_path: Path
+) -> None:
+    """And a release that a kill cut off is made up for."""
+    assert metrics_of(unbroken)[4]["kl_coef"] not in (0.05, 0.2), "it was adapted there"
+    run_dir = copy_run(unbroken, tmp_path / "run", iterations=[4])
+    options = (f"run_dir={run_dir}", "training.train_iters=5", "checkpoint.hf_interval=4", change)
+    ended = run_to_end(run_command(folder / "ppo.yaml", *options, ranks=4))
+    assert ended.code == 0, ended
+    assert metrics_of(run_dir)[4]["kl_coef"] == coefficient
+    released = Path("hf", "iter_0000004", "model.safetensors")
+    assert (run_dir / released).read_bytes() == (unbroken / released).read_bytes()
 
 
 @pytest.mark.slow
