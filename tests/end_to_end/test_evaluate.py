@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -100,6 +101,18 @@ def test_lm_evals_own_backend_gives_the_same_likelihoods_answers_and_accuracies(
         found = json.loads(ended.stdout)["financeiq"]
         assert {name.removeprefix("acc_"): value for name, value in found.items() if name != "acc"} == expected_metrics
         assert found["acc"] == pytest.approx(sum(expected_metrics.values()) / 2), "as many questions in both"
+
+
+@needs_lm_eval
+def test_contexts_that_are_cut_are_counted(folder: Path, tmp_path: Path) -> None:
+    short = shutil.copytree(folder / "hf", tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    task = ("--tasks", "financeiq", "--data-dir", str(folder / "data"), "--json")
+    whole, cut = (evaluate(f"hf:{model}", *task) for model in (folder / "hf", short))
+    assert whole.returncode == cut.returncode == 0, cut.stderr
+    assert "requests are longer than the model's max_position_embeddings (40)" in cut.stderr
+    assert "are longer than" not in whole.stderr
 
 
 @needs_lm_eval
