@@ -1,5 +1,6 @@
 """From run.yaml and overrides to a RunConfig: defaults, every kind of mistake with its line, value, rule and remedy."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from megatron_xy.config import (
 from megatron_xy.config.sections import SECTIONS, RoleConfig
 from megatron_xy.config.unknown_keys import OTHER_SPELLINGS
 from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import config_reference
 
 SMALLEST = """\
 run_dir: runs/small
@@ -721,3 +725,8 @@ def test_a_window_of_steps_is_text_in_a_file_and_in_an_override(run_yaml: Path) 
     run_yaml.write_text(run_yaml.read_text() + "runtime:\n  profile: 10:12\n")
     assert load_config(run_yaml).runtime.profiled_iterations == range(10, 12)
     assert load_config(run_yaml, overrides=["runtime.profile=30:45"]).runtime.profile == "30:45"
+
+
+def test_the_page_of_all_keys_is_what_its_tool_writes():
+    page = Path(__file__).parents[2] / "docs" / "config.md"
+    assert page.read_text(encoding="utf-8") == config_reference.page(), "run tools/config_reference.py"
