@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -70,6 +73,32 @@ def test_every_command_of_the_documents_runs_as_written(checkout: Path) -> None:
             if "virtual_pipeline" in line:
                 assert "resuming from runs/first/checkpoints/iter_0000009" in output
     assert ran >= 10
+    assert not undescribed(checkout)
+
+
+def undescribed(checkout: Path) -> set[str]:
+    """What the runs of the documents have left in their folders, and fields of it, that docs/run_folder.md lacks."""
+    commands = "\n".join(line for document in DOCUMENTS for line in commands_of(document))
+    tasks, names = set(), set()
+    for run_dir in [path.parent for path in (checkout / "runs").rglob("metrics.jsonl")]:
+        tasks.add(load_config(run_dir / "run.yaml").task)
+        written = [path for path in run_dir.iterdir() if str(path.relative_to(checkout)) not in commands]
+        names |= {f"{path.name}/" if path.is_dir() else path.name for path in written}
+        names |= json.loads((run_dir / "exit.json").read_text(encoding="utf-8")).keys()
+        for path in [run_dir / name for name in ("metrics.jsonl", "eval.jsonl", "events.jsonl", "samples.jsonl")]:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            names |= {name for line in lines for name in fields(json.loads(line))}
+    assert tasks == {"pretrain", "sft", "reward", "ppo"}, "the documents run every task"
+    page = (ROOT / "docs" / "run_folder.md").read_text(encoding="utf-8")
+    return names - set(re.findall(r"`([^`\n]+)`", page))
+
+
+def fields(record: dict[str, Any]) -> Iterator[str]:
+    """The names in a record, but for those of sources, buckets, models and roles."""
+    for name, value in record.items():
+        yield name
+        if isinstance(value, dict) and name in ("seconds_by_phase", "held_out", "training"):
+            yield from value
 
 
 def test_ci_runs_the_two_set_up_commands() -> None:
