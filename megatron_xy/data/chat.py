@@ -2,9 +2,10 @@
 
     messages -> (template) text -> its control tokens and the texts between them -> (tokenizer) ids
 
-The ids are those of transformers' apply_chat_template, with one exception: a control token that a message spells out
-stays text. Answers are what the template marks with {% generation %}; where it marks nothing, what stands behind the
-generation prompt of each of the assistant's turns, up to and including the control token that ends it.
+The ids are those of transformers' apply_chat_template, with two exceptions: a control token that a message spells out
+stays text, and templates have no clock. Answers are what the template marks with {% generation %}; where it marks
+nothing, what stands behind the generation prompt of each of the assistant's turns, up to and including the control
+token that ends it.
 """
 
 from __future__ import annotations
