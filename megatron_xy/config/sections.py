@@ -111,7 +111,9 @@ class DataConfig(Section):
         description="folders that `data build` wrote; task sft: jsonl files of conversations beside or instead; task "
         "reward: jsonl files of pairs",
     )
-    weights: dict[str, Weight] | None = Field(None, description="{source: weight}; null: as many tokens as each holds")
+    weights: dict[str, Weight] | None = Field(
+        None, description="{source: weight} of every source, 0 leaves one out; null: as many tokens as each holds"
+    )
     tokenizer: FilePath | None = Field(
         None, description="tokenizer.model or tokenizer.json; for jsonl files and task ppo; a data folder has its own"
     )
