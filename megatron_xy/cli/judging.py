@@ -121,7 +121,7 @@ def quantize(
     _quiet_libraries()
     goes_on = "the same command goes on with the files that are done" if is_in_files else "the same command begins anew"
     with cleaned_up_on_signals(f"; {goes_on}"):
-        from megatron_xy.hf.quantize import quantize as write_quantised
+        from megatron_xy.quantisation.verb import quantize as write_quantised
 
         write_quantised(
             source,
@@ -176,7 +176,7 @@ def compare(
         )
         asked = {name: benchmarks.title(name) for name in benchmarks.names}
         ask = partial(ask_opened, benchmarks=benchmarks)
-    from megatron_xy.hf import compare as comparing
+    from megatron_xy.quantisation import compare as comparing
 
     table, failed = comparing.compare(forms, data, num_samples=num_samples, ask=ask, say=say)
     if write_cards and not failed:

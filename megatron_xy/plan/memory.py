@@ -22,9 +22,9 @@ from megatron_xy.config import (
     placed_roles,
     room_for_answers,
 )
+from megatron_xy.data.answer_batches import equal_answers
 from megatron_xy.flops import DTYPE_BYTES
 from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters, stage_layers
-from megatron_xy.ppo.batches import equal_answers
 from megatron_xy.stages import padded_vocab_size
 
 FP32 = DTYPE_BYTES["fp32"]

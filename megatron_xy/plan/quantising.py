@@ -1,6 +1,6 @@
 """What a model needs to be quantised by `quantize`, scheme by scheme: from its shape to memory, disk and hours.
 
-One process: int8 and nf4 on one CPU core, GPTQ layer after layer on one GPU, as hf/bits.py and hf/gptq.py go about it.
+One process: int8 and nf4 on one CPU core, GPTQ layer after layer on one GPU, as quantisation/ goes about it.
 """
 
 from __future__ import annotations

@@ -18,11 +18,12 @@ from megatron_xy.config import (
     check_role_shapes,
     room_for_answers,
 )
+from megatron_xy.data.renderer import Renderer
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.model.source import check_head, own_tokenizer, resolve_model, split_origin, stored_head
-from megatron_xy.ppo.prompts import GivenResponses, PromptFile, Renderer
+from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 
 MOST_RENAMED = 0.01  # of the token ids that two tokenizers share: reserved ones that were given a name
 

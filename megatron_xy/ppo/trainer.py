@@ -17,6 +17,7 @@ from megatron_xy import device
 from megatron_xy.checkpoint import course
 from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.config import RunConfig
+from megatron_xy.data.renderer import Renderer
 from megatron_xy.log import RunLog
 from megatron_xy.parallel import max_over, sum_over
 from megatron_xy.peak import peak_rate
@@ -27,7 +28,7 @@ from megatron_xy.ppo.dumps import dump_rollout
 from megatron_xy.ppo.engine import PPO, LearningRates
 from megatron_xy.ppo.experience import Experience, Rollout
 from megatron_xy.ppo.phases import Phases
-from megatron_xy.ppo.prompts import PromptFile, Renderer
+from megatron_xy.ppo.prompts import PromptFile
 from megatron_xy.ppo.record import Spent, step_record, step_work
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout
 from megatron_xy.ppo.samples import sample_line, samples

@@ -16,8 +16,8 @@ import torch
 
 from megatron_xy import device
 from megatron_xy.config import PlacedRole
+from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers, width_of
 from megatron_xy.model.rotary import PackedDocuments
-from megatron_xy.ppo.batches import AnswerBatch, pack_answers, plan_answers, width_of
 from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.transport import Shipment
 from megatron_xy.role import Role

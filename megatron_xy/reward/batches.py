@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers
 from megatron_xy.data.dataset import MicroBatch, PairIndex
 from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
-from megatron_xy.ppo.batches import AnswerBatch, pack_answers, plan_answers
 from megatron_xy.reward.pairs import Pair, first_difference
 
 PairLoss = Literal["token", "sentence"]

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from megatron_xy.config import RunConfig
 from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.conversations import BadConversation, Message, parse_messages
+from megatron_xy.data.renderer import Renderer
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
-from megatron_xy.ppo.prompts import Renderer
 from megatron_xy.reward.split import clusters_of, split_by_cluster
 from megatron_xy.storage import file_sha256
 

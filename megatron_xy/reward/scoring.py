@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_xy import device
+from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers, width_of
 from megatron_xy.parallel import from_last_stage, sum_over
-from megatron_xy.ppo.batches import AnswerBatch, pack_answers, plan_answers, width_of
 from megatron_xy.role import Role
 from megatron_xy.training.evaluation import untouched
 from megatron_xy.training.train_step import forward_pass, on_device

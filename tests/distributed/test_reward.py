@@ -147,8 +147,8 @@ def by_the_formula(reward: RewardConfig) -> tuple[float, float, list[float]]:
     """Loss and gradient norm of all pairs, and the answers' scores: each answer alone, each pair by itself, in fp64."""
     import torch.distributed as dist
 
+    from megatron_xy.data.answer_batches import pack_answers
     from megatron_xy.parallel import build_groups
-    from megatron_xy.ppo.batches import pack_answers
     from megatron_xy.role import build_role
     from megatron_xy.training.train_step import forward, on_device
 

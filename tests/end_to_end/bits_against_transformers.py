@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from megatron_xy.hf.quantize import quantize
+from megatron_xy.quantisation.verb import quantize
 from tests.end_to_end.random_model import write_random_model
 
 CONFIGS = {

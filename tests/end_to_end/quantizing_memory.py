@@ -22,14 +22,14 @@ def main() -> None:
     source, folder, scheme = open_source("hf", Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
     folder.mkdir()
     if scheme in ("int8", "nf4"):
-        from megatron_xy.hf.bits import write_bits
+        from megatron_xy.quantisation.bits import write_bits
 
         before = peak()
         write_bits(
             folder, source, scheme=scheme, ignore=["lm_head"], token_ids={}, say=print, max_shard_bytes=FILE_BYTES
         )
     else:
-        from megatron_xy.hf.gptq import write_gptq
+        from megatron_xy.quantisation.gptq import write_gptq
 
         before = peak()
         write_gptq(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xy.hf.quantize import quantize
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from megatron_xy.quantisation.verb import quantize
 from tests.end_to_end.random_model import write_random_model
 from tools.train_tokenizer import train
 

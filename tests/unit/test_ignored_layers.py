@@ -6,7 +6,7 @@ import pytest
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError, UsageError
-from megatron_xy.hf.ignored import ignored_layers
+from megatron_xy.quantisation.ignored import ignored_layers
 
 
 def model(*, tied: bool = False) -> ModelConfig:

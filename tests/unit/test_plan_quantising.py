@@ -10,9 +10,9 @@ import pytest
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.hf.names import global_names, global_shape
-from megatron_xy.hf.quantize import quantize
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.quantising import WEIGHT_BYTES, quantising
+from megatron_xy.quantisation.verb import quantize
 from tests.end_to_end.random_model import SHAPE, write_random_model
 
 MODEL = ModelConfig(

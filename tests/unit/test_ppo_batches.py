@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.ppo.batches import equal_answers, pack_answers, plan_answers, width_of
+from megatron_xy.data.answer_batches import equal_answers, pack_answers, plan_answers, width_of
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

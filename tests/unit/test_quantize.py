@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_xy.errors import ConfigError, UsageError
-from megatron_xy.hf.quantize import quantize
+from megatron_xy.quantisation.verb import quantize
 from megatron_xy.tensors.files import write_tensors
 from tests.end_to_end.random_model import write_random_model
 
@@ -75,7 +75,7 @@ def test_layers_that_a_cpu_may_not_compute_in_four_bits_are_told_of(
 
 @needs_bitsandbytes
 def test_a_killed_command_goes_on_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_xy.hf import bits
+    from megatron_xy.quantisation import bits
 
     source, target = f"hf:{write_random_model(tmp_path / 'hf')}", tmp_path / "ours"
     run(source=source, target=f"hf:{tmp_path / 'single'}")

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from megatron_xy.errors import ConfigError, UsageError
-from megatron_xy.hf.ignored import LM_HEAD, ignored_layers
 from megatron_xy.hf.release import write_release_files
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.verb import place
+from megatron_xy.quantisation.ignored import LM_HEAD, ignored_layers
 
 BITSANDBYTES = ("int8", "nf4")
 Say = Callable[[str], None]
@@ -63,11 +63,11 @@ def quantize(
     release = partial(write_release_files, source=opened, tokenizer=None, dtype="bfloat16", say=say, quantisation=facts)
     with whole_or_absent(to_path, work=work) as folder:
         if calibration is None:
-            from megatron_xy.hf.bits import write_bits
+            from megatron_xy.quantisation.bits import write_bits
 
             write_bits(folder, opened, scheme=scheme, ignore=layers, token_ids=release(folder), say=say)
         else:
-            from megatron_xy.hf.gptq import write_gptq
+            from megatron_xy.quantisation.gptq import write_gptq
 
             facts["calibration"] = write_gptq(
                 folder,

@@ -30,11 +30,11 @@ from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.workers import Progress
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
-from megatron_xy.hf import nf4
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.release import MODEL_CARD
 from megatron_xy.hf.tokenizer import check_tokenizers
 from megatron_xy.hf.verb import place
+from megatron_xy.quantisation import nf4
 from megatron_xy.storage import write_text
 
 CARD_BEGINS, CARD_ENDS = "<!-- megatron-xy compare: begins -->", "<!-- megatron-xy compare: ends -->"

@@ -26,11 +26,11 @@ from megatron_xy.config import ModelConfig
 from megatron_xy.data.chat_template import ChatTemplate, load_chat_template, template_of_run
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import DataError
-from megatron_xy.hf.calibration import read_calibration
 from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import to_hf, write_index
 from megatron_xy.hf.release import tokenizer_place
 from megatron_xy.hf.source import Source
+from megatron_xy.quantisation.calibration import read_calibration
 from megatron_xy.storage import TEMPORARY_PREFIX, file_sha256, storage_errors
 
 PRESETS = {"gptq-w4a16": "W4A16", "w8a8": "W8A8", "w8a16": "W8A16"}

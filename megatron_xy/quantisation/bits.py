@@ -14,11 +14,11 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 
-from megatron_xy.hf import nf4
 from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.convert import Say, plan_hf_files, write_index
 from megatron_xy.hf.source import Source
 from megatron_xy.hf.target import Output, finish_files
+from megatron_xy.quantisation import nf4
 from megatron_xy.storage import write_json
 from megatron_xy.tensors.files import torch_dtype, write_tensors
 from megatron_xy.tensors.reader import TensorReader
