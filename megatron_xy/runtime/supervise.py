@@ -8,7 +8,6 @@ watchdogs; the supervisor does it only where none of them runs any more.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import signal
 import socket
@@ -18,13 +17,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, TextIO
 
-from megatron_xy.errors import EXIT_BUG, EXIT_DONE, EXIT_IO, EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USAGE, PeerLost
+from megatron_xy.errors import EXIT_DONE, EXIT_IO, EXIT_PEER_LOST, EXIT_STOPPED, PeerLost
 from megatron_xy.run_folder import (
     ATTEMPT_VARIABLE,
     EXIT_NAMES,
@@ -43,6 +40,8 @@ from megatron_xy.run_folder import (
 from megatron_xy.runtime import hang_report
 from megatron_xy.runtime.orphans import MARK_VARIABLE, SUPERVISOR_VARIABLE, kill_marked, marked_processes, tie_to
 from megatron_xy.runtime.signals import STOP_SIGNALS
+from megatron_xy.runtime.torchrun_account import Account
+from megatron_xy.runtime.verdict import TORCHRUN_LOG, verdict
 from megatron_xy.storage import storage_errors
 
 WORTH_A_RESTART = (EXIT_IO, EXIT_PEER_LOST)  # what another try may not meet again
@@ -51,7 +50,6 @@ BEGIN_SECONDS = 1200.0  # for the first rank to tell anything
 BACK_OFF_SECONDS = 1.0
 LINGER_SECONDS = 15.0  # for the other ranks, once one has recorded a failure; torchrun alone would give them 30
 POLL_SECONDS = 0.2
-TORCHRUN_LOG = Path("logs", "torchrun.log")
 
 
 def supervise(
@@ -134,7 +132,7 @@ def _attempt(
         preexec_fn=partial(tie_to, os.getpid()),
     )
     assert process.stderr is not None, "it was asked for as a pipe"
-    account = _Account(process.stderr, output=sys.stderr)
+    account = Account(process.stderr, output=sys.stderr)
     reader = threading.Thread(target=account.read, daemon=True)
     reader.start()
     try:
@@ -149,14 +147,14 @@ def _attempt(
         record_exit(run_dir, code=EXIT_PEER_LOST, message=message, rank=None, attempt=attempt)
         raise PeerLost(message)
     record = read_exit(run_dir)
-    verdict = _verdict(record, run_dir=run_dir, returncode=returncode, failures=account.failures, received=received)
+    found = verdict(record, run_dir=run_dir, returncode=returncode, failures=account.failures, received=received)
     if record is not None and hang_report.read_request(run_dir, since=0.0, attempt=attempt) is not None:
-        verdict = None  # who reported the hang killed the silent ranks and knows why
-    if verdict is None:
+        found = None  # who reported the hang killed the silent ranks and knows why
+    if found is None:
         assert record is not None, "only what the ranks wrote may stand as it is"
         return record
     clear_exit(run_dir)
-    record = record_exit(run_dir, code=verdict.code, message=verdict.message, rank=verdict.rank, attempt=attempt)
+    record = record_exit(run_dir, code=found.code, message=found.message, rank=found.rank, attempt=attempt)
     if record is None:
         raise RunDirBusy(f"another run, without a supervisor, took {run_dir} first; wait for it, or stop it")
     return record
@@ -198,55 +196,6 @@ def _ask_to_stop(process: subprocess.Popen[bytes], *, mark: str) -> None:
             continue  # it has just ended by itself
 
 
-def _verdict(
-    record: ExitRecord | None,
-    *,
-    run_dir: Path,
-    returncode: int,
-    failures: Sequence[_Failure],
-    received: Sequence[int],
-) -> _Verdict | None:
-    """What exit.json must say instead of the ranks' own record; None where that one stands."""
-    killed = _killed_rank(failures)
-    if killed and (record is None or record.code in (EXIT_DONE, EXIT_STOPPED, EXIT_PEER_LOST)) and not received:
-        # Its peers saw it go; in the start-up, where they have nothing to save, torchrun's SIGTERM stopped them.
-        said = f"; rank {record.rank} said: {record.message}" if record and record.code == EXIT_PEER_LOST else ""
-        return _Verdict(EXIT_PEER_LOST, _obituary(killed, run_dir) + said, killed.rank)
-    if record is not None and (record.code != EXIT_DONE or returncode == 0):
-        return None
-    if record is None and returncode == 0:
-        return _Verdict(EXIT_DONE, "done", None)
-    if len(received) > 1:
-        return _Verdict(EXIT_PEER_LOST, "killed on a second signal, before the ranks had saved", None)
-    if received and not read_heartbeats(run_dir):
-        return _Verdict(EXIT_STOPPED, "stopped before the ranks had begun; there was nothing to save", None)
-    if failures:
-        root = failures[-1]
-        if root.exitcode < 0:
-            return _Verdict(EXIT_PEER_LOST, _obituary(root, run_dir), root.rank)
-        code = root.exitcode if root.exitcode in EXIT_NAMES and root.exitcode > EXIT_USAGE else EXIT_BUG
-        message = f"rank {root.rank} (pid {root.pid}) left with {root.exitcode} and without a word; see its output"
-        return _Verdict(code, message, root.rank)
-    how = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"left with {returncode}"
-    return _Verdict(EXIT_PEER_LOST, f"torchrun {how}; its own words are in {run_dir / TORCHRUN_LOG}", None)
-
-
-def _killed_rank(failures: Sequence[_Failure]) -> _Failure | None:
-    """The rank that somebody else than torchrun ended; with SIGTERM torchrun ends those that are left."""
-    for failure in failures:
-        if failure.exitcode < 0 and (failure.exitcode != -signal.SIGTERM or failure is failures[-1]):
-            return failure
-    return None
-
-
-def _obituary(killed: _Failure, run_dir: Path) -> str:
-    name = signal.Signals(-killed.exitcode).name
-    beat = read_heartbeats(run_dir).get(killed.rank)
-    where = f" at iteration {beat.iteration} ({beat.phase})" if beat else ""
-    hint = "; the kernel does that when memory runs out (dmesg tells)" if name == "SIGKILL" else ""
-    return f"rank {killed.rank} (pid {killed.pid}) was killed by {name}{where}{hint}"
-
-
 class _Silence:
     """Whether any rank still tells where it is; their watchdogs do so every second, whatever the training does."""
 
@@ -282,82 +231,6 @@ class _Silence:
         _say(finding.text)
         code = EXIT_PEER_LOST
         record_exit(self._run_dir, code=code, message=finding.message, rank=finding.rank, attempt=self._attempt)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A rank that torchrun saw end; exitcode is -N where signal N ended it."""
-
-    rank: int
-    exitcode: int
-    pid: int
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """What the supervisor writes into exit.json."""
-
-    code: int
-    message: str
-    rank: int | None
-
-
-class _Account:
-    """Standard error of torchrun and its workers: the workers' lines pass, torchrun's are read and kept.
-
-    torchrun ends with a traceback of its own whenever a rank leaves with another code than 0, a clean stop included.
-    """
-
-    _LOG_LINE = re.compile(r"[A-Z]\d{4} [\d:.]+ \d+ (\S*/)?torch/distributed/(elastic|launcher|run\.py)")
-    _ITS_ERRORS = re.compile(r"torch\.distributed\.elastic\.\S*(ChildFailedError|SignalException)\b")
-    _RANK = re.compile(r"\s+rank\s*: (\d+) \(local_rank")
-    _EXIT_CODE = re.compile(r"\s+exitcode\s*: (-?\d+) \(pid: (\d+)\)")
-
-    def __init__(self, source: IO[bytes], *, output: TextIO) -> None:
-        self.failures: list[_Failure] = []  # the root cause last
-        self.own_lines: list[str] = []  # torchrun's; few, so that a full disk does not cost the workers their output
-        self._source = source
-        self._output = output
-        self._traceback: list[str] = []  # held back until its last line says whose it is
-        self._borders_left = 0  # of the box that follows a ChildFailedError
-        self._rank = 0
-
-    def read(self) -> None:
-        """To the end of the pipe."""
-        with self._source:
-            for line in self._source:
-                self._sort(line.decode("utf-8", errors="replace"))
-            self._pass_on(self._traceback)
-
-    def _sort(self, line: str) -> None:
-        if self._borders_left:
-            self._borders_left -= line.startswith("=====")
-            self._read_failure(line)
-            self.own_lines.append(line)
-        elif self._traceback and line.startswith(" "):
-            self._traceback.append(line)
-        elif self._traceback and self._ITS_ERRORS.match(line):
-            self._borders_left = 2 if "ChildFailedError" in line else 0
-            self.own_lines += [*self._traceback, line]
-            self._traceback = []
-        elif line.startswith("Traceback (most recent call last):"):
-            self._pass_on(self._traceback)
-            self._traceback = [line]
-        elif self._LOG_LINE.match(line):
-            self.own_lines.append(line)
-        else:
-            self._pass_on([*self._traceback, line])
-            self._traceback = []
-
-    def _read_failure(self, line: str) -> None:
-        if match := self._RANK.match(line):
-            self._rank = int(match[1])
-        elif match := self._EXIT_CODE.match(line):
-            self.failures.append(_Failure(self._rank, int(match[1]), int(match[2])))
-
-    def _pass_on(self, lines: Sequence[str]) -> None:
-        self._output.write("".join(lines))
-        self._output.flush()
 
 
 @contextmanager
