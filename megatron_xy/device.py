@@ -1,11 +1,7 @@
-"""This process's device and backend; on a machine without CUDA, the stand-in that lets megatron-core run on the CPU.
+"""This process's device and backend: a GPU, or the CPU with a stand-in for torch.cuda under megatron-core.
 
 megatron-core calls `torch.cuda` and names the device literally in many places. `start`, called by a verb before
-anything imports megatron.core, settles the device. On a GPU it patches nothing. On a CPU it replaces what megatron-core
-reaches: streams and events (CPU operations are synchronous, so these do nothing), device queries, generator states,
-the device argument of the factory functions, and torch.compile (it would want a C++ compiler, and megatron-core's
-decorators alone cost a second of imports). The factories are wrapped rather than watched by a TorchFunctionMode, which
-would cost about 12 us in every torch call; a wrapped one costs a dictionary look-up.
+anything imports megatron.core, settles the device. On a GPU it patches nothing; on a CPU cuda_stand_in.py does.
 
 A dry run has the same stand-in over torch's meta device, whose tensors have shapes and no data: `start_dry`.
 """
@@ -13,26 +9,21 @@ A dry run has the same stand-in over torch's meta device, whose tensors have sha
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megatron_xy import cuda_stand_in
 from megatron_xy.errors import ConfigError
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
-_FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn",
-    "tensor", "zeros", "zeros_like",
-)  # fmt: skip
 # What the backends say, in errors of no type of their own, when another rank is gone or stands still.
 COLLECTIVE_ERROR_MARKS = (
     "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe",
@@ -42,8 +33,6 @@ BROKEN_GPU_MARKS = (
     "uncorrectable ECC error", "uncorrectable NVLink error", "hardware stack error", "or a hardware error",
     "CUDA error: unknown error",
 )  # fmt: skip
-_MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
-
 Moment = Any  # a float of time.perf_counter() on a CPU, an event in the queue on a GPU
 
 _device: torch.device | None = None
@@ -81,47 +70,21 @@ def start(*, local_rank: int = 0, num_threads: int = 1, deterministic: bool = Fa
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         _device = _CPU
-        _install_stand_in()
+        _patched.extend(cuda_stand_in.install(_device))
     return _device
 
 
-def start_dry(*, num_threads: int = 1) -> torch.device:
+def start_dry() -> torch.device:
     """Settles this process on tensors that have shapes and no data, where a job's ranks have a GPU's: for a dry run.
 
     On any machine, in place of `start`.
     """
     global _device
     assert _device is None, "a process has one device"
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(1)
     _device = _META
-    _install_stand_in()
-    # torch's one-kernel AdamW gives shapes on this device, which its list of devices leaves out.
-    optimizers: Any = importlib.import_module("torch.optim.optimizer")
-    optimizers._get_fused_kernels_supported_devices = lambda: [_META.type]
-    torch.nn.functional.scaled_dot_product_attention = _flash_attention  # type: ignore[assignment]
-    _patched.extend(
-        (
-            "torch.optim.optimizer._get_fused_kernels_supported_devices",
-            "torch.nn.functional.scaled_dot_product_attention",
-        )
-    )
+    _patched.extend(cuda_stand_in.install_dry(_device))
     return _device
-
-
-def _flash_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    is_causal: bool,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """torch's attention by the kind of kernel that a real device has; on meta torch itself would keep all scores."""
-    output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, scale=scale
-    )[0]
-    return output
 
 
 def is_settled() -> bool:
@@ -260,122 +223,3 @@ def adapt_megatron_random(module: Any) -> None:
     if _patched:
         module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-class _Event:
-    """Stands in for torch.cuda.Event: on a CPU everything queued has already happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def record(self, *args: Any) -> None: ...
-    def wait(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-
-class _Stream:
-    """Stands in for torch.cuda.Stream: on a CPU there is one order of execution."""
-
-    device = _CPU
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait_stream(self, *args: Any) -> None: ...
-    def wait_event(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *args: Any) -> None: ...
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def query(self) -> bool:
-        return True
-
-
-def _install_stand_in() -> None:
-    """Replaces, once, what megatron-core reaches in torch.cuda, in the factories and in two methods of Tensor."""
-    cuda = torch.cuda
-    # One function object per name: torch._dynamo refuses one object that stands under two.
-    replacements: dict[str, Any] = {
-        "current_device": current,
-        "set_device": lambda device: None,
-        "device_count": lambda: 1,
-        "synchronize": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "current_stream": lambda device=None: _Stream(),
-        "default_stream": lambda device=None: _Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
-        "reset_peak_memory_stats": lambda device=None: None,
-        "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
-        # manual_seed_all stays as it is: torch.manual_seed calls it.
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
-        "Stream": _Stream,
-        "Event": _Event,
-    }
-    for counter in _MEMORY_COUNTERS:
-        replacements[counter] = _zero_counter()
-    for attribute, replacement in replacements.items():
-        setattr(cuda, attribute, replacement)
-        _patched.append(f"torch.cuda.{attribute}")
-    cuda.random.get_rng_state = lambda device="": torch.get_rng_state()
-    cuda.random.set_rng_state = lambda new_state, device="": torch.set_rng_state(new_state)
-    cuda.nvtx.range_push = lambda message: None
-    cuda.nvtx.range_pop = lambda: None
-    _patched.extend(f"torch.cuda.random.{name}" for name in ("get_rng_state", "set_rng_state"))
-    _patched.extend(f"torch.cuda.nvtx.{name}" for name in ("range_push", "range_pop"))
-    for factory in _FACTORIES:
-        setattr(torch, factory, _on_current(getattr(torch, factory)))
-        _patched.append(f"torch.{factory}")
-    torch.compile = _left_as_it_is  # type: ignore[assignment]
-    _patched.extend(("torch.compile", "torch.Tensor.cuda", "torch.Tensor.type"))
-    _install_tensor_methods()
-
-
-def _left_as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """torch.compile, which is also called with its options alone, as a decorator that does nothing."""
-    return _left_as_it_is if function is None else function
-
-
-def _zero_counter() -> Callable[..., int]:
-    return lambda device=None: 0
-
-
-def _on_current(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`factory` with a CUDA device read as this process's and without pinned memory."""
-
-    @functools.wraps(factory)
-    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs:
-            if _names_cuda(kwargs.get("device")):
-                kwargs["device"] = _device
-            if kwargs.get("pin_memory"):
-                kwargs["pin_memory"] = False
-        return factory(*args, **kwargs)
-
-    return wrapped
-
-
-def _names_cuda(device: Any) -> bool:
-    if device is None:
-        return False
-    if isinstance(device, int):
-        return True
-    return (device if isinstance(device, str) else device.type).startswith("cuda")
-
-
-def _install_tensor_methods() -> None:
-    """`Tensor.cuda()` stays here; `Tensor.type()` says CUDA, since megatron-core's optimizer compares its strings."""
-    plain_type = torch.Tensor.type
-
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = plain_type(self, *args, **kwargs)
-        if not isinstance(result, str):
-            return result
-        return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
-
-    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

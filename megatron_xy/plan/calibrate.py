@@ -17,7 +17,7 @@ import numpy
 from megatron_xy.config import load_config
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.plan.assumptions import Device, Efficiencies
-from megatron_xy.plan.memory import jobs
+from megatron_xy.plan.job import jobs
 from megatron_xy.plan.speed import step_time
 from megatron_xy.report.records import read_metrics
 

@@ -7,23 +7,13 @@ and NCCL take besides is no part of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from megatron_xy.config import (
-    ModelConfig,
-    ParallelConfig,
-    PlacedRole,
-    PPOConfig,
-    RunConfig,
-    data_parallel_size,
-    filling_answer,
-    placed_roles,
-    room_for_answers,
-)
-from megatron_xy.data.answer_batches import equal_answers
+from megatron_xy.config import RunConfig
 from megatron_xy.flops import DTYPE_BYTES
+from megatron_xy.plan.job import Answers, Job, jobs
 from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters, stage_layers
 from megatron_xy.stages import padded_vocab_size
 
@@ -34,66 +24,6 @@ LOGPROBS_CHUNK_TOKENS = 1024  # of PPO's log-probabilities, which work on so man
 LOGPROBS_TENSORS = 5  # fp32 tensors of a chunk's logits that live at once in their backward pass
 EXPERIENCE_TENSORS = 9  # fp32 numbers for each response token of a PPO step, on every rank
 MAX_SEQUENCES = 64  # of a replica that generate at a time
-CACHE_STEP = 64  # tokens, by which generation's cache grows at the least
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a PPO role gets to work on, as memory is told for it; lengths in tokens."""
-
-    ppo: PPOConfig
-    budget: int  # of a micro-batch, at most
-    room: int  # for an answer with its prompt
-    length: int  # of answers, prompts included, that fill micro-batches most
-    are_generated_here: bool
-
-    def shape(self, number: int, *, length: int, parallel: ParallelConfig, dp_size: int) -> tuple[int, int]:
-        """Micro-batches of a rank, and tokens of each, where `number` answers of one length are shared out."""
-        rounds = parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 1
-        batches, most = equal_answers(number, length=length, budget=self.budget, dp_size=dp_size, multiple=rounds)
-        tp = parallel.tensor_model_parallel_size
-        return batches, -(-most * length // tp) * tp
-
-    @property
-    def cache_lengths(self) -> tuple[int, int]:
-        """Tokens a sequence that generation's cache has room for in the end, and had before it last grew."""
-        before, now = 0, _up(self.room - self.ppo.max_response_length)
-        while now < self.room:
-            before, now = now, _up(max(now + 1, now + now // 2))
-        return now, before
-
-
-@dataclass(frozen=True)
-class Job:
-    """One role as the planner sees it: what is the same on all its ranks."""
-
-    role: str  # "model" for pretrain, sft and reward
-    model: ModelConfig
-    parallel: ParallelConfig
-    dp_size: int
-    micro_batch_tokens: int
-    num_micro_batches: int  # a step and replica
-    is_trained: bool = True
-    has_logprobs: bool = False  # PPO's loss of the actor, in place of the cross-entropy
-    ranks: tuple[int, ...] = ()  # global, in placement order
-    answers: Answers | None = None  # of a PPO role
-
-    def over(self, dp_size: int) -> Job:
-        """The same with as many replicas; a PPO role's micro-batches as its share of the answers makes them."""
-        if self.answers is None:
-            return replace(self, dp_size=dp_size)
-        answers = self.answers
-        number, length = answers.ppo.mini_batch_size, answers.length
-        batches, tokens = answers.shape(number, length=length, parallel=self.parallel, dp_size=dp_size)
-        return replace(self, dp_size=dp_size, num_micro_batches=batches, micro_batch_tokens=tokens)
-
-    def stage_of(self, rank: int) -> int:
-        """The pipeline stage of a global rank of the role."""
-        return self.ranks.index(rank) * self.parallel.pipeline_model_parallel_size // len(self.ranks)
-
-    def replica_of(self, rank: int) -> int:
-        """The data parallel rank of a global rank of the role."""
-        return self.ranks.index(rank) // self.parallel.tensor_model_parallel_size % self.dp_size
 
 
 class Held(NamedTuple):
@@ -150,25 +80,6 @@ def rank_memory(config: RunConfig, *, world_size: int, rank: int) -> list[RoleMe
     ]
 
 
-def jobs(config: RunConfig, *, world_size: int) -> list[Job]:
-    """The roles of a run over `world_size` ranks; one, named model, but for task ppo."""
-    if config.task == "ppo":
-        assert config.ppo is not None, "the config's rules ask for it"
-        placed = placed_roles(config, world_size=world_size)
-        _, room = room_for_answers(placed.values(), config.ppo)
-        length = filling_answer(placed.values(), config.ppo)
-        return [_job_of_role(role, ppo=config.ppo, room=room, length=length) for role in placed.values()]
-    dp_size = data_parallel_size(config.parallel, world_size=world_size)
-    training = config.training
-    return [
-        Job(
-            "model", config.model, config.parallel, dp_size, training.micro_batch_tokens,
-            max(1, training.global_batch_tokens // (training.micro_batch_tokens * dp_size)),
-            ranks=tuple(range(world_size)),
-        )
-    ]  # fmt: skip
-
-
 def stage_memory(job: Job, *, stage: int, replica: int = 0, held: Held | None = None) -> RoleMemory:
     """What a rank of this stage and replica holds; tensor parallel ranks hold the same.
 
@@ -220,23 +131,6 @@ def held_between_steps(job: Job, *, stage: int, replica: int = 0) -> Held:
     return Held(elements, weights, gradients, optimizer)
 
 
-def _job_of_role(role: PlacedRole, *, ppo: PPOConfig, room: int, length: int) -> Job:
-    """A role of PPO at its update by a mini-batch, or at its pass over one."""
-    dp_size = len(role.ranks) // role.parallel.model_parallel_size
-    return Job(
-        role.name,
-        role.model,
-        role.parallel,
-        dp_size,
-        role.micro_batch_tokens,
-        num_micro_batches=1,
-        is_trained=role.optimizer is not None,
-        has_logprobs=role.name == "actor",
-        ranks=role.ranks,
-        answers=Answers(ppo, role.micro_batch_tokens, room, length, are_generated_here=role.name == "actor"),
-    ).over(dp_size)
-
-
 def _cache_bytes(job: Job, *, answers: Answers, num_layers: int) -> int:
     """Generation has a group of sequences a stage and a cache a chunk; one that grows stands beside what it was."""
     if not answers.are_generated_here:
@@ -248,10 +142,6 @@ def _cache_bytes(job: Job, *, answers: Answers, num_layers: int) -> int:
     a_token = 2 * DTYPE_BYTES[model.params_dtype] * groups * model.head_dim * num_layers
     now, before = answers.cache_lengths
     return rows * a_token * (stages * now + before // job.parallel.num_chunks)
-
-
-def _up(tokens: int) -> int:
-    return -(-tokens // CACHE_STEP) * CACHE_STEP
 
 
 def _passes_in_flight(job: Job, *, stage: int) -> list[int]:

@@ -18,7 +18,8 @@ from megatron_xy.data.phase_draws import stream_shares
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import checkpoint_bytes, num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
-from megatron_xy.plan.memory import Job, RoleMemory, jobs, stage_memory
+from megatron_xy.plan.job import Job, jobs
+from megatron_xy.plan.memory import RoleMemory, stage_memory
 from megatron_xy.plan.ppo import Split, TimeLine, answer_length, best_split, time_line, useful_flops
 from megatron_xy.plan.quantising import Quantising, quantising
 from megatron_xy.plan.speed import StepTime, Traffic, step_time, traffic

@@ -27,7 +27,8 @@ from megatron_xy.config import (
     shape_rules,
 )
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
-from megatron_xy.plan.memory import Held, Job, held_between_steps, jobs, stage_memory
+from megatron_xy.plan.job import Job, jobs
+from megatron_xy.plan.memory import Held, held_between_steps, stage_memory
 from megatron_xy.plan.ppo import PHASES, role_work
 from megatron_xy.ppo.placement import spelt_ranks
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from megatron_xy.flops import DTYPE_BYTES, FORWARD_SHARE, flops_per_token, num_parameters
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
-from megatron_xy.plan.memory import MAX_SEQUENCES, Answers, Held, Job, held_between_steps
+from megatron_xy.plan.job import Answers, Job
+from megatron_xy.plan.memory import MAX_SEQUENCES, Held, held_between_steps
 from megatron_xy.plan.speed import step_time
 
 PHASES = ("generate", "score", "update")

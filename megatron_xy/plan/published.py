@@ -12,7 +12,7 @@ from typing import Any
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.flops import flops_per_token
 from megatron_xy.plan.assumptions import Efficiencies, device, efficiencies, measured, published
-from megatron_xy.plan.memory import Job
+from megatron_xy.plan.job import Job
 from megatron_xy.plan.speed import step_time
 
 SEQUENCE, VOCABULARY = 4096, 131_072  # of Megatron-LM's table

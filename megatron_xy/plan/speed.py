@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from megatron_xy.flops import DTYPE_BYTES, FORWARD_SHARE, flops_per_token, recomputed_flops, stage_share, step_flops
 from megatron_xy.plan.assumptions import Device, Efficiencies
-from megatron_xy.plan.memory import Held, Job, held_between_steps
+from megatron_xy.plan.job import Job
+from megatron_xy.plan.memory import Held, held_between_steps
 from megatron_xy.plan.parameters import stage_layers
 
 # What a layer's element-wise kernels take for a token, forward and backward, as bytes at the rate of a copy: norms,

@@ -127,7 +127,7 @@ RULES: dict[str, tuple[Finder, set[str], str, list[str]]] = {
     # rule: finder, files that may, what a refused source looks like
     "devices and backends": (
         device_name,
-        {"megatron_xy/device.py"},
+        {"megatron_xy/device.py", "megatron_xy/cuda_stand_in.py"},
         "import torch\n",
         [
             "torch.cuda.synchronize()",

@@ -57,11 +57,11 @@ assert changed(before) == [], changed(before)
 CHECK_CPU = f"""
 {SNAPSHOT}
 torch.cuda.is_available = lambda: False
-from megatron_xy import device
+from megatron_xy import cuda_stand_in, device
 before = snapshot()
 assert device.start(num_threads=1) == torch.device("cpu")
 names = changed(before)
-factories = {{"torch." + name for name in device._FACTORIES}}
+factories = {{"torch." + name for name in cuda_stand_in.FACTORIES}}
 assert {{name for name in names if name.startswith("torch.")}} == factories | {{"torch.compile"}}, names
 assert {{name for name in names if name.startswith("Tensor.")}} == {{"Tensor.cuda", "Tensor.type"}}, names
 assert {{name.partition(".")[0] for name in names}} == {{"torch", "Tensor", "cuda", "random", "nvtx"}}, names

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_xy import device, parallel
+from megatron_xy import cuda_stand_in, device, parallel
 from megatron_xy.errors import ConfigError, PeerLost
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="on a GPU nothing stands in")
@@ -23,7 +23,7 @@ def test_start_sets_threads_and_determinism_every_time() -> None:
     assert torch.get_num_threads() == 1 and not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("name", device._FACTORIES)
+@pytest.mark.parametrize("name", cuda_stand_in.FACTORIES)
 def test_every_factory_reads_cuda_as_the_cpu(name: str) -> None:
     arguments = {
         "as_tensor": ([1.0, 2.0],),

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_xy.config import ModelConfig, ParallelConfig, load_config
 from megatron_xy.flops import num_parameters
-from megatron_xy.plan.memory import jobs, rank_memory, stage_memory
+from megatron_xy.plan.job import jobs
+from megatron_xy.plan.memory import rank_memory, stage_memory
 from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters
 from megatron_xy.plan.speed import traffic
 
