@@ -59,18 +59,6 @@ def section(name: str) -> dict[Any, float]:
     return {key: float(leaf["value"]) for key, leaf in _file()[name].items()}
 
 
-def published() -> dict[str, Any]:
-    """Tables of published runs."""
-    tables: dict[str, Any] = _file()["published"]
-    return tables
-
-
-def measured() -> dict[str, Any]:
-    """What this code has reached on a GPU."""
-    table: dict[str, Any] = _file()["measured"]
-    return table
-
-
 @cache
 def _file() -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))

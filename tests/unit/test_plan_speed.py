@@ -8,10 +8,10 @@ from megatron_xy.config import RunConfig
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.phases import run_sampler
-from megatron_xy.plan.assumptions import efficiencies, measured
+from megatron_xy.plan.assumptions import efficiencies
 from megatron_xy.plan.memory import stage_memory
 from megatron_xy.plan.overview import buckets_of
-from megatron_xy.plan.published import fitted_matmul, megatron_lm, others, our_jobs, ours, xuanyuan2
+from tests.unit.published_runs import RUNS, fitted_matmul, megatron_lm, others, our_jobs, ours, xuanyuan2
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 
@@ -35,7 +35,7 @@ def test_our_own_runs_are_predicted_within_15_percent(row):
 
 
 def test_our_own_memory_is_predicted_within_1_percent():
-    for entry in measured()["models"]:
+    for entry in RUNS["measured"]["models"]:
         planned = stage_memory(our_jobs()[entry["name"]], stage=0)
         assert planned.total == pytest.approx(entry["peak_memory_bytes"], rel=0.01)
 

@@ -1,20 +1,24 @@
 """The planner beside runs: Megatron-LM's table on H100, XuanYuan2's speeds by bucket on A800, others', and our own.
 
-Rows of docs/plan.md's tables; the first fits the efficiency of matrix products.
+Rows of docs/plan.md's tables; the first fits the efficiency of matrix products. The runs are in published_runs.yaml.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.flops import flops_per_token
-from megatron_xy.plan.assumptions import Efficiencies, device, efficiencies, measured, published
+from megatron_xy.plan.assumptions import Efficiencies, device, efficiencies
 from megatron_xy.plan.job import Job
 from megatron_xy.plan.speed import step_time
 
+RUNS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 SEQUENCE, VOCABULARY = 4096, 131_072  # of Megatron-LM's table
 FITTED_ROW = "70B"
 SEQUENCES_A_MICRO_BATCH = {1: 2}  # by pipeline size; not published: 1 where there is a pipeline to fill
@@ -38,7 +42,7 @@ class Comparison:
 
 def megatron_lm(rates: Efficiencies | None = None) -> list[Comparison]:
     """Each row of Megatron-LM's table. Its FLOPs count attention over the full square: so do the tokens/s from them."""
-    table = published()["megatron_lm"]
+    table = RUNS["published"]["megatron_lm"]
     rates = replace(rates or efficiencies(), exposed_tensor_parallel=table["exposed_tensor_parallel"])
     comparisons = []
     for name, heads, hidden, layers, tp, pp, batch, teraflops in table["rows"]:
@@ -93,9 +97,9 @@ def xuanyuan2() -> list[Comparison]:
     job = Job("model", model, parallel, 16, 16384, 16)
     speeds = {
         bucket: step_time(job, bucket=bucket, gpu=device("a800"), rates=efficiencies()).tokens_per_second
-        for bucket in published()["xuanyuan2"]
+        for bucket in RUNS["published"]["xuanyuan2"]
     }
-    reached = {bucket: float(value) for bucket, value in published()["xuanyuan2"].items()}
+    reached = {bucket: float(value) for bucket, value in RUNS["published"]["xuanyuan2"].items()}
     first = min(reached)
     return [
         Comparison(f"{bucket}", "tp 8 x pp 4", reached[bucket] / reached[first], speeds[bucket] / speeds[first])
@@ -105,7 +109,7 @@ def xuanyuan2() -> list[Comparison]:
 
 def others() -> list[Comparison]:
     """Runs of other code, as this code would run their model in their layout, in bf16."""
-    tables = published()
+    tables = RUNS["published"]
     comparisons = []
     for run in tables["runs"]:
         tp, pp, vp, dp_size, micro = run["tp"], run["pp"], run.get("vp"), run["dp"], run.get("micro", 1)
@@ -139,14 +143,14 @@ def ours() -> list[Comparison]:
             tokens,
             step_time(jobs[entry["name"]], bucket=bucket, gpu=device("h200"), rates=efficiencies()).tokens_per_second,
         )
-        for entry in measured()["models"]
+        for entry in RUNS["measured"]["models"]
         for bucket, tokens in entry["tokens"].items()
     ]
 
 
 def our_jobs() -> dict[str, Job]:
     """{name: what `bench gpu` trains}."""
-    table = measured()
+    table = RUNS["measured"]
     sizes = table["micro_batch_tokens"], table["num_micro_batches"]
     return {
         entry["name"]: Job("model", _model(entry["shape"]), ParallelConfig(), 1, *sizes) for entry in table["models"]
