@@ -93,6 +93,11 @@ def claim(run_dir: Path, request: Request, *, since: float) -> bool:
         return True
 
 
+def withdraw(run_dir: Path) -> None:
+    """Takes back the request that this process has filed: the run has gone on."""
+    (_folder(run_dir) / REQUEST).unlink(missing_ok=True)
+
+
 def read_request(run_dir: Path, *, since: float, attempt: int | None = None) -> Request | None:
     """The request of this start and attempt, if one was filed after `since` (Unix seconds: when this process began)."""
     wanted = (this_start(), current_attempt() if attempt is None else attempt)

@@ -80,6 +80,7 @@ class StopRequest:
             name = signal.Signals(signal.sigwait(STOP_SIGNALS)).name
             now = time.monotonic()
             if self.is_deaf:
+                self._first_seen = self._first_seen or now  # heeded if the run goes on after all
                 continue
             if not self.can_save:
                 self._leave(f"stopped by {name}{self.nothing_to_save}")

@@ -42,6 +42,7 @@ from megatron_xy.runtime.orphans import MARK_VARIABLE, SUPERVISOR_VARIABLE, kill
 from megatron_xy.runtime.signals import STOP_SIGNALS
 from megatron_xy.runtime.torchrun_account import Account
 from megatron_xy.runtime.verdict import TORCHRUN_LOG, verdict
+from megatron_xy.runtime.watchdog import HOLDING_PHASE, HOLDING_SECONDS
 from megatron_xy.storage import storage_errors
 
 WORTH_A_RESTART = (EXIT_IO, EXIT_PEER_LOST)  # what another try may not meet again
@@ -213,11 +214,14 @@ class _Silence:
         if now - self._looked > SILENCE_SECONDS:
             self._since += now - self._looked
         self._looked = now
-        newest = max((beat.time for beat in read_heartbeats(self._run_dir).values()), default=None)
+        beats = read_heartbeats(self._run_dir).values()
+        newest = max((beat.time for beat in beats), default=None)
         if newest != self._newest:
             self._newest, self._since = newest, now
-        limit = self._timeout + SILENCE_SECONDS if newest is not None else max(BEGIN_SECONDS, self._timeout)
-        return now - self._since > limit
+        if newest is None:
+            return now - self._since > max(BEGIN_SECONDS, self._timeout)
+        granted = HOLDING_SECONDS if any(beat.phase == HOLDING_PHASE for beat in beats) else 0.0
+        return now - self._since > self._timeout + SILENCE_SECONDS + granted
 
     def report(self, pids: Sequence[int]) -> None:
         """Asks the ranks for their stacks by signal, tells what they are at, and records 76."""

@@ -29,6 +29,8 @@ WRITING_PHASES = ("save", "finish", "profile", END)
 # counts is progress, too.
 LOOSE_PHASES = (*WRITING_PHASES, "reward.function")
 PATIENCE = 10  # for how many times `timeout_seconds` it is
+HOLDING_PHASE = "profile"  # holds the interpreter, so that for long its rank tells nothing, which is no hang yet:
+HOLDING_SECONDS = 1200.0  # beyond `timeout_seconds`
 WORK_BYTES = 4 * 2**20  # read or written within `timeout_seconds`: a rank that works
 WORK_SHARE = 0.1  # of one core within `timeout_seconds`: likewise
 BEATS_A_SECOND = 200  # of all ranks together, as each is a new file on a shared file system
@@ -88,6 +90,11 @@ class Watchdog:
         self._entered += 1
         self._wake.set()
 
+    def tell(self) -> None:
+        """Returns once the others can read the last beat: what follows may hold the interpreter."""
+        while self._told_entered != self._entered and self._thread.is_alive():
+            time.sleep(0.01)
+
     def close(self, *, phase: str) -> None:
         """Tells the last phase and ends the watch. A rank that has just been found hanging does not return from it."""
         self.beat(iteration=self._place[0], phase=phase)
@@ -99,8 +106,10 @@ class Watchdog:
 
     def await_report(self) -> None:
         """For a main thread whose collective failed: does not return if that is a sign of a hang being reported."""
-        if self._leaving or hang_report.read_request(self._run_dir, since=self._began) is not None:
-            self._thread.join()
+        while self._thread.is_alive():
+            if not self._leaving and hang_report.read_request(self._run_dir, since=self._began) is None:
+                return
+            self._thread.join(0.1)
 
     def _watch(self) -> None:
         try:
@@ -150,9 +159,9 @@ class Watchdog:
             self._look_for_the_dead(self._siblings)
 
     def _tell(self) -> None:
-        now = time.monotonic()
-        self._last_beat, self._told_entered = now, self._entered
+        now, entered = time.monotonic(), self._entered
         run_folder.write_beat(self._run_dir, self._own_beat(now))
+        self._last_beat, self._told_entered = now, entered
 
     def _own_beat(self, now: float) -> run_folder.Beat:
         iteration, phase = self._place
@@ -185,7 +194,8 @@ class Watchdog:
             if seen is None or beat.progress_time > seen.progress_time + 0.01:
                 age = time.time() - beat.progress_time if seen is None else 0.0
                 seen = self._others[rank] = _Seen(beat.progress_time, now - max(0.0, age))
-            shortest = min(shortest, now - seen.seconds)
+            granted = HOLDING_SECONDS if beat.phase == HOLDING_PHASE else 0.0
+            shortest = min(shortest, now - seen.seconds - granted)
         return shortest
 
     def _beats(self) -> dict[int, run_folder.Beat]:
@@ -193,7 +203,8 @@ class Watchdog:
         return run_folder.read_heartbeats(self._run_dir, start=start, attempt=attempt)
 
     def _report(self, stalled: float) -> None:
-        """Reports for all ranks, if no other one does, and ends the run."""
+        """Reports for all ranks, if no other one does, and ends the run; not where it has gone on meanwhile."""
+        places = self._places()
         request = hang_report.new_request(rank=self._rank, stalled_seconds=stalled)
         if not hang_report.claim(self._run_dir, request, since=self._began):
             return  # the next look finds the other one's request
@@ -201,6 +212,10 @@ class Watchdog:
         local = orphans.siblings()
         self._answer(request, stalled)
         answers = hang_report.gather(self._run_dir, request, ranks=self._world_size, local=local)
+        if self._places() != places:
+            hang_report.withdraw(self._run_dir)
+            self._stay()
+            return
         finding = hang_report.tell(self._run_dir, request, ranks=self._world_size, answers=answers, local=local)
         print(finding.text, file=sys.stderr, flush=True)
         self._record(finding.message, rank=finding.rank)
@@ -215,23 +230,37 @@ class Watchdog:
         self._end()
 
     def _leave_with(self, request: hang_report.Request, stalled: float) -> None:
-        """Answers another process's request, waits until that one has reported, and ends this rank."""
+        """Answers another process's request, waits until that one has reported, and ends this rank; not where the
+        request is withdrawn."""
         self._begin_to_leave()
         self._answer(request, stalled)
         deadline = time.monotonic() + 2 * hang_report.ANSWER_SECONDS
         while (told := hang_report.read_request(self._run_dir, since=self._began)) is not None:
-            if told.report is not None or time.monotonic() > deadline:
+            if told.time != request.time or told.report is not None or time.monotonic() > deadline:
                 break
+            if self._told_entered != self._entered:
+                self._tell()
             time.sleep(0.05)
+        if told is None or told.time != request.time:
+            self._stay()
+            return
         self._record(f"nothing has gone forward for {request.stalled_seconds:.0f} s; the report failed", rank=None)
         local = orphans.siblings()
-        for rank in told.silent if told is not None else []:
+        for rank in told.silent:
             _kill(local.get(rank))
         self._end()
+
+    def _places(self) -> dict[int, int]:
+        """{rank: phases that it has entered}, as far as each has told; of this one as it is."""
+        return {**{rank: beat.entered for rank, beat in self._beats().items()}, self._rank: self._entered}
 
     def _begin_to_leave(self) -> None:
         self._leaving = self._stop.is_deaf = True  # torchrun's SIGTERM, when the first rank is gone, ends no report
         faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True, file=self._stacks)
+
+    def _stay(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._leaving = self._stop.is_deaf = False
 
     def _answer(self, request: hang_report.Request, stalled: float) -> None:
         hang_report.answer(self._run_dir, request, self._own_beat(time.monotonic()), stalled_seconds=stalled)

@@ -24,7 +24,7 @@ from megatron_xy.errors import DataError
 from megatron_xy.flops import recomputed_flops, step_flops
 from megatron_xy.log import EVENTS, RunLog, why_skipped
 from megatron_xy.model.parts import trained_parts
-from megatron_xy.parallel import max_over, sum_over
+from megatron_xy.parallel import barrier, max_over, sum_over
 from megatron_xy.peak import peak_rate
 from megatron_xy.role import Role
 from megatron_xy.runtime import waits
@@ -138,15 +138,27 @@ class Trainer:
                 if saved != iteration:  # asked to stop during the evaluation, which the resumed run makes up for
                     self._save(iteration)
                 self._leave_stopped(iteration)
-        self._beat("finish", self.state.training.iteration)
-        self.profile.close()
-        self.checkpoints.finish()
+        self._finish(self.state.training.iteration)
         self.log.say(f"done: {self.state.training.iteration} iterations, last checkpoint at iteration {saved}")
 
     def _leave_stopped(self, iteration: int) -> None:
-        self.profile.close()
-        self.checkpoints.finish()
+        self._finish(iteration)
         raise course.stopped_after(iteration, self.config)
+
+    def _finish(self, iteration: int) -> None:
+        """Waits until the last checkpoint is whole, and what a window that outlasts the run has recorded."""
+        self._beat("finish", iteration)
+        self.checkpoints.finish()
+        if self.profile.is_open:
+            self._write_profile(iteration)
+
+    def _write_profile(self, iteration: int) -> None:
+        """Ends the profile. Collective: a large trace takes minutes, which is no hang while all ranks wait for it."""
+        self._beat("profile", iteration)
+        self.watchdog.tell()
+        self.profile.close()
+        barrier(self.role.groups)
+        self.log.say(f"profile written to {self.profile.folder}")
 
     def _step(self, iteration: int) -> bool:
         """One step, recorded; returns whether any rank was asked to stop, the same answer on all."""
@@ -207,9 +219,7 @@ class Trainer:
         for straggler in self.stragglers.add(busy):
             self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
         if self.profile.ends_with(iteration):
-            self._beat("profile", iteration)  # a trace of many kernels takes minutes to write, which is no hang
-        if trace := self.profile.after_step(iteration):
-            self.log.say(f"profile written to {trace}")
+            self._write_profile(iteration)
         if reasons or not result.updated:
             self._note(record, prepared, reasons=reasons or [why_skipped(record)])
         return stopping

@@ -76,6 +76,19 @@ def slow_save() -> None:
     checkpoint.write_tensors = slow
 
 
+def slow_profile() -> None:
+    """The trace takes FAULT_SECONDS to write, in which no other thread of this process runs."""
+    from megatron_xy.training.profiling import ProfileWindow
+
+    close = ProfileWindow.close
+
+    def slow(window: ProfileWindow) -> None:
+        ctypes.PyDLL(None).usleep(int(1e6 * float(os.environ["FAULT_SECONDS"])))
+        close(window)
+
+    ProfileWindow.close = slow
+
+
 def slow_down() -> None:
     """Every layer's forward takes longer from now on, by FAULT_SECONDS."""
     import torch
@@ -91,7 +104,7 @@ KINDS = {
     function.__name__: function
     for function in (
         sleep_for_ever, spin_for_ever, wait_in_c, wait_in_c_with_the_interpreter, block_the_data, block_the_save,
-        slow_save, slow_down,
+        slow_save, slow_profile, slow_down,
     )
 }  # fmt: skip
 

@@ -144,6 +144,17 @@ def test_a_slow_save_is_no_hang(config, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "iter_0000003" / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("window", ["2:4", pytest.param("2:999", marks=pytest.mark.slow)])
+def test_a_trace_that_takes_long_to_write_is_no_hang(config, tmp_path, monkeypatch, window):
+    """Its rank tells nothing meanwhile; the other one waits for it, also where the window outlasts the run."""
+    monkeypatch.setenv("FAULT_SECONDS", str(2.5 * TIMEOUT_SECONDS))
+    run_dir, overrides = tmp_path / "run", ["training.train_iters=5", f"runtime.profile={window}"]
+    ended = faulty(config, run_dir, monkeypatch, "0:step:1:slow_profile", *overrides)
+    assert ended.code == 0, ended
+    assert ended.out.count(f"profile written to {run_dir}/profile\n") == 1
+    assert [path.name for path in (run_dir / "profile").iterdir()] == ["rank-00000.json"]
+
+
 def test_a_rank_missing_at_the_rendezvous_is_named(config, tmp_path, monkeypatch):
     ended = faulty(config, tmp_path / "run", monkeypatch, "1:rendezvous:0:sleep_for_ever")
     the_report(ended, tmp_path / "run")

@@ -6,9 +6,13 @@ from megatron_xy.training.profiling import ProfileWindow
 
 def test_all_ranks_know_when_traces_are_written_and_those_named_write_them(tmp_path):
     config = RuntimeConfig(profile="2:4", profile_ranks=[1])
-    windows = [ProfileWindow(config, run_dir=tmp_path, rank=rank) for rank in range(2)]
-    for window in windows:
+    for rank, names in [(0, []), (1, ["rank-00001.json"])]:
+        window = ProfileWindow(config, run_dir=tmp_path, rank=rank)
         assert [iteration for iteration in range(6) if window.ends_with(iteration)] == [3]
+        window.before_step(1)
+        assert not window.is_open
         window.before_step(3)
-    traces = [window.after_step(3) for window in windows]
-    assert traces[0] is None and traces[1] is not None and traces[1].is_file()
+        assert window.is_open
+        window.close()
+        assert not window.is_open
+        assert [path.name for path in tmp_path.glob("profile/*")] == names

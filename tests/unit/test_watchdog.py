@@ -1,0 +1,66 @@
+"""A report of a hang that is taken back, as the run has gone on while the ranks answered."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_xy.run_folder import new_beat, prepare, read_heartbeats, write_beat
+from megatron_xy.runtime import hang_report
+from megatron_xy.runtime.watchdog import HOLDING_PHASE, Watchdog
+
+TIMEOUT_SECONDS = 0.5
+
+
+@pytest.fixture
+def watchdog(tmp_path, monkeypatch):
+    """Of rank 0 of two, which stands still from the beginning on."""
+    monkeypatch.setattr(hang_report, "ANSWER_SECONDS", 60.0)  # a report that is made would end this process
+    prepare(tmp_path)
+    stop = SimpleNamespace(is_deaf=False)
+    own = Watchdog(tmp_path, rank=0, world_size=2, timeout_seconds=TIMEOUT_SECONDS, phase="rendezvous", stop=stop)
+    yield own
+    own.close(phase="end")
+
+
+def come_to_hold(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def tell_of_rank_1(run_dir: Path, *, entered: int, phase: str = "step") -> None:
+    write_beat(run_dir, new_beat(rank=1, iteration=3, phase=phase, entered=entered))
+
+
+@pytest.mark.parametrize("who", ["the one that reports", "the other one"])
+def test_a_rank_that_goes_on_while_answers_are_gathered_ends_the_report(watchdog, tmp_path, who):
+    tell_of_rank_1(tmp_path, entered=5)
+    request = tmp_path / "heartbeats" / hang_report.REQUEST
+    come_to_hold(request.exists)
+    asked = hang_report.read_request(tmp_path, since=0.0)
+    if who == "the other one":
+        tell_of_rank_1(tmp_path, entered=6)
+    else:
+        watchdog.beat(iteration=0, phase="weights")
+    hang_report.answer(tmp_path, asked, read_heartbeats(tmp_path)[1], stalled_seconds=1.0)
+    come_to_hold(lambda: not request.exists())
+    watchdog.beat(iteration=1, phase="data")
+    watchdog.tell()
+    assert read_heartbeats(tmp_path)[0].phase == "data" and not list((tmp_path / "logs").glob("hang-*"))
+
+
+def test_a_rank_that_has_answered_goes_on_where_the_request_is_withdrawn(watchdog, tmp_path):
+    tell_of_rank_1(tmp_path, entered=5, phase=HOLDING_PHASE)  # so that rank 0 does not report
+    request = hang_report.new_request(rank=1, stalled_seconds=1.0)
+    assert hang_report.claim(tmp_path, request, since=0.0)
+    come_to_hold((tmp_path / "heartbeats" / "answer-00000.json").exists)
+    watchdog.beat(iteration=1, phase="data")
+    come_to_hold(lambda: read_heartbeats(tmp_path)[0].phase == "data")  # for the one that reports to see
+    hang_report.withdraw(tmp_path)
+    watchdog.beat(iteration=1, phase="step")
+    watchdog.tell()
+    assert read_heartbeats(tmp_path)[0].phase == "step"
