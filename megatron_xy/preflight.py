@@ -30,6 +30,7 @@ from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.flops import num_parameters
+from megatron_xy.hf.tokenizer import check_export
 from megatron_xy.model.source import check_head, resolve_model
 from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.placement import drawn
@@ -104,6 +105,7 @@ def open_pairs(config: RunConfig) -> PairData:
             f"model.vocab_size ({config.model.vocab_size}) is smaller than data.tokenizer's ({tokenizer.vocab_size} in "
             f"{tokenizer.path}); name the tokenizer that the model was trained with"
         )
+    check_export(tokenizer.path, hf_interval=config.checkpoint.hf_interval)
     return load_pairs(config)
 
 
@@ -186,6 +188,10 @@ def _look_at_data(config: RunConfig, findings: _Findings, *, build_into: Path) -
         findings.of("model.vocab_size", lambda: _check_vocabulary(config.model, dataset))
         findings.of("model.max_position_embeddings", lambda: _check_context(config.model, dataset))
         findings.of("data.tokenizer", lambda: _check_tokenizer(config.data.tokenizer, dataset))
+        tokenizer = config.data.tokenizer or dataset.tokenizer_path
+        findings.of(
+            "checkpoint.hf_interval", lambda: check_export(tokenizer, hf_interval=config.checkpoint.hf_interval)
+        )
         sampler = findings.of("data.weights", lambda: run_sampler(config, dataset.streams))
         if sampler is not None:
             findings.of("data.max_epochs", lambda: _check_epochs(config, dataset, sampler))

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.checkpoint import files
+from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.hf.config import CONFIG, hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.reader import INDEX, SINGLE
 from megatron_xy.hf.release import TOKENIZER_FILES, copy_side_files, write_release_files
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import Output, plan_files, whole_or_absent, write_files
-from megatron_xy.storage import write_json, write_text
+from megatron_xy.storage import storage_errors, write_json, write_text
 from megatron_xy.tensors.names import EMBEDDING
 from megatron_xy.tensors.safetensors_file import SafetensorsFile, StoredTensor
 from megatron_xy.tensors.shards import whole
@@ -89,11 +90,21 @@ def exported(run_dir: Path, *, name: str) -> Path:
 
 
 def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
-    """RUN/hf/NAME of a run's whole checkpoint, block by block out of its shards: nothing is gathered."""
+    """RUN/hf/NAME of a run's whole checkpoint, block by block out of its shards: nothing is gathered.
+
+    Where it cannot be made, that is said, and the run goes on: the checkpoint is there to be converted.
+    """
     target = exported(run_dir, name=name)
-    if target.exists():  # an older run's, or of an abandoned course
-        shutil.rmtree(target)
-    to_hf(open_source("ckpt", checkpoint), target, dtype=None, tokenizer=None, verify=False, say=say)
+    try:
+        with storage_errors(target):
+            if target.exists():  # an older run's
+                shutil.rmtree(target)
+            to_hf(open_source("ckpt", checkpoint), target, dtype=None, tokenizer=None, verify=False, say=say)
+    except (ConfigError, DataError, StorageError) as error:
+        say(
+            f"warning: no HF folder of {checkpoint}, which is whole: {error}; the run goes on; later: megatron-xy "
+            f"convert --from ckpt:{checkpoint} --to hf:{target}"
+        )
 
 
 def to_checkpoint(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.config import InvalidConfig, Problem
 from megatron_xy.data.engines import TOKENIZER_CONFIG
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.sentencepiece_json import CONTROL, UNKNOWN, inexact_reasons, parse_model, tokenizer_json
@@ -26,9 +27,7 @@ def write_hf_tokenizer(sentencepiece_model: Path, directory: Path, *, model_max_
     Raises DataError where the model is of a kind that HF's BPE cannot reproduce.
     """
     serialized = sentencepiece_model.read_bytes()
-    model = parse_model(serialized)
-    if reasons := inexact_reasons(model):
-        raise DataError(f"{sentencepiece_model} cannot be written as an exact tokenizer.json: {reasons[0]}")
+    model = _exact_model(serialized, sentencepiece_model)
     control = {piece.piece: index for index, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)}
     spec = model.trainer_spec
     names = {
@@ -47,6 +46,20 @@ def write_hf_tokenizer(sentencepiece_model: Path, directory: Path, *, model_max_
     (directory / TOKENIZER_FILE).write_bytes(serialized)
     write_json(directory / "tokenizer.json", {**tokenizer_json(model), **_special_tokens(model, control=control)})
     write_json(directory / TOKENIZER_CONFIG, settings)
+
+
+def check_export(tokenizer: Path, *, hf_interval: int) -> None:
+    """That the HF folders which a run is to write can have its tokenizer, if it is there. Raises InvalidConfig."""
+    if not hf_interval or not tokenizer.exists():
+        return
+    try:
+        loaded = load_tokenizer(tokenizer)
+        if loaded.file_name == TOKENIZER_FILE:
+            _exact_model(loaded.engine.serialized, loaded.path)
+    except DataError as error:
+        rule = f"checkpoint.hf_interval ({hf_interval}): no HF folder can be made with the run's tokenizer"
+        remedy = "set it to 0, or train with another tokenizer"
+        raise InvalidConfig([Problem("checkpoint.hf_interval", f"{rule}: {error}; {remedy}")]) from error
 
 
 def check_tokenizers(data_folder: Path, model_folder: Path, *, say: Callable[[str], None]) -> None:
@@ -73,6 +86,14 @@ def check_tokenizers(data_folder: Path, model_folder: Path, *, say: Callable[[st
                 f"{data_folder} was built with another tokenizer than {models.path}: token {index} is {spelling!r} in "
                 f"{datas.path} and {there} there; build the data with --tokenizer {models.path}"
             )
+
+
+def _exact_model(serialized: bytes, path: Path) -> Any:
+    """The model that tokenizer.json is made of. Raises DataError where none encodes as it does."""
+    model = parse_model(serialized)
+    if reasons := inexact_reasons(model):
+        raise DataError(f"{path} cannot be written as an exact tokenizer.json: {reasons[0]}")
+    return model
 
 
 def _special_tokens(model: Any, *, control: dict[str, int]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatron_xy.data.renderer import Renderer
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
+from megatron_xy.hf.tokenizer import check_export
 from megatron_xy.model.source import check_head, own_tokenizer, resolve_model, split_origin, stored_head
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 
@@ -56,6 +57,7 @@ def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Materia
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_vocabularies(roles, tokenizer)
     _check_tokenizers(roles, tokenizer)
+    check_export(tokenizer.path, hf_interval=config.checkpoint.hf_interval)
     prompts = PromptFile(ppo.prompts, seed=config.seed)
     name, room = room_for_answers(roles.values(), ppo)
     reason = f"the {name} has {room} tokens for prompt and answer, ppo.max_response_length is {ppo.max_response_length}"

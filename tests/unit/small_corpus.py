@@ -9,8 +9,8 @@ import sentencepiece
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 
 
-def train_tokenizer(path):
-    """A SentencePiece BPE model of 300 pieces with bytes, written to `path`."""
+def train_tokenizer(path, *, remove_extra_whitespaces=False):
+    """A SentencePiece BPE model of 300 pieces with bytes, written to `path`; tokenizer.json knows no removing."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 20),
@@ -19,7 +19,7 @@ def train_tokenizer(path):
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+        remove_extra_whitespaces=remove_extra_whitespaces,
         minloglevel=2,
     )
     path.write_bytes(model.getvalue())

@@ -339,6 +339,19 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, module, where):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
 
 
+@pytest.mark.parametrize("wrong", ["checkpoint", "place"])
+def test_an_export_that_fails_is_told_and_does_not_end_the_run(tmp_path, wrong):
+    checkpoint, said = tmp_path / "run" / "checkpoints" / "iter_0000004", []
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), checkpoint)
+    if wrong == "checkpoint":
+        (checkpoint / "manifest.json").write_text("{")
+    else:
+        (tmp_path / "run" / "hf").write_text("a file")
+    convert.export(checkpoint, tmp_path / "run", name="iter_0000004", say=said.append)
+    command = f"megatron-xy convert --from ckpt:{checkpoint} --to hf:{tmp_path}/run/hf/iter_0000004"
+    assert len(said) == 1 and said[0].startswith(f"warning: no HF folder of {checkpoint}") and command in said[0]
+
+
 def test_a_failed_import_leaves_nothing_and_a_killed_one_is_no_hindrance(tmp_path):
     folder = hf_folder(tmp_path / "hf")
     (folder / "chat_template.jinja").unlink()

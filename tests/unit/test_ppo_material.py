@@ -26,6 +26,7 @@ from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.rollouts import AnswersFromFile
 from megatron_xy.preflight import check_paths
 from tests.unit.hollow_weights import hf_folder
+from tests.unit.small_corpus import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from toy_files import write_rows, write_tokenizer
@@ -115,6 +116,18 @@ def test_weights_that_are_not_there_are_named_role_by_role(tmp_path: Path, loads
         f"roles.critic.model.load: {cut}/model.safetensors is damaged",
         f"roles.reward.model.load: {gone} holds neither",
     ]
+
+
+def test_hf_folders_that_could_not_have_the_tokenizer_are_refused(tmp_path: Path, loads: dict[str, str]) -> None:
+    tokenizer = train_tokenizer(tmp_path / "squeezed.model", remove_extra_whitespaces=True)
+    wide = hf_folder(tmp_path / "wide", architecture="LlamaForCausalLM", vocab_size=300)
+    kinds = dict.fromkeys(("actor", "critic", "reference"), "language") | {"reward": "value"}
+    options = [f"data.tokenizer={tokenizer}", "checkpoint.hf_interval=50"]
+    value = hf_folder(tmp_path / "value", architecture="LlamaForSequenceClassification", vocab_size=300)
+    with pytest.raises(
+        InvalidConfig, match=r"checkpoint\.hf_interval \(50\): no HF folder can be made .* removes extra"
+    ):
+        look(tmp_path, {**loads, "language": wide, "value": value}, *options, **kinds)
 
 
 def test_a_reward_function_that_is_not_there_is_named(tmp_path: Path, loads: dict[str, str]) -> None:

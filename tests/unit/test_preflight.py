@@ -8,13 +8,13 @@ import pytest
 from megatron_xy.checkpoint.continuation import facts
 from megatron_xy.checkpoint.files import Manifest, write_manifest
 from megatron_xy.checkpoint.folders import iteration_folder
-from megatron_xy.config import load_config
+from megatron_xy.config import InvalidConfig, load_config
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.hf.convert import to_checkpoint
 from megatron_xy.hf.source import open_source
-from megatron_xy.preflight import check_paths
+from megatron_xy.preflight import check_paths, open_data
 from megatron_xy.run_dir import check_space
 from tests.unit.hollow_weights import hf_folder
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
@@ -131,6 +131,20 @@ def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_o
         check_paths(config(*huge, f"run_dir={built.parent / 'another'}"))
     with pytest.raises(StorageError, match=r", and 824,.* 1 are there"):
         check_space(config(*huge), [config(*huge).model])
+
+
+def test_hf_folders_that_could_not_have_the_tokenizer_are_refused(config, tmp_path):
+    check_paths(config("checkpoint.hf_interval=50"))
+    corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(40)])
+    tokenizer = train_tokenizer(tmp_path / "squeezed.model", remove_extra_whitespaces=True)
+    build_dataset([corpus], tokenizer=tokenizer, output=tmp_path / "data", buckets=(16, 64))
+    squeezed = config(f"data.path={tmp_path / 'data'}", "checkpoint.resume=never")
+    check_paths(squeezed)
+    squeezed = config(f"data.path={tmp_path / 'data'}", "checkpoint.resume=never", "checkpoint.hf_interval=50")
+    told = rf"checkpoint\.hf_interval \(50\): .* {tmp_path}/data/tokenizer\.model .*: it removes .*; set it to 0, or"
+    for look in (check_paths, open_data):
+        with pytest.raises(InvalidConfig, match=told):
+            look(squeezed)
 
 
 def test_what_a_killed_save_left_counts_as_free(config):

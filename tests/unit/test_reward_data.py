@@ -18,6 +18,7 @@ from megatron_xy.preflight import check_paths, open_pairs
 from megatron_xy.reward.batches import PairOrder, compared_columns, pair_micro_batches
 from megatron_xy.reward.pairs import PairData, _asked, load_pairs
 from megatron_xy.reward.split import clusters_of, split_by_cluster
+from tests.unit.small_corpus import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from toy_preferences import make, write_rows
@@ -103,6 +104,12 @@ def test_what_cannot_be_trained_on_is_refused(toy: Path) -> None:
     small = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 60})})
     with pytest.raises(ConfigError, match=r"model.vocab_size \(60\) is smaller than data.tokenizer's \(67"):
         open_pairs(small)
+    tokenizer = train_tokenizer(toy / "squeezed.model", remove_extra_whitespaces=True)
+    changes = {"data": {"tokenizer": tokenizer}, "model": {"vocab_size": 300}, "checkpoint": {"hf_interval": 50}}
+    sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
+    squeezed = config.model_copy(update=sections)
+    with pytest.raises(ConfigError, match=r"checkpoint\.hf_interval \(50\): no HF folder can be made"):
+        open_pairs(squeezed)
     with pytest.raises(DataError, match="leaves no prompt to hold out"):
         load_pairs(config_of(toy, [GOOD, GOOD], test_fraction=0.5))
 
