@@ -1,7 +1,7 @@
 """Which course of checkpoints a run follows.
 
-A run that starts anew, or from a number, leaves the checkpoints behind that point: they are set aside under another
-name, so that neither `auto` nor retention ever mixes two courses. Nothing is deleted.
+A run that starts anew, or from a number, leaves the checkpoints and HF folders behind that point: they are set aside
+under another name, so that neither `auto` nor retention ever mixes two courses. Nothing is deleted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_xy.checkpoint.files import Manifest
 from megatron_xy.checkpoint.folders import iteration_folder, saved_iterations, sweep
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import Stopped
+from megatron_xy.hf.target import sweep_unfinished
 from megatron_xy.parallel import Groups, barrier, sum_over
 from megatron_xy.run_folder import current_attempt, read_start, this_start, write_start
 from megatron_xy.storage import storage_errors, sync_folder
@@ -51,10 +52,14 @@ def find_start(
 
 
 def begin(config: RunConfig, groups: Groups, *, iteration: int) -> None:
-    """The run goes on from `iteration`: see `set_aside`. Collective; when it returns, a stop has something to save."""
+    """The run goes on from `iteration`: see `set_aside`; what a killed export left is swept, too. Collective; when it
+    returns, a stop has something to save."""
     follows_newest = _wanted_resume(config, groups) == "auto"
     if groups.role_rank == 0:
         set_aside(config.run_dir, iteration=None if follows_newest else iteration, say=print)
+        hf = config.run_dir / "hf"
+        for name in sweep_unfinished(hf, but=iteration_folder(hf, iteration).name):  # which the run goes on with
+            print(f"swept hf/{name}, which a killed export left half-written")
         write_start(config.run_dir)
     barrier(groups)
 
@@ -77,19 +82,23 @@ def stopped_after(iteration: int, config: RunConfig) -> Stopped:
 
 
 def set_aside(run_dir: Path, *, iteration: int | None, say: Callable[[str], None]) -> None:
-    """Gives later checkpoints than `iteration` another name. One rank calls it.
+    """Gives checkpoints and HF folders of later iterations than `iteration` another name. One rank calls it.
 
     iteration: None where the run follows the newest: what `auto` passed over there is damaged, and stays to be looked
     at until a new one takes its name.
     """
-    checkpoints = run_dir / "checkpoints"
-    later_ones = [found for found in saved_iterations(checkpoints) if iteration is not None and found > iteration]
-    for later in later_ones:
-        folder = iteration_folder(checkpoints, later)
-        number = 1
-        while (aside := folder.with_name(f"abandoned_{number}_{folder.name}")).exists():
+    if iteration is None:
+        return
+    parents = (run_dir / "checkpoints", run_dir / "hf")
+    for later in sorted({found for parent in parents for found in saved_iterations(parent) if found > iteration}):
+        name, number = iteration_folder(run_dir, later).name, 1
+        while any((parent / f"abandoned_{number}_{name}").exists() for parent in parents):
             number += 1
-        with storage_errors(aside):
-            folder.rename(aside)
-        say(f"{folder.name} lies behind iteration {iteration}, from which this run starts: set aside as {aside.name}")
-    sync_folder(checkpoints)
+        aside = f"abandoned_{number}_{name}"
+        there = [parent for parent in parents if (parent / name).exists()]
+        for parent in there:
+            with storage_errors(parent / aside):
+                (parent / name).rename(parent / aside)
+            sync_folder(parent)
+        places = ", ".join(parent.name for parent in there)
+        say(f"{name} ({places}) lies behind iteration {iteration}, from which this run starts: set aside as {aside}")

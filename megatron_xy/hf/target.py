@@ -84,6 +84,19 @@ def whole_or_absent(target: Path, *, work: dict[str, Any]) -> Iterator[Path]:
             raise
 
 
+def sweep_unfinished(parent: Path, *, but: str) -> list[str]:
+    """Removes what killed exports left of PARENT/iter_N, but of one that is named; returns the names."""
+    swept = []
+    for folder in sorted(parent.glob(f"{TEMPORARY_PREFIX}iter_*")):
+        if folder.name == f"{TEMPORARY_PREFIX}{but}":
+            continue
+        with claim(folder / _WORK) as is_ours:
+            if is_ours:
+                shutil.rmtree(folder)
+                swept.append(folder.name)
+    return swept
+
+
 def plan_files(outputs: Sequence[Output], *, max_bytes: int) -> list[list[Output]]:
     """The outputs in files of at most `max_bytes`, but for a larger single one, in their order."""
     files: list[list[Output]] = [[]]

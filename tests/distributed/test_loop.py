@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron_xy.checkpoint.files import read_manifest, verify_files
 from megatron_xy.config import dump_config
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.trace import trace_steps
+from megatron_xy.hf.source import open_source
+from megatron_xy.hf.verify import tensors_agree
 from tests.distributed import loop
 from tests.distributed.spawn import run_ranks
 from tests.end_to_end.tiny_run import BUCKETS, hash_of, make_data, metrics_of, without_clock
@@ -233,6 +236,20 @@ def test_a_profile_is_written_for_its_window_on_the_ranks_named(data, tmp_path, 
     updates = sum(name.startswith("Optimizer.step#") for name in names)
     assert updates == (3 if resumed_at is None else 1), "steps 5, 6 and 7; after a resume at 6, step 7"
     assert "aten::mm" in names
+
+
+def test_a_resume_makes_up_for_an_export_that_a_kill_prevented_and_leaves_no_half(data, tmp_path):
+    config = loop.config_of(data, tmp_path / "run", checkpoint={"hf_interval": 4})
+    run_ranks(loop.train, loop.until(config, 8), world_size=2)
+    exports = tmp_path / "run" / "hf"
+    shutil.rmtree(exports / "iter_0000008")
+    for name in (".tmp-iter_0000008", ".tmp-iter_0000010"):
+        (exports / name).mkdir()
+        (exports / name / "model.safetensors").write_bytes(b"half")
+    run_ranks(loop.train, loop.until(config, 9), world_size=2)
+    assert sorted(path.name for path in exports.iterdir()) == ["iter_0000004", "iter_0000008"]
+    checkpoint = open_source("ckpt", tmp_path / "run" / "checkpoints" / "iter_0000008")
+    assert tensors_agree(checkpoint, open_source("hf", exports / "iter_0000008"), say=print)
 
 
 def test_evaluation_leaves_no_trace_and_a_resumed_run_evaluates_the_same(data, tmp_path):

@@ -11,6 +11,8 @@ from megatron_xy.config import RunConfig
 def test_later_checkpoints_are_set_aside_and_never_deleted(tmp_path):
     for iteration in (2, 4, 6):
         (tmp_path / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
+    for name in ("iter_0000002", "iter_0000003", "iter_0000006"):
+        (tmp_path / "hf" / name).mkdir(parents=True)
     said: list[str] = []
     course.set_aside(tmp_path, iteration=2, say=said.append)
     course.set_aside(tmp_path, iteration=None, say=said.append)
@@ -23,7 +25,10 @@ def test_later_checkpoints_are_set_aside_and_never_deleted(tmp_path):
         "abandoned_1_iter_0000006",
         "abandoned_2_iter_0000004",
     ]
-    assert len(said) == 4
+    names = sorted(path.name for path in (tmp_path / "hf").iterdir())
+    assert names == ["abandoned_1_iter_0000002", "abandoned_1_iter_0000003", "abandoned_1_iter_0000006"]
+    told = "iter_0000006 (checkpoints, hf) lies behind iteration 2, from which this run starts: set aside as"
+    assert len(said) == 5 and f"{told} abandoned_1_iter_0000006" in said
 
 
 @pytest.mark.parametrize(
