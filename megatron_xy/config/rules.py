@@ -55,6 +55,13 @@ def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             "runtime.profile_ranks",
             f"runtime.profile_ranks names rank {last}, and the ranks go from 0 to {world_size - 1}; leave it out",
         )
+    window = config.runtime.profiled_iterations
+    if training.epochs is None and window.start > training.train_iters:
+        yield (
+            "runtime.profile",
+            f"runtime.profile ({config.runtime.profile}) begins after the last step, training.train_iters "
+            f"({training.train_iters}); take an earlier window, or leave it out",
+        )
     yield from schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None and config.task != "reward":
         yield (

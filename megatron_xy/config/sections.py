@@ -206,7 +206,7 @@ class OptimizerConfig(Section):
         "exponential", description="WSD: the shape of that decay"
     )
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
-    weight_decay: float = Field(0.1, ge=0, description="not applied to norms")
+    weight_decay: float = Field(0.1, ge=0, description="not applied to norms and biases")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)

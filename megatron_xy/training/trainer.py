@@ -121,6 +121,11 @@ class Trainer:
         train_iters = self.config.training.train_iters
         saved = self.state.training.iteration
         self.log.open_metrics(iteration=saved)
+        runtime = self.config.runtime
+        if runtime.profiled_iterations.start > train_iters:  # of a run in epochs it is known from here on
+            self.log.say(
+                f"runtime.profile ({runtime.profile}) begins after the last step ({train_iters}): nothing is recorded"
+            )
         if saved and self._is_evaluation_missing(saved) and not self._evaluate(saved):
             self._leave_stopped(saved)
         first = saved + 1

@@ -238,6 +238,13 @@ def test_a_profile_is_written_for_its_window_on_the_ranks_named(data, tmp_path, 
     assert "aten::mm" in names
 
 
+def test_a_window_that_a_run_in_epochs_does_not_reach_is_told(data, tmp_path):
+    config = loop.config_of(data, tmp_path / "run", runtime={"profile": "2:4"})
+    run_ranks(loop.train, loop.until(config, 1), world_size=1)
+    (log,) = (tmp_path / "run" / "logs").glob("rank-*.log")
+    assert "runtime.profile (2:4) begins after the last step (1): nothing is recorded" in log.read_text()
+
+
 def test_a_resume_makes_up_for_an_export_that_a_kill_prevented_and_leaves_no_half(data, tmp_path):
     config = loop.config_of(data, tmp_path / "run", checkpoint={"hf_interval": 4})
     run_ranks(loop.train, loop.until(config, 8), world_size=2)

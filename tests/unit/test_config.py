@@ -387,6 +387,9 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("runtime.profile=5", "runtime.profile (5): must be text; put it in quotes"),
         ("runtime.profile='5:5'",
          "runtime.profile (5:5): must be A:B, iterations from A (1 is the first) to B - 1, such as 10:13"),
+        ("runtime.profile=101:110",
+         "runtime.profile (101:110) begins after the last step, training.train_iters (100); take an earlier window, or "
+         "leave it out"),
         ("training.eval_interval=5",
          "data.eval_path is missing; training.eval_interval (5) needs held-out data, such as the held_out folder of "
          "`megatron-xy data build --held-out`"),
