@@ -9,10 +9,12 @@ parallel.tensor_model_parallel_size=2.
 from __future__ import annotations
 
 from megatron_xy import device
+from megatron_xy.runtime import output
 
 
 def main() -> None:
     """Registers the backend and hands over."""
+    output.escape_what_stdout_lacks()
     device.start(num_threads=1)
     # Megatron-core is imported behind the start of the device, as by every verb.
     from lm_eval.__main__ import cli_evaluate

@@ -89,7 +89,7 @@ def evaluate(
         metrics = verb.evaluate(origin, benchmarks, placement)
     except JobEnded as ended:
         sys.exit(ended.code)
-    print(json.dumps(metrics, ensure_ascii=False) if as_json else "\n".join(suite.rows_of(metrics)))
+    print(json.dumps(metrics) if as_json else "\n".join(suite.rows_of(metrics)))
 
 
 def quantize(
@@ -181,7 +181,7 @@ def compare(
     table, failed = comparing.compare(forms, data, num_samples=num_samples, ask=ask, say=say)
     if write_cards and not failed:
         comparing.write_cards(table, data=data, num_samples=num_samples, tasks=asked, say=say)
-    print(json.dumps(table, ensure_ascii=False) if as_json else "\n".join(comparing.rows_of(table, tasks=asked)))
+    print(json.dumps(table) if as_json else "\n".join(comparing.rows_of(table, tasks=asked)))
     if failed:
         cards = ", and no card written" if write_cards else ""
         say(f"{', '.join(failed)}: not measured, as was said{cards}; the others are")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_xy.data.build import build_dataset
 from tests.unit.small_corpus import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -45,9 +46,9 @@ training:
 """
 
 
-def command(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs `megatron-xy ARGUMENTS` and makes sure that it has not imported torch, megatron or transformers."""
-    environment = os.environ | {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)} | variables
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=60,
@@ -219,3 +220,14 @@ def test_launch_prints_and_starts_nothing(run_yaml: Path) -> None:
 
 def test_report_of_what_is_not_there(tmp_path: Path) -> None:
     assert command("report", tmp_path / "none").returncode == 78
+
+
+@pytest.mark.parametrize("verb", ["show", "stats"])
+def test_what_stdout_cannot_encode_is_escaped(tmp_path: Path, verb: str) -> None:
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "corpus.jsonl").write_text('{"text": "the fox"}\n')
+    data = tmp_path / "数据"
+    build_dataset([tmp_path / "corpus.jsonl"], tokenizer=tokenizer, output=data, buckets=[64], source="金融")
+    result = command("data", verb, data, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and not result.stderr
+    assert r"\u91d1\u878d" in result.stdout
