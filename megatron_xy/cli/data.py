@@ -15,6 +15,7 @@ from megatron_xy.cli.options import AsJson, Overrides, say, verified
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 
 FILE_COLUMNS = 120  # of tables that go into a file or a pipe, where no number is to be cut
+DIR_OF_RUN = "the run's data folder, or one of several in data.path, which are joined"
 
 data_app = typer.Typer(no_args_is_help=True, help="Build, look at and verify bucketed datasets.")
 
@@ -191,7 +192,7 @@ def data_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_js
 
 @data_app.command("plan-steps")
 def data_plan_steps(
-    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help=DIR_OF_RUN)],
     config: Annotated[Path, typer.Option("--config", metavar="RUN.yaml")],
     steps: Annotated[str, typer.Option("--steps", metavar="A:B", help="data steps, half-open, from 0")],
     data_parallel_size: Annotated[int, typer.Option("--data-parallel-size", min=1)] = 1,
@@ -215,7 +216,7 @@ def data_plan_steps(
 
 @data_app.command("trace")
 def data_trace(
-    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help=DIR_OF_RUN)],
     config: Annotated[Path, typer.Option("--config", metavar="RUN.yaml")],
     steps: Annotated[str, typer.Option("--steps", metavar="A:B", help="data steps, half-open, from 0")],
     overrides: Overrides = None,

@@ -75,7 +75,7 @@ def test_every_conversation_lies_in_the_samples_with_its_mask(folder, tokenizer)
     loaded = load_tokenizer(tokenizer)
     chat = Chat(loaded, load_chat_template("xuanyuan", loaded))
     given = dict(enumerate(rows(200), start=1))
-    dataset, tracer, seen = PackedDataset([folder]), Tracer(folder), {}
+    dataset, tracer, seen = PackedDataset([folder]), Tracer([folder]), {}
     assert dataset.sources == ["finance", "general", "plain"]
     assert dataset.conversation_sources == ["finance", "general"]
     assert dataset.chat_template == chat.template.source
@@ -221,7 +221,7 @@ def test_a_conversation_too_long_is_refused_cut_from_the_left_or_split(tmp_path,
     ]
     assert found[0].tokens.tolist() == whole.ids[-256:].tolist()
     assert found[0].learned.tolist() == whole.learned[-256:].tolist()
-    (place,) = Tracer(cut).documents(source="long", bucket=256, index=0)
+    (place,) = Tracer([cut]).documents(source="long", bucket=256, index=0)
     assert (place["line"], place["start"], place["length"]) == (1, len(whole.ids) - 256, 256)
     entry = read_manifest(cut).sources["long"]
     assert (entry.truncated_documents, entry.tokens_lost) == (1, len(whole.ids) - 256)
@@ -231,7 +231,7 @@ def test_a_conversation_too_long_is_refused_cut_from_the_left_or_split(tmp_path,
     pieces = {}
     for stream, index, sample in all_samples(PackedDataset([split])):
         if stream.source == "long":
-            (place,) = Tracer(split).documents(source="long", bucket=stream.bucket, index=index)
+            (place,) = Tracer([split]).documents(source="long", bucket=stream.bucket, index=index)
             pieces[place["start"]] = sample
     joined = [pieces[start] for start in sorted(pieces)]
     assert np.concatenate([sample.tokens for sample in joined]).tolist() == whole.ids.tolist()

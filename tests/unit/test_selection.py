@@ -63,7 +63,7 @@ def run(folder, tokenizer, output, **options):
 
 def places(output):
     """Where the documents of a data folder stand, sorted."""
-    tracer = Tracer(output)
+    tracer = Tracer([output])
     found = set()
     for source, entry in read_manifest(output).sources.items():
         for size, bucket in entry.buckets.items():

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from megatron_xy.config import load_config
 from megatron_xy.data import build, tokenize
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
@@ -15,11 +16,12 @@ from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.origins import TracedWriter, document_rows, read_rows, trace_path
+from megatron_xy.data.phases import run_sampler
 from megatron_xy.data.plan_steps import plan_steps
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.data.trace import Tracer, trace_steps
-from megatron_xy.errors import DataError
+from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
@@ -58,9 +60,9 @@ def corpus(tmp_path, tokenizer):
     return expected, folder
 
 
-def run(folder, tokenizer, output, **options):
+def run(corpus, tokenizer, output, **options):
     return build_dataset(
-        [folder],
+        [corpus],
         tokenizer=tokenizer,
         output=output,
         buckets=BUCKETS,
@@ -78,7 +80,7 @@ def test_every_piece_is_the_named_part_of_the_named_line(corpus, tokenizer, tmp_
     expected, folder = corpus
     run(folder, tokenizer, tmp_path / "out", workers=workers)
     verify_dataset(tmp_path / "out")
-    tracer, encode = Tracer(tmp_path / "out"), load_tokenizer(tokenizer).encode
+    tracer, encode = Tracer([tmp_path / "out"]), load_tokenizer(tokenizer).encode
     dataset = PackedDataset([tmp_path / "out"])
     covered = dict.fromkeys(expected, 0)
     for stream in dataset.streams:
@@ -95,9 +97,7 @@ def test_every_piece_is_the_named_part_of_the_named_line(corpus, tokenizer, tmp_
         tracer.documents(source="a", bucket=16, index=10_000)
 
 
-def test_steps_are_traced_as_they_are_planned(corpus, tokenizer, tmp_path):
-    _, folder = corpus
-    run(folder, tokenizer, tmp_path / "out")
+def write_config(tmp_path):
     config = tmp_path / "run.yaml"
     text = {
         "task": "pretrain",
@@ -107,10 +107,17 @@ def test_steps_are_traced_as_they_are_planned(corpus, tokenizer, tmp_path):
         "training": {"train_iters": 10, "global_batch_tokens": 256, "micro_batch_tokens": 64},
     }
     config.write_text(json.dumps(text))
+    return config
+
+
+def test_steps_are_traced_as_they_are_planned(corpus, tokenizer, tmp_path):
+    _, folder = corpus
+    run(folder, tokenizer, tmp_path / "out")
+    config = write_config(tmp_path)
     asked = {"config_path": config, "overrides": ["seed=7"], "steps": range(3, 9)}
     rows = list(trace_steps(tmp_path / "out", **asked))
     planned = plan_steps(tmp_path / "out", **asked, data_parallel_size=1, data_parallel_rank=0)
-    tracer = Tracer(tmp_path / "out")
+    tracer = Tracer([tmp_path / "out"])
     assert rows == [
         {
             **{key: row[key] for key in ("data_step", "bucket", "source")},
@@ -121,6 +128,44 @@ def test_steps_are_traced_as_they_are_planned(corpus, tokenizer, tmp_path):
         for index in row["samples"]
     ]
     assert {row["data_step"] for row in rows} == set(range(3, 9)) and json.dumps(rows)
+
+
+def test_steps_of_a_run_over_several_folders_are_those_of_all_joined(corpus, tokenizer, tmp_path, capsys):
+    expected, folder = corpus
+    out, more = tmp_path / "out", tmp_path / "more"
+    run(folder, tokenizer, out)
+    rows = [{"text": text, "src": "ab"[number % 2]} for number, text in enumerate(texts(80, seed=3))]
+    path = write_rows(tmp_path / "more.jsonl", rows)
+    run(path, tokenizer, more)
+    expected |= {(str(path), line): row["text"] for line, row in enumerate(rows, start=1)}
+    paths = f"data.path=[{out}, {more}]"
+    asked = {"config_path": write_config(tmp_path), "overrides": [paths], "steps": range(6)}
+    config = load_config(asked["config_path"], overrides=[paths])
+    dataset, encode = PackedDataset([out, more]), load_tokenizer(tokenizer).encode
+    sampler = run_sampler(config, dataset.streams)
+    drawn = {(step, sample) for step in asked["steps"] for sample in sampler.batch(step).samples}
+    capsys.readouterr()
+    traced = list(trace_steps(more, **asked))
+    assert {(r["data_step"], SampleId(r["source"], r["bucket"], r["sample"])) for r in traced} == drawn
+    for row in traced:
+        sample = dataset.sample(SampleId(row["source"], row["bucket"], row["sample"]))
+        pieces = np.split(sample.tokens, np.cumsum(sample.piece_lengths)[:-1])
+        for document, piece in zip(row["documents"], pieces, strict=True):
+            start, text = document["start"], expected[document["file"], document["line"]]
+            assert encode(text)[start : start + document["length"]].tolist() == piece.tolist()
+    assert {document["file"] for row in traced for document in row["documents"]} > {str(path)}
+    assert capsys.readouterr().err == ""
+
+    alone = asked | {"data_parallel_size": 1, "data_parallel_rank": 0}
+    assert list(
+        plan_steps(more, **alone | {"overrides": ["data.weights=null"]})
+    )  # in place of the one that the config names
+    assert f"data.path ({out}) is another folder" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"DIR \(.*corpus\) is none of data.path \(.*out, .*more\)"):
+        list(plan_steps(folder, **alone))
+    conversations = [f"data.path=[{out}, chat.jsonl]", "task=sft", f"data.tokenizer={tokenizer}"]
+    with pytest.raises(ConfigError, match=r"and chat\.jsonl is no folder; put what the run built of it"):
+        list(plan_steps(out, **alone | {"overrides": conversations}))
 
 
 def test_a_sample_of_a_large_shard_is_traced_at_once(tmp_path):
@@ -145,12 +190,12 @@ def test_a_damaged_trace_is_refused(corpus, tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"\.trace is damaged: its checksum"):
         verify_dataset(tmp_path / "out")
     os.truncate(path, len(whole) - 16)
-    for refused in (verify_dataset, lambda out: Tracer(out).documents(source="a", bucket=16, index=0)):
+    for refused in (verify_dataset, lambda out: Tracer([out]).documents(source="a", bucket=16, index=0)):
         with pytest.raises(DataError, match=r"\.trace has \d+ bytes"):
             refused(tmp_path / "out")
     path.unlink()
     with pytest.raises(DataError, match=r"\.trace is missing"):
-        Tracer(tmp_path / "out").documents(source="a", bucket=16, index=0)
+        Tracer([tmp_path / "out"]).documents(source="a", bucket=16, index=0)
 
 
 def test_nothing_stays_of_a_writer_that_fails(tmp_path):
