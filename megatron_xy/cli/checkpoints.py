@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_xy.cli.options import AsJson, verified
+from megatron_xy.cli.options import AsJson, tell_whole
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at and verify checkpoints.")
 
@@ -34,12 +34,10 @@ def checkpoint_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")],
     """Compares every file with its checksum, and the pieces of every tensor with its shape."""
     from megatron_xy.checkpoint import files
 
-    def verify() -> None:
-        manifest = files.read_manifest(directory)
-        files.verify_files(directory, manifest)
-        files.verify_coverage(directory, manifest)
-
-    verified(verify, directory, as_json=as_json)
+    manifest = files.read_manifest(directory)
+    files.verify_files(directory, manifest)
+    files.verify_coverage(directory, manifest)
+    tell_whole(directory, as_json=as_json)
 
 
 @checkpoint_app.command("hash")

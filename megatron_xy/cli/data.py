@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from megatron_xy.cli.options import AsJson, Overrides, say, verified
+from megatron_xy.cli.options import AsJson, Overrides, say, tell_whole
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 
 FILE_COLUMNS = 120  # of tables that go into a file or a pipe, where no number is to be cut
@@ -187,7 +187,8 @@ def data_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_js
     """Checks sizes, checksums, sample lengths and token ids of a data folder."""
     from megatron_xy.data.examine import verify_dataset
 
-    verified(lambda: verify_dataset(directory), directory, as_json=as_json)
+    verify_dataset(directory)
+    tell_whole(directory, as_json=as_json)
 
 
 @data_app.command("plan-steps")

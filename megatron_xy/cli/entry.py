@@ -18,6 +18,7 @@ from megatron_xy.cli.judging import compare, evaluate, quantize
 from megatron_xy.cli.launching import import_args, launch
 from megatron_xy.cli.looking import bench, check, doctor, dryrun, plan, report, select
 from megatron_xy.cli.models import convert, generate, logprobs, model_rank, score, vocab_app
+from megatron_xy.cli.options import failure
 from megatron_xy.cli.training import ppo, pretrain, reward, run, sft
 from megatron_xy.errors import EXIT_BUG, EXIT_IO, MegatronXYError
 
@@ -52,17 +53,25 @@ def main() -> None:
         sys.exit(EXIT_IO)
     except OSError as error:
         fail(error, code=EXIT_IO)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
         print("this is a bug in megatron_xy", file=sys.stderr)
+        _answer_in_json(error, code=EXIT_BUG)
         sys.exit(EXIT_BUG)
 
 
 def fail(error: Exception, *, code: int) -> None:
-    """One calm message on stderr, and the code."""
+    """One calm message on stderr, with --json a document on stdout, and the code."""
     console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
     console.print(f"[red]error[/red] ({code}): {escape(str(error))}")
+    _answer_in_json(error, code=code)
     sys.exit(code)
+
+
+def _answer_in_json(error: Exception, *, code: int) -> None:
+    """No verb goes on once it has printed its own document."""
+    if "--json" in sys.argv:
+        print(failure(error, code=code))
 
 
 @app.callback(invoke_without_command=True)

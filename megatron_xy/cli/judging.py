@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_xy.cli.options import AsJson, Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say
+from megatron_xy.cli.options import AsJson, Layout, NprocPerNode, OtherTemplate, OtherTokenizer, failure, say
 from megatron_xy.errors import EXIT_BAD_DATA, ConfigError, UsageError
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 
@@ -88,6 +88,8 @@ def evaluate(
     try:
         metrics = verb.evaluate(origin, benchmarks, placement)
     except JobEnded as ended:
+        if as_json:
+            print(failure(ended, code=ended.code))
         sys.exit(ended.code)
     print(json.dumps(metrics) if as_json else "\n".join(suite.rows_of(metrics)))
 

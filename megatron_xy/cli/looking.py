@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from megatron_xy.cli.options import AsJson, Overrides, RunYaml, say
-from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError, MegatronXYError, UsageError
+from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError, UsageError
 
 
 def check(
@@ -25,20 +25,12 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Checks a config without starting anything: all problems at once, with lines, rules and nearest valid values."""
-    from megatron_xy.config import InvalidConfig, load_config
+    from megatron_xy.config import load_config
     from megatron_xy.preflight import check_paths, describe
 
-    try:
-        config = load_config(run_yaml, overrides=overrides or [], world_size=world_size)
-        if paths:
-            check_paths(config)
-    except MegatronXYError as error:
-        if as_json:
-            problems = (
-                [str(problem) for problem in error.problems] if isinstance(error, InvalidConfig) else [str(error)]
-            )
-            print(json.dumps({"ok": False, "exit_code": error.exit_code, "problems": problems}))
-        raise
+    config = load_config(run_yaml, overrides=overrides or [], world_size=world_size)
+    if paths:
+        check_paths(config)
     if as_json:
         print(json.dumps({"ok": True, "exit_code": 0, "problems": [], "config": config.model_dump(mode="json")}))
     else:
@@ -66,7 +58,7 @@ def plan(
 
     if picture is not None:
         _check_picture(picture)
-    made = verb.plan(
+    verb.plan(
         run_yaml,
         overrides=overrides or [],
         num_nodes=nodes,
@@ -75,12 +67,9 @@ def plan(
         tokens=tokens,
         do_search=search,
         calibrate_by=calibrate,
+        picture=picture,
         as_json=as_json,
     )
-    if picture is not None:
-        from megatron_xy.plan.picture import save_picture  # and with it matplotlib, a good part of a second
-
-        save_picture(made, picture)
 
 
 def _check_picture(path: Path) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_xy.errors import MegatronXYError
+from megatron_xy.config import InvalidConfig
 
 RunYaml = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run's config")]
 Overrides = Annotated[
@@ -32,12 +31,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def verified(verify: Callable[[], object], directory: Path, *, as_json: bool) -> None:
-    """Calls `verify`, which raises DataError or ConfigError, and says what came of it."""
-    try:
-        verify()
-    except MegatronXYError as error:
-        if as_json:
-            print(json.dumps({"ok": False, "exit_code": error.exit_code, "problem": str(error)}))
-        raise
+def tell_whole(directory: Path, *, as_json: bool) -> None:
+    """What a verify verb says where nothing is wrong."""
     print(json.dumps({"ok": True, "exit_code": 0}) if as_json else f"{directory}: whole and as it was written")
+
+
+def failure(error: Exception, *, code: int) -> str:
+    """The document of a verb that was asked for --json and failed: what stderr says, and each problem by itself."""
+    problems = [str(problem) for problem in error.problems] if isinstance(error, InvalidConfig) else [str(error)]
+    return json.dumps({"ok": False, "exit_code": code, "problem": str(error), "problems": problems})

@@ -32,12 +32,13 @@ def plan(
     tokens: str | None,
     do_search: bool,
     calibrate_by: Path | None,
+    picture: Path | None = None,
     as_json: bool,
 ) -> Plan:
     """Plans a run, prints the plan, returns it. Raises ConfigError: as `check` does; where GPU or shape are not known.
 
     do_search: ranks layouts too; a config whose own does not go with so many ranks is planned in the fastest of them.
-    calibrate_by: a run's folder, whose speeds set the efficiencies.
+    calibrate_by: a run's folder, whose speeds set the efficiencies. picture: a file to draw ranks and memory into.
     """
     chosen, rates = device(gpu), efficiencies()
     refused = None
@@ -67,6 +68,10 @@ def plan(
     looked = do_search or not made.fits
     if looked and not do_search:
         found = find()
+    if picture is not None:
+        from megatron_xy.plan.picture import save_picture  # and with it matplotlib, a good part of a second
+
+        save_picture(made, picture)
     if as_json:
         result = made.to_json() | {"overrides": changes(given, made.config)}
         if looked:

@@ -165,6 +165,29 @@ def test_check_json_tells_all_problems_at_once(run_yaml: Path) -> None:
     assert all(any(line.startswith(problem) for line in answer["problems"]) for problem in expected)
 
 
+@pytest.mark.parametrize(
+    ("verb", "code"),
+    [
+        ("check none", 78),
+        ("plan none", 78),
+        ("plan {run} --tokens many", 2),
+        ("plan {run} --picture {run}/plan.png", 78),
+        ("select none", 78),
+        ("data verify none", 78),
+        ("data stats .", 65),
+        ("data build --input none --tokenizer none --output {run}", 78),
+        ("checkpoint verify .", 65),
+        ("checkpoint hash .", 65),
+    ],
+)
+def test_json_has_one_document_whatever_is_wrong(run_yaml: Path, verb: str, code: int) -> None:
+    result = command(*verb.format(run=run_yaml).split(), "--json", cwd=run_yaml.parent)
+    answer = json.loads(result.stdout)
+    assert result.returncode == code
+    assert (answer["ok"], answer["exit_code"]) == (False, code)
+    assert answer["problems"] and result.stderr.startswith(f"error ({code}): {answer['problem']}")
+
+
 def test_check_of_what_is_not_there(tmp_path: Path) -> None:
     result = command("check", tmp_path / "none.yaml")
     assert result.returncode == 78

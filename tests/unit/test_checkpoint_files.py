@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from megatron_xy.checkpoint import files
 from megatron_xy.checkpoint.files import Manifest, Piece, TensorEntry
-from megatron_xy.cli import app
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.tensors.block_reader import BlockReader, tensor_hashes
 from megatron_xy.tensors.files import bits_of, dtype_name, write_tensors
@@ -384,13 +382,3 @@ def test_brackets_beyond_measure_are_refused(checkpoint):
     (checkpoint / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(DataError, match="is damaged"):
         files.read_manifest(checkpoint)
-
-
-@pytest.mark.parametrize("verb", [["checkpoint", "verify"], ["data", "verify"]])
-@pytest.mark.parametrize(("folder", "code"), [("none", 78), (".", 65)])
-def test_verify_answers_in_json_whatever_is_wrong(tmp_path, verb, folder, code):
-    answer = CliRunner().invoke(app, [*verb, str(tmp_path / folder), "--json"])
-    assert answer.exception.exit_code == code
-    told = json.loads(answer.stdout)
-    assert (told["ok"], told["exit_code"]) == (False, code)
-    assert str(tmp_path) in told["problem"]
