@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_xy.cli.options import AsJson, Overrides, say, tell_whole
+from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 
 FILE_COLUMNS = 120  # of tables that go into a file or a pipe, where no number is to be cut
@@ -98,6 +100,7 @@ def data_build(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from megatron_xy.data.build import DEFAULT_BUCKETS, build_dataset
     from megatron_xy.data.build_folder import Share
+    from megatron_xy.data.packing import check_buckets
     from megatron_xy.data.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
@@ -106,13 +109,19 @@ def data_build(
         raise typer.BadParameter(
             "--seq-length gives samples of one length; leave --buckets off", param_hint="--buckets"
         )
-    sizes = DEFAULT_BUCKETS if buckets is None else _numbers(buckets, option="--buckets")
+    sizes: Sequence[int] = DEFAULT_BUCKETS if buckets is None else _numbers(buckets, option="--buckets")
+    if seq_length is not None:
+        sizes = [seq_length]
+    try:
+        check_buckets(sizes)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
     with showing_progress() as progress, cleaned_up_on_signals("; the same command goes on where it was"):
         stats = build_dataset(
             [*inputs, *(more_inputs or [])],
             tokenizer=tokenizer,
             output=output,
-            buckets=sizes if seq_length is None else [seq_length],
+            buckets=sizes,
             source=source,
             source_field=source_field,
             text_field=text_field,

@@ -20,7 +20,7 @@ from megatron_xy.config.problems import InvalidConfig, Problem
 from megatron_xy.config.rules import head_of, run_rules
 from megatron_xy.config.sections import RunConfig
 from megatron_xy.config.validation import validate
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.yaml_file import Lines, apply_overrides, read_yaml
 
 
@@ -47,7 +47,7 @@ def load_model_options(origin: str, *, overrides: Sequence[str], world_size: int
     """For a verb over the model in `origin` (ckpt:DIR or hf:DIR): a config of its `model.load`, `parallel`, `runtime`.
 
     overrides: of the sections parallel and runtime, whose keys are as in a RUN.yaml; the rest is defaults. Raises
-    InvalidConfig with every problem at once.
+    UsageError for an `origin` that is neither, InvalidConfig with every problem of the rest at once.
     """
     values: dict[str, Any] = {"model": {"load": origin}}
     lines = Lines()
@@ -57,6 +57,8 @@ def load_model_options(origin: str, *, overrides: Sequence[str], world_size: int
     ):
         problems.append(Problem(lines.where(name, Path(name)), f"{name}: this verb takes keys of parallel and runtime"))
     config, refused = validate({name: values[name] for name in ("model", "parallel", "runtime") if name in values})
+    if "model.load" in refused:
+        raise UsageError(refused["model.load"].replace("model.load", "the model", 1))
     problems += [Problem(lines.where(name, Path(name)), text) for name, text in refused.items()]
     if not refused:
         for name, text in model_verb_rules(config.parallel, world_size=world_size):

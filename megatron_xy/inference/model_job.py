@@ -35,7 +35,7 @@ class ModelJob:
     arguments: dict[str, Any]
 
     def options(self) -> RunConfig:
-        """`model.load`, `parallel` and `runtime` as a config has them. Raises InvalidConfig."""
+        """`model.load`, `parallel` and `runtime` as a config has them. Raises UsageError, InvalidConfig."""
         return load_model_options(self.origin, overrides=self.overrides, world_size=self.nproc_per_node)
 
 
