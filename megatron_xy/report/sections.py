@@ -36,7 +36,7 @@ def own_sections(
     """In the page's order, `rows` of the summary first; what a run has none of is left out."""
     sections = [ReportSection("Summary", rows=[("what", "value"), *rows])]
     evaluation = summary.get("last_evaluation")
-    if evaluation and "loss" in evaluation:  # a reward model's has a section of its own
+    if evaluation and "loss_by_bucket" in evaluation:  # a reward model's has a section of its own
         table = [("held out", "loss", "perplexity"), *evaluation_rows(evaluation)]
         sections.append(ReportSection(f"Evaluation after step {evaluation['iteration']:,}", rows=table))
     if summary.get("epochs_by_source"):

@@ -47,6 +47,8 @@ class PairEvaluator:
             "iteration": iteration,
             "epoch": step.epoch + 1,
             "ends_epoch": step.ends_epoch,
+            "loss": held_out["loss"] if held_out else None,  # where every task's records have them
+            "loss_by_source": held_out["loss_by_source"] if held_out else {},
             "held_out": held_out,
             "training": table_of(self._training, chosen[size:], rejected[size:]),
         }

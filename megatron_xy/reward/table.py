@@ -25,10 +25,12 @@ def table_of(pairs: Sequence[Pair], chosen: Scores, rejected: Scores) -> dict[st
     scores = np.concatenate([chosen, rejected])
     lengths = np.array([len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs], dtype=float)
     wins = chosen > rejected
+    losses = np.logaddexp(0.0, rejected - chosen)
+    sources = [pair.source for pair in pairs]
     return {
         "num_pairs": len(pairs),
         "accuracy": float(wins.mean()),
-        "loss": float(np.logaddexp(0.0, rejected - chosen).mean()),
+        "loss": float(losses.mean()),
         "chosen_mean": float(chosen.mean()),
         "rejected_mean": float(rejected.mean()),
         "margin": float((chosen - rejected).mean()),
@@ -37,9 +39,10 @@ def table_of(pairs: Sequence[Pair], chosen: Scores, rejected: Scores) -> dict[st
         "score_min": float(scores.min()),
         "score_max": float(scores.max()),
         "length_correlation": _correlation(scores, lengths),
-        "accuracy_by_source": _by_group([pair.source for pair in pairs], wins),
+        "accuracy_by_source": _by_group(sources, wins),
         "accuracy_by_model": _by_group([_models(pair) for pair in pairs], wins),
-        "num_pairs_by_source": _counts([pair.source for pair in pairs]),
+        "loss_by_source": _by_group(sources, losses),
+        "num_pairs_by_source": _counts(sources),
     }
 
 
@@ -86,9 +89,10 @@ def _models(pair: Pair) -> str:
     return " + ".join(sorted(set(pair.models)))
 
 
-def _by_group(groups: Sequence[str], wins: NDArray[np.bool_]) -> dict[str, float]:
+def _by_group(groups: Sequence[str], values: NDArray[Any]) -> dict[str, float]:
+    """The mean of each group."""
     names = np.array(groups)
-    return {str(name): float(wins[names == name].mean()) for name in sorted(set(groups))}
+    return {str(name): float(values[names == name].mean()) for name in sorted(set(groups))}
 
 
 def _counts(groups: Sequence[str]) -> dict[str, int]:

@@ -88,6 +88,7 @@ def test_a_known_rule_is_learned_from_toy_preferences(trained: tuple[Path, Ended
     assert last["held_out"]["accuracy"] >= 0.95 and last["held_out"]["num_pairs"] == 200
     assert (first["epoch"], last["epoch"]) == (1, 2) and first["ends_epoch"] and last["ends_epoch"]
     assert set(last["held_out"]["accuracy_by_source"]) == {"cold", "warm"}
+    assert all(last[name] == last["held_out"][name] for name in ("loss", "loss_by_source"))
     assert set(last["held_out"]["accuracy_by_model"]) == {"large", "small", "large + small"}
     assert last["held_out"]["margin"] == pytest.approx(
         last["held_out"]["chosen_mean"] - last["held_out"]["rejected_mean"]
@@ -105,6 +106,7 @@ def test_the_report_shows_pairs_and_which_epoch_to_take(trained: tuple[Path, End
     page = make_report(folder / "run")
     assert (page.parent / "pairs.png").is_file() and not (page.parent / "evaluation.png").exists()
     text = page.read_text()
+    assert "Evaluation after step" not in text, "that is the table of held-out tokens"
     assert "Epochs, and the one to take" in text and text.count("<td>selected</td>") == 1
     accuracy = evaluations_of(folder / "run")[-1]["held_out"]["accuracy"]
     assert "held-out pairs in the right order" in text and f"{accuracy:.2%}" in text

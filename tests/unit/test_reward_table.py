@@ -40,6 +40,8 @@ def test_the_numbers_of_an_epoch() -> None:
     assert table["score_std"] == pytest.approx(np.std(scores)) and table["score_min"] == -1.0
     assert table["length_correlation"] == pytest.approx(np.corrcoef(scores, [2, 5, 4, 2, 3, 1, 4, 6])[0, 1])
     assert table["loss"] == pytest.approx(np.mean(-np.log(1 / (1 + np.exp(REJECTED - CHOSEN)))))
+    losses = np.logaddexp(0, REJECTED - CHOSEN)
+    assert table["loss_by_source"] == {"a": pytest.approx(losses[:2].mean()), "b": pytest.approx(losses[2:].mean())}
     assert table_of([], np.zeros(0), np.zeros(0)) is None
     lines = lines_of({"iteration": 3, "epoch": 1, "held_out": None, "training": table}, seconds=0.5)
     assert "epoch 1, step 3" in lines[0] and "50.00%" in lines[2] and "by model: m 100.00%" in lines[-1]
