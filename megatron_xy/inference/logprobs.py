@@ -16,9 +16,9 @@ from megatron_xy import run_folder
 from megatron_xy.checkpoint.files import METADATA
 from megatron_xy.config import RunConfig
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.errors import ConfigError
 from megatron_xy.inference.model_job import ModelJob, run_job
 from megatron_xy.inference.model_ranks import complete_options, joined
+from megatron_xy.inference.partial_results import make_beside
 from megatron_xy.model.logits import logprobs_of
 from megatron_xy.run_folder import RunDirBusy
 from megatron_xy.runtime import environment
@@ -36,11 +36,9 @@ def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
 
     Raises ConfigError for arguments and paths, DataError for bad rows and damaged weights, StorageError.
     """
-    output = Path(job.arguments["output"])
-    if not output.parent.is_dir() or output.is_dir():
-        raise ConfigError(f"--output ({output}): must be a file in a folder that is there")
+    output, folder = Path(job.arguments["output"]), Path(job.run_dir)
     rows = _rows(job, complete_options(job.options()))
-    folder = Path(job.run_dir)
+    make_beside(output, folder)
     try:
         code = run_job(job, in_this_process=lambda job: _compute(job, beat=lambda: None))
         if code == 0:

@@ -50,7 +50,7 @@ def run_job(job: ModelJob, *, in_this_process: Callable[[ModelJob], None]) -> in
     To be called in the main thread. Raises RunDirBusy where another run is at work in the folder.
     """
     options, run_dir = job.options(), Path(job.run_dir)
-    run_folder.prepare(run_dir)
+    run_folder.prepare(run_dir, key="the work folder beside the output")
     if job.nproc_per_node == 1:
         with run_folder.lock(run_dir, name=run_folder.SUPERVISOR_LOCK):
             in_this_process(job)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError, StorageError
 from megatron_xy.run_folder import RunDirBusy
 from megatron_xy.storage import replace, storage_errors, temporary_name, write_json
 
@@ -40,13 +40,11 @@ class PartialResults:
         self.run_dir = self.folder / RUN
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Makes the folder, or finds it as a run with the same `facts` (JSON) left it. Raises ConfigError otherwise."""
-        if not self.output.parent.is_dir():
-            raise ConfigError(f"--output ({self.output}): there is no folder {self.output.parent}; make it first")
-        if self.output.is_dir():
-            raise ConfigError(f"--output ({self.output}) is a folder; name a file")
-        with storage_errors(self.folder):
-            self.folder.mkdir(exist_ok=True)
+        """Makes the folder, or finds it as a run with the same `facts` (JSON) left it.
+
+        Raises ConfigError otherwise, and as `make_beside`.
+        """
+        make_beside(self.output, self.folder)
         path = self.folder / FACTS
         if not path.exists():
             write_json(path, facts)
@@ -123,6 +121,20 @@ class PartialResults:
             for offset, number in _whole_lines(path):
                 places[number] = _Place(path, offset)
         return places
+
+
+def make_beside(output: Path, folder: Path) -> None:
+    """Makes the work folder of `output`, or finds it there. Raises ConfigError, StorageError that name --output."""
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output ({output}): there is no folder {output.parent}; make it first")
+    if output.is_dir():
+        raise ConfigError(f"--output ({output}) is a folder; name a file")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"--output ({output}) cannot be written: {error.strerror}; make room or choose another folder"
+        ) from None
 
 
 class ResultWriter:

@@ -16,12 +16,13 @@ from megatron_xy.errors import ConfigError, DataError, StorageError
 FOLDERS = ("logs", "checkpoints", "report", "heartbeats")
 
 
-def prepare(run_dir: Path) -> None:
-    """Makes `run_dir` and its folders, open to their owner only, or finds them there; raises ConfigError if it cannot.
+def prepare(run_dir: Path, *, key: str = "run_dir") -> None:
+    """Makes `run_dir` and its folders, open to their owner only, or finds them there.
 
-    A file is written and removed again: neither permission bits nor root's rights tell of a read-only file system.
+    key: as which the user knows the folder. Raises ConfigError, or StorageError where its disk is full or fails. A file
+    is written and removed again: neither permission bits nor root's rights tell of a read-only file system.
     """
-    with _refusals(run_dir):
+    with _refusals(run_dir, key=key):
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in FOLDERS:
             (run_dir / name).mkdir(mode=0o700, exist_ok=True)
@@ -30,19 +31,19 @@ def prepare(run_dir: Path) -> None:
 
 def check_place(run_dir: Path) -> None:
     """Raises as `prepare` would, and makes nothing: the nearest folder that is there is tried."""
-    with _refusals(run_dir):
+    with _refusals(run_dir, key="run_dir"):
         _probe(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists()))
 
 
 @contextmanager
-def _refusals(run_dir: Path) -> Iterator[None]:
+def _refusals(run_dir: Path, *, key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise StorageError(f"run_dir ({run_dir}) cannot be written: {error.strerror}; make room there") from None
+            raise StorageError(f"{key} ({run_dir}) cannot be written: {error.strerror}; make room there") from None
         raise ConfigError(
-            f"run_dir ({run_dir}) must be a folder that can be made and written: {error.strerror}; choose another"
+            f"{key} ({run_dir}) must be a folder that can be made and written: {error.strerror}; choose another"
         ) from None
 
 

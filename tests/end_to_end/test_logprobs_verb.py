@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_xy import run_folder
 from megatron_xy.config import ModelConfig
+from megatron_xy.errors import StorageError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.verify import transformers_logits
@@ -80,6 +81,12 @@ def test_rows_get_the_logprobs_of_transformers_on_one_rank_and_on_four(tmp_path:
         logprobs_file(job, say=print)
     assert caught.value.exit_code == 78 and f"another run is active in {work_folder(one)}" in str(caught.value)
     assert (work_folder(one) / "part-00000.safetensors").exists(), "the work of the one that is at it stays"
+
+    work_folder(tmp_path / "two").touch()
+    arguments["output"] = str(tmp_path / "two")
+    job = ModelJob("logprobs", f"hf:{folder}", 1, [], str(work_folder(tmp_path / "two")), arguments)
+    with pytest.raises(StorageError, match=r"--output \(.*two\) cannot be written: File exists"):
+        logprobs_file(job, say=print)
 
     given.write_text('{"tokens": [1, 301]}\n{"text": "a"}\n')
     answer = verb(f"hf:{folder}", given, tmp_path / "bad.safetensors")

@@ -49,6 +49,8 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run_dir \(.*\) must be a folder that can be made and written: .*choose"):
         prepare(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"the work folder \(.*\) must be"):
+        prepare(tmp_path / name, key="the work folder")
 
 
 def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
