@@ -13,6 +13,7 @@ import typer
 from megatron_xy.cli.options import Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say
 from megatron_xy.config import MIN_TEMPERATURE
 from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError
+from megatron_xy.runtime.signals import cleaned_up_on_signals
 
 if TYPE_CHECKING:
     from megatron_xy.inference.model_job import ModelJob
@@ -46,18 +47,25 @@ def convert(
         raise ConfigError("--verify needs transformers; it comes with the extra: pip install 'megatron-xy[hf]'")
     if verify_text is not None and not verify_text.is_file():
         raise ConfigError(f"--verify-text {verify_text}: there is no such file")
-    verb.convert(
-        source, target, dtype=dtype, tokenizer=tokenizer, max_shard_size=max_shard_size, may_be_there=verify, say=say
-    )
-    if not verify:
-        return
-    from megatron_xy import device
+    with cleaned_up_on_signals("; the same command goes on with the files that are done"):
+        verb.convert(
+            source,
+            target,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+            may_be_there=verify,
+            say=say,
+        )
+        if not verify:
+            return
+        from megatron_xy import device
 
-    device.start()
-    from megatron_xy.hf.verify import verify as agrees
+        device.start()
+        from megatron_xy.hf.verify import verify as agrees
 
-    if not agrees(source, target, text=verify_text, say=say):
-        sys.exit(EXIT_COMPARISON_FAILED)
+        if not agrees(source, target, text=verify_text, say=say):
+            sys.exit(EXIT_COMPARISON_FAILED)
 
 
 def generate(

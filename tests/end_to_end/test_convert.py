@@ -79,13 +79,17 @@ def convert(source: str, target: str) -> int:
 
 def test_memory_is_a_part_of_the_model_and_a_killed_conversion_goes_on(folder: Path, tmp_path: Path) -> None:
     target, work = tmp_path / "ckpt", tmp_path / ".tmp-ckpt"
-    process = subprocess.Popen(command(f"hf:{folder}", f"ckpt:{target}"), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(work.glob("rank-*.receipt.json"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, "it is killed in the middle"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        there = len(list(work.glob("rank-*.receipt.json")))
+        process = subprocess.Popen(command(f"hf:{folder}", f"ckpt:{target}"), stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while len(list(work.glob("rank-*.receipt.json"))) < there + 2:
+            assert process.poll() is None and time.monotonic() < deadline, "it is stopped in the middle"
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, told = process.communicate()
+        assert process.returncode == code
+        assert ("stopped by SIGTERM; the same command goes on with the files that are done" in told) == (code == 75)
     assert not target.exists()
     receipts = [path.name.removesuffix(".receipt.json") for path in work.glob("rank-*.receipt.json")]
     done = {name: (work / name).stat().st_ino for name in receipts}
