@@ -34,7 +34,8 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
             temporary.write_bytes(content)
         replace(temporary, path, durable=durable)
     finally:
-        temporary.unlink(missing_ok=True)
+        with storage_errors(path):  # a read-only file system refuses this, too
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:

@@ -86,7 +86,8 @@ def make_report(
                 images.append((_png(picture.draw(metrics)), picture.caption))
             write_bytes(folder / f"{name}.png", images[-1][0])
         else:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+            with storage_errors(folder / f"{name}.png"):
+                (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
     write_bytes(folder / "summary.json", (json.dumps(without_nan(summary), indent=2) + "\n").encode())
     if config.task == "ppo":
         sections = [*answer_sections(read_records(run_dir / "samples.jsonl").records), *sections]

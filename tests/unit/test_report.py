@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from megatron_xy.config import RunConfig
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.report.benchmarks import draw_benchmarks
 from megatron_xy.report.mixture import wanted_shares
 from megatron_xy.report.page import ReportSection
@@ -261,6 +261,13 @@ def test_a_damaged_line_is_named(tmp_path, line):
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: "):
         make_report(run)
     assert not (run / "report").exists()
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    run = write_run(tmp_path / "run", [record(1)])
+    (run / "report" / "time_and_memory.png").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"time_and_memory\.png cannot be written: Is a directory"):
+        make_report(run)
 
 
 def test_a_folder_without_a_run_and_a_run_without_a_step_say_so(tmp_path):

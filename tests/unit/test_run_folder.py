@@ -219,6 +219,11 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
     assert (tmp_path / "a.json").read_text() == "1\n"
     with pytest.raises(StorageError, match=r"b\.json cannot be written: No such file"):
         write_json(tmp_path / "missing" / "b.json", 1)
+    temporary = tmp_path / f".tmp-{os.getpid()}-c.json"
+    temporary.mkdir()  # what can be neither written nor removed, as on a read-only file system
+    with pytest.raises(StorageError, match=r"c\.json cannot be written: Is a directory"):
+        write_json(tmp_path / "c.json", 1)
+    temporary.rmdir()
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
