@@ -211,7 +211,8 @@ class Manifest(Entry):
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a data folder. Raises ConfigError (no such folder) or DataError (none in it, or a broken one)."""
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is not there; name a folder that `data build` wrote")
+        why = "is a file, no folder" if directory.exists() else "is not there"
+        raise ConfigError(f"{directory} {why}; name a folder that `data build` wrote")
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise DataError(

@@ -375,5 +375,8 @@ def test_a_manifest_that_contradicts_itself_is_refused(corpus, tokenizer, tmp_pa
         (output / "manifest.json").write_text(json.dumps(changed))
         with pytest.raises(DataError, match="damaged or of another version"):
             read_manifest(output)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file, no folder"):
+        read_manifest(tmp_path / "file")
     with pytest.raises(ConfigError, match="is not there"):
         read_manifest(tmp_path / "nowhere")
