@@ -55,6 +55,14 @@ def read_rows(path: Path, *, option: str, parse: Callable[[dict[str, Any]], Pars
     return rows
 
 
+def check_json(value: Any) -> None:
+    """Raises BadRow where a value that will be written as it was read holds what Python reads and JSON has not."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise BadRow("a number is NaN or infinite, or too large for 64 bits, such as 1e400; write another") from None
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     line = 0
     with path.open("rb") as stream:

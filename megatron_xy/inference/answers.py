@@ -24,7 +24,7 @@ from megatron_xy.data.chat import Chat
 from megatron_xy.data.chat_template import load_chat_template, template_of_run, template_of_tokenizer
 from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.rows import BadRow, Row, read_rows
+from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
@@ -124,6 +124,7 @@ def prepare(job: ModelJob) -> Work:
     vocab_size = config.model.vocab_size or 0
 
     def parse(row: dict[str, Any]) -> Prompt:
+        check_json(row.get("prompt"))
         prompt = Prompt(row.get("prompt"), prompt_tokens(row, tokenizer, chat))
         if not 0 < len(prompt.tokens) < longest:
             raise BadRow(

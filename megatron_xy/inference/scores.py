@@ -19,7 +19,7 @@ from megatron_xy.config import RunConfig
 from megatron_xy.data.chat import answer_tokens
 from megatron_xy.data.conversations import BadConversation, parse_messages
 from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.rows import BadRow, Row, read_rows
+from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.inference.answers import Chats, find_tokenizer, identity_of, prompt_tokens
@@ -104,6 +104,7 @@ def prepare(job: ModelJob) -> Work:
     longest, vocab_size = config.model.max_position_embeddings, config.model.vocab_size or 0
 
     def parse(row: dict[str, Any]) -> AnswerRow:
+        check_json(row)
         answer = AnswerRow(row, prompt_tokens(row, tokenizer, chats), _response_tokens(row, tokenizer, chats))
         length = len(answer.prompt) + len(answer.response)
         if length > longest:

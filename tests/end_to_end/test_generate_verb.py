@@ -173,9 +173,10 @@ def test_bad_rows_are_named_with_their_lines(folder: Path, tmp_path: Path) -> No
     prompts = write_rows(tmp_path / "bad.jsonl", [*rows, {"prompt": [{"role": "nobody", "content": "a"}]}])
     with prompts.open("a") as stream:
         stream.write('\n{"prompt": "cut of\n{"prompt": "\\ud800"}\n')
+        stream.write('{"prompt": [{"role": "user", "content": "a", "n": 1e400}]}\n')
     ended = run_to_end(command(f"hf:{folder / 'hf'}", prompts, tmp_path / "never", "--chat-template", "llama-2"))
     assert ended.code == 65 and not list(tmp_path.glob("never*"))
-    for line in (2, 3, 4, 5, 6, 8, 9):
+    for line in (2, 3, 4, 5, 6, 8, 9, 10):
         assert f"{prompts}:{line}: " in ended.err
     assert f"{prompts}:1:" not in ended.err
 

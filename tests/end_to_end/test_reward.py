@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -233,6 +234,7 @@ def test_score_goes_on_where_a_killed_one_stopped(trained: tuple[Path, Ended, fl
         ({"prompt": "red", "response_tokens": []}, "response_tokens must be a list of token ids"),
         ({"prompt": "red", "response_tokens": [4000]}, "the answer holds a token that the model does not know"),
         ({"response": "red"}, "prompt is missing"),
+        ({"prompt": "red", "response": "red", "x": math.inf}, "a number is NaN or infinite"),
         ({"prompt": "red", "response": "red " * 80}, "prompt and answer have 83 tokens, must have at most the model's"),
     ],
 )

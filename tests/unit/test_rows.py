@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
+from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, check_json, read_rows
 from megatron_xy.errors import ConfigError, DataError
 
 
@@ -50,12 +50,15 @@ def test_rows_of_compressed_files_are_the_same(tmp_path: Path, ending: str, comp
         (b"[" * 100_000, "nested too deeply"),
         (b"[1]", "no JSON object"),
         (b'{"a": 7}', "a is 7"),
+        (b'{"a": 1e400}', "a number is NaN or infinite, or too large"),
+        (b'{"a": 1, "b": [NaN]}', "a number is NaN or infinite, or too large"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, line: bytes, reason: str) -> None:
     def parse(row: dict[str, int]) -> None:
         if row["a"] == 7:
             raise BadRow("a is 7")
+        check_json(row)
 
     (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n' + line + b"\n")
     with pytest.raises(DataError, match=rf"rows.jsonl:2: .*{reason}"):
