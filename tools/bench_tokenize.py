@@ -29,7 +29,7 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_xy.data.documents import RowFields
+from megatron_xy.data.row_contents import RowFields
 from megatron_xy.data.sentencepiece_json import parse_model, tokenizer_json
 
 MEGABYTE = 1024 * 1024

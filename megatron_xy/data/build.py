@@ -16,7 +16,7 @@ from typing import Any, get_args
 from megatron_xy.data.build_folder import FolderBuild, Share, build_folder
 from megatron_xy.data.chat import ChatOptions, ChatOverflow
 from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.documents import DEFAULT_SOURCE, BadLinePolicy, Part, ScannedFile
+from megatron_xy.data.documents import BadLinePolicy, Part, ScannedFile
 from megatron_xy.data.inputs import find_inputs, input_size, is_prefix, scan_file
 from megatron_xy.data.loaded import load_anew, load_engines
 from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME, SOURCE_RULE, is_source_name
@@ -27,6 +27,7 @@ from megatron_xy.data.packing import (
     check_buckets,
     check_policy,
 )
+from megatron_xy.data.row_contents import DEFAULT_SOURCE
 from megatron_xy.data.selection import MOST_FILES, Selection
 from megatron_xy.data.tokenize import group_parts, part_bytes_for
 from megatron_xy.data.tokenizer import Tokenizer

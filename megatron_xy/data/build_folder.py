@@ -19,15 +19,7 @@ from typing import Any
 from megatron_xy.data.chat import ChatOptions
 from megatron_xy.data.claims import CLAIMS_FOLDER, claim
 from megatron_xy.data.deduplicate import DUPLICATES_FOLDER, find_duplicates
-from megatron_xy.data.documents import (
-    BAD_LINES_LIMIT,
-    DEFAULT_SOURCE,
-    BadLinePolicy,
-    LineReport,
-    Part,
-    RowFields,
-    ScannedFile,
-)
+from megatron_xy.data.documents import BAD_LINES_LIMIT, BadLinePolicy, LineReport, Part, ScannedFile
 from megatron_xy.data.engine_choice import EngineChoice, choose_engine
 from megatron_xy.data.examine import dataset_stats
 from megatron_xy.data.indexed import dtype_for
@@ -44,6 +36,7 @@ from megatron_xy.data.manifest import (
     write_manifest,
 )
 from megatron_xy.data.pack_sources import pack_sources, statistics_entry, tokenizer_entry
+from megatron_xy.data.row_contents import DEFAULT_SOURCE, RowFields
 from megatron_xy.data.selection import Selection
 from megatron_xy.data.token_shards import make_token_shards
 from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.data.claims import CLAIMS_FOLDER
-from megatron_xy.data.documents import LineReport, Part, RowFields, read_part
+from megatron_xy.data.documents import LineReport, Part, read_part
+from megatron_xy.data.row_contents import RowFields
 from megatron_xy.data.selection import document_key, text_hash
 from megatron_xy.data.workers import Advance, Workers
 from megatron_xy.storage import replace, storage_errors, temporary_name

@@ -8,34 +8,26 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_xy.data.compressed import COMPRESSED, DAMAGE, open_compressed
-from megatron_xy.data.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
-from megatron_xy.data.json_kind import json_kind
-from megatron_xy.data.manifest import RESERVED_NAMES, SOURCE_RULE, is_source_name
+from megatron_xy.data.conversations import Conversation
+from megatron_xy.data.row_contents import BadLine, Contents, RowFields, RowOrBad, checked, parse
 from megatron_xy.data.selection import Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.rows_files import BYTE_ORDER_MARK, FILES_OF_ROWS
-
-orjson: Any
-try:
-    import orjson
-except ImportError:  # of the extra `fast`
-    orjson = None
 
 # What bad lines lead to. limit: they are left out, and an error where more than BAD_LINES_LIMIT of all lines are bad;
 # fail: an error at the end of the file that has one; skip: they are left out, however many.
 BadLinePolicy = Literal["limit", "fail", "skip"]
 
 JSON_LINES = FILES_OF_ROWS
-DEFAULT_SOURCE = "default"
+
 BAD_LINES_LIMIT = 0.001
 MOST_BAD_LINES_LISTED = 10_000  # of a part (8 MB) each; more are counted only
 READ_BUFFER = 128 * 1024  # bytes
@@ -53,21 +45,6 @@ class Document(NamedTuple):
     line: int
     file: int = 0
     conversation: Conversation | None = None
-
-
-class RowFields(NamedTuple):
-    """Where in a row its text and its source stand.
-
-    source_optional: a row without the source, or with null there, is of `default_source` and no bad line.
-    conversations: a row of jsonl that holds one is taken as such, whatever else it holds.
-    default_source: of documents of which no field tells it.
-    """
-
-    text: str = "text"
-    source: str | None = None
-    source_optional: bool = False
-    conversations: bool = False
-    default_source: str = DEFAULT_SOURCE
 
 
 @dataclass(frozen=True)
@@ -167,7 +144,7 @@ def read_part(
     with reading_unchanged(part):
         for line, row in rows:
             report.lines += 1
-            if isinstance(row, _BadLine):
+            if isinstance(row, BadLine):
                 report.bad(part.path, line, str(row))
             elif not row.text:
                 report.skipped_empty += 1
@@ -240,22 +217,7 @@ def _takes(selection: Selection, text: str, line: int, *, duplicates: Duplicates
     return not duplicate
 
 
-class _BadLine(Exception):
-    """Why a line is no document."""
-
-
-class _Contents(NamedTuple):
-    """What a row holds."""
-
-    text: str
-    source: str
-    conversation: Conversation | None = None
-
-
-_Row = _Contents | _BadLine
-
-
-def _read_row_groups(part: Part, fields: RowFields) -> Iterator[tuple[int, _Row]]:
+def _read_row_groups(part: Part, fields: RowFields) -> Iterator[tuple[int, RowOrBad]]:
     """(row number, its contents) of the row groups of a part."""
     parquet, path = parquet_reader(), Path(part.path)
     stop, line, chosen = 0, 1, []
@@ -266,19 +228,19 @@ def _read_row_groups(part: Part, fields: RowFields) -> Iterator[tuple[int, _Row]
     names = [fields.text] if fields.source is None else [fields.text, fields.source]
     for line, values in enumerate(parquet.read_rows(path, columns=names, groups=chosen), start=part.first_line):
         try:
-            yield line, _checked(dict(zip(names, values, strict=True)), fields)
-        except _BadLine as error:
+            yield line, checked(dict(zip(names, values, strict=True)), fields)
+        except BadLine as error:
             yield line, error
 
 
-def _read_lines(part: Part, advance: Callable[[int], None], fields: RowFields) -> Iterator[tuple[int, _Row]]:
+def _read_lines(part: Part, advance: Callable[[int], None], fields: RowFields) -> Iterator[tuple[int, RowOrBad]]:
     """(line number, its contents) of every line that has some."""
     for line, raw in _lines(part, advance):
         if not raw or raw.isspace():
             continue
         try:
-            yield line, _parse(raw, fields)
-        except _BadLine as error:
+            yield line, parse(raw, fields)
+        except BadLine as error:
             yield line, error
 
 
@@ -308,86 +270,9 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
     advance(part.stop - told)
 
 
-def _parse(raw: bytes, fields: RowFields) -> _Contents:
-    """The contents of one line of JSON. Raises _BadLine."""
-    try:
-        # Of a conversation all that a template may print counts, and orjson makes floats of long integers.
-        row = _load_plainly(raw, fields) if fields.conversations else _load_json(raw, fields)
-    except UnicodeDecodeError as error:
-        raise _BadLine(f"invalid UTF-8 at byte {error.start}") from error
-    except RecursionError as error:
-        raise _BadLine("JSON is nested too deeply") from error
-    except ValueError as error:
-        raise _BadLine(f"invalid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise _BadLine(f"a JSON object is wanted, not {json_kind(row)}")
-    return _checked(row, fields)
-
-
-def _load_json(raw: bytes, fields: RowFields) -> Any:
-    """What `json` makes of a line, by orjson where it is there and takes the line: three times as fast.
-
-    orjson refuses some of what `json` takes (NaN, lone surrogates, deep nesting), and never the other way round.
-    """
-    if orjson is None:
-        return _load_plainly(raw, fields)
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return _load_plainly(raw, fields)
-
-
-def _load_plainly(raw: bytes, fields: RowFields) -> Any:
-    """By `json`, which takes lone surrogates: what no encoder takes. Raises _BadLine where a field has one."""
-    row = json.loads(raw.decode("utf-8"))
-    for name in (fields.text, fields.source):
-        value = row.get(name) if isinstance(row, dict) else None
-        try:
-            if isinstance(value, str):
-                value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise _BadLine(f"field {name!r} has a lone surrogate at character {error.start}") from error
-    return row
-
-
-def _checked(row: dict[str, Any], fields: RowFields) -> _Contents:
-    """The contents of one row. Raises _BadLine."""
-    conversation = None
-    if fields.conversations and holds_conversation(row):
-        try:
-            conversation = parse_conversation(row)
-        except BadConversation as error:
-            raise _BadLine(str(error)) from error
-    elif fields.text not in row and holds_conversation(row):
-        raise _BadLine(f"no field {fields.text!r}; a conversation needs a chat template: give --chat-template")
-    elif fields.text not in row and fields.conversations:
-        raise _BadLine(f"neither a conversation (messages) nor a field {fields.text!r}")
-    text = _string(row, fields.text) if conversation is None else conversation.text
-    if fields.source is None or (fields.source_optional and row.get(fields.source) is None):
-        return _Contents(text, fields.default_source, conversation)
-    source = _string(row, fields.source)
-    if source in RESERVED_NAMES:
-        raise _BadLine(f"source {source!r} has the name of something else in a data folder; give it another")
-    if not is_source_name(source):
-        raise _BadLine(f"source {source[:100]!r} cannot name a folder: {SOURCE_RULE}")
-    return _Contents(text, source, conversation)
-
-
-def _string(row: dict[str, Any], name: str) -> str:
-    """The string in field `name`. Raises _BadLine."""
-    if name not in row:
-        raise _BadLine(f"no field {name!r}")
-    value = row[name]
-    if isinstance(value, UnicodeDecodeError):
-        raise _BadLine(f"field {name!r}: invalid UTF-8 at byte {value.start}")
-    if not isinstance(value, str):
-        raise _BadLine(f"field {name!r} is {json_kind(value)}, not a string")
-    return value
-
-
-def _read_text_file(part: Part, source: str) -> Iterator[tuple[int, _Row]]:
+def _read_text_file(part: Part, source: str) -> Iterator[tuple[int, RowOrBad]]:
     raw = Path(part.path).read_bytes().removeprefix(BYTE_ORDER_MARK)
     try:
-        yield 1, _Contents(raw.decode("utf-8"), source)
+        yield 1, Contents(raw.decode("utf-8"), source)
     except UnicodeDecodeError as error:
-        yield raw.count(b"\n", 0, error.start) + 1, _BadLine("invalid UTF-8")
+        yield raw.count(b"\n", 0, error.start) + 1, BadLine("invalid UTF-8")

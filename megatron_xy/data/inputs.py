@@ -19,7 +19,6 @@ from megatron_xy.data.documents import (
     Document,
     LineReport,
     Part,
-    RowFields,
     ScannedFile,
     file_stamp,
     parquet_reader,
@@ -27,6 +26,7 @@ from megatron_xy.data.documents import (
     reading_unchanged,
 )
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_xy.data.row_contents import RowFields
 from megatron_xy.errors import ConfigError
 
 SUPPORTED = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet", ".bin")

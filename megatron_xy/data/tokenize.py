@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from megatron_xy.data.chat import Chat, ChatOptions, ChatTokens
 from megatron_xy.data.chat_template import ChatTemplate
 from megatron_xy.data.conversations import BadConversation
-from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part, RowFields, ScannedFile, read_part
+from megatron_xy.data.documents import BadLinePolicy, Document, LineReport, Part, ScannedFile, read_part
 from megatron_xy.data.engines import TokenBatch
 from megatron_xy.data.fast_engine import FAST_ENGINE, FastTokenizer, chosen_texts
 from megatron_xy.data.indexed import bin_path, dtype_for, idx_path
 from megatron_xy.data.loaded import loaded_fast_tokenizer, loaded_tokenizer
 from megatron_xy.data.origins import TracedWriter, document_rows, trace_path
+from megatron_xy.data.row_contents import RowFields
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.workers import Advance
 from megatron_xy.errors import ConfigError, DataError

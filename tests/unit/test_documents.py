@@ -11,9 +11,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.data import documents
-from megatron_xy.data.documents import LineReport, RowFields, read_part
+from megatron_xy.data import row_contents
+from megatron_xy.data.documents import LineReport, read_part
 from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
+from megatron_xy.data.row_contents import RowFields
 from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import write_rows
 
@@ -145,16 +146,16 @@ def test_a_line_reads_the_same_with_orjson_and_without(line):
 
     def read():
         try:
-            return documents._parse(line, documents.RowFields("text", None, conversations=False))
-        except documents._BadLine as error:
+            return row_contents.parse(line, RowFields("text", None, conversations=False))
+        except row_contents.BadLine as error:
             return str(error)
 
     with_orjson = read()
-    orjson, documents.orjson = documents.orjson, None
+    orjson, row_contents.orjson = row_contents.orjson, None
     try:
         assert with_orjson == read()
     finally:
-        documents.orjson = orjson
+        row_contents.orjson = orjson
 
 
 def test_all_bad_lines_are_named_at_once_or_skipped(tmp_path):

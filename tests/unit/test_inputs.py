@@ -7,11 +7,12 @@ import pytest
 
 from megatron_xy.data import tokenize
 from megatron_xy.data.build import build_dataset
-from megatron_xy.data.documents import LineReport, RowFields, read_part
+from megatron_xy.data.documents import LineReport, read_part
 from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
 from megatron_xy.data.manifest import read_manifest
+from megatron_xy.data.row_contents import RowFields
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows

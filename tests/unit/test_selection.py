@@ -9,10 +9,11 @@ import pytest
 from megatron_xy.data import build, deduplicate, tokenize, workers
 from megatron_xy.data.build import Share, build_dataset
 from megatron_xy.data.deduplicate import HashTask, RangeTask, hash_documents, search_range
-from megatron_xy.data.documents import Part, RowFields
+from megatron_xy.data.documents import Part
 from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.manifest import read_manifest
+from megatron_xy.data.row_contents import RowFields
 from megatron_xy.data.selection import LINE_BITS, is_held_out
 from megatron_xy.data.trace import Tracer
 from megatron_xy.errors import ConfigError, DataError

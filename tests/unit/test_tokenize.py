@@ -13,10 +13,11 @@ import pytest
 import sentencepiece
 
 from megatron_xy.data import engine_choice, tokenize
-from megatron_xy.data.documents import LineReport, Part, RowFields
+from megatron_xy.data.documents import LineReport, Part
 from megatron_xy.data.engine_choice import choose_engine
 from megatron_xy.data.fast_engine import FastTokenizer, awkward_texts, chosen_texts
 from megatron_xy.data.indexed import IndexedReader
+from megatron_xy.data.row_contents import RowFields
 from megatron_xy.data.sentencepiece_json import NORMAL, parse_model
 from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt, tokenize_shard
 from megatron_xy.data.tokenizer import load_tokenizer
