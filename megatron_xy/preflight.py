@@ -1,4 +1,4 @@
-"""`check --paths` and what `check` prints: a run's files looked at, its derived sizes told, without torch."""
+"""`check --paths`: the files of a run looked at before anything starts, without torch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,19 @@ from megatron_xy.config import (
     RuntimeConfig,
     check_buckets,
     check_shape,
-    data_parallel_size,
     placed_roles,
     role_names,
     role_sections,
 )
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.phases import check_epochs, run_sampler, sampler_phases, total_tokens, with_epochs
+from megatron_xy.data.phases import check_epochs, run_sampler, with_epochs
 from megatron_xy.data.run_data import data_folders
 from megatron_xy.data.sampler import BucketSampler
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.flops import num_parameters
 from megatron_xy.hf.tokenizer import check_export
 from megatron_xy.model.source import check_head, resolve_model
 from megatron_xy.ppo.material import look_at
-from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
@@ -298,56 +295,3 @@ def _check_tokenizer(path: Path | None, dataset: PackedDataset) -> None:
             f"data.tokenizer ({path}) is not the one that {dataset.paths[0]} was built with; name that one, or leave "
             f"data.tokenizer out: the data folder holds a copy"
         )
-
-
-def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
-    """What the config comes to, in a few lines."""
-    if config.task == "ppo":
-        return "\n".join(_describe_ppo(config, path=path, world_size=world_size))
-    model, training, layout = config.model, config.training, config.parallel
-    lines = [f"{path}: valid, task {config.task}, run folder {config.run_dir}"]
-    if model.load is None:
-        lines.append(
-            f"  model: {num_parameters(model) / 1e6:,.1f} M parameters, "
-            f"{model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size}, {model.params_dtype}"
-        )
-    else:
-        lines.append(f"  model: {model.load}")
-    sizes = (
-        f"tp {layout.tensor_model_parallel_size} x pp {layout.pipeline_model_parallel_size} x "
-        f"cp {layout.context_parallel_size}"
-    )
-    if world_size is None:
-        lines.append(f"  layout: {sizes}; give --world-size for the data parallel size")
-    else:
-        replicas = data_parallel_size(layout, world_size=world_size)
-        micro_batches = training.global_batch_tokens // (training.micro_batch_tokens * replicas)
-        of_a_step = "micro-batches as pairs fit" if config.task == "reward" else f"{micro_batches} micro-batches a step"
-        lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {of_a_step}")
-    phases = sampler_phases(config)
-    sizes_of_steps = ", ".join(
-        f"{phase.global_batch_tokens}{f' from step {phase.from_step} on' if phase.from_step else ''}"
-        for phase in phases
-    )
-    all_tokens = total_tokens(phases, train_iters=training.train_iters)
-    length = f"{training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
-    if training.epochs is not None:
-        length = f"{training.epochs} epoch(s) in steps of {sizes_of_steps} tokens"
-    lines.append(f"  training: {length}")
-    return "\n".join(lines)
-
-
-def _describe_ppo(config: RunConfig, *, path: Path, world_size: int | None) -> list[str]:
-    ppo = config.ppo
-    assert ppo is not None, "the config's rules ask for it"
-    lines = [f"{path}: valid, task ppo, run folder {config.run_dir}"]
-    if world_size is None:
-        lines.append("  give --world-size to see where the roles stand")
-    else:
-        lines += drawn(placed_roles(config, world_size=world_size), world_size=world_size)
-    updates = ppo.ppo_epochs * ppo.rollout_batch_size // ppo.mini_batch_size
-    lines.append(
-        f"  {config.training.train_iters} steps of {ppo.rollout_batch_size} answers of up to "
-        f"{ppo.max_response_length} tokens, {updates} updates of {ppo.mini_batch_size} answers a step"
-    )
-    return lines

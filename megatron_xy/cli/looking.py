@@ -26,10 +26,12 @@ def check(
 ) -> None:
     """Checks a config without starting anything: all problems at once, with lines, rules and nearest valid values."""
     from megatron_xy.config import load_config
-    from megatron_xy.preflight import check_paths, describe
+    from megatron_xy.described import describe
 
     config = load_config(run_yaml, overrides=overrides or [], world_size=world_size)
     if paths:
+        from megatron_xy.preflight import check_paths  # which reads data, and so brings numpy
+
         check_paths(config)
     if as_json:
         print(json.dumps({"ok": True, "exit_code": 0, "problems": [], "config": config.model_dump(mode="json")}))
