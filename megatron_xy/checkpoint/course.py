@@ -20,7 +20,7 @@ from megatron_xy.checkpoint.folders import iteration_folder, saved_iterations, s
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import Stopped
 from megatron_xy.hf.target import sweep_unfinished
-from megatron_xy.parallel import Groups, barrier, sum_over
+from megatron_xy.parallel import Groups, barrier, gathered_values, sum_over
 from megatron_xy.run_folder import current_attempt, read_start, this_start, write_start
 from megatron_xy.storage import storage_errors, sync_folder
 
@@ -39,10 +39,9 @@ def find_start(
     `find_resumable` and `check_continuation`.
     """
     checkpoints = config.run_dir / "checkpoints"
-    if groups.role_rank == 0:
-        for name in sweep(checkpoints):
-            print(f"swept {name}, which a killed save left half-written")
-    barrier(groups)
+    swept = sweep(checkpoints) if groups.role_rank == 0 else []
+    for name in gathered_values(swept, groups.all_ranks)[0]:
+        say(f"swept {name}, which a killed save left half-written")
     found = find_resumable(checkpoints, groups, resume=_wanted_resume(config, groups), say=say, parts=parts)
     if found is not None:
         folder, manifest = found

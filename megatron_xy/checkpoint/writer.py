@@ -114,10 +114,17 @@ class CheckpointWriter:
         return seconds
 
     def publish_again(self, iteration: int, groups: Groups) -> None:
-        """Calls `on_published` for what was written before, in a thread; the next save waits for it."""
+        """Calls `on_published` for what was written before, in a thread; the next save waits for it. What goes wrong is
+        said: another start would only meet it again."""
+
+        def publish() -> None:
+            try:
+                self._on_published(iteration, iteration_folder(self.checkpoints, iteration))
+            except Exception as error:
+                self._on_written(f"warning: what follows the checkpoint of step {iteration} failed again: {error!r}")
+
         if groups.is_leader and self.is_publisher:
-            folder = iteration_folder(self.checkpoints, iteration)
-            self._start(lambda: self._on_published(iteration, folder))
+            self._start(publish)
 
     @property
     def is_publisher(self) -> bool:

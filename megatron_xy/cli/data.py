@@ -100,18 +100,20 @@ def data_build(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from megatron_xy.data.build import DEFAULT_BUCKETS, build_dataset
     from megatron_xy.data.build_folder import Share
+    from megatron_xy.data.manifest import RESERVED_NAMES, SOURCE_RULE, is_source_name
     from megatron_xy.data.packing import check_buckets
     from megatron_xy.data.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
-        raise typer.BadParameter("--packing concatenate and --seq-length go together", param_hint="--seq-length")
+        raise UsageError("--packing concatenate and --seq-length go together; give both, or neither")
     if seq_length is not None and buckets is not None:
-        raise typer.BadParameter(
-            "--seq-length gives samples of one length; leave --buckets off", param_hint="--buckets"
-        )
+        raise UsageError("--seq-length gives samples of one length; leave --buckets off")
     sizes: Sequence[int] = DEFAULT_BUCKETS if buckets is None else _numbers(buckets, option="--buckets")
     if seq_length is not None:
         sizes = [seq_length]
+    if not is_source_name(source):
+        taken = ", ".join(sorted(RESERVED_NAMES))
+        raise UsageError(f"--source {source[:100]}: must be {SOURCE_RULE}, and none of {taken}")
     try:
         check_buckets(sizes)
     except ConfigError as error:
@@ -241,16 +243,16 @@ def data_trace(
 def _steps(text: str) -> range:
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit()):
-        raise typer.BadParameter(f"{text!r} is not A:B", param_hint="--steps")
+        raise UsageError(f"--steps {text}: must be A:B, such as 0:10")
     if int(first) >= int(last):
-        raise typer.BadParameter(f"{text!r} holds no step: A must be below B", param_hint="--steps")
+        raise UsageError(f"--steps {text}: holds no step; A must be below B")
     return range(int(first), int(last))
 
 
 def _numbers(text: str, *, option: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() for part in parts):
-        raise typer.BadParameter(f"{text!r} is no list of numbers by commas", param_hint=option)
+        raise UsageError(f"{option} {text}: must be numbers with commas between them")
     return [int(part) for part in parts]
 
 

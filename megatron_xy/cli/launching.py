@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_xy.cli.options import Overrides, RunYaml, say
-from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError
+from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError, UsageError
 
 
 def launch(
@@ -78,7 +78,7 @@ def launch(
     from megatron_xy.launch.verb import prepare_job
 
     if submit and dry_run:
-        raise typer.BadParameter("--submit and --dry-run exclude each other", param_hint="--submit")
+        raise UsageError("--submit and --dry-run exclude each other; leave one of them off")
     job = prepare_job(
         run_yaml,
         overrides=overrides or [],

@@ -12,7 +12,7 @@ import typer
 
 from megatron_xy.cli.options import Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say
 from megatron_xy.config import MIN_TEMPERATURE
-from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError
+from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError, UsageError
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def convert(
         raise ConfigError("--verify needs transformers; it comes with the extra: pip install 'megatron-xy[hf]'")
     if verify_text is not None and not verify_text.is_file():
         raise ConfigError(f"--verify-text {verify_text}: there is no such file")
-    with cleaned_up_on_signals("; the same command goes on with the files that are done"):
+    with cleaned_up_on_signals("; the same command goes on with the files that are done", second_leaves=True):
         verb.convert(
             source,
             target,
@@ -106,15 +106,12 @@ def generate(
     from megatron_xy.inference.partial_results import PartialResults
 
     if not top_p > 0:
-        raise typer.BadParameter(f"{top_p} must be above 0", param_hint="--top-p")
+        raise UsageError(f"--top-p {top_p}: must be above 0")
     if 0 < temperature < MIN_TEMPERATURE:
-        raise typer.BadParameter(
-            f"{temperature} must be 0, which is greedy, or at least {MIN_TEMPERATURE}", param_hint="--temperature"
-        )
+        raise UsageError(f"--temperature {temperature}: must be 0, which is greedy, or at least {MIN_TEMPERATURE}")
     if min_response_length > max_response_length:
-        raise typer.BadParameter(
-            f"{min_response_length} exceeds --max-response-length ({max_response_length})",
-            param_hint="--min-response-length",
+        raise UsageError(
+            f"--min-response-length {min_response_length}: more than --max-response-length ({max_response_length})"
         )
     if nproc_per_node == 1:
         leave_on_signals("; the answers that had ended are kept, and the same command goes on")

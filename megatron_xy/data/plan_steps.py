@@ -49,7 +49,7 @@ def run_folders(config: RunConfig, directory: Path) -> list[Path]:
     paths = config.data.paths
     is_named = directory.resolve() in [path.resolve() for path in paths]
     if len(paths) < 2:
-        if paths and not is_named:
+        if paths and not is_named and not is_file_of_rows(paths[0]):  # of that, the run builds a folder
             print(f"data.path ({paths[0]}) is another folder; these are the steps over {directory}", file=sys.stderr)
         return [directory]
     names = ", ".join(map(str, paths))

@@ -106,7 +106,8 @@ def examine_hosts(folder: Path) -> list[dict[str, Any]]:
     if not environment.is_set() or environment.world_size() == 1:
         return own
     parallel.start_distributed(timeout_seconds=LINK_SECONDS)
-    shared = [links.same_versions(installed_versions()), *links.bandwidth()]
+    deciding = {name: found for name, found in installed_versions().items() if PACKAGES[name].lowest is not None}
+    shared = [links.same_versions(deciding), *links.bandwidth()]
     found: list[dict[str, Any]] = [entry for entries in parallel.gathered_values(own) for entry in entries]
     first: list[dict[str, Any]] = parallel.gathered_values([{"host": "all", **asdict(finding)} for finding in shared])[
         0

@@ -92,8 +92,10 @@ def sweep_unfinished(parent: Path, *, but: str) -> list[str]:
             continue
         with claim(folder / _WORK) as is_ours:
             if is_ours:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
                 swept.append(folder.name)
+        if is_ours:  # a network file system keeps what was open
+            shutil.rmtree(folder, ignore_errors=True)
     return swept
 
 
@@ -153,7 +155,13 @@ def finish_files(
         return file, facts
 
     with ThreadPoolExecutor(min(num_writers, os.cpu_count() or 1)) as pool:
-        return dict(pool.map(finish, files.items()))
+        try:
+            return dict(pool.map(finish, files.items()))
+        except Exception:
+            raise
+        except BaseException:  # a signal
+            say("stopping once the files that are being written are done; a second signal stops at once")
+            raise
 
 
 def _write_file(

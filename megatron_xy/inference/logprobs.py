@@ -37,9 +37,9 @@ def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
     Raises ConfigError for arguments and paths, DataError for bad rows and damaged weights, StorageError.
     """
     output, folder = Path(job.arguments["output"]), Path(job.run_dir)
-    rows = _rows(job, complete_options(job.options()))
     make_beside(output, folder)
     try:
+        rows = _rows(job, complete_options(job.options()))
         code = run_job(job, in_this_process=lambda job: _compute(job, beat=lambda: None))
         if code == 0:
             with run_folder.lock(folder, name=run_folder.SUPERVISOR_LOCK):

@@ -130,7 +130,7 @@ def make_beside(output: Path, folder: Path) -> None:
     if output.is_dir():
         raise ConfigError(f"--output ({output}) is a folder; name a file")
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise StorageError(
             f"--output ({output}) cannot be written: {error.strerror}; make room or choose another folder"

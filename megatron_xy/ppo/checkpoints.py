@@ -32,7 +32,7 @@ SEED_OFFSETS = {"actor": 0, "reference": 0, "critic": 1, "reward": 2}  # fresh w
 
 
 class PPOCheckpoints:
-    """What a PPO run goes on from, and what it leaves. Every rank of the world calls each method."""
+    """What a PPO run goes on from, and what it leaves. Every rank of the world calls all but `before_update`."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class PPOCheckpoints:
         """Whether the KL coefficient is the one that was reached; one that is fixed, or new in the config, is that."""
         ppo = self._config.ppo
         assert ppo is not None, "the config's rules ask for it"
-        return ppo.kl_target is not None and manifest.state["settings"]["ppo.kl_coef"] == ppo.kl_coef
+        return ppo.kl_target is not None and manifest.state.get("settings", {}).get("ppo.kl_coef") == ppo.kl_coef
 
     def _writer(self, name: str) -> CheckpointWriter:
         checkpoint = self._config.checkpoint

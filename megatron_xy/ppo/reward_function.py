@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,9 @@ class FunctionScorer:
             rows = copy.deepcopy([self._prompts.rows[drawn.row].value for drawn in rollout.drawn])  # the function's own
             texts = [self._tokenizer.decode_answer(response) for response in rollout.responses]
             try:
-                answer = self._function([row["prompt"] for row in rows], texts, rows)
+                answer: Any = self._function([row["prompt"] for row in rows], texts, rows)
+                if isinstance(answer, Iterator):  # whose work is still to come
+                    answer = list(answer)
             except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever a user's function does
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 raise DataError(
@@ -74,7 +76,7 @@ class FunctionScorer:
         wanted, name = len(rollout.responses), "ppo.reward_function"
         try:
             given = [float(score) for score in answer]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{name} gave {str(answer)[:200]} for {wanted} answers ({error}); it must give a number for each"
             ) from error

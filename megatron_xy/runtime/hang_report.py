@@ -6,6 +6,7 @@ Through files in RUN/heartbeats, so that it reaches other machines and needs no 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -103,7 +104,9 @@ def read_request(run_dir: Path, *, since: float, attempt: int | None = None) -> 
     wanted = (this_start(), current_attempt() if attempt is None else attempt)
     try:
         request = Request(**json.loads((_folder(run_dir) / REQUEST).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the latter where a file server has just withdrawn it
+            raise
         return None
     is_ours = (request.start, request.attempt) == wanted
     return request if is_ours and request.time > since - CLOCKS_APART_SECONDS else None

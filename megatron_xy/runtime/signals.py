@@ -27,17 +27,24 @@ class _Interrupt(BaseException):
 
 
 @contextmanager
-def cleaned_up_on_signals(what_stays: str) -> Iterator[None]:
+def cleaned_up_on_signals(what_stays: str, *, second_leaves: bool = False) -> Iterator[None]:
     """A stop signal ends the block as an error would, cleaned up, and the process with 75, saying what stays.
 
-    For work of the main thread in one process that leaves something to be removed. Further signals wait for that.
+    For work of the main thread in one process that leaves something to be removed. Further signals wait for that, but
+    where second_leaves: there what is left does no harm.
     """
     names: list[str] = []
+    first_seen = 0.0
 
     def interrupt(number: int, _: FrameType | None) -> None:
+        nonlocal first_seen
+        now = time.monotonic()
         if not names:
             names.append(signal.Signals(number).name)
+            first_seen = now
             raise _Interrupt
+        if second_leaves and now - first_seen > SAME_REQUEST_SECONDS:
+            os._exit(EXIT_STOPPED)
 
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup would have it
     before = {number: signal.signal(number, interrupt) for number in heeded}

@@ -130,6 +130,7 @@ class Watchdog:
             self._tell()
         except (MegatronXYError, OSError) as error:  # the run folder fails; the training will say so when it writes
             print(f"rank {self._rank}: the watchdog gives up: {error}", file=sys.stderr, flush=True)
+            self._stay()
 
     def _look(self, now: float) -> None:
         iteration, phase = self._place

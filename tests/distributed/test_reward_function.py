@@ -34,6 +34,12 @@ def one_for_all(prompts, responses, rows):
 def forgets(prompts, responses, rows):
     [1.0, 2.0]
 
+def yields(prompts, responses, rows):
+    yield from (1 / len(response) for response in responses)
+
+def overflows(prompts, responses, rows):
+    return [10**400, 1.0]
+
 def divides(prompts, responses, rows):
     return [1.0, float("nan")]
 
@@ -97,6 +103,8 @@ def test_it_may_take_its_rows_apart(folder: Path) -> None:
         ("leaves", "rules.py:14: SystemExit: 3"),
         ("one_for_all", "gave 1 scores for 2 answers; it must give one for each"),
         ("forgets", "ppo.reward_function gave None for 2 answers ('NoneType' object is not iterable); it must give a"),
+        ("yields", "ZeroDivisionError: division by zero; mend the function and run again"),
+        ("overflows", "it must give a number for each"),
         ("divides", "gave nan for an answer to the prompt on line 2 of"),
         ("grows", "gave 1e+300 for an answer to the prompt on line 1 of"),
     ],

@@ -17,7 +17,7 @@ from megatron_xy.data.examine import dataset_stats, verify_dataset
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.errors import EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+from megatron_xy.errors import EXIT_STOPPED, ConfigError, DataError, UsageError
 from megatron_xy.runtime.signals import STOP_SIGNALS, cleaned_up_on_signals
 from tests.unit.small_corpus import content, train_tokenizer
 
@@ -306,7 +306,7 @@ def test_seq_length_and_buckets_do_not_go_together(corpus, tokenizer, tmp_path):
     given = ["data", "build", "--input", corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out"]
     fixed = ["--packing", "concatenate", "--seq-length", "32"]
     refused = CliRunner().invoke(app, [*map(str, given), *fixed, "--buckets", "16,32"])
-    assert refused.exit_code == EXIT_USAGE and not (tmp_path / "out").exists()
+    assert isinstance(refused.exception, UsageError) and not (tmp_path / "out").exists()
     assert CliRunner().invoke(app, [*map(str, given), *fixed]).exit_code == 0
     assert read_manifest(tmp_path / "out").buckets == [32]
 
