@@ -36,6 +36,8 @@ def merge(folder: Path, *, prefix: Path) -> tuple[int, int]:
     if not folder.is_dir():
         raise ConfigError(f"--input ({folder}) is no folder")
     prefixes = sorted(path.with_suffix("") for path in folder.glob("*.idx"))
+    if lone := [path for path in sorted(folder.glob("*.bin")) if path.with_suffix("") not in prefixes]:
+        raise ConfigError(f"--input ({folder}) holds {lone[0].name} without its .idx; copy that too, or move it away")
     if not prefixes:
         raise ConfigError(f"--input ({folder}) holds no .idx")
     if any(one.resolve() == prefix.resolve() for one in prefixes):

@@ -10,6 +10,7 @@ import typer
 
 from megatron_xy.cli.options import Overrides, RunYaml, say
 from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError, UsageError
+from megatron_xy.launch.job import PORT, RESTARTS, SAVE_SECONDS
 
 
 def launch(
@@ -38,10 +39,10 @@ def launch(
     time: Annotated[str | None, typer.Option("--time", metavar="HH:MM:SS", help="the job's time limit")] = None,
     save_seconds: Annotated[
         int, typer.Option("--save-seconds", min=1, help="before the limit, for the last step and its checkpoint")
-    ] = 300,
+    ] = SAVE_SECONDS,
     restarts: Annotated[
         int, typer.Option("--restarts", min=0, help="after a lost node or failed storage; a clean stop goes on always")
-    ] = 3,
+    ] = RESTARTS,
     exclude: Annotated[
         str | None, typer.Option("--exclude", metavar="NODES", help="bad nodes, separated by commas")
     ] = None,
@@ -66,7 +67,7 @@ def launch(
     ib_hca: Annotated[
         str | None, typer.Option("--ib-hca", metavar="NAMES", help="InfiniBand adapters of the compute fabric")
     ] = None,
-    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="of the rendezvous")] = 29500,
+    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="of the rendezvous")] = PORT,
     rdzv_endpoint: Annotated[
         str | None, typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="local, several nodes: where they meet")
     ] = None,

@@ -93,7 +93,8 @@ def tensors_agree(source: Source, target: Source, *, say: Callable[[str], None])
     with BlockReader(source.folder, source.manifest) as ours, BlockReader(target.folder, target.manifest) as theirs:
         for name in names:
             dtype, is_same = target.manifest.tensors[name].dtype, True
-            for a, b in zip(ours.blocks(name, dtype=dtype), theirs.blocks(name), strict=True):
+            numel = ours.block_numel(name, dtype=dtype)  # no more than theirs, which are of that type
+            for a, b in zip(ours.blocks(name, dtype=dtype), theirs.blocks(name, max_numel=numel), strict=True):
                 # As bits: NaN is like itself, and -0.0 unlike 0.0.
                 is_same &= np.array_equal(a, b)
                 digest.update(memory_of(b))

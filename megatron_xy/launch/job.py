@@ -6,19 +6,30 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_xy.config import InvalidConfig, Problem
 
 Target = Literal["local", "slurm", "kubernetes"]
+SAVE_SECONDS, RESTARTS, PORT = 300, 3, 29500  # unless given
 
 _NAME = (r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "letters, digits, '.', '_', '-'; 63 at most, the first a letter or digit")
 _LIST = (r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*", "names by commas; letters, digits, '.', '_', '-', and node[01-03]")
-_PATH = (r"[A-Za-z0-9._/~+@%=-][A-Za-z0-9._/+@%=,-]*", "a path of letters, digits and ._/+@%=,- without blanks")
-_DNS_LABEL = (
-    r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?",
-    "small letters, digits and '-', 32 at most",
-)
+_PATH = (r"[A-Za-z0-9._/+@=-][A-Za-z0-9._/+@=,-]*", "a path of letters, digits and ._/+@=,- without blanks")
+_DNS_LABEL = (r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?", "small letters, digits and '-', 32 at most")
+_JOBSET_NAME = (r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?", "small letters, digits and '-', 32 at most, a letter first")
+# What a target has no use for would be passed over: option -> (targets that have one, its value if it is not given).
+_USED_BY: dict[str, tuple[tuple[Target, ...], Any]] = {
+    **dict.fromkeys(("--partition", "--account", "--qos", "--reservation"), (("slurm",), None)),
+    "--mount": (("slurm",), ()),
+    "--spare-nodes": (("slurm",), 0),
+    **dict.fromkeys(("--time", "--exclude"), (("slurm", "kubernetes"), None)),
+    "--save-seconds": (("slurm", "kubernetes"), SAVE_SECONDS),
+    "--restarts": (("slurm", "kubernetes"), RESTARTS),
+    "--port": (("slurm", "kubernetes"), PORT),
+    **dict.fromkeys(("--namespace", "--volume-claim", "--rdma-resource"), (("kubernetes",), None)),
+    "--rdzv-endpoint": (("local",), None),
+}
 _RULES = {
     "--name": _NAME,
     "--partition": _LIST,
@@ -136,6 +147,12 @@ def _problem(option: str, value: str) -> Problem | None:
 
 
 def _contradictions(job: Job) -> Iterator[Problem]:
+    for option, (targets, default) in _USED_BY.items():
+        attribute = "mounts" if option == "--mount" else option.removeprefix("--").replace("-", "_")
+        if job.target not in targets and getattr(job, attribute) != default:
+            yield Problem(option, f"{option} is for {' and '.join(targets)}, not for {job.target}; leave it off")
+    if job.target == "slurm" and job.mounts and job.container is None:
+        yield Problem("--mount", "--mount puts a folder into a container; name one with --container, or leave it off")
     if job.venv is not None and job.container is not None:
         yield Problem("--venv", "--venv and --container exclude each other; an image has its own packages")
     if job.target == "local" and job.nodes > 1 and job.rdzv_endpoint is None:
@@ -157,7 +174,7 @@ def _contradictions(job: Job) -> Iterator[Problem]:
 
 
 def _kubernetes_problems(job: Job) -> Iterator[Problem]:
-    pattern, words = _DNS_LABEL
+    pattern, words = _JOBSET_NAME
     if not re.fullmatch(pattern, job.name):
         yield Problem("--name", f"--name ({job.name!r}) on kubernetes: {words}")
     if job.exclude is not None and "[" in job.exclude:

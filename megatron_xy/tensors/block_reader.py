@@ -48,17 +48,24 @@ class BlockReader:
     def __contains__(self, name: str) -> bool:
         return name in self.manifest.tensors
 
-    def blocks(self, name: str, shard: ParameterShard | None = None, *, dtype: str | None = None) -> Iterator[Bits]:
+    def blocks(
+        self,
+        name: str,
+        shard: ParameterShard | None = None,
+        *,
+        dtype: str | None = None,
+        max_numel: int | None = None,
+    ) -> Iterator[Bits]:
         """A part of a global tensor (default: all of it) as contiguous blocks of whole rows, one after the other.
 
-        dtype: the stored one if None. A block takes 2 MB at most, or one row, and stands until the next but one is
-        asked for, of whatever tensor. Raises DataError behind the last one where values are too large for `dtype`.
+        dtype: the stored one if None. A block has max_numel elements at most (`block_numel` unless given), or one row,
+        and stands until the next but one is asked for, of whatever tensor. Raises DataError behind the last one where
+        values are too large for `dtype`.
         """
         entry = self.manifest.tensors[name]
         dtype = dtype or entry.dtype
         num_too_large = 0
-        max_numel = BLOCK_BYTES // max(itemsize(dtype), itemsize(entry.dtype))
-        for part in (shard or whole(entry.shape)).in_parts(max_numel):
+        for part in (shard or whole(entry.shape)).in_parts(max_numel or self.block_numel(name, dtype=dtype)):
             block = self._next_block(part.local_shape, dtype)
             if dtype == entry.dtype:
                 self.copy_into(name, block, part)
@@ -72,6 +79,10 @@ class BlockReader:
                 f"{self.directory}: {name} holds {num_too_large} value(s) too large for {dtype}, which would become "
                 f"infinite; take {'bfloat16 (--dtype bf16)' if dtype == 'float16' else 'float32 (--dtype fp32)'}"
             )
+
+    def block_numel(self, name: str, *, dtype: str) -> int:
+        """Elements of a block of 2 MB, as stored or as wanted."""
+        return BLOCK_BYTES // max(itemsize(dtype), itemsize(self.manifest.tensors[name].dtype))
 
     def parts(self, name: str, shard: ParameterShard, *, dtype: str) -> Iterable[Bits | FileRange]:
         """As `blocks`, but what lies in the files as it is wanted is told as ranges of them, unread."""

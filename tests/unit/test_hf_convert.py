@@ -26,6 +26,7 @@ from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.inference import model_ranks
 from megatron_xy.model.source import resolve_model
+from megatron_xy.tensors import block_reader
 from megatron_xy.tensors.files import dtype_name, torch_dtype
 from megatron_xy.tensors.reader import TensorReader
 from tools.train_tokenizer import train
@@ -111,7 +112,8 @@ def test_each_tensor_keeps_a_dtype_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_the_dtype_option_casts_every_tensor_either_way(tmp_path, dtype):
+def test_the_dtype_option_casts_every_tensor_either_way(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(block_reader, "BLOCK_BYTES", 1024)  # tensors of several blocks, as those of large models
     folder = hf_folder(tmp_path / "hf")
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     expected = {name: tensor.to(kind) for name, tensor in load_file(folder / SINGLE).items()}

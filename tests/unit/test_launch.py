@@ -134,6 +134,12 @@ def test_slurm_starts_one_torchrun_a_good_node_with_the_words_as_given(cluster: 
     assert not (cluster / "x").exists()
 
 
+def test_slurm_without_any_good_node(cluster: Path) -> None:
+    script = launched("run.yaml", "--on", "slurm", "--nodes", "1", "--gpus-per-node", "4", "--venv", ".")
+    answer = run_script(cluster, script, FAKE_NODES="node02", FAKE_BAD_NODE="node02")
+    assert answer.returncode == 76 and "too few good nodes" in answer.stdout, answer
+
+
 def test_slurm_without_enough_good_nodes(cluster: Path) -> None:
     script = slurm_script("--spare-nodes", "0")
     answer = run_script(cluster, script, FAKE_NODES="node01 node02", FAKE_BAD_NODE="node02")
@@ -188,7 +194,10 @@ def test_jobset_fields(cluster: Path) -> None:
     manifest = yaml.safe_load(launched(PPO, *arguments))
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert manifest["metadata"]["name"] == "xuanyuan2-70b-ppo"
-    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 3
+    policy = manifest["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 3
+    for rule in policy["rules"]:  # ruleNameFmt of JobSet's webhook
+        assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (job["completionMode"], job["completions"], job["parallelism"], job["backoffLimit"]) == (
         "Indexed",
@@ -234,6 +243,22 @@ def test_pyxis_is_told_the_registry_its_way(cluster: Path, image: str, by_pyxis:
     script = launched("run.yaml", "--on", "slurm", "--nodes", "2", "--gpus-per-node", "4", "--container", image)
     assert f"--container-image={shlex.quote(by_pyxis)} " in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "given"),
+    [
+        (("--on", "local"), ("--time", "24:00:00", "--restarts", "9", "--partition", "gpu", "--port", "29501")),
+        (("--on", "slurm"), ("--mount", "/data:/data", "--namespace", "team")),
+        (KUBERNETES, ("--spare-nodes", "1", "--qos", "high", "--rdzv-endpoint", "node01:29500", "--name", "7b")),
+    ],
+)
+def test_options_that_a_target_would_pass_over_are_refused(
+    cluster: Path, target: tuple[str, ...], given: tuple[str, ...]
+) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        launched("run.yaml", *target, *given)
+    assert {problem.where for problem in caught.value.problems} == set(given[::2])
 
 
 def test_kubernetes_needs(cluster: Path) -> None:

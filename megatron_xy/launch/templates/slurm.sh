@@ -32,7 +32,7 @@ bad_nodes=$(srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c \
     '[ "$(timeout 60 nvidia-smi -L | grep -c "^GPU ")" -eq {{ job.gpus_per_node }} ] || echo "$SLURMD_NODENAME"' | sort | paste -sd,)
 [ -z "$bad_nodes" ] || echo "left out, since not all {{ job.gpus_per_node }} GPUs answer: $bad_nodes; exclude them from the next job with --exclude"
 good_nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF -f <(tr , '\n' <<< "${bad_nodes:-,}" | grep .) | head -n {{ job.nodes }})
-if [ "$(wc -l <<< "$good_nodes")" -lt {{ job.nodes }} ]; then
+if [ "$(grep -c . <<< "$good_nodes")" -lt {{ job.nodes }} ]; then
     echo "too few good nodes are left of $SLURM_JOB_NODELIST: {{ job.nodes }} are needed; ask for more with --spare-nodes"
     exit 76
 fi
