@@ -27,7 +27,7 @@ class Variable:
 def script(job: Job) -> str:
     """The job as text to read, keep and start: shell lines, a batch script or a manifest."""
     if job.target == "local":
-        lines = [f"# {each.why}\nexport {each.name}={shlex.quote(each.value)}" for each in variables(job)]
+        lines = [f'# {each.why}\nexport {each.name}="${{{each.name}:-{each.value}}}"' for each in variables(job)]
         return "\n".join([*lines, shlex.join(torchrun(job))]) + "\n"
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),

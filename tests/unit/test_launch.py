@@ -76,6 +76,11 @@ def test_local_is_one_torchrun(cluster: Path) -> None:
         "torchrun --standalone --nproc-per-node=4 --log-dir=run/logs/torchrun --tee=3 "
         "-m megatron_xy pretrain run.yaml training.train_iters=7 'data.tokenizer=a b'"
     )
+    told = subprocess.run(
+        ["bash", "-c", "\n".join(lines[:-1]) + "\necho $NCCL_DEBUG $CUDA_DEVICE_MAX_CONNECTIONS"],
+        env={"NCCL_DEBUG": "INFO"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout == "INFO 1\n", "a variable that is set already wins"
     several = launched("run.yaml", "--nodes", "2", "--gpus-per-node", "4", "--rdzv-endpoint", "h1:29500")
     assert "--nnodes=2 --rdzv-backend=c10d --rdzv-id=run --rdzv-endpoint=h1:29500 --nproc-per-node=4" in several
     with pytest.raises(InvalidConfig, match="needs --rdzv-endpoint HOST:PORT"):
