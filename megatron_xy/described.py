@@ -35,11 +35,13 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
         of_a_step = "micro-batches as pairs fit" if config.task == "reward" else f"{micro_batches} micro-batches a step"
         lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {of_a_step}")
     phases = sampler_phases(config)
-    sizes_of_steps = ", ".join(
-        f"{phase.global_batch_tokens}{f' from step {phase.from_step} on' if phase.from_step else ''}"
-        for phase in phases
-        if training.epochs is not None or phase.from_step < training.train_iters
-    )
+    sizes_of_steps, size = "", 0
+    for phase in phases:
+        if phase.global_batch_tokens != size and (
+            training.epochs is not None or phase.from_step < training.train_iters
+        ):
+            size = phase.global_batch_tokens
+            sizes_of_steps += f", {size} from step {phase.from_step} on" if phase.from_step else str(size)
     all_tokens = total_tokens(phases, train_iters=training.train_iters)
     length = f"{training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
     if training.epochs is not None:

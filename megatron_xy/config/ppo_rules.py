@@ -94,6 +94,8 @@ def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
     rules = [*shape_rules(model, parallel), *layout_rules(parallel)]
     if name in TRAINED_ROLES:
         rules += schedule_rules(merged(config.optimizer, role.optimizer))
+    elif role.optimizer.model_fields_set:
+        rules.append(("optimizer", f"the {name} is not trained; leave its optimizer out"))
     for key, text in rules:
         yield f"roles.{name}.{key}", f"roles.{name}: {text}"
 

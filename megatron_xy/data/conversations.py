@@ -54,12 +54,7 @@ def holds_conversation(row: dict[str, Any]) -> bool:
 def parse_conversation(row: dict[str, Any]) -> Conversation:
     """The conversation of a row that holds one, with something in it to learn. Raises BadConversation."""
     turns = _instruction_turns(row) if "instruction" in row else row.get("messages", row.get("conversations"))
-    messages = parse_messages(turns)
-    system = row.get("system")
-    if system and messages[0]["role"] == "system":
-        raise BadConversation("the messages begin with a system turn, and there is a system beside them; keep one")
-    if system:
-        messages.insert(0, {"role": "system", "content": _text(system, "system")})
+    messages = _with_system(parse_messages(turns), row)
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadConversation("no turn of the assistant: there is nothing to learn")
@@ -69,6 +64,11 @@ def parse_conversation(row: dict[str, Any]) -> Conversation:
     if all(message.get("weight") == 0 for message in answers):
         raise BadConversation("every answer has weight 0: there is nothing to learn")
     return Conversation(messages, _tools(row.get("tools")))
+
+
+def parse_prompt(row: dict[str, Any]) -> Conversation:
+    """The messages in `prompt`, with the `system` and the `tools` beside them, if any. Raises BadConversation."""
+    return Conversation(_with_system(parse_messages(row.get("prompt")), row), _tools(row.get("tools")))
 
 
 def parse_messages(turns: Any) -> list[Message]:
@@ -86,6 +86,16 @@ def parse_messages(turns: Any) -> list[Message]:
     if any(mark in text for mark in MARKS):
         raise BadConversation("a message holds U+FDD0, U+FDD1 or U+FDD2, which are no characters")
     return messages
+
+
+def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+    """The messages behind the `system` of their row, if it has one."""
+    system = row.get("system")
+    if not system:
+        return messages
+    if messages[0]["role"] == "system":
+        raise BadConversation("the messages begin with a system turn, and there is a system beside them; keep one")
+    return [{"role": "system", "content": _text(system, "system")}, *messages]
 
 
 def _message(turn: Any, number: int) -> Message:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_xy.data.chat import Chat, answer_tokens
 from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.conversations import BadConversation, Message
@@ -16,10 +18,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self._chat = None if chat_template is None else Chat(tokenizer, load_chat_template(chat_template, tokenizer))
 
-    def prompt(self, prompt: str | list[Message]) -> list[int]:
+    def prompt(self, prompt: str | list[Message], *, tools: list[Any] | None = None) -> list[int]:
         """Token ids that an answer follows on. Raises BadConversation."""
         if self._chat is not None:
-            return [int(token) for token in self._chat.prompt(prompt)]
+            return [int(token) for token in self._chat.prompt(prompt, tools=tools)]
         if not isinstance(prompt, str):
             raise BadConversation("the prompt is messages, and no chat template renders them; name data.chat_template")
         return self.tokenizer.text_prompt(prompt)

@@ -22,7 +22,7 @@ from megatron_xy.checkpoint import files
 from megatron_xy.config import RunConfig
 from megatron_xy.data.chat import Chat
 from megatron_xy.data.chat_template import load_chat_template, template_of_run, template_of_tokenizer
-from megatron_xy.data.conversations import BadConversation, parse_messages
+from megatron_xy.data.conversations import BadConversation, parse_prompt
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
@@ -217,7 +217,8 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Tokenizer, chat: Chats) -> lis
     prompt = row.get("prompt")
     if isinstance(prompt, list):
         try:
-            return [int(token) for token in chat.needed().prompt(parse_messages(prompt))]
+            asked = parse_prompt(row)
+            return [int(token) for token in chat.needed().prompt(asked.messages, tools=asked.tools)]
         except BadConversation as problem:
             raise BadRow(f"prompt: {problem}") from None
     if not isinstance(prompt, str):

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_xy.config import RunConfig
 from megatron_xy.data.chat import answer_tokens
-from megatron_xy.data.conversations import BadConversation, parse_messages
+from megatron_xy.data.conversations import BadConversation, parse_prompt
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
 from megatron_xy.data.tokenizer import Tokenizer
@@ -142,7 +142,7 @@ def _response_tokens(row: dict[str, Any], tokenizer: Tokenizer, chats: Chats) ->
     prompt = row.get("prompt")
     try:
         if isinstance(prompt, list):
-            return answer_tokens(tokenizer, chats.needed(), parse_messages(prompt), text)
+            return answer_tokens(tokenizer, chats.needed(), parse_prompt(row).messages, text)
         return answer_tokens(tokenizer, chats.of_the_run(), "", text)
     except BadConversation as problem:
         raise BadRow(f"response: {problem}") from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_xy.data.conversations import BadConversation, parse_messages
+from megatron_xy.data.conversations import BadConversation, parse_prompt
 from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
 from megatron_xy.data.renderer import Renderer
 from megatron_xy.data.rows import BadRow, Row, read_rows
@@ -58,9 +58,12 @@ class PromptFile:
 
     def tokens(self, row: int, renderer: Renderer) -> list[int]:
         """A row's prompt as token ids. Raises DataError where the template cannot render it."""
-        prompt = self.rows[row].value["prompt"]
+        value = self.rows[row].value
         try:
-            return renderer.prompt(prompt if isinstance(prompt, str) else parse_messages(prompt))
+            if isinstance(value["prompt"], str):
+                return renderer.prompt(value["prompt"])
+            asked = parse_prompt(value)
+            return renderer.prompt(asked.messages, tools=asked.tools)
         except BadConversation as error:
             raise DataError(f"{self.path}:{self.rows[row].line}: {error}") from error
 

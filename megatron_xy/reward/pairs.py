@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.config import RunConfig
+from megatron_xy.data import conversations
 from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.conversations import BadConversation, Message, parse_messages
+from megatron_xy.data.conversations import BadConversation, Message
 from megatron_xy.data.renderer import Renderer
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.data.tokenizer import load_tokenizer
@@ -170,9 +171,12 @@ def parse_prompt(row: dict[str, Any]) -> str | list[Message]:
     if not isinstance(prompt, list):
         raise BadRow("prompt is missing, empty or neither a string nor messages")
     try:
-        return parse_messages(prompt)
+        asked = conversations.parse_prompt(row)
     except BadConversation as error:
         raise BadRow(f"prompt: {error}") from error
+    if asked.tools:
+        raise BadRow("tools stand beside the prompt, and pairs are learned without any; leave them out")
+    return asked.messages
 
 
 def prompt_tokens(renderer: Renderer, prompt: str | list[Message]) -> list[int]:

@@ -17,7 +17,8 @@ def described(**training: object) -> str:
 
 
 def test_sizes_of_steps_follow_the_phases() -> None:
-    text = described(train_iters=10, phases=[{"from_iter": 6, "global_batch_tokens": 2048}])
+    phases = [{"from_iter": 3, "weights": {"code": 1}}, {"from_iter": 6, "global_batch_tokens": 2048}]
+    text = described(train_iters=10, phases=phases)
     assert "tp 1 x pp 1 x cp 1 x dp 4 on 4 ranks, 2 micro-batches a step" in text
     assert "training: 10 steps of 1024, 2048 from step 6 on tokens (0.0 M in all)" in text
     assert "never reached" not in text

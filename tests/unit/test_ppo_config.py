@@ -138,6 +138,10 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
             {"ppo": {"kl_target": 6, "kl_horizon": 63}},
             "ppo.kl_horizon (63) counts answers, and a step has 64 (rollout_batch_size): kl_coef would leap",
         ),
+        (
+            {"roles": {"reward": {"ranks": "1-2", "optimizer": {"lr": 1}}}},
+            "roles.reward: the reward is not trained; leave",
+        ),
         ({"ppo": {"temperature": 0}}, "ppo.temperature (0): must be greater than or equal to 0.0001"),
         ({"ppo": {"reward_function": "score"}}, "ppo.reward_function (score) must be FILE.py:FUNCTION"),
         ({"ppo": {"reward_function": "a.py:score"}}, "roles.reward: ppo.reward_function stands in for it"),

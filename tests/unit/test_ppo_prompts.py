@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from megatron_xy.data.renderer import Renderer
+from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.inference.answers import Chats, prompt_tokens
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
+from tests.unit.small_corpus import train_tokenizer
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -58,3 +62,30 @@ def test_given_answers_that_cannot_be_ones_are_named(tmp_path: Path) -> None:
     only_the_end = GivenResponses(write(tmp_path / "end.jsonl", [{"response_tokens": [2]}]))
     only_the_end.check(num_drawn=1, most=4, vocab_size=9)
     assert only_the_end.of(0, 1) == [[2]]
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+    "{% for tool in tools or [] %}tool {{ tool.name }} {% endfor %}"
+)
+
+
+def test_a_system_and_tools_beside_the_messages_are_rendered(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(train_tokenizer(tmp_path / "fox.model"))
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    asked = [{"role": "user", "content": "the fox"}]
+    rows = [
+        {"prompt": asked},
+        {"prompt": asked, "system": "lazy"},
+        {"prompt": [{"role": "system", "content": "lazy"}, *asked]},
+        {"prompt": asked, "tools": [{"name": "dog"}]},
+        {"prompt": [{"role": "system", "content": "lazy"}, *asked], "system": "lazy"},
+    ]
+    prompts = PromptFile(write(tmp_path / "prompts.jsonl", rows), seed=1)
+    renderer = Renderer(tokenizer, str(tmp_path / "template.jinja"))
+    plain, beside, within, with_tools = (prompts.tokens(row, renderer) for row in range(4))
+    assert plain != beside == within and plain != with_tools != beside
+    with pytest.raises(DataError, match=":5: the messages begin with a system turn, and there is a system beside"):
+        prompts.tokens(4, renderer)
+    chats = Chats("hf:none", tokenizer, given=str(tmp_path / "template.jinja"))
+    assert [prompt_tokens(row, tokenizer, chats) for row in rows[:4]] == [plain, beside, within, with_tools]
