@@ -26,7 +26,7 @@ class Imported:
 
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)  # what has no counterpart, with the reason
-    problems: list[str] = field(default_factory=list)  # what a run still needs
+    problems: list[str] = field(default_factory=list)  # what a run still needs, or cannot be
 
     def text(self) -> str:
         """As YAML, a comment behind every key; at the end what was left out, as comments."""
@@ -65,10 +65,12 @@ def import_args(script: Path) -> Imported:
             expected = table["always"][flag]
             choices = expected if isinstance(expected, list) else [expected]
             if expected is not None and not any(_same(words, choice) for choice in choices):
-                imported.left_out.append(f"{given}: always {' or '.join(choices)} here")
+                entries = imported.problems if flag in table["shaping"] else imported.left_out
+                entries.append(f"{given}: always {' or '.join(choices)} here")
+        elif words != ["0"] and (why := _reason(table["another"], flag)):
+            imported.problems.append(f"{given}: {why}")
         elif flag not in taken:
-            reasons = (why for pattern, why in table["reasons"].items() if fnmatch.fnmatchcase(flag, pattern))
-            imported.left_out.append(f"{given}: {next(reasons, 'no such choice here')}")
+            imported.left_out.append(f"{given}: {_reason(table['reasons'], flag) or 'no such choice here'}")
     missing = [flag for flag in table["needed"] if flag not in flags]
     if not any(flag in flags for flag in table["rope"]):
         missing.append(" or ".join(table["rope"]))
@@ -78,7 +80,7 @@ def import_args(script: Path) -> Imported:
             always = table["always"][flag]
             imported.left_out.append(f"{flag} is not given, which is {default} in Megatron: always {always} here")
     imported.values = dict(sorted(imported.values.items(), key=lambda item: _place(item[0], table["keys"])))
-    imported.problems = _problems(imported)
+    imported.problems += _problems(imported)
     if "--global-batch-size" not in flags:
         imported.problems.append(
             "training.global_batch_tokens: --global-batch-size is not given, which is --micro-batch-size x data "
@@ -188,8 +190,9 @@ class _Derivation:
     def _shape(self) -> None:
         hidden, heads = self._number("--hidden-size"), self._number("--num-attention-heads")
         width = self._number("--kv-channels")
-        if width is not None and (hidden is None or not heads or width * heads != hidden):
-            self._leave_out("--kv-channels", "heads are as wide as hidden_size / num_attention_heads here")
+        if "--kv-channels" in self.flags and (width is None or not heads or width * heads != hidden):
+            given = " ".join(["--kv-channels", *self.flags["--kv-channels"]])
+            self.imported.problems.append(f"{given}: heads are as wide as hidden_size / num_attention_heads here")
         if "--num-query-groups" in self.flags and "--group-query-attention" not in self.flags:
             self.imported.values.pop("model.num_query_groups", None)
             self._leave_out("--num-query-groups", "Megatron ignores it without --group-query-attention")
@@ -278,6 +281,10 @@ class _Derivation:
     def _leave_out(self, flag: str, why: str) -> None:
         if flag in self.flags:
             self.imported.left_out.append(f"{' '.join([flag, *self.flags[flag]])}: {why}")
+
+
+def _reason(reasons: dict[str, str], flag: str) -> str | None:
+    return next((why for pattern, why in reasons.items() if fnmatch.fnmatchcase(flag, pattern)), None)
 
 
 def _same(words: Sequence[str], expected: str) -> bool:

@@ -175,7 +175,7 @@ def test_a_script_without_a_program(tmp_path: Path) -> None:
 
 def test_a_llama_of_70b(tmp_path: Path) -> None:
     imported = import_args(SCRIPT)
-    assert imported.problems == []
+    assert imported.problems == ["--num-experts 8: dense models here"]
     (tmp_path / "run.yaml").write_text(imported.text())
     config = load_config(tmp_path / "run.yaml", world_size=512)
     assert (config.model.num_layers, config.model.ffn_hidden_size, config.model.num_query_groups) == (80, 28672, 8)
@@ -189,7 +189,7 @@ def test_a_llama_of_70b(tmp_path: Path) -> None:
     assert "num_layers: 80  # --num-layers" in imported.text()
     left_out = "\n".join(imported.left_out)
     assert "--save (not known): its value is not known" in left_out
-    assert "--num-experts 8: dense models here" in left_out and "--split 949,50,1: `data build --held-out`" in left_out
+    assert "--split 949,50,1: `data build --held-out`" in left_out
     assert "--swiglu" not in left_out and "dropout" not in left_out
 
 
@@ -275,6 +275,27 @@ def test_flags_that_take_arithmetic_or_each_other(tmp_path: Path, flags: str, ke
         assert any("stands behind --bf16" in entry for entry in imported.left_out)
 
 
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ("--moe-router-topk 2 --expert-model-parallel-size 8", ["--moe-router-topk 2"]),
+        ("--multi_latent_attention --qk-layernorm", ["--multi-latent-attention", "--qk-layernorm"]),
+        ("--window-size 4096,0 --mtp-num-layers 1", ["--window-size 4096,0", "--mtp-num-layers 1"]),
+        ("--mtp-num-layers 0 --softmax-type vanilla --kv-channels 32", []),
+        ("--kv-channels 64", ["--kv-channels 64"]),
+        ("--kv-channels $N", [f"--kv-channels {UNKNOWN}"]),
+        (
+            "--position-embedding-type mrope --rotary-percent 0.5",
+            ["--position-embedding-type mrope", "--rotary-percent 0.5"],
+        ),
+    ],
+)
+def test_another_model_than_is_here_is_refused(tmp_path: Path, flags: str, asked: list[str]) -> None:
+    (tmp_path / "launch.sh").write_text(f"python a.py --hidden-size 128 --num-attention-heads 4 {flags}\n")
+    problems = import_args(tmp_path / "launch.sh").problems
+    assert [problem.partition(":")[0] for problem in problems if problem.startswith("--")] == asked
+
+
 def test_what_is_missing_is_listed(tmp_path: Path) -> None:
     script = tmp_path / "launch.sh"
     script.write_text(
@@ -284,7 +305,7 @@ def test_what_is_missing_is_listed(tmp_path: Path) -> None:
     assert result.exit_code == 78
     assert yaml.safe_load(result.stdout)["model"]["num_layers"] == 4
     for line in (
-        "no counterpart: --normalization LayerNorm: always RMSNorm here",
+        "still needed: --normalization LayerNorm: always RMSNorm here",
         "no counterpart: --hidden-dropout 0.1: always 0 here",
         "no counterpart: --attention-dropout is not given, which is 0.1 in Megatron: always 0 here",
         "no counterpart: --swiglu is not given",
