@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_xy.errors import DataError
@@ -19,22 +19,71 @@ from megatron_xy.import_args.values import both, computed, either, truth_of
 UNKNOWN = "(not known)"  # in place of $1, $(command) and variables of the environment
 
 MOST_DEPTH = 20
+MOST_TOLD = 80  # characters of a command
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _DECLARING = {"export", "local", "declare", "readonly", "typeset"}
-_KEYWORDS = {"else", "fi", "for", "while", "until", "done", "esac"}
-_PREFIXES = {"then", "do", "{", "!", "time", "exec"}  # of a command
+_NO_FAILURE = {"echo", "true", ":", "export", "local", "declare", "readonly", "typeset", "set", "shift"}
 _NAME = re.compile(r"[A-Za-z_]\w*|\d+|[@*#?!$-]")
+
+
+_END, _PIPE, _BEHIND = (Token(mark, is_mark=True) for mark in (";", "|", "&"))
+_BEFORE_A_COMMAND = {"then", "do", "else", "{", "}", "!", "time", "fi", "done", "esac"}
+
+
+@dataclass(frozen=True)
+class _List:
+    """Commands joined by && and ||, as far as they are read."""
+
+    truth: bool | None = True
+    mark: str = ";"  # behind them
+    told: str = ""  # the command that is not known
+    is_test: bool = False  # and it is one
+    is_piped: bool = False  # the next command gets what the last one prints
+
+    @property
+    def goes_on(self) -> bool | None:
+        """Whether the next command runs."""
+        if self.mark == "&&":
+            return self.truth
+        return True if self.mark != "||" else None if self.truth is None else not self.truth
+
+    def then(self, value: bool | None, command: list[Token], mark: str) -> _List:
+        """With a command more."""
+        if mark == "|":
+            return replace(self, is_piped=True)
+        is_joined = self.mark in ("&&", "||")
+        truth = both(self.truth, value) if self.mark == "&&" else either(self.truth, value) if is_joined else value
+        if is_joined and self.truth is None:
+            return _List(truth, mark, self.told, self.is_test)
+        return _List(truth, mark, _told("", command).strip(), _is_test(command))
+
+    def branch(self) -> _Branch:
+        """For the next command."""
+        note = f"{self.told}: not known without running it; what hangs on it is read"
+        return _Branch(
+            runs=self.goes_on, note=note if self.goes_on is None and self.told else "", is_program=self.is_test
+        )
 
 
 @dataclass
 class _Branch:
-    """An if, a case or a loop that is open: whether what is read now runs (None: not known)."""
+    """An if, a case, a loop or a group that is open: whether what is read now runs (None: not known)."""
 
     runs: bool | None
     was_taken: bool = False  # an earlier branch surely was
     has_unknown: bool = False  # an earlier branch may have been
     subject: str | None = None  # of a case
+    awaits: bool = False  # a pattern of a case
     note: str = ""  # to be told once something in it counts
+    is_program: bool = True  # which a program also does
+    opened: str = ""
+    before: _List = field(default_factory=_List)  # in which it stands
+    variables: dict[str, list[str]] = field(default_factory=dict)  # where it began
+
+
+class _Returned(Exception):
+    def __init__(self, truth: bool | None) -> None:
+        self.truth = truth
 
 
 @dataclass(frozen=True)
@@ -51,8 +100,18 @@ def program_arguments(path: Path) -> Program:
     reader.read(_text_of(path))
     if not reader.programs:
         raise DataError(f"{path} must start a Python program, such as `torchrun ... pretrain_gpt.py --num-layers 80`")
-    arguments = max(reversed(reader.programs), key=lambda words: sum(word.startswith("--") for word in words))
-    return Program(*([text.replace(UNKNOWN_MARK, UNKNOWN) for text in texts] for texts in (arguments, reader.notes)))
+    program = max(reversed(reader.programs), key=_flags)
+    for other in reader.programs:
+        if Path(other[0]).name == Path(program[0]).name and other[1:] != program[1:]:
+            told = " ".join(other)
+            told = told if len(told) <= MOST_TOLD else told[:MOST_TOLD] + "..."
+            reader.notes.append(f"{told}: a second start of it; the one with most flags, the last of such, is read")
+    notes = list(dict.fromkeys(reader.notes))
+    return Program(*([text.replace(UNKNOWN_MARK, UNKNOWN) for text in texts] for texts in (program[1:], notes)))
+
+
+def _flags(words: list[str]) -> int:
+    return sum(word.startswith("--") for word in words)
 
 
 @dataclass
@@ -61,69 +120,136 @@ class _Reader:
 
     folder: Path
     variables: dict[str, list[str]] = field(default_factory=dict)
-    programs: list[list[str]] = field(default_factory=list)
+    programs: list[list[str]] = field(default_factory=list)  # each from its .py file on
     notes: list[str] = field(default_factory=list)
     branches: list[_Branch] = field(default_factory=list)
+    functions: dict[str, list[Token]] = field(default_factory=dict)
+    calls: list[tuple[str, int]] = field(default_factory=list)  # that are open, and how many branches were then
+    locals: list[dict[str, list[str] | None]] = field(default_factory=list)  # of each call, what they were before
     depth: int = 0  # of files, and strings that are scripts, in each other
 
     def read(self, text: str) -> None:
         """All commands of a script, or a string that is one. Raises DataError where they start each other for ever."""
-        self.depth += 1
-        if self.depth > MOST_DEPTH:
+        if self.depth == MOST_DEPTH:
             raise DataError(f"{text[:60]!r} starts itself again; import-args reads {MOST_DEPTH} scripts in each other")
-        tokens = list(tokens_of(text))
-        skips = False  # the next command, by && or || behind a test
+        self.depth += 1
+        try:
+            self._run(list(tokens_of(text)))
+        finally:
+            self.depth -= 1
+
+    def _run(self, tokens: list[Token]) -> bool | None:
+        """The commands in their order; the truth of the last, as far as it is known."""
+        bottom = len(self.branches)
+        so_far, is_negated = _List(), False
+        closed: tuple[bool | None, str] | None = None  # the truth of a group or the like, and what tells it
         start = place = 0
         while place < len(tokens):
-            if place == start and tokens[place].text in ("if", "elif") and (then := _then(tokens, place)):
-                self._if(tokens[place].text, tokens[place + 1 : then])
+            token = tokens[place]
+            top = self.branches[-1] if len(self.branches) > bottom else None
+            word = token.text if place == start and not token.is_quoted else ""
+            if top is not None and top.awaits and word != "esac":
+                if token == Token(")", is_mark=True):
+                    self._pattern(tokens[start:place])
+                    so_far = _List()
+                place += 1
+                start = place if token.text in (")", ";") and token.is_mark else start
+                continue
+            if word and (definition := _definition(tokens, place)):
+                name, body, start = definition
+                place = start
+                self._define(name, body, so_far)
+            elif word in ("if", "elif") and (then := _then(tokens, place)):
+                self._if(word, tokens[place + 1 : then], so_far)
                 start = place = then
-            if place == start and tokens[place].text == "case" and tokens[place + 2 : place + 3] == [Token("in")]:
-                self._case(tokens[place + 1])
+            elif word == "case" and tokens[place + 2 : place + 3] == [Token("in")]:
+                self._case(tokens[place + 1], so_far)
                 start = place = place + 3
-            if not tokens[place].is_mark:
-                is_array = re.fullmatch(r"[A-Za-z_]\w*\+?=", tokens[place].text) and tokens[place + 1].text == "("
+            elif word in ("(", "for") and (end := _arithmetic_end(tokens, place)):
+                if word == "for":
+                    self._loop(word, tokens[place + 1 : end], so_far)
+                self._computes(tokens[place:end], so_far)
+                closed = None, _told("", tokens[place:end]).strip()
+                start = place = end
+            elif word in ("while", "until"):
+                marks = (at for at in range(place, len(tokens)) if tokens[at].is_mark)
+                self._loop(word, tokens[place + 1 : next(marks, place + 1)], so_far)
+                so_far = _List()
+                start = place = place + 1
+            elif word in ("{", "("):
+                self._open(_Branch(runs=True, opened=word), so_far)
+                so_far, is_negated = _List(), False
+                start = place = place + 1
+            elif word in ("then", "do", "else"):
+                if word == "else":
+                    self._else(True)
+                so_far = _List()
+                start = place = place + 1
+            elif word in ("!", "time", "exec"):
+                is_negated = is_negated != (word == "!")
+                start = place = place + 1
+            elif word in ("fi", "done", "esac", "}") or (top and top.opened == "(" and word == ")"):
+                start = place = place + 1
+                if top is not None:
+                    self.branches.pop()
+                    closed = (so_far.truth, so_far.told) if top.opened in ("{", "(") else (None, f"... {word}")
+                    so_far = top.before
+                    if top.opened == "(" or tokens[place : place + 1] in ([_PIPE], [_BEHIND]):
+                        self.variables = top.variables
+            elif not token.is_mark:
+                is_array = re.fullmatch(r"[A-Za-z_]\w*\+?=", token.text) and tokens[place + 1].text == "("
                 place = closing_mark(tokens, place + 1) if is_array and tokens[place + 1].is_mark else place + 1
-                continue
-            command, mark = tokens[start:place], tokens[place].text
-            place += 1
-            start = place
-            if mark == ")" and self.branches and self.branches[-1].subject is not None:
-                self._pattern(command)
-                continue
-            if mark == "|" and self.branches and self.branches[-1].subject is not None and len(command) == 1:
-                start -= 2  # more patterns of a case
-                continue
-            value = None if skips else self._command(command)
-            is_test = bool(command) and command[0].text in ("[", "[[", "test")
-            if is_test and value is None and mark in ("&&", "||") and _ASSIGNMENT.fullmatch(tokens[place].text):
-                self.notes.append(
-                    f"{_told('', command).strip()}: not known without running it; what hangs on it is read"
-                )
-            skips = is_test and ((mark == "&&" and value is False) or (mark == "||" and value is True))
-            if mark == ";;" and self.branches and self.branches[-1].subject is not None:
-                self.branches[-1].runs = False
-        self.depth -= 1
+            elif tokens[start] == Token("[[") and Token("]]") not in tokens[start:place] and place > start:
+                place += 1
+            else:
+                command, mark = tokens[start:place], token.text
+                start = place if mark == ")" and command else place + 1  # which also closes
+                place = start
+                if command and command[0] == Token("for"):
+                    self._loop("for", command[1:], so_far)
+                    so_far = _List()
+                    continue
+                if command or closed:
+                    value = self._in_list(command, so_far, mark) if command or not closed else closed[0]
+                    value = value if value is None or not is_negated else not value
+                    told = [Token(closed[1])] if closed and not command else command
+                    so_far, closed, is_negated = so_far.then(value, told, mark), None, False
+                if mark == ";;" and top is not None and top.subject is not None:
+                    top.runs, top.awaits = False, True
+        del self.branches[bottom:]
+        return so_far.truth
+
+    def _in_list(self, command: list[Token], so_far: _List, mark: str) -> bool | None:
+        """Does what a command says where the list goes on to it; what a pipe sets stays in it."""
+        variables = self.variables
+        if mark in ("|", "&") or so_far.is_piped:
+            self.variables = dict(variables)
+        self.branches.append(so_far.branch())
+        before = {name: self.variables.get(name) for name in _passed(command)}
+        value = self._command(command) if self._is_read else None
+        self._restore(before)
+        self.branches.pop()
+        if mark in ("|", "&") or so_far.is_piped:
+            self.variables = variables
+        return value
 
     def _command(self, command: list[Token]) -> bool | None:
-        """Does what one says; the truth of a test, as far as it is known."""
-        while command and not command[0].is_quoted and (word := command[0].text) in _KEYWORDS | _PREFIXES:
-            command = command[1:]
-            if word in ("while", "until", "for"):
-                self._loop(word, command)
-                return None
-            if word == "else":
-                self._else(True)
-            elif word in ("fi", "done", "esac") and self.branches:
-                self.branches.pop()
-        if not command or not self._is_read:
-            return None
+        """Does what one says; its truth, as far as it is known."""
+        if _is_test(command):
+            return self._condition(command)
         words = self._words(command)
         if not words:
-            return None
-        if words[0] in ("[", "[[", "test"):
-            return truth_of(words)
-        if words[0] in ("source", ".") and len(words) > 1:
+            return None if any(UNKNOWN_MARK in token.text for token in command) else True
+        if words[0] in self.functions:
+            return self._call(words)
+        if words[0] == "return" and self.calls:
+            self._return(words)
+        elif words[0] == "shift" and "@" in self.variables:
+            self._shift(words)
+        elif words[:2] == ["set", "--"]:
+            self._counts()
+            self._set_arguments(words[2:])
+        elif words[0] in ("source", ".") and len(words) > 1:
             self._source(words[1])
         elif words[0].startswith("--"):
             self.notes.append(f"{' '.join(words)}: passed to nothing, the line before it does not go on")
@@ -134,9 +260,81 @@ class _Reader:
         else:
             places = [place for place, word in enumerate(words) if word.endswith(".py")]
             if places:
+                self._counts(is_program=True)
+                self.programs.append(words[places[0] :])
+        return True if words[0] in _NO_FAILURE else False if words[0] == "false" else None
+
+    def _computes(self, tokens: list[Token], so_far: _List) -> None:
+        """What ((...)) sets is not known."""
+        self.branches.append(so_far.branch())
+        if self._is_read:
+            for name in re.findall(r"([A-Za-z_]\w*) ?(?:[-+*/%]?=(?!=)|\+\+|--)", _told("", tokens)):
                 self._counts()
-                self.programs.append(words[places[0] + 1 :])
-        return None
+                self.variables[name] = [UNKNOWN_MARK]
+        self.branches.pop()
+
+    def _define(self, name: str, body: list[Token], so_far: _List) -> None:
+        self.branches.append(so_far.branch())
+        if self._is_read:
+            self._counts()
+            self.functions[name] = body
+        self.branches.pop()
+
+    def _call(self, words: list[str]) -> bool | None:
+        """A function's commands, with its arguments; what is local to it goes with it."""
+        name = words[0]
+        if any(name == other for other, _ in self.calls):
+            self.notes.append(f"{' '.join(words)}: calls itself; how often is not known without running it")
+            return None
+        arguments = {name: values for name, values in self.variables.items() if _is_argument(name)}
+        bottom = len(self.branches)
+        self.calls.append((name, bottom))
+        self.locals.append({})
+        self._set_arguments(words[1:])
+        try:
+            truth = self._run(self.functions[name])
+        except _Returned as returned:
+            truth = returned.truth
+        del self.branches[bottom:]
+        self.calls.pop()
+        self._restore(self.locals.pop())
+        self._forget_arguments()
+        self.variables.update(arguments)
+        return truth
+
+    def _restore(self, before: dict[str, list[str] | None]) -> None:
+        for name, values in before.items():
+            if values is None:
+                self.variables.pop(name, None)
+            else:
+                self.variables[name] = values
+
+    def _return(self, words: list[str]) -> None:
+        if all(branch.runs for branch in self.branches[self.calls[-1][1] :]):
+            code = words[1] if len(words) > 1 else ""
+            raise _Returned(int(code) == 0 if code.isdigit() else None)
+        self._counts()
+
+    def _shift(self, words: list[str]) -> None:
+        values = self.variables["@"]
+        count = words[1] if len(words) > 1 else "1"
+        if count.isdigit() and all(branch.runs for branch in self.branches):
+            self._set_arguments(values[int(count) :])
+        else:
+            self._forget_arguments()
+
+    def _set_arguments(self, values: list[str]) -> None:
+        """$1, $2 and so on, $#, $@ and $*; behind one that is not known, none is."""
+        self._forget_arguments()
+        self.variables |= {"@": values, "*": values}
+        known = next((place for place, value in enumerate(values) if UNKNOWN_MARK in value), None)
+        self.variables |= {str(place): [value] for place, value in enumerate(values[:known], 1)}
+        if known is None:
+            self.variables |= {"#": [str(len(values))]} | {str(n): [] for n in range(len(values) + 1, 10)}
+
+    def _forget_arguments(self) -> None:
+        for name in [name for name in self.variables if _is_argument(name)]:
+            del self.variables[name]
 
     def _words(self, command: list[Token]) -> list[str]:
         """The words, variables put in, behind assignments, which are carried out."""
@@ -152,6 +350,8 @@ class _Reader:
                 continue
             name, adds, value = match.groups()
             self._counts()
+            if is_declared:
+                self._localize(name, words)
             if not value and place < len(command) and command[place] == Token("(", is_mark=True):
                 end = closing_mark(command, place) - 1
                 elements = [part for part in command[place + 1 : end] if not part.is_mark]
@@ -162,14 +362,22 @@ class _Reader:
                 text = self._text(value)
                 before = " ".join(self.variables.get(name, [])) if adds else ""
                 self.variables[name] = [before + text]
+        if words and words[0] == "local":
+            for name in words[1:]:
+                self._localize(name, words)
+                self.variables[name] = []
         return [] if words and words[0] in _DECLARING else words
+
+    def _localize(self, name: str, words: list[str]) -> None:
+        if self.locals and words[0] in ("local", "declare", "typeset") and "-g" not in words:
+            self.locals[-1].setdefault(name, self.variables.get(name))
 
     def _expanded(self, token: Token) -> list[str]:
         """A token's words: one where it is quoted, an array's elements, else as many as its value has."""
-        if match := re.fullmatch(r"\$\{([A-Za-z_]\w*)\[([@*])\]\}", token.text):
-            values = self.variables.get(match[1], [UNKNOWN_MARK])
+        if match := re.fullmatch(r"\$\{([A-Za-z_]\w*)\[([@*])\]\}|\$\{?([@*])\}?", token.text):
+            values = self.variables.get(match[1] or match[3], [UNKNOWN_MARK])
             if token.is_quoted:
-                return list(values) if match[2] == "@" else [" ".join(values)]
+                return list(values) if (match[2] or match[3]) == "@" else [" ".join(values)]
             return [word for value in values for word in ([value] if UNKNOWN_MARK in value else value.split())]
         text = self._text(token.text)
         is_split = "$" in token.text and not token.is_quoted and UNKNOWN_MARK not in text
@@ -219,10 +427,10 @@ class _Reader:
         """Of $((text)), whole numbers."""
         return computed(re.sub(r"\b[A-Za-z_]\w*", lambda match: self._value(match[0]), self._text(text)))
 
-    def _counts(self) -> None:
+    def _counts(self, *, is_program: bool = False) -> None:
         """Something is read that matters: what is not known of the branches around it is told."""
         for branch in self.branches:
-            if branch.note and branch.runs is not False:
+            if branch.note and branch.runs is not False and (branch.is_program or not is_program):
                 self.notes.append(branch.note)
                 branch.note = ""
 
@@ -233,18 +441,33 @@ class _Reader:
         else:
             self.read(_text_of(path))
 
-    def _if(self, word: str, condition: list[Token]) -> None:
+    def _open(self, branch: _Branch, so_far: _List) -> None:
+        """An if, a case, a loop or a group, where the list goes on to it."""
+        around = so_far.branch()
+        branch.before, branch.variables = so_far, dict(self.variables)
+        if around.runs is False:
+            branch.runs, branch.was_taken = False, True
+        elif around.runs is None:
+            branch.runs = None if branch.runs else branch.runs
+            branch.note, branch.is_program = branch.note or around.note, bool(branch.note) or around.is_program
+        self.branches.append(branch)
+
+    def _if(self, word: str, condition: list[Token], so_far: _List) -> None:
         """What stands between if, or elif, and then."""
         told = _told(word, condition)
-        truth = self._condition(condition)
         if word == "elif":
+            truth = None
+            if self.branches and not self.branches[-1].was_taken:
+                self.branches[-1].runs = None if self.branches[-1].has_unknown else True
+                truth = self._run([*condition, _END])
             self._else(truth, told)
             return
+        truth = self._run([*condition, _END]) if self._is_read and so_far.goes_on is not False else None
         note = f"{told}: not known without running it; all its branches are read" if truth is None else ""
-        self.branches.append(_Branch(runs=truth, was_taken=truth is True, has_unknown=truth is None, note=note))
+        self._open(_Branch(runs=truth, was_taken=truth is True, has_unknown=truth is None, note=note), so_far)
 
     def _condition(self, tokens: list[Token]) -> bool | None:
-        """Tests joined by && and ||, in or between their brackets."""
+        """Of a test, or several joined by && and || in its brackets."""
         truth: bool | None = True
         joined, part = "&&", list[Token]()
         is_open = False  # a bracket that an earlier part has opened
@@ -265,15 +488,16 @@ class _Reader:
     def _is_read(self) -> bool:
         return all(branch.runs is not False for branch in self.branches)
 
-    def _case(self, of: Token) -> None:
+    def _case(self, of: Token, so_far: _List) -> None:
         subject = self._text(of.text)
         note = f"{_told('case', [of])}: not known without running it; all its branches are read"
-        self.branches.append(_Branch(runs=False, subject=subject, note=note if UNKNOWN_MARK in subject else ""))
+        note = note if UNKNOWN_MARK in subject else ""
+        self._open(_Branch(runs=False, subject=subject, awaits=True, note=note), so_far)
 
-    def _loop(self, word: str, command: list[Token]) -> None:
+    def _loop(self, word: str, command: list[Token], so_far: _List) -> None:
         if self._is_read and word == "for" and command:
             self.variables[command[0].text] = [UNKNOWN_MARK]
-        self.branches.append(_Branch(runs=None, note=f"{_told(word, command)}: what is inside is read once"))
+        self._open(_Branch(runs=None, note=f"{_told(word, command)}: what is inside is read once"), so_far)
 
     def _else(self, truth: bool | None, told: str = "") -> None:
         if not self.branches:
@@ -284,25 +508,87 @@ class _Reader:
             return
         if truth is None and not branch.has_unknown:
             branch.note = f"{told}: not known without running it; all branches from here are read"
-        branch.runs = None if truth and branch.has_unknown else truth
+        branch.runs = None if truth and (branch.has_unknown or branch.before.goes_on is None) else truth
         branch.was_taken = branch.runs is True
         branch.has_unknown = branch.has_unknown or branch.runs is None
 
     def _pattern(self, command: list[Token]) -> None:
         """One of a case, or several; `command` also holds the marks between them."""
         branch = self.branches[-1]
+        branch.awaits = False
         assert branch.subject is not None, "only a case has patterns"
         if UNKNOWN_MARK in branch.subject:
-            branch.runs = None
+            branch.runs = False if branch.was_taken else None
             return
         patterns = [self._text(token.text) for token in command if not token.is_mark]
         fits = any(fnmatch.fnmatchcase(branch.subject, pattern) for pattern in patterns)
-        branch.runs = fits and not branch.was_taken
+        branch.runs = fits and not branch.was_taken and (branch.before.goes_on or None)
         branch.was_taken = branch.was_taken or fits
 
 
 def _told(word: str, command: list[Token]) -> str:
     return " ".join([word, *(token.text.replace(LITERAL_DOLLAR, "$") for token in command)]).rstrip(" ;")
+
+
+def _is_test(command: list[Token]) -> bool:
+    return bool(command) and command[0].text in ("[", "[[", "test")
+
+
+def _passed(command: list[Token]) -> list[str]:
+    """Variables that are set for a command only, in front of it."""
+    names: list[str] = []
+    for token in command:
+        match = _ASSIGNMENT.fullmatch(token.text)
+        if match is None:
+            return [] if any(token.is_mark for token in command) else names
+        names.append(match[1])
+    return []
+
+
+def _is_argument(name: str) -> bool:
+    return name in ("@", "*", "#") or name.isdigit()
+
+
+def _definition(tokens: list[Token], place: int) -> tuple[str, list[Token], int] | None:
+    """(a function's name, its commands, where it ends), where one is defined at `place`."""
+    has_word = tokens[place] == Token("function")
+    at = place + has_word
+    name = tokens[at] if at < len(tokens) else _END
+    at += 1
+    has_brackets = tokens[at : at + 2] == [Token("(", is_mark=True), Token(")", is_mark=True)]
+    if name.is_mark or not (has_word or has_brackets):
+        return None
+    at += 2 * has_brackets
+    while tokens[at : at + 1] == [_END]:
+        at += 1
+    if tokens[at : at + 1] == [Token("{")]:
+        end = _group_end(tokens, at)
+        return name.text, [*tokens[at + 1 : end - 1], _END], end
+    if tokens[at : at + 1] == [Token("(", is_mark=True)]:
+        end = closing_mark(tokens, at)
+        return name.text, [*tokens[at:end], _END], end
+    return None
+
+
+def _arithmetic_end(tokens: list[Token], place: int) -> int | None:
+    """Behind the )) of a (( at `place`, or behind the word there."""
+    at = place if tokens[place].is_mark else place + 1
+    if tokens[at : at + 2] != [Token("(", is_mark=True)] * 2:
+        return None
+    end = closing_mark(tokens, at)
+    return end if closing_mark(tokens, at + 1) == end - 1 else None
+
+
+def _group_end(tokens: list[Token], place: int) -> int:
+    """Behind the } of the { at `place`."""
+    depth = 0
+    for at in range(place, len(tokens)):
+        before = tokens[at - 1]
+        if before.is_mark or at == place or before.text in _BEFORE_A_COMMAND:
+            depth += (tokens[at] == Token("{")) - (tokens[at] == Token("}"))
+        if not depth:
+            return at + 1
+    return len(tokens)
 
 
 def _then(tokens: list[Token], place: int) -> int | None:

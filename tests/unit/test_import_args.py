@@ -58,7 +58,35 @@ WORDS = [
     ("cat > c <<EOF\n{ don't }\nEOF\npython a.py --x 1 > log 2>&1 &", ["--x", "1"]),
     ("python a.py --x 1 --y 2\npython convert.py --z", ["--x", "1", "--y", "2"]),
     ("declare -a A=(--x 1)\nreadonly B='--y 2'\npython a.py ${A[@]} $B", ["--x", "1", "--y", "2"]),
-    ("f() {\n  torchrun a.py --x 1 $@\n}\nf --y 2", ["--x", "1", UNKNOWN]),
+    ("f() {\n  torchrun a.py --x 1 $@\n}\nf --y 2", ["--x", "1", "--y", "2"]),
+    ("C=b\n[ $C = b ] && F=1 || F=2\n[ $C = a ] && F=3 || G=4\npython a.py --x $F --y $G", ["--x", "1", "--y", "4"]),
+    (
+        "F=1\n[[ -n $F && $F = 2 ]] && F=3\n[ $F = 1 ] &&\n  G=5 || G=6\npython a.py --x $F --y $G",
+        ["--x", "1", "--y", "5"],
+    ),
+    ("F=0\n[ 1 = 2 ] && { F=1; G=1; } || { F=2; G=3; }\npython a.py --x $F --y $G", ["--x", "2", "--y", "3"]),
+    (
+        "F=0\n[ 1 = 2 ] && if [ 1 = 1 ]; then F=1; fi\n! [ 1 = 2 ] && G=2\npython a.py --x $F --y $G",
+        ["--x", "0", "--y", "2"],
+    ),
+    ("{ if [ 1 = 2 ]; then F=1; else F=2; fi; }\npython a.py --x $F", ["--x", "2"]),
+    ("M=b\nif [ 1 = 1 ]; then case $M in (b|c) F=1;; *) F=2;; esac; fi\npython a.py --x $F", ["--x", "1"]),
+    ("if [ 1 = 2 ]; then F=1; else case a in b) F=2;; a) F=3; esac; fi\npython a.py --x $F", ["--x", "3"]),
+    ("F=1\nf() { F=2; }\nfunction g\n{\n  if [ 1 = 1 ]; then F=3; fi; }\npython a.py --x $F", ["--x", "1"]),
+    ('add() { A+=("$@"); }\nA=(--x 1)\nadd --y "b c"\npython a.py "${A[@]}"', ["--x", "1", "--y", "b c"]),
+    ('add() { A="$A $*"; }\nA="--x 1"\nadd --y 2\npython a.py $A', ["--x", "1", "--y", "2"]),
+    ("size() { if [ $1 = big ]; then F=1; return; fi; F=2; }\nsize big\npython a.py --x $F", ["--x", "1"]),
+    (
+        "f() { local F=3; G=$F$2; shift; H=$#$1; }\nF=1\nf 8 9\npython a.py --x $F --y $G --z $H",
+        ["--x", "1", "--y", "39", "--z", "19"],
+    ),
+    (
+        "is() { [ $1 = b ]; }\nif ! is b; then F=1; elif is b; then F=2; else F=3; fi\nis a && F=4\npython a.py --x $F",
+        ["--x", "2"],
+    ),
+    ("F=1\nf() { F=2; }\n( F=3 )\nf | cat\npython a.py --x $F", ["--x", "1"]),
+    ('run() { echo "$@"; "$@"; }\nset -- --y 2\nrun python a.py --x 1 "$@"', ["--x", "1", "--y", "2"]),
+    ("N=1\nf() { F=$N; }\nN=2 f\nN=3 true\npython a.py --x $N --y $F", ["--x", "1", "--y", "2"]),
     ("# python b.py --old\npython a.py --it\\'s ''", ["--it's", ""]),
 ]
 
@@ -102,6 +130,29 @@ def test_what_only_a_run_would_tell_is_noted(tmp_path: Path) -> None:
     assert program.arguments == ["--x", "2", "--y", UNKNOWN]
     begins = [note.partition(":")[0] for note in program.notes]
     assert begins == ["source nowhere.sh", "if [ $1 = x ]", "for i in 1 2", "--w"]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "begins"),
+    [
+        ("[ -d x ] && F=1 || F=2\npython a.py --x $F", ["--x", "2"], ["[ -d x ]"]),
+        ("grep -q x y && F=1\npython a.py --x $F", ["--x", "1"], ["grep -q x y"]),
+        ("N=1\n(( N > 2 )) && F=1\n((N++))\npython a.py --x $N", ["--x", UNKNOWN], ["( ( N ) )"]),
+        ("for ((i=0;i<3;i++)); do F=1; done\npython a.py --x $i", ["--x", UNKNOWN], ["for ( ( i=0 ; i ; i++ ) )"]),
+        ("f() { if [ -d x ]; then return; fi; F=2; }\nf\npython a.py --x $F", ["--x", "2"], ["if [ -d x ]"]),
+        ("f() { F=$1; f 2; }\nf 1\npython a.py --x $F", ["--x", "1"], ["f 2"]),
+        ("f() { F=$1$2; }\nf a $X\nmkdir x && python a.py --x $F", ["--x", f"a{UNKNOWN}"], []),
+        ("f() { F=$1; }\nwhile f 2; do G=1; done\npython a.py --x $F", ["--x", "2"], ["while f 2"]),
+        ("python a.py --x 1\npython a.py --x 2", ["--x", "2"], ["a.py --x 1"]),
+    ],
+)
+def test_what_is_read_otherwise_than_it_may_run_is_noted(
+    tmp_path: Path, text: str, arguments: list[str], begins: list[str]
+) -> None:
+    (tmp_path / "launch.sh").write_text(text)
+    program = program_arguments(tmp_path / "launch.sh")
+    assert program.arguments == arguments
+    assert [note.partition(":")[0] for note in program.notes] == begins
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -156,6 +207,14 @@ def test_what_only_a_run_would_tell_is_noted(tmp_path: Path) -> None:
                 "!",
                 "`",
                 "$(",
+                "f()",
+                "f",
+                "}",
+                "((",
+                "[[",
+                "!",
+                "return",
+                "shift",
             ]
         )
     )
