@@ -9,76 +9,33 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_xy.errors import DataError
-from megatron_xy.import_args.tokens import LITERAL_DOLLAR, UNKNOWN_MARK, Token, closing, closing_mark, tokens_of
-from megatron_xy.import_args.values import both, computed, either, truth_of
+from megatron_xy.import_args.branches import Branch, CommandList
+from megatron_xy.import_args.commands import (
+    ASSIGNMENT,
+    BEHIND,
+    END,
+    PIPE,
+    arithmetic_end,
+    definition,
+    is_test,
+    passed,
+    spelt,
+    then_of,
+)
+from megatron_xy.import_args.expansion import expanded, forget_arguments, is_argument, set_arguments, substituted
+from megatron_xy.import_args.tokens import UNKNOWN_MARK, Token, closing_mark, tokens_of
+from megatron_xy.import_args.values import both, either, truth_of
 
 UNKNOWN = "(not known)"  # in place of $1, $(command) and variables of the environment
 
 MOST_DEPTH = 20
 MOST_TOLD = 80  # characters of a command
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _DECLARING = {"export", "local", "declare", "readonly", "typeset"}
 _NO_FAILURE = {"echo", "true", ":", "export", "local", "declare", "readonly", "typeset", "set", "shift"}
-_NAME = re.compile(r"[A-Za-z_]\w*|\d+|[@*#?!$-]")
-
-
-_END, _PIPE, _BEHIND = (Token(mark, is_mark=True) for mark in (";", "|", "&"))
-_BEFORE_A_COMMAND = {"then", "do", "else", "{", "}", "!", "time", "fi", "done", "esac"}
-
-
-@dataclass(frozen=True)
-class _List:
-    """Commands joined by && and ||, as far as they are read."""
-
-    truth: bool | None = True
-    mark: str = ";"  # behind them
-    told: str = ""  # the command that is not known
-    is_test: bool = False  # and it is one
-    is_piped: bool = False  # the next command gets what the last one prints
-
-    @property
-    def goes_on(self) -> bool | None:
-        """Whether the next command runs."""
-        if self.mark == "&&":
-            return self.truth
-        return True if self.mark != "||" else None if self.truth is None else not self.truth
-
-    def then(self, value: bool | None, command: list[Token], mark: str) -> _List:
-        """With a command more."""
-        if mark == "|":
-            return replace(self, is_piped=True)
-        is_joined = self.mark in ("&&", "||")
-        truth = both(self.truth, value) if self.mark == "&&" else either(self.truth, value) if is_joined else value
-        if is_joined and self.truth is None:
-            return _List(truth, mark, self.told, self.is_test)
-        return _List(truth, mark, _told("", command).strip(), _is_test(command))
-
-    def branch(self) -> _Branch:
-        """For the next command."""
-        note = f"{self.told}: not known without running it; what hangs on it is read"
-        return _Branch(
-            runs=self.goes_on, note=note if self.goes_on is None and self.told else "", is_program=self.is_test
-        )
-
-
-@dataclass
-class _Branch:
-    """An if, a case, a loop or a group that is open: whether what is read now runs (None: not known)."""
-
-    runs: bool | None
-    was_taken: bool = False  # an earlier branch surely was
-    has_unknown: bool = False  # an earlier branch may have been
-    subject: str | None = None  # of a case
-    awaits: bool = False  # a pattern of a case
-    note: str = ""  # to be told once something in it counts
-    is_program: bool = True  # which a program also does
-    opened: str = ""
-    before: _List = field(default_factory=_List)  # in which it stands
-    variables: dict[str, list[str]] = field(default_factory=dict)  # where it began
 
 
 class _Returned(Exception):
@@ -122,7 +79,7 @@ class _Reader:
     variables: dict[str, list[str]] = field(default_factory=dict)
     programs: list[list[str]] = field(default_factory=list)  # each from its .py file on
     notes: list[str] = field(default_factory=list)
-    branches: list[_Branch] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
     functions: dict[str, list[Token]] = field(default_factory=dict)
     calls: list[tuple[str, int]] = field(default_factory=list)  # that are open, and how many branches were then
     locals: list[dict[str, list[str] | None]] = field(default_factory=list)  # of each call, what they were before
@@ -141,7 +98,7 @@ class _Reader:
     def _run(self, tokens: list[Token]) -> bool | None:
         """The commands in their order; the truth of the last, as far as it is known."""
         bottom = len(self.branches)
-        so_far, is_negated = _List(), False
+        so_far, is_negated = CommandList(), False
         closed: tuple[bool | None, str] | None = None  # the truth of a group or the like, and what tells it
         start = place = 0
         while place < len(tokens):
@@ -151,39 +108,39 @@ class _Reader:
             if top is not None and top.awaits and word != "esac":
                 if token == Token(")", is_mark=True):
                     self._pattern(tokens[start:place])
-                    so_far = _List()
+                    so_far = CommandList()
                 place += 1
                 start = place if token.text in (")", ";") and token.is_mark else start
                 continue
-            if word and (definition := _definition(tokens, place)):
-                name, body, start = definition
+            if word and (defined := definition(tokens, place)):
+                name, body, start = defined
                 place = start
                 self._define(name, body, so_far)
-            elif word in ("if", "elif") and (then := _then(tokens, place)):
+            elif word in ("if", "elif") and (then := then_of(tokens, place)):
                 self._if(word, tokens[place + 1 : then], so_far)
                 start = place = then
             elif word == "case" and tokens[place + 2 : place + 3] == [Token("in")]:
                 self._case(tokens[place + 1], so_far)
                 start = place = place + 3
-            elif word in ("(", "for") and (end := _arithmetic_end(tokens, place)):
+            elif word in ("(", "for") and (end := arithmetic_end(tokens, place)):
                 if word == "for":
                     self._loop(word, tokens[place + 1 : end], so_far)
                 self._computes(tokens[place:end], so_far)
-                closed = None, _told("", tokens[place:end]).strip()
+                closed = None, spelt("", tokens[place:end]).strip()
                 start = place = end
             elif word in ("while", "until"):
                 marks = (at for at in range(place, len(tokens)) if tokens[at].is_mark)
                 self._loop(word, tokens[place + 1 : next(marks, place + 1)], so_far)
-                so_far = _List()
+                so_far = CommandList()
                 start = place = place + 1
             elif word in ("{", "("):
-                self._open(_Branch(runs=True, opened=word), so_far)
-                so_far, is_negated = _List(), False
+                self._open(Branch(runs=True, opened=word), so_far)
+                so_far, is_negated = CommandList(), False
                 start = place = place + 1
             elif word in ("then", "do", "else"):
                 if word == "else":
                     self._else(True)
-                so_far = _List()
+                so_far = CommandList()
                 start = place = place + 1
             elif word in ("!", "time", "exec"):
                 is_negated = is_negated != (word == "!")
@@ -194,7 +151,7 @@ class _Reader:
                     self.branches.pop()
                     closed = (so_far.truth, so_far.told) if top.opened in ("{", "(") else (None, f"... {word}")
                     so_far = top.before
-                    if top.opened == "(" or tokens[place : place + 1] in ([_PIPE], [_BEHIND]):
+                    if top.opened == "(" or tokens[place : place + 1] in ([PIPE], [BEHIND]):
                         self.variables = top.variables
             elif not token.is_mark:
                 is_array = re.fullmatch(r"[A-Za-z_]\w*\+?=", token.text) and tokens[place + 1].text == "("
@@ -207,7 +164,7 @@ class _Reader:
                 place = start
                 if command and command[0] == Token("for"):
                     self._loop("for", command[1:], so_far)
-                    so_far = _List()
+                    so_far = CommandList()
                     continue
                 if command or closed:
                     value = self._in_list(command, so_far, mark) if command or not closed else closed[0]
@@ -219,13 +176,13 @@ class _Reader:
         del self.branches[bottom:]
         return so_far.truth
 
-    def _in_list(self, command: list[Token], so_far: _List, mark: str) -> bool | None:
+    def _in_list(self, command: list[Token], so_far: CommandList, mark: str) -> bool | None:
         """Does what a command says where the list goes on to it; what a pipe sets stays in it."""
         variables = self.variables
         if mark in ("|", "&") or so_far.is_piped:
             self.variables = dict(variables)
         self.branches.append(so_far.branch())
-        before = {name: self.variables.get(name) for name in _passed(command)}
+        before = {name: self.variables.get(name) for name in passed(command)}
         value = self._command(command) if self._is_read else None
         self._restore(before)
         self.branches.pop()
@@ -235,7 +192,7 @@ class _Reader:
 
     def _command(self, command: list[Token]) -> bool | None:
         """Does what one says; its truth, as far as it is known."""
-        if _is_test(command):
+        if is_test(command):
             return self._condition(command)
         words = self._words(command)
         if not words:
@@ -248,7 +205,7 @@ class _Reader:
             self._shift(words)
         elif words[:2] == ["set", "--"]:
             self._counts()
-            self._set_arguments(words[2:])
+            set_arguments(self.variables, words[2:])
         elif words[0] in ("source", ".") and len(words) > 1:
             self._source(words[1])
         elif words[0].startswith("--"):
@@ -264,16 +221,16 @@ class _Reader:
                 self.programs.append(words[places[0] :])
         return True if words[0] in _NO_FAILURE else False if words[0] == "false" else None
 
-    def _computes(self, tokens: list[Token], so_far: _List) -> None:
+    def _computes(self, tokens: list[Token], so_far: CommandList) -> None:
         """What ((...)) sets is not known."""
         self.branches.append(so_far.branch())
         if self._is_read:
-            for name in re.findall(r"([A-Za-z_]\w*) ?(?:[-+*/%]?=(?!=)|\+\+|--)", _told("", tokens)):
+            for name in re.findall(r"([A-Za-z_]\w*) ?(?:[-+*/%]?=(?!=)|\+\+|--)", spelt("", tokens)):
                 self._counts()
                 self.variables[name] = [UNKNOWN_MARK]
         self.branches.pop()
 
-    def _define(self, name: str, body: list[Token], so_far: _List) -> None:
+    def _define(self, name: str, body: list[Token], so_far: CommandList) -> None:
         self.branches.append(so_far.branch())
         if self._is_read:
             self._counts()
@@ -286,11 +243,11 @@ class _Reader:
         if any(name == other for other, _ in self.calls):
             self.notes.append(f"{' '.join(words)}: calls itself; how often is not known without running it")
             return None
-        arguments = {name: values for name, values in self.variables.items() if _is_argument(name)}
+        arguments = {name: values for name, values in self.variables.items() if is_argument(name)}
         bottom = len(self.branches)
         self.calls.append((name, bottom))
         self.locals.append({})
-        self._set_arguments(words[1:])
+        set_arguments(self.variables, words[1:])
         try:
             truth = self._run(self.functions[name])
         except _Returned as returned:
@@ -298,7 +255,7 @@ class _Reader:
         del self.branches[bottom:]
         self.calls.pop()
         self._restore(self.locals.pop())
-        self._forget_arguments()
+        forget_arguments(self.variables)
         self.variables.update(arguments)
         return truth
 
@@ -319,22 +276,9 @@ class _Reader:
         values = self.variables["@"]
         count = words[1] if len(words) > 1 else "1"
         if count.isdigit() and all(branch.runs for branch in self.branches):
-            self._set_arguments(values[int(count) :])
+            set_arguments(self.variables, values[int(count) :])
         else:
-            self._forget_arguments()
-
-    def _set_arguments(self, values: list[str]) -> None:
-        """$1, $2 and so on, $#, $@ and $*; behind one that is not known, none is."""
-        self._forget_arguments()
-        self.variables |= {"@": values, "*": values}
-        known = next((place for place, value in enumerate(values) if UNKNOWN_MARK in value), None)
-        self.variables |= {str(place): [value] for place, value in enumerate(values[:known], 1)}
-        if known is None:
-            self.variables |= {"#": [str(len(values))]} | {str(n): [] for n in range(len(values) + 1, 10)}
-
-    def _forget_arguments(self) -> None:
-        for name in [name for name in self.variables if _is_argument(name)]:
-            del self.variables[name]
+            forget_arguments(self.variables)
 
     def _words(self, command: list[Token]) -> list[str]:
         """The words, variables put in, behind assignments, which are carried out."""
@@ -344,9 +288,9 @@ class _Reader:
             token = command[place]
             place += 1
             is_declared = bool(words) and words[0] in _DECLARING
-            match = _ASSIGNMENT.fullmatch(token.text) if not words or is_declared else None
+            match = ASSIGNMENT.fullmatch(token.text) if not words or is_declared else None
             if match is None:
-                words += self._expanded(token)
+                words += expanded(token, self.variables)
                 continue
             name, adds, value = match.groups()
             self._counts()
@@ -355,11 +299,11 @@ class _Reader:
             if not value and place < len(command) and command[place] == Token("(", is_mark=True):
                 end = closing_mark(command, place) - 1
                 elements = [part for part in command[place + 1 : end] if not part.is_mark]
-                values = [word for part in elements for word in self._expanded(part)]
+                values = [word for part in elements for word in expanded(part, self.variables)]
                 place = end + 1
                 self.variables[name] = [*self.variables.get(name, []), *values] if adds else values
             else:
-                text = self._text(value)
+                text = substituted(value, self.variables)
                 before = " ".join(self.variables.get(name, [])) if adds else ""
                 self.variables[name] = [before + text]
         if words and words[0] == "local":
@@ -371,61 +315,6 @@ class _Reader:
     def _localize(self, name: str, words: list[str]) -> None:
         if self.locals and words[0] in ("local", "declare", "typeset") and "-g" not in words:
             self.locals[-1].setdefault(name, self.variables.get(name))
-
-    def _expanded(self, token: Token) -> list[str]:
-        """A token's words: one where it is quoted, an array's elements, else as many as its value has."""
-        if match := re.fullmatch(r"\$\{([A-Za-z_]\w*)\[([@*])\]\}|\$\{?([@*])\}?", token.text):
-            values = self.variables.get(match[1] or match[3], [UNKNOWN_MARK])
-            if token.is_quoted:
-                return list(values) if (match[2] or match[3]) == "@" else [" ".join(values)]
-            return [word for value in values for word in ([value] if UNKNOWN_MARK in value else value.split())]
-        text = self._text(token.text)
-        is_split = "$" in token.text and not token.is_quoted and UNKNOWN_MARK not in text
-        words = text.split() if is_split else [text]
-        return [word.replace(LITERAL_DOLLAR, "$") for word in words]
-
-    def _text(self, text: str) -> str:
-        """With the values of its variables."""
-        parts: list[str] = []
-        place = 0
-        while (dollar := text.find("$", place)) >= 0:
-            parts.append(text[place:dollar])
-            if text.startswith("$((", dollar):
-                place = closing(text, dollar + 1, "(", ")")
-                parts.append(self._computed(text[dollar + 3 : place - 2]))
-            elif text.startswith("${", dollar):
-                place = closing(text, dollar + 1, "{", "}")
-                parts.append(self._value(text[dollar + 2 : place - 1]))
-            elif match := _NAME.match(text, dollar + 1):
-                place = match.end()
-                parts.append(self._value(match[0]))
-            else:
-                place = dollar + 1
-                parts.append("$")
-        return "".join(parts) + text[place:]
-
-    def _value(self, inside: str) -> str:
-        """Of ${inside}."""
-        match = re.fullmatch(r"([A-Za-z_]\w*|\d+|[@*#?!$-])(?:\[(\d+|[@*])\])?(?:(:?[-=+?])(.*))?", inside, re.DOTALL)
-        if match is None:
-            return UNKNOWN_MARK
-        known = self.variables.get(match[1])
-        if known is not None and (match[2] or "@") not in "@*":
-            known = known[int(match[2]) : int(match[2]) + 1]
-        way = match[3] or ""
-        is_there = known is not None and (bool(" ".join(known)) or not way.startswith(":"))
-        if way.endswith("+"):
-            return self._bare(match[4]) if is_there else UNKNOWN_MARK if known is None else ""
-        if is_there:
-            return " ".join(known or [])
-        return self._bare(match[4]) if way.endswith(("-", "=")) else UNKNOWN_MARK if known is None else ""
-
-    def _bare(self, text: str) -> str:
-        return self._text(text.replace('"', "").replace("'", ""))
-
-    def _computed(self, text: str) -> str:
-        """Of $((text)), whole numbers."""
-        return computed(re.sub(r"\b[A-Za-z_]\w*", lambda match: self._value(match[0]), self._text(text)))
 
     def _counts(self, *, is_program: bool = False) -> None:
         """Something is read that matters: what is not known of the branches around it is told."""
@@ -441,7 +330,7 @@ class _Reader:
         else:
             self.read(_text_of(path))
 
-    def _open(self, branch: _Branch, so_far: _List) -> None:
+    def _open(self, branch: Branch, so_far: CommandList) -> None:
         """An if, a case, a loop or a group, where the list goes on to it."""
         around = so_far.branch()
         branch.before, branch.variables = so_far, dict(self.variables)
@@ -452,19 +341,19 @@ class _Reader:
             branch.note, branch.is_program = branch.note or around.note, bool(branch.note) or around.is_program
         self.branches.append(branch)
 
-    def _if(self, word: str, condition: list[Token], so_far: _List) -> None:
+    def _if(self, word: str, condition: list[Token], so_far: CommandList) -> None:
         """What stands between if, or elif, and then."""
-        told = _told(word, condition)
+        told = spelt(word, condition)
         if word == "elif":
             truth = None
             if self.branches and not self.branches[-1].was_taken:
                 self.branches[-1].runs = None if self.branches[-1].has_unknown else True
-                truth = self._run([*condition, _END])
+                truth = self._run([*condition, END])
             self._else(truth, told)
             return
-        truth = self._run([*condition, _END]) if self._is_read and so_far.goes_on is not False else None
+        truth = self._run([*condition, END]) if self._is_read and so_far.goes_on is not False else None
         note = f"{told}: not known without running it; all its branches are read" if truth is None else ""
-        self._open(_Branch(runs=truth, was_taken=truth is True, has_unknown=truth is None, note=note), so_far)
+        self._open(Branch(runs=truth, was_taken=truth is True, has_unknown=truth is None, note=note), so_far)
 
     def _condition(self, tokens: list[Token]) -> bool | None:
         """Of a test, or several joined by && and || in its brackets."""
@@ -476,7 +365,7 @@ class _Reader:
                 part.append(token)
                 continue
             if part:
-                words = [word for one in part for word in self._expanded(one)]
+                words = [word for one in part for word in expanded(one, self.variables)]
                 value = truth_of(["[[", *words] if is_open else words)
                 is_open = "]]" not in words and (is_open or words[0] == "[[")
                 truth = both(truth, value) if joined == "&&" else either(truth, value) if joined == "||" else None
@@ -488,16 +377,16 @@ class _Reader:
     def _is_read(self) -> bool:
         return all(branch.runs is not False for branch in self.branches)
 
-    def _case(self, of: Token, so_far: _List) -> None:
-        subject = self._text(of.text)
-        note = f"{_told('case', [of])}: not known without running it; all its branches are read"
+    def _case(self, of: Token, so_far: CommandList) -> None:
+        subject = substituted(of.text, self.variables)
+        note = f"{spelt('case', [of])}: not known without running it; all its branches are read"
         note = note if UNKNOWN_MARK in subject else ""
-        self._open(_Branch(runs=False, subject=subject, awaits=True, note=note), so_far)
+        self._open(Branch(runs=False, subject=subject, awaits=True, note=note), so_far)
 
-    def _loop(self, word: str, command: list[Token], so_far: _List) -> None:
+    def _loop(self, word: str, command: list[Token], so_far: CommandList) -> None:
         if self._is_read and word == "for" and command:
             self.variables[command[0].text] = [UNKNOWN_MARK]
-        self._open(_Branch(runs=None, note=f"{_told(word, command)}: what is inside is read once"), so_far)
+        self._open(Branch(runs=None, note=f"{spelt(word, command)}: what is inside is read once"), so_far)
 
     def _else(self, truth: bool | None, told: str = "") -> None:
         if not self.branches:
@@ -520,81 +409,10 @@ class _Reader:
         if UNKNOWN_MARK in branch.subject:
             branch.runs = False if branch.was_taken else None
             return
-        patterns = [self._text(token.text) for token in command if not token.is_mark]
+        patterns = [substituted(token.text, self.variables) for token in command if not token.is_mark]
         fits = any(fnmatch.fnmatchcase(branch.subject, pattern) for pattern in patterns)
         branch.runs = fits and not branch.was_taken and (branch.before.goes_on or None)
         branch.was_taken = branch.was_taken or fits
-
-
-def _told(word: str, command: list[Token]) -> str:
-    return " ".join([word, *(token.text.replace(LITERAL_DOLLAR, "$") for token in command)]).rstrip(" ;")
-
-
-def _is_test(command: list[Token]) -> bool:
-    return bool(command) and command[0].text in ("[", "[[", "test")
-
-
-def _passed(command: list[Token]) -> list[str]:
-    """Variables that are set for a command only, in front of it."""
-    names: list[str] = []
-    for token in command:
-        match = _ASSIGNMENT.fullmatch(token.text)
-        if match is None:
-            return [] if any(token.is_mark for token in command) else names
-        names.append(match[1])
-    return []
-
-
-def _is_argument(name: str) -> bool:
-    return name in ("@", "*", "#") or name.isdigit()
-
-
-def _definition(tokens: list[Token], place: int) -> tuple[str, list[Token], int] | None:
-    """(a function's name, its commands, where it ends), where one is defined at `place`."""
-    has_word = tokens[place] == Token("function")
-    at = place + has_word
-    name = tokens[at] if at < len(tokens) else _END
-    at += 1
-    has_brackets = tokens[at : at + 2] == [Token("(", is_mark=True), Token(")", is_mark=True)]
-    if name.is_mark or not (has_word or has_brackets):
-        return None
-    at += 2 * has_brackets
-    while tokens[at : at + 1] == [_END]:
-        at += 1
-    if tokens[at : at + 1] == [Token("{")]:
-        end = _group_end(tokens, at)
-        return name.text, [*tokens[at + 1 : end - 1], _END], end
-    if tokens[at : at + 1] == [Token("(", is_mark=True)]:
-        end = closing_mark(tokens, at)
-        return name.text, [*tokens[at:end], _END], end
-    return None
-
-
-def _arithmetic_end(tokens: list[Token], place: int) -> int | None:
-    """Behind the )) of a (( at `place`, or behind the word there."""
-    at = place if tokens[place].is_mark else place + 1
-    if tokens[at : at + 2] != [Token("(", is_mark=True)] * 2:
-        return None
-    end = closing_mark(tokens, at)
-    return end if closing_mark(tokens, at + 1) == end - 1 else None
-
-
-def _group_end(tokens: list[Token], place: int) -> int:
-    """Behind the } of the { at `place`."""
-    depth = 0
-    for at in range(place, len(tokens)):
-        before = tokens[at - 1]
-        if before.is_mark or at == place or before.text in _BEFORE_A_COMMAND:
-            depth += (tokens[at] == Token("{")) - (tokens[at] == Token("}"))
-        if not depth:
-            return at + 1
-    return len(tokens)
-
-
-def _then(tokens: list[Token], place: int) -> int | None:
-    """Where the `then` of an `if` at `place` stands."""
-    ends = (at for at in range(place + 1, len(tokens)) if tokens[at] == Token("then") and tokens[at - 1].is_mark)
-    return next(ends, None)
 
 
 def _text_of(path: Path) -> str:
