@@ -159,7 +159,7 @@ def test_metrics_rollouts_samples_and_checkpoints(unbroken: Path, folder: Path) 
     answers = [row[start : start + length] for row, start, length in zip(
         dump["tokens"].tolist(), dump["prompt_lengths"].tolist(), lengths, strict=True
     )]  # fmt: skip
-    given = [json.loads(line)["tokens"] for line in (folder / "responses.jsonl").read_text().splitlines()]
+    given = [json.loads(line)["response_tokens"] for line in (folder / "responses.jsonl").read_text().splitlines()]
     assert answers == given[: len(answers)]
     told = [json.loads(line) for line in (unbroken / "samples.jsonl").read_text().splitlines()]
     assert [(row["iteration"], row["kind"]) for row in told] == [
@@ -423,8 +423,8 @@ def test_a_score_that_is_no_number_ends_the_run_by_name(folder: Path, tmp_path: 
     code, said = refused(config, f"run_dir={run_dir}")
     record = read_exit(run_dir)
     assert code == 65 and record is not None, said
-    assert "step 1: scores of 8 answer(s) are not finite" in record.message
-    assert "prompts.jsonl on lines" in record.message
+    assert "ppo.reward_function gave nan for an answer to the prompt on line" in record.message
+    assert "prompts.jsonl; it must give finite numbers" in record.message
 
 
 @contextmanager
