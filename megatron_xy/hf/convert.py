@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,26 @@ def write_index(folder: Path, facts: dict[str, dict[str, Any]]) -> None:
     write_text(folder / CHECKSUMS, "".join(f"{told['sha256']}  {file}\n" for file, told in sorted(facts.items())))
 
 
-def exported(run_dir: Path, *, name: str) -> Path:
-    """Where `export` puts a checkpoint of that name."""
-    return run_dir / "hf" / name
+@dataclass(frozen=True)
+class Exports:
+    """The HF folders that a run makes of every `interval`-th checkpoint (0: of none); part: of PPO's, the role's."""
+
+    run_dir: Path
+    interval: int
+    say: Say
+    part: str = ""
+
+    def make(self, iteration: int, checkpoint: Path) -> None:
+        """That of a whole checkpoint, if one is due."""
+        if self._is_due(iteration):
+            export(checkpoint / self.part, self.run_dir, name=checkpoint.name, say=self.say)
+
+    def is_missing(self, iteration: int, checkpoint: Path) -> bool:
+        """Whether a kill came between a checkpoint and its HF folder."""
+        return self._is_due(iteration) and not (self.run_dir / "hf" / checkpoint.name).exists()
+
+    def _is_due(self, iteration: int) -> bool:
+        return self.interval > 0 and iteration % self.interval == 0
 
 
 def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
@@ -94,7 +111,7 @@ def export(checkpoint: Path, run_dir: Path, *, name: str, say: Say) -> None:
 
     Where it cannot be made, that is said, and the run goes on: the checkpoint is there to be converted.
     """
-    target = exported(run_dir, name=name)
+    target = run_dir / "hf" / name
     try:
         with storage_errors(target):
             if target.exists():  # an older run's

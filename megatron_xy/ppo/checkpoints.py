@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron_xy.checkpoint.replicas import check_replicas
 from megatron_xy.checkpoint.state import load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import RunConfig
-from megatron_xy.hf.convert import export, exported
+from megatron_xy.hf.convert import Exports
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.log import RunLog
 from megatron_xy.model.source import split_origin
@@ -48,6 +47,8 @@ class PPOCheckpoints:
         self._config, self._cast, self._log = config, cast, log
         self._fingerprints, self._tokenizer, self._chat_templates = fingerprints, tokenizer, chat_templates
         self._folder = config.run_dir / "checkpoints"
+        # Of the roles only the actor is released, once the whole is there: by the critic's leader.
+        self._exports = Exports(config.run_dir, config.checkpoint.hf_interval, log.say, part="actor")
         self._writers = {name: self._writer(name) for name in TRAINED}
         self._compared = dict.fromkeys(TRAINED, 0)  # the step in which a role's replicas were
         loads = {worker.name: worker.placed.model.load for worker in cast.trained}
@@ -83,7 +84,7 @@ class PPOCheckpoints:
         course.begin(config, world, iteration=iteration)
         self._log.say(origin)
         critic = self._cast.workers["critic"].role
-        if found is not None and critic is not None and self._is_export_missing(found[0].name, iteration):
+        if found is not None and critic is not None and self._exports.is_missing(iteration, found[0]):
             self._writers["critic"].publish_again(iteration, critic.groups)
         return states
 
@@ -146,7 +147,7 @@ class PPOCheckpoints:
             part=name,
             publishes=[other for other in TRAINED if other != name] if name == "critic" else (),
             is_kept=self._is_snapshot,
-            on_published=self._export,
+            on_published=self._exports.make,
         )
 
     def _is_snapshot(self, iteration: int) -> bool:
@@ -154,19 +155,6 @@ class PPOCheckpoints:
         assert self._config.ppo is not None, "the config's rules ask for it"
         interval = self._config.ppo.snapshot_interval
         return interval > 0 and iteration % interval == 0
-
-    def _is_export_missing(self, name: str, iteration: int) -> bool:
-        """Whether a kill came between a checkpoint and its release."""
-        return self._is_export_due(iteration) and not exported(self._config.run_dir, name=name).exists()
-
-    def _is_export_due(self, iteration: int) -> bool:
-        interval = self._config.checkpoint.hf_interval
-        return interval > 0 and iteration % interval == 0
-
-    def _export(self, iteration: int, checkpoint: Path) -> None:
-        """Of the roles only the actor is released. Called where the whole is there: by the critic's leader."""
-        if self._is_export_due(iteration):
-            export(checkpoint / "actor", self._config.run_dir, name=checkpoint.name, say=self._log.say)
 
     def _facts(self, name: str) -> dict[str, Any]:
         """What a manifest keeps of the config, for `check_continuation`."""

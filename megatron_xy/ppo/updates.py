@@ -55,25 +55,8 @@ def learn(
 
     names: of the metrics; of those that the losses tell, and of the gradient norm, means over the updates.
     """
-    told = _updates(worker, names, experience, mini_batches, mask=mask, ppo=ppo, lr=lr, losses_of=losses_of)
-    where = device.current()
-    return Shipment({name: torch.tensor([told.get(name, 0.0)], dtype=torch.float64, device=where) for name in names})
-
-
-def _updates(
-    worker: RoleWorker,
-    names: Sequence[str],
-    experience: Experience,
-    mini_batches: Sequence[Sequence[int]],
-    *,
-    mask: torch.Tensor,
-    ppo: PPOConfig,
-    lr: float,
-    losses_of: LossesOf,
-) -> dict[str, float]:
-    """The metrics on the role's leader, none elsewhere."""
     if worker.role is None or not mini_batches:
-        return {}
+        return _shipped(names, {})
     assert worker.placed.optimizer is not None, "a trained role has one"
     clip_grad = worker.placed.optimizer.clip_grad
     sums = torch.zeros(len(names), dtype=torch.float64, device=device.current())
@@ -114,13 +97,20 @@ def _updates(
             num_updates += int(updated)
         means = (sum_over(sums, groups.collection.dp) / len(norms)).tolist()  # the last stage's, where the leader is
     if not groups.is_leader:
-        return {}
-    return {
+        return _shipped(names, {})
+    told = {
         **dict(zip(names, means, strict=True)),
         f"{worker.name}_grad_norm": sum(norms) / len(norms),
         f"{worker.name}_updates": float(num_updates),
         "ratio_first_max": first_max,
     }
+    return _shipped(names, told)
+
+
+def _shipped(names: Sequence[str], metrics: dict[str, float]) -> Shipment:
+    """Metrics, from the role's leader, which alone has some."""
+    where = device.current()
+    return Shipment({name: torch.tensor([metrics.get(name, 0.0)], dtype=torch.float64, device=where) for name in names})
 
 
 def _update_step(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from megatron_xy.checkpoint.replicas import check_replicas
 from megatron_xy.checkpoint.state import FROZEN_UPDATES, load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import RunConfig
-from megatron_xy.hf.convert import export, exported
+from megatron_xy.hf.convert import Exports
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.log import RunLog
 from megatron_xy.model.parts import MODEL_PARTS
@@ -65,6 +64,7 @@ class RunCheckpoints:
         self._data_fingerprints, self._chat_template = data_fingerprints, chat_template
         self._ends_epoch = ends_epoch
         self._folder = config.run_dir / "checkpoints"
+        self._exports = Exports(config.run_dir, config.checkpoint.hf_interval, log.say)
         self._writer = CheckpointWriter(
             self._folder,
             keep_latest=config.checkpoint.keep_latest,
@@ -73,7 +73,7 @@ class RunCheckpoints:
             on_progress=lambda num_bytes: went_forward(),
             on_written=log.say,
             is_kept=ends_epoch if keeps_epochs else lambda iteration: False,
-            on_published=self._export,
+            on_published=self._exports.make,
         )
         load = role.model.load
         self._kept = {} if load is None else kept_facts(*split_origin(load))  # for a release
@@ -98,7 +98,7 @@ class RunCheckpoints:
         self._writer.resumed_from = state.training.iteration
         course.begin(config, role.groups, iteration=state.training.iteration)
         self._log.say(origin)
-        if found is not None and self._is_export_missing(found[0].name, state.training.iteration):
+        if found is not None and self._exports.is_missing(state.training.iteration, found[0]):
             self._writer.publish_again(state.training.iteration, role.groups)
         return state
 
@@ -157,18 +157,6 @@ class RunCheckpoints:
         for name, (then, now) in changes.items():
             self._log.say(f"  model.{name} is {now} from here on; it was {then} in {model.load}")
         return {"load": model.load, "changes": changes}
-
-    def _is_export_missing(self, name: str, iteration: int) -> bool:
-        """Whether a kill came between a checkpoint and its release."""
-        return self._is_export_due(iteration) and not exported(self._config.run_dir, name=name).exists()
-
-    def _is_export_due(self, iteration: int) -> bool:
-        interval = self._config.checkpoint.hf_interval
-        return interval > 0 and iteration % interval == 0
-
-    def _export(self, iteration: int, checkpoint: Path) -> None:
-        if self._is_export_due(iteration):
-            export(checkpoint, self._config.run_dir, name=checkpoint.name, say=self._log.say)
 
     def _facts(self) -> dict[str, Any]:
         """What a manifest keeps of the config, for `check_continuation`."""
