@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.data.conversations import BadConversation, parse_prompt
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.storage import storage_errors, write_text
@@ -33,11 +34,20 @@ def named_file(text: str) -> tuple[str, Path]:
 
 
 def prompt_of(row: dict[str, Any]) -> str:
-    """A row's prompt as JSON, by which it is known. Raises BadRow."""
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str | list):
+    """What a row asks, as the JSON of a row, by which it is known: its prompt, a system's text in it, and its tools.
+
+    Raises BadRow.
+    """
+    asked = {"prompt": row.get("prompt")}
+    if isinstance(asked["prompt"], list):
+        try:
+            conversation = parse_prompt(row)
+        except BadConversation as problem:
+            raise BadRow(f"prompt: {problem}") from None
+        asked = {"prompt": conversation.messages} | ({"tools": conversation.tools} if conversation.tools else {})
+    elif not isinstance(asked["prompt"], str):
         raise BadRow("prompt is missing, or neither a string nor messages")
-    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+    return json.dumps(asked, ensure_ascii=False, sort_keys=True)
 
 
 def response_of(row: dict[str, Any]) -> str:
@@ -48,21 +58,29 @@ def response_of(row: dict[str, Any]) -> str:
     return response
 
 
-def shown_prompt(prompt: Any) -> str:
-    """A prompt, given as a string or messages, as annotators read it."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+def asked_in(row: dict[str, Any]) -> dict[str, Any]:
+    """What a key's or a sheet's row asks: prompt, and tools if there are any."""
+    return {name: row[name] for name in ("prompt", "tools") if name in row}
+
+
+def shown_prompt(row: dict[str, Any]) -> str:
+    """What a row asks, a string or messages and the tools beside them, as annotators read it."""
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
+    tools = [f"tools: {json.dumps(row['tools'], ensure_ascii=False)}"] if "tools" in row else []
+    return "\n".join([*tools, *(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])])
 
 
 def pair_shown(row: dict[str, Any], annotator: str) -> dict[str, Any]:
-    """What an annotator sees of a row of a side by side's key: prompt, A, B, and pair, a digest by which it is known.
+    """What an annotator sees of a row of a side by side's key: what it asks, A, B, and pair, a digest to know it by.
 
     Every export counts its questions from q000001 on; by the digest a grade is told from one of another export.
     """
     a = row["A"][annotator]
     b = "baseline" if a == "candidate" else "candidate"
     texts = {"A": row[a]["response"], "B": row[b]["response"]}
-    digest = hashlib.sha256(json.dumps([shown_prompt(row["prompt"]), *texts.values()]).encode()).hexdigest()
-    return {"pair": f"p{digest[:16]}", "prompt": row["prompt"], **texts}  # a letter first: no number to a spreadsheet
+    digest = hashlib.sha256(json.dumps([shown_prompt(row), *texts.values()]).encode()).hexdigest()
+    return {"pair": f"p{digest[:16]}", **asked_in(row), **texts}  # a letter first: no number to a spreadsheet
 
 
 def lines_of(rows: Iterable[dict[str, Any]]) -> str:
@@ -79,31 +97,35 @@ def make_folder(folder: Path) -> None:
 
 
 def write_sheet(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows, all with the same keys and a `grade` to be filled in, as NAME.jsonl and NAME.csv.
+    """Writes rows, all with the same keys but tools, and with a `grade` to be filled in, as NAME.jsonl and NAME.csv.
 
-    In the csv a ' stands before a text that a spreadsheet would take for a formula.
+    In the csv tools stand in the prompt, and a ' before a text that a spreadsheet would take for a formula.
     """
     write_text(folder / f"{name}.jsonl", lines_of(rows))
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(rows[0]))
+    columns = [name for name in rows[0] if name != "tools"]
+    writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        shown = {**row, "prompt": shown_prompt(row["prompt"])}
+        shown = {**row, "prompt": shown_prompt(row)}
         writer.writerow({key: _cell(value) if isinstance(value, str) else value for key, value in shown.items()})
     write_text(folder / f"{name}.csv", "\ufeff" + table.getvalue())  # the mark by which spreadsheets know UTF-8
 
 
 def edited_texts(row: dict[str, Any], shown: dict[str, Any], *, sheet: Path) -> list[str]:
-    """Which of prompt, A and B say something else in a filled-in row than was shown; what a row leaves out does not.
+    """Which of prompt, tools, A and B a filled-in row has otherwise than was shown; what it leaves out is not asked.
 
     Of a csv letters are compared, as far as they go: a spreadsheet changes numbers and dates and cuts long texts.
     """
-    is_same = _has_the_letters_of if sheet.suffix == ".csv" else operator.eq
-    return [name for name in ("prompt", "A", "B") if name in row and not is_same(row[name], shown[name])]
+    is_table = sheet.suffix == ".csv"
+    is_same = _has_the_letters_of if is_table else operator.eq
+    texts = {"prompt": shown_prompt(shown)} if is_table else asked_in(shown)
+    texts |= {name: shown[name] for name in "AB"}
+    return [name for name in texts if name in row and not is_same(row[name], texts[name])]
 
 
-def _has_the_letters_of(given: str | None, text: Any) -> bool:
-    letters, told = (_NO_LETTER.sub("", it)[:KEPT_LETTERS] for it in (shown_prompt(text), given or ""))
+def _has_the_letters_of(given: str | None, text: str) -> bool:
+    letters, told = (_NO_LETTER.sub("", it)[:KEPT_LETTERS] for it in (text, given or ""))
     return len(letters) < FEWEST_LETTERS or letters == told
 
 

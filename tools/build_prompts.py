@@ -3,11 +3,11 @@
     python tools/build_prompts.py --preferences PAIRS.jsonl... [--new PROMPTS.jsonl...] --output prompts.jsonl
                                   [--ratio 1.0] [--most N] [--seed 0]
 
-Rows of all files hold a `prompt`, a text or messages, of which the system's is not compared. Of prompts that are the
-same, or nearly (as the split of a reward model's pairs has it), the first stays, those of the preferences before new
-ones. Then as many are kept as the ratio of new to preference prompts lets stand, at most N in all, chosen by the seed;
-they are written in the order of the files, each with its `source` and its `kind`, preference or new. The report is
-printed, and written as prompts.report.json.
+Rows of all files hold a `prompt`, a text or messages, and `system` and `tools` beside these, if any; what the system
+says is not compared. Of prompts that are the same, or nearly (as the split of a reward model's pairs has it), the first
+stays, those of the preferences before new ones. Then as many are kept as the ratio of new to preference prompts lets
+stand, at most N in all, chosen by the seed; they are written in the order of the files, each with its `source` and its
+`kind`, preference or new. The report is printed, and written as prompts.report.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_xy.data.conversations import BadConversation, parse_messages
+from megatron_xy.data.conversations import BadConversation, parse_prompt
+from megatron_xy.data.renderer import PROMPT_FIELDS
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.errors import MegatronXYError, UsageError
 from megatron_xy.reward.split import clusters_of
@@ -37,9 +38,9 @@ OUTCOMES = ("read", "same", "alike", "left", "written")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A prompt that was read, and the text by which it is compared."""
+    """PROMPT_FIELDS of a row that was read, and the text by which it is compared."""
 
-    prompt: str | list[dict[str, Any]]
+    asked: dict[str, Any]
     text: str
     source: str
     kind: str
@@ -92,7 +93,7 @@ def build(
     for row, outcome in zip(read, outcomes, strict=True):
         counts[row.kind].setdefault(row.source, Counter(dict.fromkeys(OUTCOMES, 0))).update(["read", outcome])
     lines = [
-        json.dumps({"prompt": row.prompt, "source": row.source, "kind": row.kind}, ensure_ascii=False) + "\n"
+        json.dumps({**row.asked, "source": row.source, "kind": row.kind}, ensure_ascii=False) + "\n"
         for row, outcome in zip(read, outcomes, strict=True)
         if outcome == "written"
     ]
@@ -125,15 +126,15 @@ def _read(path: Path, *, option: str, kind: str) -> list[Candidate]:
             text = prompt
         else:
             try:
-                messages = [message for message in parse_messages(prompt) if message["role"] != "system"]
+                messages = [message for message in parse_prompt(row).messages if message["role"] != "system"]
             except BadConversation as error:
                 raise BadRow(f"prompt is no text and no messages: {error}") from None
             text = "\n".join(message["content"] or "" for message in messages)
         source = row.get("source", path.name.partition(".")[0])
         if not isinstance(source, str):
             raise BadRow(f"source ({source!r}) must be a name")
-        assert prompt is not None, "it was read above"
-        return Candidate(prompt, text, source, kind)
+        asked = {name: row[name] for name in PROMPT_FIELDS if name in row}
+        return Candidate(asked, text, source, kind)
 
     return [row.value for row in read_rows(path, option=option, parse=parse)]
 

@@ -28,14 +28,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from annotation import edited_texts, lines_of, make_folder, named_file, prompt_of, read_sheet, response_of, write_sheet
+from annotation import (
+    asked_in,
+    edited_texts,
+    lines_of,
+    make_folder,
+    named_file,
+    prompt_of,
+    read_sheet,
+    response_of,
+    write_sheet,
+)
 
 from megatron_xy.data.rows import BadRow, read_rows
 from megatron_xy.errors import DataError, MegatronXYError, UsageError
 from megatron_xy.storage import write_text
 
-COLUMNS = ("id", "prompt", "A", "B", "grade")
-Answers = dict[str, list[tuple[str, str]]]  # by prompt, as JSON: (model, response)
+Answers = dict[str, list[tuple[str, str]]]  # by what is asked, as JSON: (model, response)
 
 
 def main() -> int:
@@ -71,7 +80,7 @@ def main() -> int:
 
 
 def sources_in(prompts: Path) -> dict[str, str]:
-    """{prompt as JSON: its source} of rows with both. Raises ConfigError or DataError."""
+    """{what a row asks, as JSON: its source} of rows with both. Raises ConfigError or DataError."""
 
     def parse(row: dict[str, Any]) -> tuple[str, str]:
         if not isinstance(row.get("source"), str):
@@ -102,14 +111,14 @@ def export_pairs(
         pairs = list(itertools.combinations(distinct, 2))
         for first, second in chance.sample(pairs, min(per_prompt, len(pairs))):
             (one, a), (other, b) = (first, second) if chance.random() < 0.5 else (second, first)
-            row = {"prompt": json.loads(prompt), "A": a, "B": b, "model": {"A": one, "B": other}}
+            row = {**json.loads(prompt), "A": a, "B": b, "model": {"A": one, "B": other}}
             key.append({**row, "source": sources[prompt]} if prompt in sources else row)
     if not key:
         raise DataError("no prompt has two different answers; generate more of them (-n 2)")
     random.Random(seed).shuffle(key)
     key = [{"id": f"p{number:06d}", **row} for number, row in enumerate(key, start=1)]
     make_folder(folder)
-    blinded = [{**{name: row[name] for name in COLUMNS[:-1]}, "grade": None} for row in key]
+    blinded = [{"id": row["id"], **asked_in(row), "A": row["A"], "B": row["B"], "grade": None} for row in key]
     write_sheet(folder, "pairs", blinded)
     write_text(folder / "key.jsonl", lines_of(key))
     return len(key)
@@ -190,7 +199,7 @@ def _pair_row(pair: GradedPair) -> dict[str, Any]:
     row, models = pair.row, pair.row["model"]
     source = {"source": row["source"]} if "source" in row else {}
     return {
-        "prompt": row["prompt"],
+        **asked_in(row),
         "chosen": row[better],
         "rejected": row[worse],
         "grade": f"{better}{abs(pair.strength)}",
@@ -225,7 +234,7 @@ def _grades_in(path: Path, *, known: dict[str, Any]) -> dict[str, int]:
 
 
 def _answer(row: dict[str, Any]) -> tuple[str, str]:
-    """(prompt as JSON, response) of a row that `generate` wrote."""
+    """(what is asked, as JSON, response) of a row that `generate` wrote."""
     prompt, response = prompt_of(row), response_of(row)
     if not response.strip():
         raise BadRow("response is an empty answer, which nobody can grade; leave the row out")

@@ -150,7 +150,7 @@ def _told(written: Exported, options: argparse.Namespace) -> list[str]:
 
 
 def kinds_in(prompts: Path) -> dict[str, tuple[str, str]]:
-    """{prompt as JSON: (domain, category)} of rows with prompt. Raises ConfigError or DataError."""
+    """{what a row asks, as JSON: (domain, category)}. Raises ConfigError or DataError."""
 
     def parse(row: dict[str, Any]) -> tuple[str, tuple[str, str]]:
         return prompt_of(row), (str(row.get("domain", UNNAMED)), str(row.get("category", UNNAMED)))
@@ -198,7 +198,7 @@ def export_pairs(
                 "id": f"q{place + 1:06d}",
                 "domain": domain,
                 "category": category,
-                "prompt": json.loads(prompt),
+                **json.loads(prompt),
                 "candidate": {"model": candidate, "response": candidate_answers[prompt]},
                 "baseline": {"model": baseline, "response": baseline_answers[prompt]},
                 "A": {name: chance.choice(("candidate", "baseline")) for name in asked},
@@ -246,14 +246,14 @@ def _check(annotators: Sequence[str], *, per_question: int) -> None:
 
 def page_of(rows: Sequence[dict[str, Any]], *, annotator: str) -> str:
     """The page on which an annotator grades these pairs; the browser keeps the grades under the pairs' digest."""
-    shown = [{**row, "prompt": shown_prompt(row["prompt"])} for row in rows]
+    shown = [{**row, "prompt": shown_prompt(row)} for row in rows]
     digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
     content = json.dumps({"annotator": annotator, "digest": digest, "pairs": shown}, ensure_ascii=False)
     return PAGE.read_text(encoding="utf-8").replace("__SHEET__", content.replace("<", "\\u003c"))
 
 
 def _first_answers(path: Path) -> dict[str, str]:
-    """{prompt as JSON: response}; of several answers to a prompt the first."""
+    """{what is asked, as JSON: response}; of several answers to a prompt the first."""
     answers: dict[str, str] = {}
     for row in read_rows(path, option="--answers", parse=lambda row: (prompt_of(row), response_of(row))):
         answers.setdefault(*row.value)

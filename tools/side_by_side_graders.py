@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from annotation import lines_of, shown_prompt
+from annotation import asked_in, lines_of, shown_prompt
 from chat_endpoint import endpoint_of, keep_results
 from side_by_side_verdict import verdict_of
 
@@ -44,8 +44,8 @@ def grade_by_reward_model(sheet: Path, output: Path, *, model: str, tie_band: fl
         raise ConfigError(f"--output ({output}) is a folder; name a file")
     rows = _rows(sheet)
     answers, scores = (output.with_name(f"{output.name}.{what}.jsonl") for what in ("answers", "scores"))
-    said = [(row["prompt"], row[side]) for row in rows for side in "AB"]
-    write_text(answers, lines_of({"prompt": prompt, "response": text} for prompt, text in said if text.strip()))
+    said = [(asked_in(row), row[side]) for row in rows for side in "AB"]
+    write_text(answers, lines_of({**asked, "response": text} for asked, text in said if text.strip()))
     command = [sys.executable, "-m", "megatron_xy", "score", model, "--input", str(answers), "--output", str(scores)]
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)  # it has said what is wrong
@@ -115,7 +115,7 @@ def _unreadable_settled(output: Path) -> list[str]:
 
 def _graded(row: dict[str, Any], *, ask: Callable[[str], str]) -> dict[str, Any]:
     """The row's grade: what is said in both orders, or a tie; none where a reply is unreadable."""
-    prompt = shown_prompt(row["prompt"])
+    prompt = shown_prompt(row)
     orders = ((row["A"], row["B"]), (row["B"], row["A"]))
     replies = [ask(QUESTION.format(prompt=prompt, a=first, b=second)) for first, second in orders]
     verdicts = [verdict_of(reply) for reply in replies]

@@ -206,7 +206,7 @@ def _shown_loss(question: Question) -> ReportSection:
     """A question that was lost, with both answers."""
     row = question.row
     grades = ", ".join(f"{name}: {grade}" for name, grade in question.grades.items())
-    parts = [shown_prompt(row["prompt"])]
+    parts = [shown_prompt(row)]
     parts += [f"--- {row[side]['model']}\n{row[side]['response']}" for side in ("candidate", "baseline")]
     return ReportSection(
         f"Lost: {row['id']}, {row['domain']}, {row['category']}", statements=[grades], text="\n".join(parts)

@@ -9,6 +9,8 @@ from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.conversations import BadConversation, Message
 from megatron_xy.data.tokenizer import Tokenizer
 
+PROMPT_FIELDS = ("prompt", "system", "tools")  # of a row: what a model is asked
+
 
 class Renderer:
     """Prompts as one model reads them: by its chat template, where they are messages."""

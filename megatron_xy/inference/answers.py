@@ -24,6 +24,7 @@ from megatron_xy.data.chat import Chat
 from megatron_xy.data.chat_template import load_chat_template, template_of_run, template_of_tokenizer
 from megatron_xy.data.conversations import BadConversation, parse_prompt
 from megatron_xy.data.progress import showing_progress
+from megatron_xy.data.renderer import PROMPT_FIELDS
 from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
@@ -60,9 +61,9 @@ class GenerateArguments:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row's prompt as it was given, and its token ids."""
+    """PROMPT_FIELDS as a row gave them, and the prompt's token ids."""
 
-    given: Any
+    given: dict[str, Any]
     tokens: list[int]
 
 
@@ -124,8 +125,9 @@ def prepare(job: ModelJob) -> Work:
     vocab_size = config.model.vocab_size or 0
 
     def parse(row: dict[str, Any]) -> Prompt:
-        check_json(row.get("prompt"))
-        prompt = Prompt(row.get("prompt"), prompt_tokens(row, tokenizer, chat))
+        given = {name: row[name] for name in PROMPT_FIELDS if name in row}
+        check_json(given)
+        prompt = Prompt(given, prompt_tokens(row, tokenizer, chat))
         if not 0 < len(prompt.tokens) < longest:
             raise BadRow(
                 f"the prompt has {len(prompt.tokens)} tokens, must have 1 to {longest - 1} (the model's "
@@ -309,7 +311,7 @@ def _row(work: Work, number: int, num_answers: int, answer: Answer) -> dict[str,
             f"them with --dtype fp32"
         )
     return {
-        "prompt": work.prompts[row].value.given,
+        **work.prompts[row].value.given,
         "index": index,
         "response": work.tokenizer.decode_answer(answer.tokens),
         "response_tokens": answer.tokens,

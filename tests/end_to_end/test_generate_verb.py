@@ -236,12 +236,15 @@ def test_damaged_weights_end_it_and_leave_nothing(folder: Path, tmp_path: Path) 
 
 def test_messages_are_rendered_by_the_chat_template(folder: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "abc"}]
-    prompts = write_rows(tmp_path / "chat.jsonl", [{"prompt": messages}, {"prompt": "abc"}])
+    asked = {"prompt": messages, "system": "Be brief.", "tools": [{"name": "look"}]}
+    prompts = write_rows(tmp_path / "chat.jsonl", [{"prompt": messages}, {"prompt": "abc"}, asked])
     options = ("--chat-template", "llama-2", "--temperature", "0", "--max-response-length", "8")
     rows = generate(f"hf:{folder / 'hf'}", prompts, tmp_path / "answers.jsonl", *options)
-    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "[INST] abc [/INST]"}, {"prompt": "abc"}])
+    texts = ["[INST] abc [/INST]", "abc", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nabc [/INST]"]
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": text} for text in texts])
     expected = generate(f"hf:{folder / 'hf'}", plain, tmp_path / "plain-answers.jsonl", *options[2:])
-    assert rows[0]["prompt"] == messages
+    assert rows[0]["prompt"] == messages and "system" not in rows[0]
+    assert {name: rows[2][name] for name in asked} == asked, "score reads the same prompt in it"
     assert [row["response_tokens"] for row in rows] == [row["response_tokens"] for row in expected]
     code, told = refusal(folder, prompts)
     assert code == 78 and "chat_template" in told

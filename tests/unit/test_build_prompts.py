@@ -64,9 +64,13 @@ def test_the_ratio_holds(tmp_path: Path, ratio: float, most: int | None, numbers
 
 def test_one_kind_alone_is_written_whole_and_messages_are_kept_as_they_are(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
+    beside = {"system": "Be long.", "tools": [{"name": "look"}]}
     new = write(tmp_path / "new.jsonl", [messages, "hello there!", "Good morning"])
-    build([], [new], tmp_path / "prompts.jsonl", ratio=1.0, most=None, seed=0)
-    assert [row["prompt"] for row in written(tmp_path / "prompts.jsonl")] == [messages, "Good morning"]
+    more = write(tmp_path / "more.jsonl", [[{"role": "user", "content": "And the weather today"}]], **beside)
+    build([], [new, more], tmp_path / "prompts.jsonl", ratio=1.0, most=None, seed=0)
+    rows = written(tmp_path / "prompts.jsonl")
+    assert [row["prompt"] for row in rows[:2]] == [messages, "Good morning"] and "system" not in rows[0]
+    assert len(rows) == 3 and {name: rows[2][name] for name in beside} == beside
 
 
 def test_bad_rows_and_options_are_named_and_nothing_is_written(tmp_path: Path) -> None:

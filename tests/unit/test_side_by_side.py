@@ -149,12 +149,52 @@ def test_prompts_that_name_no_kind_are_counted_and_a_file_of_others_is_refused(t
     exported(tmp_path, [("general", "chat")] * 3)
     files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
     arguments: dict[str, Any] = {"annotators": ["1"], "per_question": 1, "seed": 0}
-    kinds = {json.dumps("question 0"): ("finance", "service")}
+    kinds = {json.dumps({"prompt": "question 0"}): ("finance", "service")}
     assert export_pairs(files, tmp_path / "some", kinds=kinds, **arguments).unknown == 2
     assert export_pairs(files, tmp_path / "none_given", kinds={}, **arguments).unknown == 0
     with pytest.raises(DataError, match="--prompts has none of the 3 prompts that are answered"):
-        export_pairs(files, tmp_path / "other", kinds={json.dumps("another"): ("a", "b")}, **arguments)
+        export_pairs(files, tmp_path / "other", kinds={json.dumps({"prompt": "another"}): ("a", "b")}, **arguments)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_system_and_tools_make_other_questions_and_reach_who_grades(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = {"role": "user", "content": "Translate: bank"}
+    look = [{"name": "look"}]
+    asked: list[dict[str, Any]] = [
+        {"prompt": [turn], "system": "Into German."},
+        {"prompt": [turn], "system": "Into French."},
+        {"prompt": [turn], "tools": look},
+    ]
+    for model in ("new", "old"):
+        rows = [{**row, "response": f"{model} {number}"} for number, row in enumerate(asked)]
+        write_rows(tmp_path / f"{model}.jsonl", rows)
+    files = [(model, tmp_path / f"{model}.jsonl") for model in ("new", "old")]
+    kinds = kinds_in(write_rows(tmp_path / "prompts.jsonl", [{**row, "category": str(row)} for row in asked]))
+    written = export_pairs(files, tmp_path / "out", kinds=kinds, annotators=["1"], per_question=1, seed=0)
+    assert (written.questions, written.unknown) == (3, 0)
+    sheet = rows_of(tmp_path / "out" / "1.jsonl")
+    german = {"prompt": [{"role": "system", "content": "Into German."}, turn]}
+    for row in sheet:
+        shown = {name: row[name] for name in ("prompt", "tools") if name in row}
+        assert (shown == asked[2]) == (row["A"][-1] == "2") and (shown == german) == (row["A"][-1] == "0")
+    with (tmp_path / "out" / "1.csv").open(encoding="utf-8-sig", newline="") as stream:
+        prompts = {row["prompt"] for row in csv.DictReader(stream)}
+    assert 'tools: [{"name": "look"}]\nuser: Translate: bank' in prompts and len(prompts) == 3
+    everything = dict.fromkeys((row["id"] for row in sheet), "good")
+    assert len(read_questions(tmp_path / "out" / "key.jsonl", [graded(tmp_path / "out", "1", everything)])) == 3
+    scored: list[dict[str, Any]] = []
+
+    def score(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        scored.extend(rows_of(Path(command[command.index("--input") + 1])))
+        write_rows(Path(command[command.index("--output") + 1]), [{"score": 0.0} for _ in scored])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", score)
+    grade_by_reward_model(tmp_path / "out" / "1.jsonl", tmp_path / "grades.jsonl", model="ckpt:none", tie_band=0)
+    assert sum({**row, "response": ""} == {**german, "response": ""} for row in scored) == 2
+    assert sum(row.get("tools") == look for row in scored) == 2
 
 
 def test_wrong_options_are_wrong_usage(
