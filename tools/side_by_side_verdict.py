@@ -7,15 +7,22 @@ from collections.abc import Iterator
 
 _THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL)
 _SIDE = r"(A|B|(?i:same|tie))(?![A-Za-z0-9'])"
-# "Answer: B", "**Verdict:** A", "the better answer is A", and the same in Chinese
+# "Answer: B", "**Verdict:** A", "the better answer is A", "Verdict: A or B? B", and the same in Chinese
 _NAMED = re.compile(
     r"(?i:answer|verdict|choice|winner|judge?ment|答案|结论|选择)[\s*]*(?::|\uff1a|\bis\b|是|为)\W*(?i:(?:answer|the|a)\s+)*"
+    r"(?:A\s*(?:or|/|,)\s*B\b[^?\n]{0,20}\?\W*)?"  # the question, said again
     + _SIDE
+    + r"(?!\s*(?:/|or\b|as\b|and\s+(?:answer\s+)?[AB]\s+are\b))"
 )
 # a line that says nothing else, such as "[[A]]"
 _BARE = re.compile(r"^[\W_]*(?i:(?:answer\s+)?(A|B|same|tie))[\W_]*$", re.MULTILINE)
-# a reply that begins with it: "A. It is shorter", "B because"
-_FIRST = re.compile(r"\A\W*" + _SIDE + r"\W{0,3}?(?:[.;!(\u2013\u2014-]|\s*,?\s*(?i:because|since|as)\b)")
+# a reply that begins with it: "B because A is wrong", "A. It is shorter"
+_BECAUSE = re.compile(r"\A\W*" + _SIDE + r"\W{0,3}?\s*,?\s*(?i:because|since|as)\b")
+_FIRST = re.compile(r"\A\W*" + _SIDE + r"\W{0,3}?[.;!(\u2013\u2014-]")
+# the names of the answers; an A before a word that does not go on about it is an article
+_NAME = re.compile(
+    r"(?<![A-Za-z0-9'])(A|B)(?![A-Za-z0-9'])(?!(?<=A)\s+(?!(?:is|was|does|has|and|or|but|while|though)\b)[a-z])"
+)
 # "A is clearly better", "I prefer answer B", and the same in Chinese
 _BETTER = re.compile(
     r"(?<![A-Za-z0-9'])(A|B)[*\])\"']*\s+(?i:is|was)\s+(?:(?i:\w+ly|much|far|the|a\s+(?:bit|little))\s+)*"
@@ -39,9 +46,8 @@ def verdict_of(reply: str) -> str | None:
     text = _THOUGHT.sub("", reply)
     if "<think" in text:
         return None
-    if first := _FIRST.match(text):
-        return _side(first)
-    for found in (_NAMED.finditer(text), _BARE.finditer(text), _preferences(text), _EQUAL.finditer(text)):
+    ways = (_NAMED, _BARE, _BECAUSE)
+    for found in (*(way.finditer(text) for way in ways), _first(text), _preferences(text), _EQUAL.finditer(text)):
         sides = {_side(match) for match in found}
         if len(sides) == 1:
             return sides.pop()
@@ -51,6 +57,13 @@ def verdict_of(reply: str) -> str | None:
 def _side(match: re.Match[str]) -> str:
     said = next(filter(None, match.groups()), "").upper()
     return said if said in ("A", "B") else "same"
+
+
+def _first(text: str) -> Iterator[re.Match[str]]:
+    """What the reply begins with, unless it goes on to the other answer: "A. Short and wrong. B. Longer and right"."""
+    first = _FIRST.match(text)
+    if first and (_side(first) == "same" or not set(_NAME.findall(text[first.end() :])) - {_side(first)}):
+        yield first
 
 
 def _preferences(text: str) -> Iterator[re.Match[str]]:
