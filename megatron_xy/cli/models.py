@@ -172,14 +172,14 @@ def logprobs(
     overrides: Layout = None,
     nproc_per_node: NprocPerNode = 1,
 ) -> None:
-    """Log-probabilities of given token rows under any layout, to compare with other implementations."""
+    """Log-probabilities of given token rows, under any layout; goes on where a killed run stopped."""
     from megatron_xy.inference.model_job import ModelJob, leave_on_signals
+    from megatron_xy.inference.partial_results import PartialResults
 
     if nproc_per_node == 1:
-        leave_on_signals("; nothing is kept, and the same command starts afresh")
+        leave_on_signals("; the rows that were done are kept, and the same command goes on")
     arguments = {"input": str(input_file), "output": str(output)}
-    run_dir = str(output.with_name(f"{output.name}.work"))
-    job = ModelJob("logprobs", model, nproc_per_node, overrides or [], run_dir, arguments)
+    job = ModelJob("logprobs", model, nproc_per_node, overrides or [], str(PartialResults(output).run_dir), arguments)
     _start_device(job)
     from megatron_xy.inference.logprobs import logprobs_file
 

@@ -29,9 +29,9 @@ from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
 from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
-from megatron_xy.inference.model_job import ModelJob, run_job
+from megatron_xy.inference.model_job import ModelJob
 from megatron_xy.inference.model_ranks import complete_options, joined
-from megatron_xy.inference.partial_results import PartialResults
+from megatron_xy.inference.partial_results import PartialResults, complete_job
 from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model.source import own_tokenizer, split_origin
@@ -94,16 +94,15 @@ def generate_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
     """
     arguments = GenerateArguments(**job.arguments)
     work = prepare(job)
-    results = PartialResults(Path(arguments.output))
     wanted = len(work.prompts) * arguments.num_answers
-
-    def generate() -> int:
-        return run_job(job, in_this_process=lambda job: _generate_in_this_rank(work, arguments, beat=lambda: None))
-
-    if code := results.complete(work.facts, wanted=wanted, what="answers", work=generate, say=say):
-        return code
-    say(f"wrote {arguments.output}: {wanted:,} answers to {len(work.prompts):,} prompts")
-    return 0
+    return complete_job(
+        job,
+        work.facts,
+        wanted=wanted,
+        what="answers",
+        in_this_process=lambda job: _generate_in_this_rank(work, arguments, beat=lambda: None),
+        say=say,
+    )
 
 
 def generate_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:

@@ -1,34 +1,32 @@
 """`megatron-xy logprobs`: token rows -> the log-probability of each token after those before it.
 
-IDS.jsonl -> the model's ranks, each replica its share of the rows -> parts in the work folder -> OUTPUT
+    IDS.jsonl -> the model's ranks, each replica its share of the rows -> OUTPUT.partial -> OUTPUT
+
+Rows are kept as they are done; the same command goes on after a kill, also in another layout.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_xy import run_folder
 from megatron_xy.checkpoint.files import METADATA
 from megatron_xy.config import RunConfig
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.inference.model_job import ModelJob, run_job
+from megatron_xy.inference.answers import identity_of
+from megatron_xy.inference.model_job import ModelJob
 from megatron_xy.inference.model_ranks import complete_options, joined
-from megatron_xy.inference.partial_results import make_beside
+from megatron_xy.inference.partial_results import PartialResults, complete_job
 from megatron_xy.model.logits import logprobs_of
-from megatron_xy.run_folder import RunDirBusy
-from megatron_xy.runtime import environment
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
-from megatron_xy.storage import replace, storage_errors, temporary_name
-from megatron_xy.tensors.files import read_tensor, write_tensors
-from megatron_xy.tensors.safetensors_file import SafetensorsFile
-
-_PARTS = "part-*.safetensors"
+from megatron_xy.storage import file_sha256
+from megatron_xy.tensors.files import write_tensors
 
 
 def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
@@ -36,29 +34,25 @@ def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
 
     Raises ConfigError for arguments and paths, DataError for bad rows and damaged weights, StorageError.
     """
-    output, folder = Path(job.arguments["output"]), Path(job.run_dir)
-    make_beside(output, folder)
-    try:
-        rows = _rows(job, complete_options(job.options()))
-        code = run_job(job, in_this_process=lambda job: _compute(job, beat=lambda: None))
-        if code == 0:
-            with run_folder.lock(folder, name=run_folder.SUPERVISOR_LOCK):
-                _join(folder, output, num_rows=len(rows))
-            say(f"wrote {output}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")
-    except RunDirBusy:  # the folder is another's, who is at work in it
-        raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    return code
+    config = complete_options(job.options())
+    rows = _rows(job, config)
+    facts = {"model": identity_of(str(config.model.load)), "input": file_sha256(Path(job.arguments["input"]))}
+    return complete_job(
+        job,
+        facts,
+        wanted=len(rows),
+        what="rows",
+        in_this_process=lambda job: _compute(job, config, beat=lambda: None),
+        say=say,
+        write=_write,
+    )
 
 
 def logprobs_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:
     """One rank's part of the verb."""
-    stop.nothing_to_save = "; nothing is kept, and the same command starts afresh"
+    stop.nothing_to_save = "; the rows that were done are kept, and the same command goes on"
     watchdog.beat(iteration=0, phase="weights")
-    _compute(job, beat=lambda: watchdog.beat(iteration=1, phase="step"))
+    _compute(job, complete_options(job.options()), beat=lambda: watchdog.beat(iteration=1, phase="step"))
 
 
 def _rows(job: ModelJob, config: RunConfig) -> list[list[int]]:
@@ -75,36 +69,27 @@ def _rows(job: ModelJob, config: RunConfig) -> list[list[int]]:
     return [row.value for row in read_rows(Path(job.arguments["input"]), option="--input", parse=parse)]
 
 
-def _compute(job: ModelJob, *, beat: Callable[[], None]) -> None:
-    """This rank's replica's share of the rows, left in the work folder by the last stage's first rank."""
-    config = complete_options(job.options())
+def _compute(job: ModelJob, config: RunConfig, *, beat: Callable[[], None]) -> None:
+    """This rank's replica's share of the rows that are missing, kept by the last stage's first rank."""
     rows = _rows(job, config)
-    folder = Path(job.run_dir)
-    if environment.rank() == 0:  # before any rank goes on from here: what a killed run has left
-        for part in folder.glob(_PARTS):
-            part.unlink()
-    with joined(config) as role:
+    results = PartialResults(Path(job.arguments["output"]))
+    done = results.done()  # read before a rank of this run can have written
+    left = [number for number in range(len(rows)) if number not in done]
+    with joined(config) as role, contextlib.ExitStack() as stack:
         groups = role.groups
-        mine = range(groups.dp_rank, len(rows), groups.dp_size)
-        found: dict[str, torch.Tensor] = {}
+        mine = left[groups.dp_rank :: groups.dp_size]
+        writer = None
+        if groups.is_last_stage and groups.tp_rank == 0:
+            writer = results.writer(groups.dp_rank)
+            stack.callback(writer.close)
         for place, values in logprobs_of(role, [rows[number] for number in mine]):
             beat()
-            found[str(mine[place])] = values.cpu()
-        if found and groups.is_last_stage and groups.tp_rank == 0:
-            write_tensors(folder / f"part-{groups.dp_rank:05d}.safetensors", found, metadata=METADATA)
+            if writer is not None:
+                writer.add(mine[place], {"logprobs": values.tolist()})
 
 
-def _join(folder: Path, output: Path, *, num_rows: int) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in folder.glob(_PARTS):
-        part = SafetensorsFile(path)
-        tensors |= {name: read_tensor(part, name) for name in part.tensors}
-        part.close()
-    assert tensors.keys() == set(map(str, range(num_rows))), "the parts are those of this run, and of all its rows"
-    temporary = output.with_name(temporary_name(output.name))
-    try:
-        write_tensors(temporary, tensors, metadata=METADATA)
-        with storage_errors(output):
-            replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path: Path, lines: Iterable[bytes]) -> None:
+    """JSON keeps every fp32 as it is."""
+    values = (json.loads(line)["logprobs"] for line in lines)
+    tensors = {str(number): torch.tensor(value, dtype=torch.float32) for number, value in enumerate(values)}
+    write_tensors(path, tensors, metadata=METADATA)

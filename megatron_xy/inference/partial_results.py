@@ -7,17 +7,21 @@ step, in order.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError, StorageError
+from megatron_xy.inference.model_job import ModelJob, run_job
 from megatron_xy.run_folder import RunDirBusy
 from megatron_xy.storage import replace, storage_errors, temporary_name, write_json
+
+Write = Callable[[Path, Iterable[bytes]], None]  # a file of all results in order, each a line of JSON
 
 FACTS = "facts.json"
 RUN = "run"  # the work folder of the processes that make the results
@@ -29,6 +33,12 @@ class _Place:
 
     file: Path
     offset: int
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """A jsonl file."""
+    with path.open("wb") as target:
+        target.writelines(lines)
 
 
 class PartialResults:
@@ -47,7 +57,12 @@ class PartialResults:
         make_beside(self.output, self.folder)
         path = self.folder / FACTS
         if not path.exists():
-            write_json(path, facts)
+            try:
+                write_json(path, facts)
+            except StorageError:
+                with contextlib.suppress(OSError):  # it holds something
+                    self.folder.rmdir()
+                raise
             return
         try:
             before = json.loads(path.read_bytes())
@@ -60,7 +75,14 @@ class PartialResults:
             )
 
     def complete(
-        self, facts: dict[str, Any], *, wanted: int, what: str, work: Callable[[], int], say: Callable[[str], None]
+        self,
+        facts: dict[str, Any],
+        *,
+        wanted: int,
+        what: str,
+        work: Callable[[], int],
+        say: Callable[[str], None],
+        write: Write = write_lines,
     ) -> int:
         """Has `work` make what is missing of `wanted` results, then writes them whole; returns its exit code.
 
@@ -80,7 +102,7 @@ class PartialResults:
             if code:
                 self.discard_if_empty()
                 return code
-        self.finish(wanted)
+        self.finish(wanted, write=write)
         return 0
 
     def done(self) -> set[int]:
@@ -91,18 +113,22 @@ class PartialResults:
         """For one of the processes that make results; each has a number of its own."""
         return ResultWriter(self.folder / f"results-{number:05d}")
 
-    def finish(self, count: int) -> None:
+    def finish(self, count: int, *, write: Write = write_lines) -> None:
         """Writes results 0 to count - 1 to `output`, in order, in one step, and lets go of the folder."""
         places = self._places()
         assert set(places) >= set(range(count)), "a file is written once every result is there"
         temporary = self.output.with_name(temporary_name(self.output.name))
         streams = {path: path.open("rb") for path in {place.file for place in places.values()}}
+
+        def lines() -> Iterator[bytes]:
+            for number in range(count):
+                stream = streams[places[number].file]
+                stream.seek(places[number].offset)
+                yield stream.readline().split(b"\t", 2)[2]
+
         try:
-            with storage_errors(self.output), temporary.open("wb") as target:
-                for number in range(count):
-                    stream = streams[places[number].file]
-                    stream.seek(places[number].offset)
-                    target.write(stream.readline().split(b"\t", 2)[2])
+            with storage_errors(self.output):
+                write(temporary, lines())
             replace(temporary, self.output)
         finally:
             for stream in streams.values():
@@ -121,6 +147,28 @@ class PartialResults:
             for offset, number in _whole_lines(path):
                 places[number] = _Place(path, offset)
         return places
+
+
+def complete_job(
+    job: ModelJob,
+    facts: dict[str, Any],
+    *,
+    wanted: int,
+    what: str,
+    in_this_process: Callable[[ModelJob], None],
+    say: Callable[[str], None],
+    write: Write = write_lines,
+) -> int:
+    """`PartialResults.complete` of a verb's --output by its ranks, or `in_this_process` where there is one."""
+    results = PartialResults(Path(job.arguments["output"]))
+
+    def work() -> int:
+        return run_job(job, in_this_process=in_this_process)
+
+    code = results.complete(facts, wanted=wanted, what=what, work=work, say=say, write=write)
+    if code == 0:
+        say(f"wrote {results.output}: {wanted:,} {what}")
+    return code
 
 
 def make_beside(output: Path, folder: Path) -> None:

@@ -23,9 +23,9 @@ from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.inference.answers import Chats, find_tokenizer, identity_of, prompt_tokens
-from megatron_xy.inference.model_job import ModelJob, run_job
+from megatron_xy.inference.model_job import ModelJob
 from megatron_xy.inference.model_ranks import complete_options, joined
-from megatron_xy.inference.partial_results import PartialResults
+from megatron_xy.inference.partial_results import PartialResults, complete_job
 from megatron_xy.model.source import stored_head
 from megatron_xy.reward.scoring import MICRO_BATCHES_A_PASS, passes, score_pass
 from megatron_xy.runtime.signals import StopRequest
@@ -70,24 +70,21 @@ def score_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
     Raises ConfigError for arguments and paths, DataError for bad rows and damaged weights, StorageError.
     """
     work = prepare(job)
-    results = PartialResults(Path(job.arguments["output"]))
-    wanted = len(work.rows)
-
-    def score() -> int:
-        return run_job(job, in_this_process=lambda job: _score_in_this_rank(work, results, beat=lambda: None))
-
-    if code := results.complete(work.facts, wanted=wanted, what="scores", work=score, say=say):
-        return code
-    say(f"wrote {results.output}: {wanted:,} scores")
-    return 0
+    return complete_job(
+        job,
+        work.facts,
+        wanted=len(work.rows),
+        what="scores",
+        in_this_process=lambda job: _score_in_this_rank(job, work, beat=lambda: None),
+        say=say,
+    )
 
 
 def score_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:
     """One rank's part of the verb."""
     stop.nothing_to_save = "; the scores that were there are kept, and the same command goes on"
     watchdog.beat(iteration=0, phase="weights")
-    results = PartialResults(Path(job.arguments["output"]))
-    _score_in_this_rank(prepare(job), results, beat=lambda: watchdog.beat(iteration=1, phase="step"))
+    _score_in_this_rank(job, prepare(job), beat=lambda: watchdog.beat(iteration=1, phase="step"))
 
 
 def prepare(job: ModelJob) -> Work:
@@ -148,8 +145,9 @@ def _response_tokens(row: dict[str, Any], tokenizer: Tokenizer, chats: Chats) ->
         raise BadRow(f"response: {problem}") from None
 
 
-def _score_in_this_rank(work: Work, results: PartialResults, *, beat: Callable[[], None]) -> None:
+def _score_in_this_rank(job: ModelJob, work: Work, *, beat: Callable[[], None]) -> None:
     """This rank's part, in a world that it joins; the leader keeps the scores of each pass."""
+    results = PartialResults(Path(job.arguments["output"]))
     done = results.done()  # read before a rank of this run can have written
     left = [number for number in range(len(work.rows)) if number not in done]
     prompts = [work.rows[number].value.prompt for number in left]

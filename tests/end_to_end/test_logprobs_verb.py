@@ -8,29 +8,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_xy import run_folder
 from megatron_xy.config import ModelConfig
-from megatron_xy.errors import StorageError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.verify import transformers_logits
-from megatron_xy.inference.logprobs import logprobs_file
-from megatron_xy.inference.model_job import ModelJob
-from megatron_xy.run_folder import RunDirBusy
+from megatron_xy.inference.answers import identity_of
+from megatron_xy.inference.partial_results import PartialResults
+from megatron_xy.storage import file_sha256
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=301,
     max_position_embeddings=64, add_qkv_bias=True,
 )  # fmt: skip
 LENGTHS = (5, 1, 33, 2, 17, 64)
-
-
-def work_folder(output: Path) -> Path:
-    return output.with_name(f"{output.name}.work")
 
 
 def verb(source: str, rows: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -55,9 +49,6 @@ def test_rows_get_the_logprobs_of_transformers_on_one_rank_and_on_four(tmp_path:
     given.write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
 
     one, four = tmp_path / "one.safetensors", tmp_path / "four.safetensors"
-    for output in (one, four):  # what a killed run of more replicas over more rows would leave
-        work_folder(output).mkdir()
-        save_file({"2": torch.zeros(32), "9": torch.zeros(3)}, work_folder(output) / "part-00007.safetensors")
     answer = verb(f"hf:{folder}", given, one)
     assert answer.returncode == 0, answer.stderr
     layout = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
@@ -73,23 +64,27 @@ def test_rows_get_the_logprobs_of_transformers_on_one_rank_and_on_four(tmp_path:
             assert tensors[str(number)].dtype == torch.float32 and tensors[str(number)].shape == (len(row) - 1,)
             torch.testing.assert_close(tensors[str(number)], theirs, rtol=0, atol=1e-4)
 
-    arguments = {"input": str(given), "output": str(one)}
-    job = ModelJob("logprobs", f"hf:{folder}", 1, [], str(work_folder(one)), arguments)
-    run_folder.prepare(work_folder(one))
-    (work_folder(one) / "part-00000.safetensors").touch()
-    with run_folder.lock(work_folder(one), name=run_folder.SUPERVISOR_LOCK), pytest.raises(RunDirBusy) as caught:
-        logprobs_file(job, say=print)
-    assert caught.value.exit_code == 78 and f"another run is active in {work_folder(one)}" in str(caught.value)
-    assert (work_folder(one) / "part-00000.safetensors").exists(), "the work of the one that is at it stays"
+    results = PartialResults(one)  # what a killed run leaves
+    results.begin({"model": identity_of(f"hf:{folder}"), "input": file_sha256(given)})
+    run_folder.prepare(results.run_dir)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"tokens": [1, 301]}\n{"text": "a"}\n')
+    with run_folder.lock(results.run_dir, name=run_folder.SUPERVISOR_LOCK):
+        answer = verb(f"hf:{folder}", bad, one)
+        assert answer.returncode == 65
+        assert "bad.jsonl:1: holds token 301; the model knows 0..300" in answer.stderr
+        assert "bad.jsonl:2: must be" in answer.stderr
+        answer = verb(f"hf:{folder}", given, one)
+        assert answer.returncode == 78 and f"another run is active in {results.run_dir}" in answer.stderr
+        assert results.folder.exists(), "the work of the one that is at it stays"
+    writer = results.writer(0)
+    writer.add(2, {"logprobs": [0.1] * 32})
+    writer.close()
+    assert verb(f"hf:{folder}", given, one).returncode == 0
+    again = load_file(one)
+    assert torch.equal(again.pop("2"), torch.full((32,), 0.1)), "it goes on, and every bit of what was done stays"
+    assert all(torch.equal(tensor, found[one][name]) for name, tensor in again.items())
 
-    work_folder(tmp_path / "two").touch()
-    arguments["output"] = str(tmp_path / "two")
-    job = ModelJob("logprobs", f"hf:{folder}", 1, [], str(work_folder(tmp_path / "two")), arguments)
-    with pytest.raises(StorageError, match=r"--output \(.*two\) cannot be written: File exists"):
-        logprobs_file(job, say=print)
-
-    given.write_text('{"tokens": [1, 301]}\n{"text": "a"}\n')
-    answer = verb(f"hf:{folder}", given, tmp_path / "bad.safetensors")
-    assert answer.returncode == 65
-    assert "rows.jsonl:1: holds token 301; the model knows 0..300" in answer.stderr
-    assert "rows.jsonl:2: must be" in answer.stderr and not (tmp_path / "bad.safetensors").exists()
+    PartialResults(tmp_path / "two").folder.touch()
+    answer = verb(f"hf:{folder}", given, tmp_path / "two")
+    assert answer.returncode == 74 and "two) cannot be written: File exists" in answer.stderr

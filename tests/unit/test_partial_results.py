@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.inference.partial_results import PartialResults
 from megatron_xy.model.generate import Request, share_of
 
@@ -45,6 +46,17 @@ def test_another_request_does_not_go_on_with_them(tmp_path: Path) -> None:
         PartialResults(tmp_path / "out.jsonl").begin({"seed": 1, "top_p": 0.6})
     with pytest.raises(ConfigError, match="make it first"):
         PartialResults(tmp_path / "nowhere" / "out.jsonl").begin({})
+
+
+def test_a_disk_that_is_full_at_once_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"facts\.json cannot be written"):
+            PartialResults(tmp_path / "out.jsonl").begin({"seed": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
