@@ -18,8 +18,10 @@ from typing import Any
 from megatron_xy.data.conversations import BadConversation, parse_prompt
 from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, UsageError
-from megatron_xy.storage import storage_errors, write_text
+from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, write_text
 
+KEY = "key"
+SHOWN_NAMES = 3
 _NO_LETTER = re.compile(r"[\W\d_]")
 KEPT_LETTERS = 10_000  # a spreadsheet's cell ends after 32,767 characters
 FEWEST_LETTERS = 12  # of a text that no spreadsheet takes for a date
@@ -94,6 +96,23 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"--output ({folder}) is a file; name a folder")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def begin_export(folder: Path, key: str) -> None:
+    """Writes the key to --output, first, as by it the same export is known; leaves it where it is there already.
+
+    Raises ConfigError for a folder that holds anything else, or as `make_folder`.
+    """
+    path = folder / f"{KEY}.jsonl"
+    if path.is_file() and path.read_bytes() == key.encode():
+        return
+    if there := sorted(path.name for path in folder.glob("*") if not path.name.startswith(TEMPORARY_PREFIX)):
+        raise ConfigError(
+            f"--output ({folder}) holds something else than this export, such as {', '.join(there[:SHOWN_NAMES])}, and "
+            "nothing is overwritten, which may be graded; name another folder, or remove this one"
+        )
+    make_folder(folder)
+    write_text(path, key)
 
 
 def write_sheet(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:

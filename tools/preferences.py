@@ -6,7 +6,8 @@
 export takes what `megatron-xy generate` writes, each file under the name of its model, and writes pairs.jsonl and
 pairs.csv: id, prompt, answers A and B, and an empty grade; which model said what is in key.jsonl alone, and its place
 is drawn. Grades are A3 A2 A1 A0 B0 B1 B2 B3: which is better, and how clearly. Sources come from the file of prompts.
-In pairs.csv a ' stands before a text that a spreadsheet would take for a formula.
+In pairs.csv a ' stands before a text that a spreadsheet would take for a formula. Nothing is overwritten: a folder that
+holds anything but this very export is refused (78).
 
 import takes a file of id and grade from each annotator (the pairs' files, filled in; rows without a grade are passed
 over) and writes rows with prompt, chosen, rejected, grade, source and model. Grades of several annotators are averaged;
@@ -30,9 +31,9 @@ from typing import Any
 
 from annotation import (
     asked_in,
+    begin_export,
     edited_texts,
     lines_of,
-    make_folder,
     named_file,
     prompt_of,
     read_sheet,
@@ -66,10 +67,11 @@ def main() -> int:
         if options.verb == "export":
             files = [named_file(text) for text in options.answers]
             sources = {} if options.prompts is None else sources_in(options.prompts)
-            count = export_pairs(
+            count, was_there = export_pairs(
                 files, options.output, sources=sources, per_prompt=options.pairs_per_prompt, seed=options.seed
             )
-            print(f"wrote {count:,} pairs to {options.output}: pairs.jsonl, pairs.csv, and key.jsonl, to be kept apart")
+            place = f"{options.output}: pairs.jsonl, pairs.csv, and key.jsonl, to be kept apart"
+            print(f"these {count:,} pairs are already in {place}" if was_there else f"wrote {count:,} pairs to {place}")
         else:
             for line in told(import_grades(options.key, options.grades, options.output)):
                 print(line)
@@ -92,10 +94,10 @@ def sources_in(prompts: Path) -> dict[str, str]:
 
 def export_pairs(
     files: Sequence[tuple[str, Path]], folder: Path, *, sources: dict[str, str], per_prompt: int, seed: int
-) -> int:
-    """Writes the pairs of (model, file of answers) and returns their number.
+) -> tuple[int, bool]:
+    """Writes the pairs of (model, file of answers); returns their number, and whether this very export was there.
 
-    Raises ConfigError, DataError or StorageError.
+    Raises UsageError, ConfigError for a folder that holds something else, DataError or StorageError.
     """
     if per_prompt < 1:
         raise UsageError(f"--pairs-per-prompt ({per_prompt}) must be 1 or more")
@@ -117,11 +119,12 @@ def export_pairs(
         raise DataError("no prompt has two different answers; generate more of them (-n 2)")
     random.Random(seed).shuffle(key)
     key = [{"id": f"p{number:06d}", **row} for number, row in enumerate(key, start=1)]
-    make_folder(folder)
+    begin_export(folder, lines_of(key))
+    if (folder / "pairs.csv").exists():  # what is written last
+        return len(key), True
     blinded = [{"id": row["id"], **asked_in(row), "A": row["A"], "B": row["B"], "grade": None} for row in key]
     write_sheet(folder, "pairs", blinded)
-    write_text(folder / "key.jsonl", lines_of(key))
-    return len(key)
+    return len(key), False
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,12 @@ class GradedPair:
 
 
 def import_grades(key: Path, grades: Sequence[Path], output: Path) -> list[GradedPair]:
-    """Writes the pairs that have a clear preference; returns all that were graded. Raises ConfigError or DataError."""
+    """Writes the pairs that have a clear preference; returns all that were graded.
+
+    Raises UsageError for a file that is named twice, ConfigError or DataError.
+    """
+    if twice := [path for path, count in Counter(path.resolve() for path in grades).items() if count > 1]:
+        raise UsageError(f"--grades names {twice[0]} twice, and an annotator counts once; name each file once")
     rows = {row.value["id"]: row.value for row in read_rows(key, option="--key", parse=_key_row)}
     given: dict[str, list[int]] = {}
     for path in grades:

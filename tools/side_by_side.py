@@ -35,17 +35,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from annotation import lines_of, make_folder, named_file, pair_shown, prompt_of, response_of, shown_prompt, write_sheet
+from annotation import (
+    KEY,
+    begin_export,
+    lines_of,
+    named_file,
+    pair_shown,
+    prompt_of,
+    response_of,
+    shown_prompt,
+    write_sheet,
+)
 
 from megatron_xy.data.rows import read_rows
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
-from megatron_xy.storage import TEMPORARY_PREFIX, write_text
+from megatron_xy.storage import write_text
 
-KEY = "key"
 UNNAMED = "unnamed"  # the domain or category of prompts that name none
 PAGE = Path(__file__).with_name("side_by_side_page.html")
 SHOWN_PROMPTS = 5
-SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -204,9 +212,7 @@ def export_pairs(
                 "A": {name: chance.choice(("candidate", "baseline")) for name in asked},
             }
         )
-    if not _has_key(folder, lines_of(key)):
-        make_folder(folder)
-        write_text(folder / f"{KEY}.jsonl", lines_of(key))  # first: by it the same export is known
+    begin_export(folder, lines_of(key))
     busy = [name for name in annotators if any(name in row["A"] for row in key)]
     missing = [name for name in busy if not (folder / f"{name}.html").exists()]
     for name in missing:
@@ -216,20 +222,6 @@ def export_pairs(
         write_text(folder / f"{name}.html", page_of(rows, annotator=name))  # last: where it lies, the sheets do
     idle = [name for name in annotators if name not in busy]
     return Exported(len(key), was_there=not missing, idle=idle, unknown=unknown)
-
-
-def _has_key(folder: Path, text: str) -> bool:
-    """Whether this very export has begun there. Raises ConfigError for a folder that holds anything else."""
-    key = folder / f"{KEY}.jsonl"
-    if key.is_file() and key.read_bytes() == text.encode():
-        return True
-    there = sorted(path.name for path in folder.glob("*") if not path.name.startswith(TEMPORARY_PREFIX))
-    if there:
-        raise ConfigError(
-            f"--output ({folder}) holds something else than this export, such as {', '.join(there[:SHOWN_NAMES])}, and "
-            "nothing is overwritten, which may be graded; name another folder, or remove this one"
-        )
-    return False
 
 
 def _check(annotators: Sequence[str], *, per_question: int) -> None:

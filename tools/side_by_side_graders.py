@@ -85,6 +85,11 @@ def grade_by_endpoint(
     """
     if most_tokens < 1:
         raise UsageError(f"--most-tokens ({most_tokens}) must be 1 or more")
+    if output.exists():
+        raise ConfigError(
+            f"--output ({output}) is there already, and nothing is overwritten, which may be graded by hand; "
+            "name another file, or remove this one"
+        )
     endpoint = endpoint_of(url, model, key_variable=key_variable)
     rows = _rows(sheet)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_xy.config import RunConfig
-from megatron_xy.errors import DataError, StorageError, UsageError
+from megatron_xy.errors import ConfigError, DataError, StorageError, UsageError
 from megatron_xy.reward.pairs import load_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     prompts = [{"prompt": f"red prompt {number}", "source": ("a", "b")[number % 2]} for number in range(40)]
     write_rows(tmp_path / "prompts.jsonl", prompts)
     sources = preferences.sources_in(tmp_path / "prompts.jsonl")
-    assert preferences.export_pairs(files, tmp_path / "out", sources=sources, per_prompt=2, seed=0) == 80
+    assert preferences.export_pairs(files, tmp_path / "out", sources=sources, per_prompt=2, seed=0) == (80, False)
     return tmp_path
 
 
@@ -131,6 +131,19 @@ def test_grades_of_another_export_are_named(folder: Path) -> None:
         preferences.import_grades(folder / "out" / "key.jsonl", [folder / "anna.jsonl"], folder / "pairs.jsonl")
     write_rows(folder / "bo.jsonl", [{name: row[name] for name in ("id", "grade")} for row in filled])  # at its word
     preferences.import_grades(folder / "out" / "key.jsonl", [folder / "bo.jsonl"], folder / "pairs.jsonl")
+
+
+def test_nothing_is_overwritten_and_a_file_of_grades_counts_once(folder: Path) -> None:
+    files = [(model, folder / f"{model}.jsonl") for model in ("small", "large")]
+    out, sources = folder / "out", preferences.sources_in(folder / "prompts.jsonl")
+    write_rows(out / "pairs.jsonl", [{**row, "grade": "A2"} for row in rows_of(out / "pairs.jsonl")])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert preferences.export_pairs(files, out, sources=sources, per_prompt=2, seed=0) == (80, True)
+    with pytest.raises(ConfigError, match=r"holds something else than this export, such as key\.jsonl, pairs\.csv"):
+        preferences.export_pairs(files, out, sources=sources, per_prompt=2, seed=1)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(UsageError, match=r"--grades names .*pairs\.jsonl twice"):
+        preferences.import_grades(out / "key.jsonl", [out / "pairs.jsonl", out / ".." / "out" / "pairs.jsonl"], folder)
 
 
 def test_one_answer_makes_no_pair(tmp_path: Path) -> None:

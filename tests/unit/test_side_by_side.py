@@ -457,6 +457,8 @@ def test_an_endpoint_is_asked_in_both_orders_and_contradicting_itself_is_a_tie(t
         arguments = {"url": url, "model": "judge", "key_variable": "NO_SUCH_KEY", "most_tokens": 64}
         told = grade_by_endpoint(out / "1.jsonl", out / "graded.jsonl", **arguments)
         assert told == [f"wrote {out / 'graded.jsonl'}: 4 grades"]
+        with pytest.raises(ConfigError, match=r"graded\.jsonl\) is there already, and nothing is overwritten"):
+            grade_by_endpoint(out / "1.jsonl", out / "graded.jsonl", **arguments)
     assert len(asked) == 8
     for row in rows_of(out / "graded.jsonl"):
         is_new = key[row["id"]]["A"]["1"] == "candidate"
