@@ -4,6 +4,13 @@ The codes are those of sysexits.h where it has one. A user's mistake raises `Con
 value, the rule and the remedy in one sentence; our own mistakes are asserts and end as `EXIT_BUG`.
 """
 
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+Arguments = ParamSpec("Arguments")
+
 EXIT_DONE = 0
 EXIT_COMPARISON_FAILED = 1  # a comparison that the user asked for does not hold
 EXIT_USAGE = 2
@@ -55,3 +62,19 @@ class PeerLost(MegatronXYError):
     """A collective failed or timed out because another rank is gone or stands still."""
 
     exit_code = EXIT_PEER_LOST
+
+
+def with_exit_code(main: Callable[Arguments, None]) -> Callable[Arguments, int]:
+    """A script's main that returns an exit code: 0, or that of the error with which it ends, told on stderr."""
+
+    @functools.wraps(main)
+    def ended(*given: Arguments.args, **named: Arguments.kwargs) -> int:
+        try:
+            main(*given, **named)
+        except (MegatronXYError, OSError) as error:
+            code = error.exit_code if isinstance(error, MegatronXYError) else EXIT_IO
+            print(f"error ({code}): {error}", file=sys.stderr)
+            return code
+        return EXIT_DONE
+
+    return ended

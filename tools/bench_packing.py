@@ -33,21 +33,17 @@ from megatron_xy.data.packing import (
     pack,
 )
 from megatron_xy.data.sample_plan import Plan
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, with_exit_code
 
 Lengths = NDArray[np.integer[Any]]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@with_exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the three ratios of a packing, what it lost and its speed."""
     options = _parser().parse_args(arguments)
-    try:
-        result = measure(options)
-    except MegatronXYError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    result = measure(options)
     print(json.dumps(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
-    return 0
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from rich.table import Table
 from megatron_xy.data.conversations import BadConversation, parse_prompt
 from megatron_xy.data.renderer import PROMPT_FIELDS
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.errors import MegatronXYError, UsageError
+from megatron_xy.errors import UsageError, with_exit_code
 from megatron_xy.reward.split import clusters_of
 from megatron_xy.storage import write_json, write_text
 
@@ -46,7 +46,8 @@ class Candidate:
     kind: str
 
 
-def main() -> int:
+@with_exit_code
+def main() -> None:
     """The exit code: 0, 2 (wrong option), 65 (bad rows), 74 (a file cannot be written) or 78 (no such file)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preferences", type=Path, nargs="+", default=[], metavar="FILE")
@@ -56,20 +57,15 @@ def main() -> int:
     parser.add_argument("--most", type=int, help="prompts in all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    try:
-        report = build(
-            options.preferences,
-            options.new,
-            options.output,
-            ratio=options.ratio,
-            most=options.most,
-            seed=options.seed,
-        )
-    except MegatronXYError as error:
-        print(f"error ({error.exit_code}): {error}", file=sys.stderr)
-        return error.exit_code
+    report = build(
+        options.preferences,
+        options.new,
+        options.output,
+        ratio=options.ratio,
+        most=options.most,
+        seed=options.seed,
+    )
     Console().print(table_of(report))
-    return 0
 
 
 def build(

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megatron_xy.errors import DataError, MegatronXYError
+from megatron_xy.errors import DataError, with_exit_code
 from megatron_xy.storage import storage_errors, write_text
 
 SMALLEST_CHARACTERS = 64
@@ -60,7 +60,8 @@ class Candidate:
     source: str
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@with_exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the tool and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for code.jsonl and prose.jsonl")
@@ -73,17 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(stderr=options.json)
     limits = DEFAULT_MEGABYTES if options.max_megabytes is None else dict.fromkeys(SOURCES, options.max_megabytes)
-    try:
-        summary = collect(installation_roots(), output=options.output, max_megabytes=limits, console=console)
-    except MegatronXYError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    summary = collect(installation_roots(), output=options.output, max_megabytes=limits, console=console)
     if options.json:
         print(json.dumps(summary, indent=2))
     else:
         console.print(_table(summary))
         console.print(f"written to {options.output}")
-    return 0
 
 
 def installation_roots() -> dict[str, Path]:

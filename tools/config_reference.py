@@ -1,5 +1,9 @@
-"""Writes docs/config.md: every key of a RUN.yaml with its type, default, range and meaning, as megatron_xy/config has
-them."""
+"""docs/config.md: every key of a RUN.yaml with its type, default, range and meaning, as megatron_xy/config has them.
+
+    python tools/config_reference.py [--output docs/config.md]
+
+Without --output it is printed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron_xy.config.fields import Section
 from megatron_xy.config.sections import SECTIONS, Phase, RoleConfig, RunConfig
-from megatron_xy.errors import MegatronXYError
+from megatron_xy.errors import with_exit_code
 from megatron_xy.storage import write_text
 
 HEAD = """\
@@ -51,18 +55,17 @@ BAR = "\\|"  # in a table's cell
 BOUNDS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}  # by pydantic's names
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@with_exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the tool and returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "config.md")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    try:
-        write_text(options.output, page())
-    except MegatronXYError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if options.output is None:
+        print(page(), end="")
+        return
+    write_text(options.output, page())
     print(f"wrote {options.output}")
-    return 0
 
 
 def page() -> str:

@@ -14,26 +14,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_xy.data.vocabulary import HAN
-from megatron_xy.errors import MegatronXYError
+from megatron_xy.errors import with_exit_code
 from megatron_xy.storage import write_text
 
 CHARACTER_SETS = ("gb2312", "big5")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@with_exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the tool and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("character_sets", nargs="+", choices=CHARACTER_SETS, metavar="|".join(CHARACTER_SETS))
     parser.add_argument("--output", type=Path, required=True, help="the text file to write")
     options = parser.parse_args(arguments)
     characters = dict.fromkeys(itertools.chain.from_iterable(map(characters_of, options.character_sets)))
-    try:
-        write_text(options.output, "".join(f"{character}\n" for character in characters))
-    except MegatronXYError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    write_text(options.output, "".join(f"{character}\n" for character in characters))
     print(f"wrote {options.output}: {len(characters)} characters")
-    return 0
 
 
 def characters_of(character_set: str) -> Iterator[str]:

@@ -9,26 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, with_exit_code
 
 TOKENS_AT_A_TIME = 64 * 1024 * 1024
 
 
-def main() -> int:
+@with_exit_code
+def main() -> None:
     """Runs the tool and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, type=Path, help="folder of the pairs")
     parser.add_argument("--output-prefix", required=True, type=Path)
     options = parser.parse_args()
-    try:
-        num_documents, num_tokens = merge(options.input, prefix=options.output_prefix)
-    except MegatronXYError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    num_documents, num_tokens = merge(options.input, prefix=options.output_prefix)
     print(
         f"{options.output_prefix}.bin, {options.output_prefix}.idx: {num_documents:,} documents, {num_tokens:,} tokens"
     )
-    return 0
 
 
 def merge(folder: Path, *, prefix: Path) -> tuple[int, int]:

@@ -42,13 +42,14 @@ from annotation import (
 )
 
 from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.errors import DataError, MegatronXYError, UsageError
+from megatron_xy.errors import DataError, UsageError, with_exit_code
 from megatron_xy.storage import write_text
 
 Answers = dict[str, list[tuple[str, str]]]  # by what is asked, as JSON: (model, response)
 
 
-def main() -> int:
+@with_exit_code
+def main() -> None:
     """The exit code: 0, 2 (wrong option), 65 (bad rows), 74 (a file cannot be written) or 78 (no such file)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -63,22 +64,17 @@ def main() -> int:
     take.add_argument("--grades", type=Path, nargs="+", required=True, metavar="FILE")
     take.add_argument("--output", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    try:
-        if options.verb == "export":
-            files = [named_file(text) for text in options.answers]
-            sources = {} if options.prompts is None else sources_in(options.prompts)
-            count, was_there = export_pairs(
-                files, options.output, sources=sources, per_prompt=options.pairs_per_prompt, seed=options.seed
-            )
-            place = f"{options.output}: pairs.jsonl, pairs.csv, and key.jsonl, to be kept apart"
-            print(f"these {count:,} pairs are already in {place}" if was_there else f"wrote {count:,} pairs to {place}")
-        else:
-            for line in told(import_grades(options.key, options.grades, options.output)):
-                print(line)
-    except MegatronXYError as error:
-        print(f"error ({error.exit_code}): {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    if options.verb == "export":
+        files = [named_file(text) for text in options.answers]
+        sources = {} if options.prompts is None else sources_in(options.prompts)
+        count, was_there = export_pairs(
+            files, options.output, sources=sources, per_prompt=options.pairs_per_prompt, seed=options.seed
+        )
+        place = f"{options.output}: pairs.jsonl, pairs.csv, and key.jsonl, to be kept apart"
+        print(f"these {count:,} pairs are already in {place}" if was_there else f"wrote {count:,} pairs to {place}")
+    else:
+        for line in told(import_grades(options.key, options.grades, options.output)):
+            print(line)
 
 
 def sources_in(prompts: Path) -> dict[str, str]:

@@ -24,13 +24,14 @@ from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.row_contents import RowFields
 from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
 from megatron_xy.data.workers import Workers
-from megatron_xy.errors import ConfigError, MegatronXYError
+from megatron_xy.errors import ConfigError, with_exit_code
 
 TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPTSentencePieceTokenizer", "HuggingFaceTokenizer")
 SHARD = "default"  # the one source of documents without a source field
 
 
-def main() -> int:
+@with_exit_code
+def main() -> None:
     """Runs the tool and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, nargs="+", help="jsonl files, folders or globs")
@@ -42,22 +43,17 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--partitions", type=int, default=1, help="accepted and not needed: any number of workers does")
     options = parser.parse_args()
-    try:
-        for key in options.json_keys:
-            prefix = options.output_prefix.with_name(f"{options.output_prefix.name}_{key}_document")
-            num_documents, num_tokens = preprocess(
-                options.input,
-                key=key,
-                prefix=prefix,
-                tokenizer=options.tokenizer_model,
-                append_eod=options.append_eod,
-                workers=options.workers,
-            )
-            print(f"{prefix}.bin, {prefix}.idx: {num_documents:,} documents, {num_tokens:,} tokens")
-    except MegatronXYError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    for key in options.json_keys:
+        prefix = options.output_prefix.with_name(f"{options.output_prefix.name}_{key}_document")
+        num_documents, num_tokens = preprocess(
+            options.input,
+            key=key,
+            prefix=prefix,
+            tokenizer=options.tokenizer_model,
+            append_eod=options.append_eod,
+            workers=options.workers,
+        )
+        print(f"{prefix}.bin, {prefix}.idx: {num_documents:,} documents, {num_tokens:,} tokens")
 
 
 def preprocess(

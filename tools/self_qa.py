@@ -37,7 +37,7 @@ from rich.table import Table
 from megatron_xy.data.documents import Document
 from megatron_xy.data.inputs import read_documents
 from megatron_xy.data.rows import read_rows
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
+from megatron_xy.errors import ConfigError, DataError, UsageError, with_exit_code
 from megatron_xy.reward.split import clusters_of
 from megatron_xy.storage import file_sha256, write_json, write_text
 
@@ -94,7 +94,8 @@ class Asked:
     answer: str = ""
 
 
-def main() -> int:
+@with_exit_code
+def main() -> None:
     """The exit code: 0, 2 (wrong options), 65 (bad documents; none left), 74 (no storage) or 78 (no such path)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", nargs="+", required=True, metavar="PATH")
@@ -113,14 +114,9 @@ def main() -> int:
     parser.add_argument("--most-tokens", type=int, default=512, help="of an answer")
     parser.add_argument("overrides", nargs="*", metavar="parallel.key=value", help="layout of our own model")
     options = parser.parse_args()
-    try:
-        report = self_qa(options)
-    except MegatronXYError as error:
-        print(f"error ({error.exit_code}): {error}", file=sys.stderr)
-        return error.exit_code
+    report = self_qa(options)
     Console().print(table_of(report))
     print(f"wrote {options.output / 'rows.jsonl'}")
-    return 0
 
 
 def self_qa(options: argparse.Namespace) -> dict[str, dict[str, int]]:

@@ -48,7 +48,7 @@ from annotation import (
 )
 
 from megatron_xy.data.rows import read_rows
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
+from megatron_xy.errors import ConfigError, DataError, UsageError, with_exit_code
 from megatron_xy.storage import write_text
 
 UNNAMED = "unnamed"  # the domain or category of prompts that name none
@@ -69,7 +69,8 @@ class Exported:
     unknown: int
 
 
-def main() -> int:
+@with_exit_code
+def main() -> None:
     """The exit code: 0, 2 (wrong options), 65 (bad rows or grades), 74 (no storage) or 78 (no such file)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -96,13 +97,8 @@ def main() -> int:
     report.add_argument("--output", type=Path, required=True, metavar="DIR")
     report.add_argument("--losses", type=int, default=10, metavar="N", help="clearly lost questions to show")
     options = parser.parse_args()
-    try:
-        for line in _carry_out(options):
-            print(line)
-    except MegatronXYError as error:
-        print(f"error ({error.exit_code}): {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    for line in _carry_out(options):
+        print(line)
 
 
 def _carry_out(options: argparse.Namespace) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.errors import ConfigError, DataError, with_exit_code
 from megatron_xy.storage import storage_errors, write_bytes
 
 HEARTBEAT_SECONDS = 3.0
@@ -38,7 +38,8 @@ class Sample:
     held_out: list[str]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@with_exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the tool and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="jsonl files, or folders of them")
@@ -47,22 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample-megabytes", type=float, default=4.0, help="of text to train on")
     parser.add_argument("--seed", type=int, default=1234, help="which texts the sample takes")
     options = parser.parse_args(arguments)
-    try:
-        sample = draw_sample(options.input, megabytes=options.sample_megabytes, seed=options.seed)
-        num_bytes = sum(len(text.encode()) for text in sample.training)
-        print(f"training a vocabulary of {options.vocab_size} on {num_bytes / 1e6:.1f} MB", flush=True)
-        start = time.monotonic()
-        with _heartbeat():
-            model = train(sample.training, vocab_size=options.vocab_size)
-        with storage_errors(options.output.parent):
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(options.output, model)
-    except MegatronXYError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    sample = draw_sample(options.input, megabytes=options.sample_megabytes, seed=options.seed)
+    num_bytes = sum(len(text.encode()) for text in sample.training)
+    print(f"training a vocabulary of {options.vocab_size} on {num_bytes / 1e6:.1f} MB", flush=True)
+    start = time.monotonic()
+    with _heartbeat():
+        model = train(sample.training, vocab_size=options.vocab_size)
+    with storage_errors(options.output.parent):
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(options.output, model)
     print(f"wrote {options.output} after {time.monotonic() - start:.1f} s")
     print(f"{bytes_per_token(model, sample.held_out):.2f} bytes per token on held-out text")
-    return 0
 
 
 def draw_sample(inputs: Sequence[Path], *, megabytes: float, seed: int) -> Sample:

@@ -732,4 +732,6 @@ def test_a_window_of_steps_is_text_in_a_file_and_in_an_override(run_yaml: Path) 
 
 def test_the_page_of_all_keys_is_what_its_tool_writes():
     page = Path(__file__).parents[2] / "docs" / "config.md"
-    assert page.read_text(encoding="utf-8") == config_reference.page(), "run tools/config_reference.py"
+    assert page.read_text(encoding="utf-8") == config_reference.page(), (
+        "run tools/config_reference.py --output docs/config.md"
+    )

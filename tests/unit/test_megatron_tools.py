@@ -86,6 +86,22 @@ def test_merge_datasets_joins_pairs_in_the_order_of_their_names(tmp_path):
     assert run("merge_datasets", "--input", tmp_path / "none", "--output-prefix", tmp_path / "x").returncode == 78
 
 
+def test_an_output_that_cannot_be_made_is_an_error_of_storage(corpus, tmp_path):
+    file, tokenizer, _ = corpus
+    (tmp_path / "in").mkdir()
+    with IndexedWriter(tmp_path / "in" / "a", dtype=np.uint16) as writer:
+        writer.add_document([np.array([1, 2])])
+    prompts, below = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "hello"}]), file / "below" / "x"
+    for tool, *flags in (
+        ("preprocess_data", "--input", file, "--output-prefix", below, "--tokenizer-model", tokenizer),
+        ("merge_datasets", "--input", tmp_path / "in", "--output-prefix", below),
+        ("build_prompts", "--new", prompts, "--output", below),
+    ):
+        answer = run(tool, *flags)
+        assert answer.returncode == 74 and answer.stderr.splitlines()[-1].startswith("error (74): "), answer
+        assert "Traceback" not in answer.stderr and str(below.parent) in answer.stderr
+
+
 def test_build_dataset_is_data_build(corpus, tmp_path):
     file, tokenizer, rows = corpus
     flags = ["--input", file, "--tokenizer", tokenizer, "--output", tmp_path / "data", "--buckets", "64,128", "--json"]
