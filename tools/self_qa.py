@@ -128,14 +128,14 @@ def self_qa(options: argparse.Namespace) -> dict[str, dict[str, int]]:
     folder: Path = options.output
     make_folder(folder)
     read = read_documents(options.documents, text_field=options.text_field, source_field=options.source_field)
-    documents = [(document, _start_of(document.text, most=options.most_characters)) for document in read]
+    documents = [(_origin(document), _start_of(document.text, most=options.most_characters)) for document in read]
     if not documents:
         raise DataError("--documents hold no text")
     prompts = [ASK[language_of(text)].format(count=options.questions, text=text) for _, text in documents]
     replies = _said(model, folder, "questions", prompts, most_tokens=64 * options.questions)
     asked = [
-        Asked(_origin(document), text, question)
-        for (document, text), (reply, has_ended) in zip(documents, replies, strict=True)
+        Asked(origin, text, question)
+        for (origin, text), (reply, has_ended) in zip(documents, replies, strict=True)
         for question in questions_in(reply, most=options.questions, has_ended=has_ended)
     ]
     kept, pruned = _sorted_out(asked, question_faults([(row.question, row.text) for row in asked]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,19 @@ def test_a_run_goes_on_where_the_server_went_away(documents: Path, tmp_path: Pat
     with endpoint(model, port=port) as (url, asked):  # it is back
         assert run(documents, out, "--endpoint", url, "--model", "m") == 0
         assert len(asked) == 1 + 4, "two questions were kept"
+
+
+def test_of_long_documents_only_what_the_model_is_shown_is_kept(tmp_path: Path) -> None:
+    long = "Rivers are long. " * 60_000  # 1 MB
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": long, "source": "x"}) + "\n" for _ in range(20)))
+    with endpoint(lambda text: "nothing to ask") as (url, asked):
+        tracemalloc.start()
+        code = run(path, tmp_path / "out", "--endpoint", url, "--model", "m")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert code == 65 and len(asked) == 20
+    assert most < 24e6, "of 20 MB, what the reader takes at a time"
 
 
 def test_answers_of_an_endpoint_that_are_cut_or_null_are_pruned(documents: Path, tmp_path: Path) -> None:
