@@ -62,16 +62,16 @@ def whole_or_absent(target: Path, *, work: dict[str, Any]) -> Iterator[Path]:
     another or another command is at it, StorageError.
     """
     finished = {"work_sha256": hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()}
-    if target.exists():
-        if _told(target / _FINISHED) == finished:
-            raise AlreadyWritten(f"{target} exists, written by this command; remove it to write it anew")
-        raise ConfigError(f"{target} exists; name a folder that does not, or remove it")
+    _refuse_existing(target, finished=finished)
     folder = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     with storage_errors(target):
         folder.mkdir(parents=True, exist_ok=True)
     with claim(folder / _WORK) as is_ours:
         if not is_ours:
             raise ConfigError(f"{target}: another command is writing it at this moment; wait for it")
+        if target.exists():  # it ended between the two looks, and its folder's name was free
+            shutil.rmtree(folder, ignore_errors=True)
+            _refuse_existing(target, finished=finished)
         _clear(folder, keep_receipts=_told(folder / _WORK) == work)
         with storage_errors(target):
             (folder / _WORK).write_text(json.dumps(work), encoding="utf-8")  # in place: its lock is ours
@@ -217,15 +217,28 @@ def _clear(folder: Path, *, keep_receipts: bool) -> None:
             path.unlink()
 
 
+def _refuse_existing(target: Path, *, finished: dict[str, str]) -> None:
+    """Raises AlreadyWritten or ConfigError where the target is there."""
+    if not target.exists():
+        return
+    if _told(target / _FINISHED) == finished:
+        with storage_errors(target):
+            (target / _WORK).unlink(missing_ok=True)  # of a command that was killed in its last step
+        raise AlreadyWritten(f"{target} exists, written by this command; remove it to write it anew")
+    raise ConfigError(f"{target} exists; name a folder that does not, or remove it")
+
+
 def _publish(folder: Path, target: Path, *, finished: dict[str, str]) -> None:
-    for receipt in folder.glob(f"*{_RECEIPT}"):
-        receipt.unlink()
-    (folder / _WORK).unlink()
+    """Gives the folder its name; the claim goes last, or another command would clear the folder meanwhile."""
     write_json(folder / _FINISHED, finished)
     for path in folder.iterdir():
         sync_file(path)
+    for receipt in folder.glob(f"*{_RECEIPT}"):
+        receipt.unlink()
     sync_folder(folder)
     if target.exists():
         raise StorageError(f"{target} has come into being meanwhile; remove it, and give the command again")
     folder.rename(target)
     sync_folder(target.parent)
+    (target / _WORK).unlink(missing_ok=True)
+    sync_folder(target)

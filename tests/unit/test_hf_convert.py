@@ -378,6 +378,42 @@ def test_two_commands_do_not_write_one_target(tmp_path):
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == [".conversion.json"]
 
 
+def test_a_second_command_finds_the_target_taken_until_its_files_are_on_the_disk(tmp_path, monkeypatch):
+    folder, synced, second = hf_folder(tmp_path / "hf"), hf_target.sync_file, []
+
+    def sync(path):
+        with (
+            pytest.raises(ConfigError, match="another command is writing it at this moment"),
+            hf_target.whole_or_absent(tmp_path / "ckpt", work={}),
+        ):
+            pass
+        second.append(path)
+        synced(path)
+
+    monkeypatch.setattr(hf_target, "sync_file", sync)
+    hf_to_checkpoint(folder, tmp_path / "ckpt")
+    assert second and files.read_manifest(tmp_path / "ckpt")
+    assert not list((tmp_path / "ckpt").glob("conversion.json"))
+
+
+def test_a_command_killed_in_its_last_step_has_done_its_work(tmp_path, monkeypatch):
+    def killed(folder):
+        if folder == tmp_path:
+            raise KeyboardInterrupt
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        hf_target.whole_or_absent(tmp_path / "out", work={"to": "out"}) as folder,
+    ):
+        (folder / "file").touch()
+        patch.setattr(hf_target, "sync_folder", killed)
+    assert (tmp_path / "out" / "conversion.json").exists()
+    with pytest.raises(hf_target.AlreadyWritten), hf_target.whole_or_absent(tmp_path / "out", work={"to": "out"}):
+        pass
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".conversion.json", "file"]
+
+
 def test_what_another_conversion_has_left_is_not_gone_on_with(tmp_path, monkeypatch):
     """Interrupted once the weights are written; then the same folder in another type."""
     folder = hf_folder(tmp_path / "hf")
