@@ -2,6 +2,7 @@
 
 A job of its own beside the training, which it neither waits for nor holds up. A checkpoint is evaluated once, however
 often the watch is killed and started: what it had answered of one is kept in RUN/.evaluations until its line is there.
+An iteration that a run begun anew from an earlier one saves again is another checkpoint: its manifest tells.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,17 @@ from megatron_xy.benchmarks.answering import JobEnded
 from megatron_xy.benchmarks.checkpoints import asked_folder, check_whole
 from megatron_xy.benchmarks.suite import Benchmarks
 from megatron_xy.benchmarks.verb import Placement, evaluate
+from megatron_xy.checkpoint.files import MANIFEST
 from megatron_xy.checkpoint.folders import saved_iterations
 from megatron_xy.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigError, DataError
-from megatron_xy.storage import storage_errors, sync_folder
+from megatron_xy.storage import file_sha256, storage_errors, sync_folder
 
 EVALUATIONS = "evaluations.jsonl"
 LOCK = ".evaluate.lock"
 WORK = ".evaluations"
 POLL_SECONDS = 2.0
 Say = Callable[[str], None]
+Saved = tuple[int, str]  # an iteration, and the digest by which its checkpoint is known
 
 
 def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: Say) -> int:
@@ -39,24 +43,26 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
     """
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: there is no such run; name the run_dir of one that has begun")
-    passed_over: dict[int, bool] = {}  # whether it is there, but bad
+    passed_over: dict[Saved, bool] = {}  # whether it is there, but bad
     facts = {**benchmarks.facts, **placement.facts}
     told = ""
     with run_folder.lock(run_dir, name=LOCK):
         _mend(run_dir / EVALUATIONS)
-        for iteration in _done(run_dir / EVALUATIONS, facts):  # a kill may have come behind the line
-            shutil.rmtree(_work_folder(run_dir, iteration, facts), ignore_errors=True)
+        for saved in _done(run_dir / EVALUATIONS, facts):  # a kill may have come behind the line
+            shutil.rmtree(_work_folder(run_dir, saved, facts), ignore_errors=True)
         while True:
             ended = run_folder.read_exit(run_dir)  # looked at first: what is saved before the end is there then
             is_over = ended is not None and ended.code == EXIT_DONE
             done = _done(run_dir / EVALUATIONS, facts)
-            left = sorted(set(saved_iterations(run_dir / "checkpoints")) - done - passed_over.keys())
-            for iteration in left:
-                code = _evaluate_one(run_dir, iteration, benchmarks, placement, passed_over=passed_over, say=say)
+            there = {(number, _identity(run_dir, number)) for number in saved_iterations(run_dir / "checkpoints")}
+            left = sorted(there - done - passed_over.keys())
+            for saved in left:
+                code = _evaluate_one(run_dir, saved, benchmarks, placement, passed_over=passed_over, say=say)
                 if code:
                     return code
             if is_over and not left:
-                bad = sorted(iteration for iteration, is_bad in passed_over.items() if is_bad)
+                whole = {iteration for iteration, _ in there & done}
+                bad = sorted({iteration for (iteration, _), is_bad in passed_over.items() if is_bad} - whole)
                 but = f" but for {', '.join(map(str, bad))}, which are bad" if bad else ""
                 say(f"{run_dir}: the run is done, and its checkpoints are evaluated{but}")
                 return EXIT_BAD_DATA if bad else EXIT_DONE
@@ -69,17 +75,18 @@ def watch(run_dir: Path, benchmarks: Benchmarks, placement: Placement, *, say: S
 
 def _evaluate_one(
     run_dir: Path,
-    iteration: int,
+    saved: Saved,
     benchmarks: Benchmarks,
     placement: Placement,
     *,
-    passed_over: dict[int, bool],
+    passed_over: dict[Saved, bool],
     say: Say,
 ) -> int:
     """One checkpoint's line, or why there is none; returns the exit code of ranks that ended badly."""
+    iteration, identity = saved
     folder = asked_folder(run_dir, iteration)
     facts = {**benchmarks.facts, **placement.facts}
-    work = _work_folder(run_dir, iteration, facts)
+    work = _work_folder(run_dir, saved, facts)
     try:
         check_whole(folder, run_dir=run_dir)
         with storage_errors(work):
@@ -94,10 +101,14 @@ def _evaluate_one(
             raise
         why = str(error) if folder.exists() else "it was removed meanwhile (checkpoint.keep_latest)"
         say(f"iteration {iteration} is passed over: {why}")
-        passed_over[iteration] = folder.exists()
+        passed_over[saved] = folder.exists()
+        return 0
+    if _identity(run_dir, iteration) not in (identity, ""):
+        say(f"iteration {iteration} was saved again meanwhile, and is evaluated again")
         return 0
     record = {
         "iteration": iteration,
+        "checkpoint": identity,
         **facts,
         "results": metrics,
         "seconds": round(time.monotonic() - began, 3),
@@ -120,8 +131,24 @@ def _waits_for(run_dir: Path, ended: run_folder.ExitRecord | None) -> str:
     return f"{run_dir}: the run has ended with {ended.code} ({ended.name}); waits for {what} of a start that resumes it"
 
 
-def _done(path: Path, facts: dict[str, Any]) -> set[int]:
-    """The iterations whose lines are there, of the same questions put in the same way."""
+def _identity(run_dir: Path, iteration: int) -> str:
+    """The digest of the manifest that is asked; empty where there is none."""
+    path = asked_folder(run_dir, iteration) / MANIFEST
+    try:
+        status = path.stat()
+        return _sha256(path, status.st_mtime_ns, status.st_ino)
+    except FileNotFoundError:
+        return ""
+
+
+@cache
+def _sha256(path: Path, _changed: int, _inode: int) -> str:
+    """Of a manifest, which may have megabytes and is asked for at every look."""
+    return file_sha256(path)
+
+
+def _done(path: Path, facts: dict[str, Any]) -> set[Saved]:
+    """The checkpoints whose lines are there, of the same questions put in the same way."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
@@ -132,7 +159,8 @@ def _done(path: Path, facts: dict[str, Any]) -> set[int]:
         if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
             raise DataError(f"{path}:{number}: no evaluation; delete the line, and the checkpoint is evaluated again")
         records.append(record)
-    return {record["iteration"] for record in records if all(record.get(name) == facts[name] for name in facts)}
+    same = (record for record in records if all(record.get(name) == facts[name] for name in facts))
+    return {(record["iteration"], str(record.get("checkpoint"))) for record in same}
 
 
 def _mend(path: Path) -> None:
@@ -156,6 +184,6 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         sync_folder(path.parent)
 
 
-def _work_folder(run_dir: Path, iteration: int, facts: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return run_dir / WORK / f"{iteration:07d}-{digest[:12]}"
+def _work_folder(run_dir: Path, saved: Saved, facts: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps([saved[1], facts]).encode()).hexdigest()
+    return run_dir / WORK / f"{saved[0]:07d}-{digest[:12]}"

@@ -22,10 +22,13 @@ SETTING = {
 
 
 def draw_benchmarks(metrics: Metrics, *, evaluations: Metrics) -> Figure:
-    """A curve a task over the run's iterations, for each way in which it was asked; the label says what differs."""
+    """A curve a task over the run's iterations, for each way in which it was asked; the label says what differs.
+
+    Of an iteration that was saved and evaluated again the last line counts.
+    """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots()
-    curves: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, dict[int, float]] = {}
     differing = [name for name in SETTING if len({str(record.get(name)) for record in evaluations.records}) > 1]
     for record in sorted(evaluations.records, key=lambda record: int(record["iteration"])):
         results = record.get("results") or {}
@@ -35,9 +38,9 @@ def draw_benchmarks(metrics: Metrics, *, evaluations: Metrics) -> Figure:
             metric = next((name for name in HEADLINES if name in values), None)
             if metric is not None:
                 label = ", ".join([f"{task} {metric}", *_setting(record, differing=differing)])
-                curves.setdefault(label, []).append((record["iteration"], number(values[metric])))
+                curves.setdefault(label, {})[record["iteration"]] = number(values[metric])
     for index, (name, points) in enumerate(curves.items()):
-        axes.plot(*zip(*points, strict=True), "o-", color=colour_of(index), linewidth=1.8, markersize=4, label=name)
+        axes.plot([*points], [*points.values()], "o-", color=colour_of(index), linewidth=1.8, markersize=4, label=name)
     finish(axes, title="benchmarks", ylabel="share of the questions")
     return figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -88,8 +89,8 @@ def test_a_line_counts_for_what_it_says_alone(tmp_path: Path) -> None:
 
     facts = {"tasks": ["financeiq"], "data": "aa", "chat_template": None}
     path = tmp_path / "evaluations.jsonl"
-    path.write_text('{"iteration": 4, "tasks": ["financeiq"], "data": "aa", "chat_template": null}\n{"iteration": 8}\n')
-    assert _done(path, facts) == {4}
+    path.write_text(json.dumps({"iteration": 4, "checkpoint": "cc", **facts}) + '\n{"iteration": 8}\n')
+    assert _done(path, facts) == {(4, "cc")}
     assert _done(path, {**facts, "data": "bb"}) == _done(path, {**facts, "chat_template": "chatml"}) == set()
     for damaged in ("{", "[]", "{}"):
         path.write_text(f"{damaged}\n")
@@ -175,3 +176,27 @@ def test_a_watch_says_what_it_waits_for_and_ends_with_the_run(tmp_path: Path, mo
         f"{run_dir}: the run has ended with 75 (stopped); waits for its first checkpoint of a start that resumes it",
         f"{run_dir}: the run is done, and its checkpoints are evaluated",
     ]
+
+
+@needs_lm_eval
+def test_an_iteration_that_is_saved_again_is_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_xy.benchmarks import watch
+    from megatron_xy.benchmarks.suite import Benchmarks
+    from megatron_xy.benchmarks.verb import Placement
+
+    run_dir, folders = tmp_path / "run", list[Path]()
+
+    def evaluate(_origin: str, *_: object, folder: Path) -> dict[str, dict[str, float]]:
+        folders.append(folder)
+        return {"one": {"acc": float(len(folders))}}
+
+    monkeypatch.setattr(watch, "evaluate", evaluate)
+    benchmarks = Benchmarks(["one"], {"tasks": {}}, None, None, False)
+    ended = {"code": 0, "name": "done", "message": "", "rank": None, "host": "a", "time": "", "attempt": 1, "start": ""}
+    for task in ("pretrain", "pretrain", "sft"):
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        saved(run_dir / "checkpoints" / "iter_0000004", task=task)
+        (run_dir / "exit.json").write_text(json.dumps({**ended, "of_another_version": 1}))
+        assert watch.watch(run_dir, benchmarks, Placement(1, [], None, None), say=print) == 0
+    records = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["results"]["one"]["acc"] for record in records] == [1.0, 2.0] and len(set(folders)) == 2

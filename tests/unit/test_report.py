@@ -207,6 +207,15 @@ def test_what_was_asked_in_another_way_is_a_curve_of_its_own():
     }
 
 
+def test_of_an_iteration_that_was_saved_again_the_last_line_is_drawn():
+    records = [
+        {"iteration": iteration, "checkpoint": name, "results": {"financeiq": {"acc": accuracy}}}
+        for iteration, name, accuracy in ((4, "a", 0.1), (8, "b", 0.2), (8, "c", 0.3))
+    ]
+    (line,) = draw_benchmarks(Metrics([]), evaluations=Metrics(records)).axes[0].lines
+    assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(4, 0.1), (8, 0.3)]
+
+
 def test_the_mixture_asked_for_follows_the_phases():
     config = RunConfig.model_validate(
         {
