@@ -172,6 +172,8 @@ def _finish(
     """
     options, tokenizer, chat = build.options, build.tokenizer, build.chat
     tokenized, report, listing = _make_token_shards(pool, tasks, build=build, work=work)
+    if build.bad_lines == "limit":
+        report.raise_if_too_bad()
     if not any(shard.documents for shard in tokenized):
         shutil.rmtree(work, ignore_errors=True)
         with suppress(OSError):  # where there was more in it before

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_xy.data import build, tokenize, workers
 from megatron_xy.data.build import build_dataset
+from megatron_xy.data.build_folder import Share
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import HEADER, MAGIC, IndexedReader, IndexedWriter, bin_path, idx_path
@@ -103,6 +104,19 @@ def test_few_bad_lines_are_left_out_and_a_stricter_call_does_not_take_the_result
     (output / "bad_lines.txt").write_text("")
     with pytest.raises(DataError, match=r"bad_lines\.txt has 0 bytes"):
         verify_dataset(output)
+
+
+def test_bad_lines_are_judged_by_all_lines_whatever_a_share_has_seen(tmp_path, tokenizer):
+    corpus = write_rows(tmp_path / "corpus/a.jsonl", [b"{", {"text": "fox"}]).parent
+    write_rows(corpus / "b.jsonl", [{"text": "fox"}] * 1000)
+    finished = [run(corpus, tokenizer, tmp_path / "out", shard=Share(index, 2)) for index in range(2)]
+    assert not finished[0]["finished"] and finished[1]["bad_lines"] == 1
+    write_rows(corpus / "c.jsonl", [b"{"])
+    with gzip.open(corpus / "d.jsonl.gz", "w") as stream:  # how many lines it has is known once it is read
+        stream.write(b'{"text": "fox"}\n' * 100)
+    assert not run(corpus, tokenizer, tmp_path / "bad", shard=Share(0, 2))["finished"]
+    with pytest.raises(DataError, match=r"2 bad line\(s\) of at most 1103"):
+        run(corpus, tokenizer, tmp_path / "bad", shard=Share(1, 2))
 
 
 def test_a_wrong_field_is_found_at_the_end_of_the_first_file(tmp_path, tokenizer):
