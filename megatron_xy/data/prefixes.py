@@ -9,7 +9,14 @@ import numpy as np
 from megatron_xy.data.documents import LineReport, Part, changed, reading_unchanged
 from megatron_xy.data.indexed import IndexedReader, dtype_for
 from megatron_xy.data.origins import TracedWriter, document_rows
-from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt, write_receipt
+from megatron_xy.data.tokenize import (
+    MadeMeanwhile,
+    TokenizeTask,
+    TokenShard,
+    leave_alone_if_made,
+    read_receipt,
+    write_receipt,
+)
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.data.workers import Advance
 from megatron_xy.errors import DataError
@@ -29,10 +36,14 @@ def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
         return done
     vocab_size = load_tokenizer(task.tokenizer).vocab_size
     report, source = LineReport(), task.fields.default_source
-    with TracedWriter(task.folder / source, dtype=dtype_for(vocab_size)) as writer:
-        for part in task.parts:
-            with reading_unchanged(part):
-                _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
+    try:
+        with TracedWriter(task.folder / source, dtype=dtype_for(vocab_size)) as writer:
+            for part in task.parts:
+                with reading_unchanged(part):
+                    _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
+            leave_alone_if_made(task.folder)
+    except MadeMeanwhile:
+        return copy_documents(task, lambda size: None)
     shard = TokenShard(task.folder, {source: writer.num_documents} if writer.num_documents else {}, report)
     write_receipt(shard)
     return shard

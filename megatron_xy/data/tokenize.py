@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from dataclasses import replace as replace_fields
 from functools import lru_cache, partial
 from itertools import groupby
 from operator import attrgetter
@@ -96,11 +97,36 @@ def tokenize_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
     Under "fail" nothing is encoded after the first bad line; all bad lines of the shard are in the report.
     Raises DataError (a damaged file; fastokens differs from the reference), ConfigError (too many sources).
     """
+    task = _in_its_folder(task)
     done = read_receipt(task.folder)
-    # What fastokens did is not taken over by a build that does not trust it.
-    if done is not None and (task.fast or not done.engine.startswith(FAST_ENGINE)):
+    if done is not None:
         advance(sum(part.stop - part.start for part in task.parts))
         return done
+    try:
+        return _tokenize(task, advance)
+    except MadeMeanwhile:
+        return tokenize_shard(task, lambda size: None)
+
+
+class MadeMeanwhile(Exception):
+    """Another build, whose claims do not reach this machine, has made the shard, and may be reading it."""
+
+
+def leave_alone_if_made(folder: Path) -> None:
+    """Raises MadeMeanwhile where the shard in `folder` is finished: its files stay the ones that they are."""
+    if read_receipt(folder) is not None:
+        raise MadeMeanwhile
+
+
+def _in_its_folder(task: TokenizeTask) -> TokenizeTask:
+    """In another one where fastokens has made the shard, which this build does not trust, and others may be reading."""
+    done = read_receipt(task.folder)
+    if task.fast or done is None or not done.engine.startswith(FAST_ENGINE):
+        return task
+    return replace_fields(task, folder=task.folder.with_name(f"{task.folder.name}-reference"))
+
+
+def _tokenize(task: TokenizeTask, advance: Advance) -> TokenShard:
     tokenizer = loaded_tokenizer(task.tokenizer)
     fast = loaded_fast_tokenizer(task.tokenizer) if task.fast else None
     report, num_checked = LineReport(), 0
@@ -120,6 +146,7 @@ def tokenize_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
                 ids = TokenBatch.of([tokens.ids for _, tokens in batch.chats])
                 learned = np.concatenate([tokens.learned for _, tokens in batch.chats])
                 write([document for document, _ in batch.chats], ids, learned=learned)
+        leave_alone_if_made(task.folder)
     counts = {name: writers[name].num_documents for name in sorted(writers)}
     documents = {name: count for name, count in counts.items() if count}
     name = tokenizer.engine.name if fast is None else fast.name

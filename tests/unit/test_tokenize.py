@@ -100,9 +100,22 @@ def test_a_shard_with_a_receipt_is_not_done_again_unless_fastokens_is_no_longer_
     tokens.write_bytes(b"")
     assert run(task) == shard and not tokens.read_bytes()
     again = run(replace(task, fast=False))
-    assert again.engine.startswith("sentencepiece ") and tokens.read_bytes()
-    tokens.write_bytes(b"")
-    assert run(task) == again and not tokens.read_bytes()
+    assert again.engine.startswith("sentencepiece ") and not tokens.read_bytes(), "another build may be reading it"
+    assert again.folder != shard.folder and (again.folder / "code.bin").read_bytes()
+    assert run(replace(task, fast=False)) == again and run(task) == shard
+
+
+def test_a_shard_that_another_build_makes_meanwhile_is_left_as_it_is(tmp_path, rows, tokenizer):
+    """On a file system whose locks do not reach the other machine."""
+    task = task_for(tmp_path, rows, tokenizer)
+    made = []
+
+    def other(_size):
+        if not made:
+            made.extend([run(task), (task.folder / "code.idx").stat().st_ino])
+
+    assert [tokenize_shard(task, other), (task.folder / "code.idx").stat().st_ino] == made
+    assert not list(task.folder.glob(".tmp-*"))
 
 
 def test_a_receipt_that_names_no_engine_counts(tmp_path, rows, tokenizer):
