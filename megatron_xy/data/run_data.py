@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.build import WORK_FORMAT, build_dataset
 from megatron_xy.data.chat_template import OF_TOKENIZER, load_chat_template
 from megatron_xy.data.compressed import COMPRESSED, DAMAGE, open_compressed
 from megatron_xy.data.manifest import read_manifest
@@ -44,11 +44,13 @@ def _built(config: RunConfig, file: Path, *, into: Path) -> Path:
     name = data.chat_template or OF_TOKENIZER
     folders = [path for path in data.paths if not is_file_of_rows(path)]
     buckets = sorted(read_manifest(folders[0]).buckets) if folders else [config.training.micro_batch_tokens]
-    settled = [
+    template, beside = load_chat_template(name, tokenizer), tokenizer.config_path
+    settled = [  # no less than the fingerprint of the build, which refuses a folder of another
         file_sha256(file),
-        tokenizer.sha256,
-        load_chat_template(name, tokenizer).source,
+        [tokenizer.sha256, None if beside is None else file_sha256(beside)],
+        [template.name, template.source],
         [data.chat_overflow, data.last_turn_only, buckets],
+        WORK_FORMAT,
     ]
     digest = hashlib.sha256(json.dumps(settled).encode()).hexdigest()
     folder = into / f"{file.name.partition('.')[0]}-{digest[:12]}"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from megatron_xy.cli import app
 from megatron_xy.config import DataConfig, RunConfig, TrainingConfig
-from megatron_xy.data import build, pack_shards, tokenize
+from megatron_xy.data import build, pack_shards, run_data, tokenize
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.chat import Chat
 from megatron_xy.data.chat_template import load_chat_template
@@ -23,6 +23,7 @@ from megatron_xy.data.show import shown_samples
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.data.trace import Tracer
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 BUCKETS = [64, 256]
@@ -330,6 +331,27 @@ def test_a_run_takes_the_source_of_its_rows_one_by_one(tmp_path, tokenizer):
     path.write_text(json.dumps({**bare[0], "source": 3}))
     with pytest.raises(DataError, match=r"none\.jsonl:1: field 'source' is a number"):
         data_folders(config, [path], into=tmp_path)
+
+
+def test_what_makes_a_run_s_file_other_data_gives_it_another_folder(tmp_path, tokenizer, monkeypatch):
+    write_hf_tokenizer(tokenizer, tmp_path, model_max_length=256)
+    beside = tmp_path / "tokenizer_config.json"
+    path = write_rows(tmp_path / "chats.jsonl", [row for row in rows(3) if "text" not in row])
+    template = tmp_path / "own"
+    template.write_text(load_chat_template("xuanyuan", load_tokenizer(tokenizer)).source)
+
+    def folder(name="xuanyuan"):
+        data = DataConfig(tokenizer=tmp_path / "tokenizer.json", chat_template=name)
+        config = RunConfig(data=data, training=TrainingConfig(micro_batch_tokens=256))
+        return data_folders(config, [path], into=tmp_path / "data")[0]
+
+    made = [folder(), folder(str(template))]
+    beside.write_text(beside.read_text() + "\n")
+    made.append(folder())
+    for module in (build, run_data):
+        monkeypatch.setattr(module, "WORK_FORMAT", build.WORK_FORMAT + 1)
+    made.append(folder())
+    assert len(set(made)) == 4
 
 
 def test_without_a_template_a_conversation_is_a_bad_line_that_says_what_to_do(tmp_path, tokenizer):
