@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_xy.config import RunConfig
 from megatron_xy.data.build import WORK_FORMAT, build_dataset
 from megatron_xy.data.chat_template import OF_TOKENIZER, load_chat_template
-from megatron_xy.data.compressed import COMPRESSED, DAMAGE, open_compressed
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.progress import showing_progress
 from megatron_xy.data.tokenizer import load_tokenizer
@@ -60,7 +58,7 @@ def _built(config: RunConfig, file: Path, *, into: Path) -> Path:
             tokenizer=data.tokenizer,
             output=folder,
             buckets=buckets,
-            source_field=SOURCE_FIELD if _a_row_names_source(file) else None,
+            source_field=SOURCE_FIELD,
             source_optional=True,
             bad_lines="fail",
             chat_template=name,
@@ -69,11 +67,3 @@ def _built(config: RunConfig, file: Path, *, into: Path) -> Path:
             progress=progress if not folder.is_dir() else None,
         )
     return folder
-
-
-def _a_row_names_source(file: Path) -> bool:
-    """Whether the word stands in a line; the build, which reads the rows, says what is wrong with the file."""
-    with file.open("rb") as stream, suppress(*DAMAGE):
-        lines = open_compressed(file, stream) if file.name.endswith(COMPRESSED) else stream
-        return any(f'"{SOURCE_FIELD}"'.encode() in line for line in lines)
-    return False
