@@ -69,17 +69,21 @@ def frequent_characters(corpus: str, *, say: Say) -> list[str]:
 
 
 def frequent_pieces(corpus: str, *, number: int, say: Say) -> list[str]:
-    """At most `number` pieces of several Chinese characters, as byte pair encoding of a corpus finds them."""
-    runs = re.compile(f"[{HAN}]{{2,}}")
-    found = [run for text in _texts(corpus, say=say) for run in runs.findall(text)]
-    if not found:
+    """At most `number` pieces of several Chinese characters, as byte pair encoding of a corpus finds them.
+
+    The corpus is read twice, and never held.
+    """
+    characters: set[str] = set()
+    for run in _han_runs(corpus, say=say):
+        characters.update(run)
+    if not characters:
         raise DataError(f"corpus ({corpus}) holds no two Chinese characters side by side; name one of Chinese text")
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(found),
+        sentence_iterator=_han_runs(corpus, say=say),
         model_writer=trained,
         model_type="bpe",
-        vocab_size=len(set("".join(found))) + number + 4,
+        vocab_size=len(characters) + number + 4,
         hard_vocab_limit=False,
         character_coverage=1.0,
         normalization_rule_name="identity",
@@ -191,6 +195,13 @@ def _texts(corpus: str, *, say: Say) -> Iterator[str]:
         if characters // _SAID_EVERY > told:
             told = characters // _SAID_EVERY
             say(f"{corpus}: {characters / 1e9:.0f} billion characters read")
+
+
+def _han_runs(corpus: str, *, say: Say) -> Iterator[str]:
+    """Every run of Chinese characters side by side."""
+    runs = re.compile(f"[{HAN}]{{2,}}")
+    for text in _texts(corpus, say=say):
+        yield from runs.findall(text)
 
 
 def _batches(texts: Iterator[str], *, characters: int = 1_000_000) -> Iterator[list[str]]:

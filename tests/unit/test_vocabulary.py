@@ -1,6 +1,7 @@
 """A vocabulary with more pieces: old ids and encodings stay, new pieces are found, and tokenizer.json agrees."""
 
 import json
+import tracemalloc
 
 import pytest
 import sentencepiece
@@ -90,6 +91,24 @@ def test_lists_are_read_in_their_order(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="is not UTF-8"):
         vocabulary.listed_characters(file)
+
+
+def test_the_corpus_that_pieces_are_learned_from_is_never_held(tmp_path, monkeypatch):
+    corpus = tmp_path / "corpus.jsonl"
+    row = json.dumps({"text": "金融机构的贷款利率," * 1000}, ensure_ascii=False) + "\n"
+    corpus.write_text(row * 50, encoding="utf-8")
+
+    def train(*, sentence_iterator, **_):
+        assert sum(map(len, sentence_iterator)) == 9 * 50_000
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", train)
+    tracemalloc.start()
+    with pytest.raises(KeyboardInterrupt):
+        vocabulary.frequent_pieces(str(corpus), number=4, say=print)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_a_corpus_gives_its_most_frequent_characters_and_pieces(tmp_path, model):
