@@ -40,6 +40,7 @@ from megatron_xy.storage import write_text
 CARD_BEGINS, CARD_ENDS = "<!-- megatron-xy compare: begins -->", "<!-- megatron-xy compare: ends -->"
 # What a form is opened with, and the extra that brings it, by its quant_method.
 QUANTISERS = {"bitsandbytes": ("bitsandbytes", "int8"), "compressed-tensors": ("compressed_tensors", "quantize")}
+POSITIONS = 1024  # of a document that are compared at a time: each holds a few copies of the vocabulary in fp32
 Say = Callable[[str], None]
 Ask = Callable[[Any, Path], dict[str, dict[str, Any]]]  # an opened model and its folder -> {task: {metric: value}}
 
@@ -218,17 +219,18 @@ def _measured(model: Any, reference: Any, documents: Sequence[Document], *, show
     counts: dict[tuple[str, int | str], int] = defaultdict(int)
     divergence = 0.0
     for number, document in enumerate(documents, start=1):
-        ids, asked = torch.tensor([document.tokens], device=model.device), document.asked
-        logprobs = model(ids).logits[0, asked].float().log_softmax(dim=-1)
-        labels = [document.tokens[place + 1] for place in asked]
-        loss = -float(logprobs[range(len(labels)), labels].double().sum())
-        if model is not reference:
-            expected = reference(ids.to(reference.device)).logits[0, asked].float().log_softmax(dim=-1)
-            expected = expected.to(logprobs.device)
-            divergence += float((expected.exp() * (expected - logprobs)).sum(dim=-1).double().sum())
+        tokens, loss = torch.tensor(document.tokens), 0.0
+        logits = model(tokens[None].to(model.device)).logits[0]
+        expected_logits = None if model is reference else reference(tokens[None].to(reference.device)).logits[0]
+        for places in torch.split(torch.tensor(document.asked), POSITIONS):
+            logprobs = logits[places].float().log_softmax(dim=-1)
+            loss -= float(logprobs[range(len(places)), tokens[places + 1]].double().sum())
+            if expected_logits is not None:
+                expected = expected_logits[places].float().log_softmax(dim=-1).to(logprobs.device)
+                divergence += float((expected.exp() * (expected - logprobs)).sum(dim=-1).double().sum())
         for part in (("all", ""), ("bucket", document.bucket), ("source", document.source)):
             losses[part] += loss
-            counts[part] += len(asked)
+            counts[part] += len(document.asked)
         show("compare", number, len(documents), "documents")
 
     def perplexities(kind: str) -> dict[str, float]:

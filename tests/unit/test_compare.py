@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from megatron_xy.cli import app
 from megatron_xy.data.build import build_dataset
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
-from megatron_xy.quantisation.compare import _uneven_layers, compare, rows_of, write_cards
+from megatron_xy.quantisation import compare as comparing
+from megatron_xy.quantisation.compare import Document, _measured, _uneven_layers, compare, rows_of, write_cards
 from tests.end_to_end.random_model import write_random_model
 from tests.unit.small_corpus import WORDS, texts, train_tokenizer, write_rows
 from tools.train_tokenizer import train
@@ -132,6 +134,35 @@ def test_a_form_that_cannot_be_measured_does_not_lose_the_others(tmp_path: Path)
     build_dataset([corpus], tokenizer=tmp_path / "other", output=tmp_path / "foreign", buckets=[64])
     with pytest.raises(DataError, match=r"foreign was built with another tokenizer than .*third"):
         compare(forms, tmp_path / "foreign", num_samples=1, ask=None, say=said.append)
+
+
+def test_the_positions_of_a_document_are_compared_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    class Bigrams:
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            self.table = torch.randn(9, 9, generator=generator)
+
+        def __call__(self, ids: torch.Tensor) -> Any:
+            return SimpleNamespace(logits=self.table[ids])
+
+    one, other = Bigrams(), Bigrams()
+    tokens = torch.randint(9, (50,), generator=generator).tolist()
+    documents = [Document("default", 64, tokens, list(range(0, 49, 2)))]
+    whole = _measured(one, other, documents, show=lambda *_: None)
+    rows, softmax = list[int](), torch.Tensor.log_softmax
+
+    def counted(logits: torch.Tensor, dim: int) -> torch.Tensor:
+        rows.append(len(logits))
+        return softmax(logits, dim)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", counted)
+    monkeypatch.setattr(comparing, "POSITIONS", 10)
+    pieces = _measured(one, other, documents, show=lambda *_: None)
+    assert [pieces["perplexity"], pieces["kl"]] == pytest.approx([whole["perplexity"], whole["kl"]], rel=1e-9)
+    assert rows == [10, 10, 10, 10, 5, 5]
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="the extra int8 is not installed")
