@@ -20,7 +20,7 @@ def saved_iterations(checkpoints: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     names = (folder.name.removeprefix("iter_") for folder in checkpoints.glob("iter_*") if folder.is_dir())
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def no_such_iteration(checkpoints: Path, wanted: int) -> ConfigError:

@@ -242,7 +242,7 @@ def data_trace(
 
 def _steps(text: str) -> range:
     first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit()):
+    if not (first.isdecimal() and last.isdecimal()):
         raise UsageError(f"--steps {text}: must be A:B, such as 0:10")
     if int(first) >= int(last):
         raise UsageError(f"--steps {text}: holds no step; A must be below B")
@@ -251,7 +251,7 @@ def _steps(text: str) -> range:
 
 def _numbers(text: str, *, option: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):
         raise UsageError(f"{option} {text}: must be numbers with commas between them")
     return [int(part) for part in parts]
 

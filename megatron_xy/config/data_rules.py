@@ -75,7 +75,7 @@ def _named_paths(data: DataConfig) -> list[tuple[str, Path]]:
 
 
 def weight_rules(weights: dict[str, float] | None, *, key: str) -> Iterator[tuple[str, str]]:
-    """Weights of sources are 0 or more, and one is above."""
+    """Weights of sources are 0 or more, one is above, and they have a sum."""
     if weights is None:
         return
     where = key.split("[")[0]
@@ -84,6 +84,8 @@ def weight_rules(weights: dict[str, float] | None, *, key: str) -> Iterator[tupl
             yield where, f"{key}.{source} ({weight:g}) must not be negative; 0 leaves it out"
     if not any(weight > 0 for weight in weights.values()):
         yield where, f"{key}: at least one source needs a weight above 0"
+    if math.isinf(sum(weights.values())):
+        yield where, f"{key}: they add up to infinity; give smaller ones"
 
 
 def phase_rules(phases: Sequence[Phase]) -> Iterator[tuple[str, str]]:

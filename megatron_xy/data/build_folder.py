@@ -66,7 +66,7 @@ class Share:
     def parse(text: str) -> Share:
         """I/N with I from 0 to N - 1, or from 1 to N: either way of counting covers all shares. Raises UsageError."""
         index, _, count = text.partition("/")
-        if not (index.isdigit() and count.isdigit() and int(count) >= 1 and int(index) <= int(count)):
+        if not (index.isdecimal() and count.isdecimal() and int(count) >= 1 and int(index) <= int(count)):
             raise UsageError(f"--shard ({text}) must be I/N, such as 0/8 to 7/8")
         return Share(int(index) % int(count), int(count))
 

@@ -9,7 +9,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -156,6 +157,7 @@ class TokenizersEngine:
             raise DataError(f"tokenizer ({path}) is no tokenizer.json, or a damaged one: {error}") from error
         self.name = f"tokenizers {version('tokenizers')}"
         self.serialized = serialized
+        self._path = path
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()  # a saved maximum would cut documents
         self._tokenizer.no_padding()
@@ -178,7 +180,8 @@ class TokenizersEngine:
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         """The ids of texts without lone surrogates."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._encoding_errors():
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return TokenBatch.of([encoding.ids for encoding in encodings])
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]], control_tokens: dict[str, int]) -> PlacedTokens:
@@ -202,8 +205,20 @@ class TokenizersEngine:
         return str(self._tokenizer.id_to_token(index))
 
     def _placed(self, text: str) -> list[tuple[int, int, int]]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with self._encoding_errors():
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return [(index, *place) for index, place in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    @contextmanager
+    def _encoding_errors(self) -> Iterator[None]:
+        """Turns what the library says of a text that it cannot encode into a DataError."""
+        try:
+            yield
+        except Exception as error:  # the library raises no narrower type
+            raise DataError(
+                f"tokenizer ({self._path}) cannot encode every text: {error}; its model needs an unk_token that its "
+                "vocabulary holds"
+            ) from error
 
     def _id_of(self, name: str | None, path: Path) -> int | None:
         index: int | None = None if name is None else self._tokenizer.token_to_id(name)

@@ -31,7 +31,7 @@ def row_groups(path: Path) -> list[tuple[int, int]]:
 def read_rows(path: Path, *, columns: Sequence[str], groups: Sequence[int]) -> Iterator[tuple[Any, ...]]:
     """The values of `columns` in each row of the row groups; None where null, an exception where not valid UTF-8.
 
-    Raises DataError where the file is damaged, lacks a column, or a column holds no strings.
+    Raises DataError where the file is damaged, lacks a column or has it twice, or a column holds no strings.
     """
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -46,6 +46,8 @@ def _check_columns(path: Path, schema: Any, columns: Sequence[str]) -> None:
     for name in columns:
         if name not in schema.names:
             raise DataError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}: name the right field")
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path} has {schema.names.count(name)} columns {name!r}; rename all but one")
         kind = schema.field(name).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if kind not in STRINGS:

@@ -235,7 +235,7 @@ def _stop_ids(origin: str, tokenizer: Tokenizer, chat: Chats, *, given: list[str
     for text in given:
         if text in tokenizer.control_tokens:
             ids.add(tokenizer.control_tokens[text])
-        elif text.isdigit() and int(text) < vocab_size:
+        elif text.isdecimal() and int(text) < vocab_size:
             ids.add(int(text))
         else:
             known = ", ".join(list(tokenizer.control_tokens)[:10])

@@ -94,6 +94,11 @@ def _of_rows(path: Path, *, tokenizer: Tokenizer, chat_template: ChatTemplate | 
         return Chat(tokenizer, chat_template or template_of_tokenizer(tokenizer))
 
     def parse(row: dict[str, Any]) -> list[int]:
+        if not (tokens := encoded(row)):
+            raise BadRow("the tokenizer makes no token of it")
+        return tokens
+
+    def encoded(row: dict[str, Any]) -> list[int]:
         if isinstance(row.get("messages"), list):
             try:
                 return [int(token) for token in chat().conversation(parse_messages(row["messages"])).ids]

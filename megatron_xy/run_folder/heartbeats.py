@@ -80,7 +80,7 @@ def clear_heartbeats(run_dir: Path, *, from_rank: int = 0) -> None:
     """Forgets the heartbeats of an earlier start, perhaps with more ranks: all, or those from a rank on."""
     for path in (run_dir / "heartbeats").iterdir():
         kind, _, number = path.stem.partition("-")  # rank-00000.json, rank-00000.stacks, answer-00000.json
-        if kind in ("rank", "answer") and number.isdigit() and int(number) >= from_rank:
+        if kind in ("rank", "answer") and number.isdecimal() and int(number) >= from_rank:
             path.unlink(missing_ok=True)
     if from_rank == 0:
         (run_dir / "heartbeats" / "hang.json").unlink(missing_ok=True)

@@ -192,6 +192,7 @@ def test_what_is_not_there_or_does_not_fit(folder: Path, tmp_path: Path) -> None
         (refusal(folder, prompts, "--stop", "<nothing>"), 78, "--stop"),
         (refusal(folder, write_rows(tmp_path / "empty.jsonl", [])), 65, "empty.jsonl"),
         (refusal(folder, prompts, "--stop", "99999"), 78, "--stop 99999: must be a token id from 0 to"),
+        (refusal(folder, prompts, "--stop", "²"), 78, "--stop ²: must be a token id from 0 to"),
         (refusal(folder, prompts, "--top-p", "0"), 2, "--top-p"),
         (refusal(folder, prompts, "--temperature", "1e-40"), 2, "--temperature"),
         (refusal(folder, prompts, "--min-response-length", "9", "--max-response-length", "8"), 2, "more than"),

@@ -307,6 +307,9 @@ def test_seq_length_and_buckets_do_not_go_together(corpus, tokenizer, tmp_path):
     fixed = ["--packing", "concatenate", "--seq-length", "32"]
     refused = CliRunner().invoke(app, [*map(str, given), *fixed, "--buckets", "16,32"])
     assert isinstance(refused.exception, UsageError) and not (tmp_path / "out").exists()
+    for buckets in ("16,x", "²", ""):
+        refused = CliRunner().invoke(app, [*map(str, given), "--buckets", buckets])
+        assert isinstance(refused.exception, UsageError) and "must be numbers with commas" in str(refused.exception)
     assert CliRunner().invoke(app, [*map(str, given), *fixed]).exit_code == 0
     assert read_manifest(tmp_path / "out").buckets == [32]
 

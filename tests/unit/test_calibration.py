@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from megatron_xy.data.build import build_dataset
 from megatron_xy.data.chat_template import load_chat_template
@@ -62,6 +63,14 @@ def test_data_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> 
     (tmp_path / "tokenizer.model").write_bytes(train(lines, vocab_size=280))
     with pytest.raises(DataError, match=r"data was built with another tokenizer than .*tokenizer\.model: token "):
         read(folder / "data", tokenizer=tmp_path, number=4, vocab_size=10**6)
+
+
+def test_a_text_without_tokens_is_a_bad_row(tmp_path: Path) -> None:
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    model.save(str(tmp_path / "tokenizer.json"))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "ab"}, {"text": "x"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the tokenizer makes no token of it"):
+        read(rows, tokenizer=tmp_path, number=2)
 
 
 def test_conversations_take_the_template_that_is_given(folder: Path, tmp_path: Path) -> None:

@@ -370,6 +370,7 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("data.weights=[1]", "data.weights ([1]): must be a section: `key: value` lines below it"),
         ("data.weights={a: -1, b: 2}", "data.weights.a (-1) must not be negative; 0 leaves it out"),
         ("data.weights={a: 0}", "data.weights: at least one source needs a weight above 0"),
+        ("data.weights={a: 1e308, b: 1e308}", "data.weights: they add up to infinity; give smaller ones"),
         ("data.weights={}", "data.weights: at least one source needs a weight above 0"),
         ("data.path=5", "data.path (5): must be a path; put it in quotes if it is one, or must be a list"),
         ("data.path=[1, 2]", "data.path ([1, 2]): must be a path; put it in quotes if it is one"),

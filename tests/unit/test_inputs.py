@@ -88,6 +88,9 @@ def test_bad_rows_of_parquet_are_listed_and_bad_files_refused(tmp_path):
         list(read_documents([path], text_field="body"))
     with pytest.raises(DataError, match="column 'n' holds int64, not strings"):
         list(read_documents([path], text_field="n"))
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "two.parquet")
+    with pytest.raises(DataError, match=r"two\.parquet has 2 columns 'text'; rename all but one"):
+        list(read_documents([tmp_path / "two.parquet"]))
     write_parquet(path, {"text": ["a", None, ""]})
     report = LineReport()
     part = scan_file(path, part_bytes=1000).parts[0]

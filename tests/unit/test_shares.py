@@ -56,7 +56,7 @@ def test_a_share_is_named_counting_from_0_or_from_1(text, share):
     assert Share.parse(text) == Share(*share)
 
 
-@pytest.mark.parametrize("text", ["5/4", "a/4", "1", "1/0", "-1/4", ""])
+@pytest.mark.parametrize("text", ["5/4", "a/4", "1", "1/0", "-1/4", "²/4", ""])
 def test_a_share_that_is_none_is_refused(text):
     with pytest.raises(UsageError, match="must be I/N"):
         Share.parse(text)

@@ -317,6 +317,17 @@ def test_what_a_model_says_beyond_the_vocabulary_is_no_text(folder):
         tokenizer.decode([tokenizer.vocab_size])
 
 
+def test_a_model_without_its_token_for_unknown_words_is_told_at_the_first(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"fox": 0}, unk_token="[UNK]"))
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("fox").tolist() == [0]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_parts([(text, False)])):
+        with pytest.raises(DataError, match=r"cannot encode every text: .*its model needs an unk_token"):
+            encode("dog")
+
+
 def test_fastokens_is_not_needed(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     assert "not installed (pip install 'megatron-xy[fast]')" in unsuitable(load_tokenizer(folder))

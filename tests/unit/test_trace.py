@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from megatron_xy.cli import app
 from megatron_xy.config import load_config
 from megatron_xy.data import build, tokenize
 from megatron_xy.data.build import build_dataset
@@ -21,7 +23,7 @@ from megatron_xy.data.plan_steps import plan_steps
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.data.trace import Tracer, trace_steps
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, UsageError
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
@@ -108,6 +110,12 @@ def write_config(tmp_path):
     }
     config.write_text(json.dumps(text))
     return config
+
+
+@pytest.mark.parametrize("steps", ["²:3", "0:³", "3", "a:b"])
+def test_steps_are_numbers(steps):
+    with pytest.raises(UsageError, match="must be A:B"):
+        CliRunner().invoke(app, ["data", "trace", "x", "--config", "x", "--steps", steps], catch_exceptions=False)
 
 
 def test_steps_are_traced_as_they_are_planned(corpus, tokenizer, tmp_path):
