@@ -18,8 +18,9 @@ from megatron_xy.data.manifest import Entry, ShardEntry, bucket_folder, file_ent
 from megatron_xy.data.origins import Rows, TracedWriter, mask_path, read_mask, read_rows, trace_path
 from megatron_xy.data.packing import Overflow, Packing, pack
 from megatron_xy.data.sample_plan import Plan, write_samples
-from megatron_xy.storage import file_sha256, storage_error, write_text
+from megatron_xy.storage import file_sha256, storage_error, storage_errors, write_text
 
+RECEIPTS_FOLDER = ".receipts"  # no source has such a name
 SHARD_TOKENS = 256 * 1024 * 1024  # windows go into one shard of each bucket until they hold this many
 
 
@@ -49,7 +50,7 @@ class PackTask:
     @property
     def receipt(self) -> Path:
         """Where it is noted that this task is done; apart from FOLDER/SOURCE, which is moved away in the end."""
-        return self.folder / f"{self.source}.{self.index:05d}.json"
+        return self.folder / RECEIPTS_FOLDER / f"{self.source}.{self.index:05d}.json"
 
 
 class PackReceipt(Entry):
@@ -142,6 +143,8 @@ def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:
         shards=shards,
         engine=str(start_engine(task.engine)) if task.packing == "best_fit" else "numpy",
     )
+    with storage_errors(task.folder):
+        task.receipt.parent.mkdir(exist_ok=True)
     write_text(task.receipt, receipt.model_dump_json())
     return receipt
 

@@ -19,7 +19,7 @@ from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import EXIT_STOPPED, ConfigError, DataError, UsageError
 from megatron_xy.runtime.signals import STOP_SIGNALS, cleaned_up_on_signals
-from tests.unit.small_corpus import content, train_tokenizer
+from tests.unit.small_corpus import content, train_tokenizer, write_rows
 
 BUCKETS = (16, 32, 64)
 
@@ -140,6 +140,14 @@ def test_a_tokenizer_json_keeps_its_name_in_the_data_folder(corpus, tmp_path):
     assert load_tokenizer(tmp_path / "out").encode("fox dog").tolist() == [1, 2]
 
 
+def test_no_source_has_the_name_of_another_s_receipt(tokenizer, tmp_path):
+    names = ["a", "a.00000.json", "a.00000"]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "fox", "src": name} for name in names])
+    run(rows, tokenizer, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "manifest.json", "tokenizer.model"}
+    verify_dataset(tmp_path / "out")
+
+
 def test_two_workers_give_the_same_bytes(corpus, tokenizer, tmp_path):
     run(corpus, tokenizer, tmp_path / "one")
     run(corpus, tokenizer, tmp_path / "two", workers=2)
@@ -165,7 +173,7 @@ def test_a_stopped_build_goes_on_without_redoing_shards(corpus, tokenizer, tmp_p
     with pytest.raises(Stop):
         run(corpus, tokenizer, output, progress=stop)
     work = output / build.WORK_FOLDER
-    finished = {"tokenize": "tokens/*.json", "pack": "packed/*.json"}[phase]
+    finished = {"tokenize": "tokens/*.json", "pack": "packed/.receipts/*.json"}[phase]
     receipts = {path: path.stat().st_mtime_ns for path in work.glob(finished)}
     assert receipts and not (output / "manifest.json").exists()
     kept = {}
@@ -188,8 +196,8 @@ def test_a_stopped_build_makes_anew_what_a_cut_receipt_stands_for(corpus, tokeni
     with monkeypatch.context() as patched, pytest.raises(Stop):
         patched.setattr(build_folder, "_publish", stop)
         run(corpus, tokenizer, tmp_path / "out")
-    receipts = list((tmp_path / "out" / build.WORK_FOLDER).glob("*/*.json"))
-    assert {path.parent.name for path in receipts} == {"tokens", "packed"}
+    receipts = list((tmp_path / "out" / build.WORK_FOLDER).rglob("*.json"))
+    assert {path.parent.name for path in receipts} == {"tokens", ".receipts"}
     for path in receipts:
         path.write_bytes(path.read_bytes()[:20])
     assert run(corpus, tokenizer, tmp_path / "out")["reused"] is False
