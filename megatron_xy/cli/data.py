@@ -197,8 +197,10 @@ def data_show(
 def data_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """Checks sizes, checksums, sample lengths and token ids of a data folder."""
     from megatron_xy.data.examine import verify_dataset
+    from megatron_xy.data.progress import showing_progress
 
-    verify_dataset(directory)
+    with showing_progress() as progress:
+        verify_dataset(directory, progress=progress)
     tell_whole(directory, as_json=as_json)
 
 

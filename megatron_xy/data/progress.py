@@ -1,4 +1,4 @@
-"""How `data build` and `data stats` look in a terminal: progress with rate and ETA, tables, what was left out."""
+"""How the verbs of `data` look in a terminal: progress with rate and ETA, tables, what was left out."""
 
 from __future__ import annotations
 

@@ -148,6 +148,12 @@ def test_no_source_has_the_name_of_another_s_receipt(tokenizer, tmp_path):
     verify_dataset(tmp_path / "out")
 
 
+def test_verify_says_how_far_it_is(corpus, tokenizer, tmp_path):
+    run(corpus, tokenizer, tmp_path / "out")
+    verified = CliRunner().invoke(app, ["data", "verify", str(tmp_path / "out"), "--json"])
+    assert json.loads(verified.stdout) and "  verify: 0/" in verified.stderr and "(100%)" in verified.stderr
+
+
 def test_two_workers_give_the_same_bytes(corpus, tokenizer, tmp_path):
     run(corpus, tokenizer, tmp_path / "one")
     run(corpus, tokenizer, tmp_path / "two", workers=2)
