@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path, read_header
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
-from megatron_xy.data.origins import Mask, mask_path, read_mask
+from megatron_xy.data.origins import Mask, Rows, mask_path, read_mask, read_rows
 from megatron_xy.data.sampler import Batch, BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 
@@ -99,9 +100,10 @@ class PackedDataset:
         self.tokenizer_path = self.paths[0] / manifests[0].tokenizer.file  # the folder's own copy
         self._shards: dict[tuple[str, int], list[_Shard]] = {}
         for path, manifest in zip(self.paths, manifests, strict=True):
+            corpus_files = [entry.path for entry in manifest.inputs]
             for source, entry in sorted(manifest.sources.items()):
                 for bucket, samples in entry.buckets.items():
-                    shards = [_Shard(path, shard) for shard in samples.shards]
+                    shards = [_Shard(path, shard, corpus_files) for shard in samples.shards]
                     self._shards.setdefault((source, int(bucket)), []).extend(shards)
         # The first sample of each shard and, last, the number of samples.
         self._starts = {
@@ -134,6 +136,13 @@ class PackedDataset:
         """Reads one sample. Raises DataError, with file, sample and offset, where it breaks the format's rules."""
         shard, index = self._place(sample_id)
         return shard.sample(index, bucket=sample_id.bucket, vocab_size=self.vocab_size)
+
+    def documents(self, sample_id: SampleId) -> list[dict[str, Any]]:
+        """Where a sample's pieces come from: [{file, line, start, length}], `length` tokens from token `start` on of
+        the document at FILE:LINE. Raises DataError where the trace is missing or cut.
+        """
+        shard, index = self._place(sample_id)
+        return shard.documents(index)
 
     def _place(self, sample_id: SampleId) -> tuple[_Shard, int]:
         """The shard that holds a sample, and the sample's number there."""
@@ -168,10 +177,12 @@ def samples_of_rank(
 class _Shard:
     """One .bin/.idx pair: sizes checked now, mapped at the first read."""
 
-    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, corpus_files: list[str]) -> None:
+        """corpus_files: as the trace numbers them."""
         self.prefix = folder / entry.name
         self.num_samples = entry.samples
         self.masked = entry.mask is not None
+        self._corpus_files = corpus_files
         self._reader: IndexedReader | None = None
         self._mask: Mask | None = None
         files = [(bin_path(self.prefix), entry.bin_bytes), (idx_path(self.prefix), entry.idx_bytes)]
@@ -215,6 +226,18 @@ class _Shard:
             first = self.reader.first_token(index)
             learned = self._mask[first : first + len(tokens)] != 0
         return Sample(tokens.astype(np.int64), piece_lengths.astype(np.int64), learned)
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return read_rows(self.prefix, num_sequences=self.reader.num_sequences)
+
+    def documents(self, index: int) -> list[dict[str, Any]]:
+        first, last = self.reader.document_indices[index : index + 2].tolist()
+        pieces = zip(self._rows[first:last].tolist(), self.piece_lengths(index).tolist(), strict=True)
+        return [
+            {"file": self._corpus_files[file], "line": line, "start": start, "length": length}
+            for (line, file, start), length in pieces
+        ]
 
     def _damaged(self, reason: str) -> DataError:
         return DataError(f"{bin_path(self.prefix)}: {reason}; the folder is damaged: copy it or build it again")

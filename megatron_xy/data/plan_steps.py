@@ -34,7 +34,7 @@ def plan_steps(
     config = load_config(config_path, overrides=overrides)
     yield from planned_steps(
         config,
-        run_folders(config, directory),
+        PackedDataset(run_folders(config, directory)),
         steps=steps,
         data_parallel_size=data_parallel_size,
         data_parallel_rank=data_parallel_rank,
@@ -67,10 +67,9 @@ def run_folders(config: RunConfig, directory: Path) -> list[Path]:
 
 
 def planned_steps(
-    config: RunConfig, folders: Sequence[Path], *, steps: range, data_parallel_size: int, data_parallel_rank: int
+    config: RunConfig, dataset: PackedDataset, *, steps: range, data_parallel_size: int, data_parallel_rank: int
 ) -> Iterator[dict[str, Any]]:
-    """The rows of `plan_steps` for a run over `folders`. Raises ConfigError, DataError as `PackedDataset`."""
-    dataset = PackedDataset(folders)
+    """The rows of `plan_steps` for a run over `dataset`."""
     sampler = run_sampler(config, dataset.streams)
     for step in steps:
         batch, mine = samples_of_rank(

@@ -21,7 +21,6 @@ from megatron_xy.data.run_data import data_folders
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.show import shown_samples
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.data.trace import Tracer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
@@ -76,12 +75,12 @@ def test_every_conversation_lies_in_the_samples_with_its_mask(folder, tokenizer)
     loaded = load_tokenizer(tokenizer)
     chat = Chat(loaded, load_chat_template("xuanyuan", loaded))
     given = dict(enumerate(rows(200), start=1))
-    dataset, tracer, seen = PackedDataset([folder]), Tracer([folder]), {}
+    dataset, seen = PackedDataset([folder]), {}
     assert dataset.sources == ["finance", "general", "plain"]
     assert dataset.conversation_sources == ["finance", "general"]
     assert dataset.chat_template == chat.template.source
     for stream, index, sample in all_samples(dataset):
-        places = tracer.documents(source=stream.source, bucket=stream.bucket, index=index)
+        places = dataset.documents(SampleId(stream.source, stream.bucket, index))
         start = 0
         for place in places:
             part = slice(start, start + place["length"])
@@ -222,7 +221,7 @@ def test_a_conversation_too_long_is_refused_cut_from_the_left_or_split(tmp_path,
     ]
     assert found[0].tokens.tolist() == whole.ids[-256:].tolist()
     assert found[0].learned.tolist() == whole.learned[-256:].tolist()
-    (place,) = Tracer([cut]).documents(source="long", bucket=256, index=0)
+    (place,) = PackedDataset([cut]).documents(SampleId("long", 256, 0))
     assert (place["line"], place["start"], place["length"]) == (1, len(whole.ids) - 256, 256)
     entry = read_manifest(cut).sources["long"]
     assert (entry.truncated_documents, entry.tokens_lost) == (1, len(whole.ids) - 256)
@@ -232,7 +231,7 @@ def test_a_conversation_too_long_is_refused_cut_from_the_left_or_split(tmp_path,
     pieces = {}
     for stream, index, sample in all_samples(PackedDataset([split])):
         if stream.source == "long":
-            (place,) = Tracer([split]).documents(source="long", bucket=stream.bucket, index=index)
+            (place,) = PackedDataset([split]).documents(SampleId("long", stream.bucket, index))
             pieces[place["start"]] = sample
     joined = [pieces[start] for start in sorted(pieces)]
     assert np.concatenate([sample.tokens for sample in joined]).tolist() == whole.ids.tolist()

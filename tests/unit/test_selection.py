@@ -8,14 +8,15 @@ import pytest
 
 from megatron_xy.data import build, deduplicate, tokenize, workers
 from megatron_xy.data.build import Share, build_dataset
+from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.deduplicate import HashTask, RangeTask, hash_documents, search_range
 from megatron_xy.data.documents import Part
 from megatron_xy.data.examine import verify_dataset
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.row_contents import RowFields
+from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.selection import LINE_BITS, is_held_out
-from megatron_xy.data.trace import Tracer
 from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
@@ -64,12 +65,12 @@ def run(folder, tokenizer, output, **options):
 
 def places(output):
     """Where the documents of a data folder stand, sorted."""
-    tracer = Tracer([output])
+    dataset = PackedDataset([output])
     found = set()
     for source, entry in read_manifest(output).sources.items():
         for size, bucket in entry.buckets.items():
             for index in range(bucket.samples):
-                pieces = tracer.documents(source=source, bucket=int(size), index=index)
+                pieces = dataset.documents(SampleId(source, int(size), index))
                 found |= {(piece["file"], piece["line"]) for piece in pieces}
     return sorted(found)
 

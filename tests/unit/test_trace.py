@@ -22,7 +22,7 @@ from megatron_xy.data.phases import run_sampler
 from megatron_xy.data.plan_steps import plan_steps
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.data.trace import Tracer, trace_steps
+from megatron_xy.data.trace import trace_steps
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
@@ -82,13 +82,13 @@ def test_every_piece_is_the_named_part_of_the_named_line(corpus, tokenizer, tmp_
     expected, folder = corpus
     run(folder, tokenizer, tmp_path / "out", workers=workers)
     verify_dataset(tmp_path / "out")
-    tracer, encode = Tracer([tmp_path / "out"]), load_tokenizer(tokenizer).encode
+    encode = load_tokenizer(tokenizer).encode
     dataset = PackedDataset([tmp_path / "out"])
     covered = dict.fromkeys(expected, 0)
     for stream in dataset.streams:
         for index in range(stream.num_samples):
             sample = dataset.sample(SampleId(stream.source, stream.bucket, index))
-            documents = tracer.documents(source=stream.source, bucket=stream.bucket, index=index)
+            documents = dataset.documents(SampleId(stream.source, stream.bucket, index))
             pieces = np.split(sample.tokens, np.cumsum(sample.piece_lengths)[:-1])
             for document, piece in zip(documents, pieces, strict=True):
                 place, start = (document["file"], document["line"]), document["start"]
@@ -96,7 +96,7 @@ def test_every_piece_is_the_named_part_of_the_named_line(corpus, tokenizer, tmp_
                 covered[place] += document["length"]
     assert covered == {place: len(encode(text)) for place, text in expected.items()}
     with pytest.raises(IndexError, match="sample 10000 of"):
-        tracer.documents(source="a", bucket=16, index=10_000)
+        dataset.documents(SampleId("a", 16, 10_000))
 
 
 def write_config(tmp_path):
@@ -125,12 +125,12 @@ def test_steps_are_traced_as_they_are_planned(corpus, tokenizer, tmp_path):
     asked = {"config_path": config, "overrides": ["seed=7"], "steps": range(3, 9)}
     rows = list(trace_steps(tmp_path / "out", **asked))
     planned = plan_steps(tmp_path / "out", **asked, data_parallel_size=1, data_parallel_rank=0)
-    tracer = Tracer([tmp_path / "out"])
+    dataset = PackedDataset([tmp_path / "out"])
     assert rows == [
         {
             **{key: row[key] for key in ("data_step", "bucket", "source")},
             "sample": index,
-            "documents": tracer.documents(source=row["source"], bucket=row["bucket"], index=index),
+            "documents": dataset.documents(SampleId(row["source"], row["bucket"], index)),
         }
         for row in planned
         for index in row["samples"]
@@ -198,12 +198,12 @@ def test_a_damaged_trace_is_refused(corpus, tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"\.trace is damaged: its checksum"):
         verify_dataset(tmp_path / "out")
     os.truncate(path, len(whole) - 16)
-    for refused in (verify_dataset, lambda out: Tracer([out]).documents(source="a", bucket=16, index=0)):
+    for refused in (verify_dataset, lambda out: PackedDataset([out]).documents(SampleId("a", 16, 0))):
         with pytest.raises(DataError, match=r"\.trace has \d+ bytes"):
             refused(tmp_path / "out")
     path.unlink()
     with pytest.raises(DataError, match=r"\.trace is missing"):
-        Tracer([tmp_path / "out"]).documents(source="a", bucket=16, index=0)
+        PackedDataset([tmp_path / "out"]).documents(SampleId("a", 16, 0))
 
 
 def test_nothing_stays_of_a_writer_that_fails(tmp_path):
