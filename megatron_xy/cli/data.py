@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_xy.cli.options import AsJson, Overrides, say, tell_whole
-from megatron_xy.errors import ConfigError, UsageError
+from megatron_xy.errors import UsageError
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 
 FILE_COLUMNS = 120  # of tables that go into a file or a pipe, where no number is to be cut
@@ -100,8 +100,6 @@ def data_build(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from megatron_xy.data.build import DEFAULT_BUCKETS, build_dataset
     from megatron_xy.data.build_folder import Share
-    from megatron_xy.data.manifest import RESERVED_NAMES, SOURCE_RULE, is_source_name
-    from megatron_xy.data.packing import check_buckets
     from megatron_xy.data.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
@@ -111,13 +109,6 @@ def data_build(
     sizes: Sequence[int] = DEFAULT_BUCKETS if buckets is None else _numbers(buckets, option="--buckets")
     if seq_length is not None:
         sizes = [seq_length]
-    if not is_source_name(source):
-        taken = ", ".join(sorted(RESERVED_NAMES))
-        raise UsageError(f"--source {source[:100]}: must be {SOURCE_RULE}, and none of {taken}")
-    try:
-        check_buckets(sizes)
-    except ConfigError as error:
-        raise UsageError(str(error)) from None
     with showing_progress() as progress, cleaned_up_on_signals("; the same command goes on where it was"):
         stats = build_dataset(
             [*inputs, *(more_inputs or [])],

@@ -19,7 +19,7 @@ from megatron_xy.data.chat_template import load_chat_template
 from megatron_xy.data.documents import BadLinePolicy, Part, ScannedFile
 from megatron_xy.data.inputs import find_inputs, input_size, is_prefix, scan_file
 from megatron_xy.data.loaded import load_anew, load_engines
-from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME, SOURCE_RULE, is_source_name
+from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME, RESERVED_NAMES, SOURCE_RULE, is_source_name
 from megatron_xy.data.packing import (
     WINDOW_DOCUMENTS,
     Overflow,
@@ -33,7 +33,7 @@ from megatron_xy.data.tokenize import group_parts, part_bytes_for
 from megatron_xy.data.tokenizer import Tokenizer
 from megatron_xy.data.work_folder import WORK_FOLDER
 from megatron_xy.data.workers import Advance, ExecutorName, Progress, Workers
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 
 DEFAULT_BUCKETS = (2048, 4096, 8192, 16384)
 WORK_FORMAT = 2  # of what an unfinished build leaves there: another version starts over
@@ -82,8 +82,12 @@ def build_dataset(
     was; where it is already finished, nothing is done and "reused" is true. `bad_lines` (see BadLinePolicy): all that
     are left out are counted and listed in OUTPUT/bad_lines.txt. `packing` and `overflow`: see packing.py.
     `progress(phase, done, total, unit)` is called about twice a second.
-    Raises ConfigError (arguments, paths, another data set in `output`), DataError (corpus, tokenizer), StorageError.
+    Raises UsageError (source, buckets), ConfigError (other arguments, paths, another data set in `output`), DataError
+    (corpus, tokenizer), StorageError.
     """
+    if not is_source_name(source):
+        taken = ", ".join(sorted(RESERVED_NAMES))
+        raise UsageError(f"source ({source[:100]}) must be {SOURCE_RULE}, and none of {taken}")
     sizes = check_buckets(buckets)
     check_policy(packing, overflow, buckets=sizes)
     loaded = load_anew(tokenizer)
@@ -94,10 +98,6 @@ def build_dataset(
     )
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out ({held_out}) must be a fraction from 0 to below 1, such as 0.01")
-    if not is_source_name(source):
-        raise ConfigError(
-            f"source ({source[:100]}) cannot name a folder of the data: {SOURCE_RULE}, and not a manifest"
-        )
     files = find_inputs(inputs)
     _check_inputs(files, append_eod=append_eod, source_field=source_field, looks_at_texts=deduplicate or held_out > 0)
     folder = Path(output)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_xy.data.best_fit import EngineName, best_fit
 from megatron_xy.data.sample_plan import Plan
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 
 Integers = NDArray[np.int64]
 Lengths = NDArray[np.int32]
@@ -29,11 +29,11 @@ LARGEST_DOCUMENT = (1 << 31) - 1  # tokens, as in Megatron's index
 
 
 def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
-    """The bucket sizes as a tuple. Raises ConfigError unless they are positive, ascending and each named once."""
+    """The bucket sizes as a tuple. Raises UsageError unless they are positive, ascending and each named once."""
     given = tuple(int(bucket) for bucket in buckets)
     if not given or given != tuple(sorted(set(given))) or given[0] < 1 or given[-1] > LARGEST_BUCKET:
         shown = ",".join(str(bucket) for bucket in given)
-        raise ConfigError(
+        raise UsageError(
             f"buckets ({shown}) must be ascending sizes in tokens, each once, from 1 to {LARGEST_BUCKET}, "
             "such as 2048,4096,8192,16384"
         )
@@ -72,7 +72,7 @@ def pack(
     sample of Megatron's holds one token more, the label of its last one, which here is not learned.)
 
     Documents of length 0 are skipped. Deterministic, the same for every `engine`; O(documents + largest bucket).
-    Raises ConfigError for bad buckets, policies or engine.
+    Raises UsageError for bad buckets, ConfigError for bad policies or engine.
     """
     sizes = check_buckets(buckets)
     check_policy(packing, overflow, buckets=sizes)

@@ -114,7 +114,7 @@ def test_what_has_no_field_of_a_source_has_the_one_that_is_given(corpus, tokeniz
     assert [3, 4, 5] in books and len(books) == 2
     with pytest.raises(ConfigError, match="of other inputs or options"):
         build_dataset(inputs, output=tmp_path / "out", **options)
-    with pytest.raises(ConfigError, match=r"source \(a/b\) cannot name a folder"):
+    with pytest.raises(UsageError, match=r"source \(a/b\) must be 1 to 100 letters"):
         build_dataset(inputs, output=tmp_path / "other", source="a/b", **options)
 
 

@@ -17,7 +17,7 @@ from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.origins import TracedWriter, document_rows
 from megatron_xy.data.pack_shards import pack_shard, pack_tasks
 from megatron_xy.data.packing import WINDOW_DOCUMENTS, check_buckets, check_policy, pack
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, UsageError
 
 ENGINES = ("auto", "python")
 buckets_lists = st.lists(st.integers(1, 90), min_size=1, max_size=5, unique=True).map(sorted)
@@ -211,7 +211,7 @@ def test_ratios_on_lengths_like_a_real_corpus(buckets, most_documents):
 
 @pytest.mark.parametrize("buckets", [[], [0], [-1, 4], [4, 4], [8, 4], [1 << 21]])
 def test_bad_buckets_are_refused(buckets):
-    with pytest.raises(ConfigError, match="ascending"):
+    with pytest.raises(UsageError, match="ascending"):
         check_buckets(buckets)
 
 
