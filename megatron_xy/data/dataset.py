@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ from megatron_xy.data.sampler import Batch, BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 
 NO_LABEL = 0  # stands where loss_mask is 0; a valid id, so that an embedding or a loss may read it
+
+Step = TypeVar("Step")
 
 
 @dataclass(frozen=True)
@@ -293,21 +295,21 @@ def collate(
     )
 
 
-class Prefetcher:
-    """Prepares the next steps' micro-batches in a background thread; a context manager.
+class Prefetcher(Generic[Step]):
+    """Prepares the next steps in a background thread; a context manager.
 
-    `prepare` maps a data step to its micro-batches. It runs in one thread, one step at a time, and may run for steps
+    `prepare` makes what a data step needs. It runs in one thread, one step at a time, and may run for steps
     that nobody will ask for. Nothing about it needs saving: a run that resumes asks for another step.
     """
 
-    def __init__(self, prepare: Callable[[int], list[MicroBatch]], *, depth: int = 2) -> None:
+    def __init__(self, prepare: Callable[[int], Step], *, depth: int = 2) -> None:
         self._prepare = prepare
         self._depth = depth
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._steps: dict[int, Future[list[MicroBatch]]] = {}
+        self._steps: dict[int, Future[Step]] = {}
 
-    def get(self, data_step: int) -> tuple[list[MicroBatch], float]:
-        """(the micro-batches of `data_step`, seconds waited for them); then `depth` steps more are on their way.
+    def get(self, data_step: int) -> tuple[Step, float]:
+        """(what was prepared for `data_step`, seconds waited for it); then `depth` steps more are on their way.
 
         Steps may be skipped or asked for again. Raises what `prepare` raised for this step.
         """
@@ -318,15 +320,15 @@ class Prefetcher:
             if step not in self._steps:
                 self._steps[step] = self._thread.submit(self._prepare, step)
         start = time.perf_counter()
-        batches = self._steps.pop(data_step).result()
-        return batches, time.perf_counter() - start
+        prepared = self._steps.pop(data_step).result()
+        return prepared, time.perf_counter() - start
 
     def close(self) -> None:
         """Ends the thread after the step it is at; what it has prepared is dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._steps.clear()
 
-    def __enter__(self) -> Prefetcher:
+    def __enter__(self) -> Prefetcher[Step]:
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -35,17 +35,11 @@ class StepLoader:
         self._dataset, self._config = dataset, config
         self._dp_size, self._dp_rank = dp_size, dp_rank
         self._epoch_ends = epoch_ends(config, dataset.streams, conversation_sources=dataset.conversation_sources)
-        self._prefetcher = Prefetcher(self._micro_batches)
+        self._prefetcher = Prefetcher(self._prepare)
 
     def get(self, data_step: int) -> tuple[PreparedStep, float]:
         """The step's micro-batches and the seconds waited for them."""
-        micro_batches, waited = self._prefetcher.get(data_step)
-        batch = self.sampler.batch(data_step)
-        samples: dict[str, list[int]] = {}
-        for source, index in zip(batch.sources, batch.indices, strict=True):
-            samples.setdefault(source, []).append(index)
-        num_samples = len(batch.indices)
-        return PreparedStep(batch.bucket, micro_batches, num_samples, batch.bucket * num_samples, samples), waited
+        return self._prefetcher.get(data_step)
 
     def ends_epoch(self, iteration: int) -> bool:
         """Whether an iteration, from 1 on, is the last of its epoch, in a run that counts in epochs."""
@@ -80,7 +74,7 @@ class StepLoader:
         """Ends the background thread."""
         self._prefetcher.close()
 
-    def _micro_batches(self, data_step: int) -> list[MicroBatch]:
+    def _prepare(self, data_step: int) -> PreparedStep:
         batch, mine = samples_of_rank(
             self._dataset,
             self.sampler,
@@ -91,7 +85,7 @@ class StepLoader:
         )
         micro_batch_tokens = self._config.training.micro_batch_tokens
         per_micro_batch = micro_batch_tokens // batch.bucket
-        return [
+        micro_batches = [
             collate(
                 [self._dataset.sample(sample) for sample in mine[first : first + per_micro_batch]],
                 source_indices=[self.sources.index(sample.source) for sample in mine[first : first + per_micro_batch]],
@@ -102,3 +96,8 @@ class StepLoader:
             )
             for first in range(0, len(mine), per_micro_batch)
         ]
+        samples: dict[str, list[int]] = {}
+        for source, index in zip(batch.sources, batch.indices, strict=True):
+            samples.setdefault(source, []).append(index)
+        num_samples = len(batch.indices)
+        return PreparedStep(batch.bucket, micro_batches, num_samples, batch.bucket * num_samples, samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.dataset import MicroBatch, Prefetcher
+from megatron_xy.data.dataset import Prefetcher
 from megatron_xy.data.loader import PreparedStep
 from megatron_xy.reward.batches import PairOrder, pair_micro_batches
 from megatron_xy.reward.pairs import PairData
@@ -21,22 +21,11 @@ class PairLoader:
         self._source_ids = [self.sources.index(pair.source) for pair in self._pairs]
         self._drawn = dict.fromkeys(self.sources, 0)  # tokens before the step of `_drawn_until`
         self._drawn_until = 0
-        self._prefetcher = Prefetcher(self._micro_batches)
+        self._prefetcher = Prefetcher(self._prepare)
 
     def get(self, data_step: int) -> tuple[PreparedStep, float]:
         """The step's micro-batches and the seconds waited for them."""
-        micro_batches, waited = self._prefetcher.get(data_step)
-        samples: dict[str, list[int]] = {}
-        numbers = self._order.step(data_step).pairs
-        for number in numbers:
-            samples.setdefault(self._pairs[number].source, []).append(number)
-        return PreparedStep(
-            bucket=self._config.training.micro_batch_tokens,
-            micro_batches=micro_batches,
-            num_samples=len(numbers),
-            num_tokens=sum(self._pairs[number].num_tokens for number in numbers),
-            samples=samples,
-        ), waited
+        return self._prefetcher.get(data_step)
 
     def ends_epoch(self, iteration: int) -> bool:
         """Whether an iteration, from 1 on, is the last of its epoch."""
@@ -65,10 +54,10 @@ class PairLoader:
         """Ends the background thread."""
         self._prefetcher.close()
 
-    def _micro_batches(self, data_step: int) -> list[MicroBatch]:
+    def _prepare(self, data_step: int) -> PreparedStep:
         numbers, config = self._order.step(data_step).pairs, self._config
         parallel, reward = config.parallel, config.reward_section
-        return pair_micro_batches(
+        micro_batches = pair_micro_batches(
             [self._pairs[number] for number in numbers],
             source_ids=[self._source_ids[number] for number in numbers],
             width=config.training.micro_batch_tokens,
@@ -78,4 +67,14 @@ class PairLoader:
             dp_rank=self._dp_rank,
             # The interleaved schedule takes them in rounds of as many as there are stages.
             multiple=parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 1,
+        )
+        samples: dict[str, list[int]] = {}
+        for number in numbers:
+            samples.setdefault(self._pairs[number].source, []).append(number)
+        return PreparedStep(
+            bucket=config.training.micro_batch_tokens,
+            micro_batches=micro_batches,
+            num_samples=len(numbers),
+            num_tokens=sum(self._pairs[number].num_tokens for number in numbers),
+            samples=samples,
         )
