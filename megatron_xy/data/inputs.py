@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_xy.data.documents import (
-    BadLinePolicy,
     Document,
     LineReport,
     Part,
@@ -93,10 +92,9 @@ def read_documents(
     *,
     text_field: str = "text",
     source_field: str | None = None,
-    bad_lines: BadLinePolicy = "limit",
 ) -> Iterator[Document]:
-    """All documents of `inputs` in order. Raises DataError at the end of a file that has bad lines, under "fail", or
-    in the end, under "limit"; ConfigError for Megatron's .bin/.idx, which hold no text.
+    """All documents of `inputs` in order. Raises DataError in the end where too many lines are bad; ConfigError for
+    Megatron's .bin/.idx, which hold no text.
     """
     total = LineReport()
     for path in find_inputs(inputs):
@@ -105,11 +103,8 @@ def read_documents(
         report = LineReport()
         whole = Part(str(path), 0, path.stat().st_size, 1, stamp=file_stamp(path))
         yield from read_part(whole, RowFields(text_field, source_field), report=report)
-        if bad_lines == "fail":
-            report.raise_if_bad()
         total.add(report)
-    if bad_lines == "limit":
-        total.raise_if_too_bad()
+    total.raise_if_too_bad()
 
 
 def _scan(path: Path, *, part_bytes: int, file: int, advance: Callable[[int], None]) -> ScannedFile:

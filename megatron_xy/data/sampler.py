@@ -124,9 +124,9 @@ class BucketSampler:
             for number, one in enumerate(rounds)
         )
 
-    def shares(self, data_step: int = 0) -> dict[tuple[str, int], float]:
-        """{(source, bucket): its part of the tokens drawn in the phase of `data_step`}; the sum is 1."""
-        return dict(self._phase_of(data_step).shares)
+    def shares(self) -> dict[tuple[str, int], float]:
+        """{(source, bucket): its part of the tokens drawn in the first phase}; the sum is 1."""
+        return dict(self._phases[0].shares)
 
     def epochs(self, data_step: int) -> dict[tuple[str, int], float]:
         """{(source, bucket): how often its samples were drawn in all steps before `data_step`}, without empty ones."""

@@ -98,12 +98,8 @@ class Tokenizer:
         """Token ids [length] of one text, without control ids."""
         return self.encode_flat([text]).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Token ids of each text, [length] each, without control ids. A text must hold no lone surrogates."""
-        return self.encode_flat(texts).split()
-
     def encode_flat(self, texts: Sequence[str]) -> TokenBatch:
-        """As `encode_batch`, the ids of all texts in one array."""
+        """Token ids of each text, without control ids. A text must hold no lone surrogates."""
         return self.checked(self.engine.encode(texts))
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> PlacedTokens:

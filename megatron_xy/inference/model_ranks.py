@@ -41,7 +41,7 @@ def stored_dtype(origin: str) -> Literal["fp32", "bf16"]:
 
 
 @contextlib.contextmanager
-def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
+def joined(config: RunConfig) -> Iterator[Role]:
     """Inside, this process is a rank of the model's world; a world of its own where no launcher started it.
 
     config: of `complete_options`. Raises DataError for damaged weights, PeerLost, ConfigError where memory runs out.
@@ -57,7 +57,7 @@ def joined(config: RunConfig, *, name: str = "model") -> Iterator[Role]:
             waits.install()
             parallel.start_distributed(timeout_seconds=timeout)
         groups = parallel.build_groups(
-            name, ranks=range(environment.world_size()), parallel=config.parallel, timeout_seconds=timeout
+            "model", ranks=range(environment.world_size()), parallel=config.parallel, timeout_seconds=timeout
         )
         assert groups is not None, "the role has all ranks"
         role = build_role(
