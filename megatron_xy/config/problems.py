@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,8 @@ def nearest_multiples(value: int, unit: int) -> str:
 
 
 def nearest_divisors(value: int, whole: int) -> str:
-    """The divisors of `whole` on either side of `value`, as text."""
-    divisors = [number for number in range(1, whole + 1) if whole % number == 0]
+    """The divisors of `whole` on either side of `value`, as text; above 10^12 of those that are quickly found."""
+    smaller = [number for number in range(1, min(math.isqrt(whole), 10**6) + 1) if whole % number == 0]
+    divisors = sorted({*smaller, *(whole // number for number in smaller)})
     below, above = [n for n in divisors if n < value][-1:], [n for n in divisors if n > value][:1]
     return ", ".join(map(str, below + above))

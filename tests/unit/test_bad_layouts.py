@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xy.config import InvalidConfig, load_config
+from megatron_xy.config.problems import nearest_divisors
 from megatron_xy.errors import EXIT_BAD_CONFIG
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -62,6 +63,12 @@ def test_a_bad_layout_is_told_with_its_values_and_the_nearest_good_ones(path, ov
     assert caught.value.exit_code == EXIT_BAD_CONFIG == 78
     for part in told:
         assert part in str(caught.value)
+
+
+def test_divisors_of_large_numbers_are_found_without_counting_up_to_them():
+    assert nearest_divisors(5, 64) == "4, 8" and nearest_divisors(8, 64) == "4, 16" and nearest_divisors(7, 6) == "6"
+    assert nearest_divisors(32, 1_000_000_007) == "1, 1000000007"
+    assert nearest_divisors(2, 2**61 - 1) == "1, 2305843009213693951", "a prime whose root is 1.5 x 10^9"
 
 
 def test_all_faults_stand_in_one_report():
