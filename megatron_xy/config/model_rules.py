@@ -89,7 +89,7 @@ def _rope_scaling_rules(scaling: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "linear": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
-    if kind not in needed:
+    if not isinstance(kind, str) or kind not in needed:
         yield "model.rope_scaling", f"model.rope_scaling: kind {kind!r} is not supported; linear and llama3 are"
         return
     if missing := sorted(needed[kind] - set(scaling)):

@@ -400,6 +400,8 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("optimizer.min_lr=1", "optimizer.min_lr (1) must not exceed lr (0.0003); lower it"),
         ("model.rope_scaling={rope_type: yarn}",
          "model.rope_scaling: kind 'yarn' is not supported; linear and llama3 are"),
+        ("model.rope_scaling={type: [1]}",
+         "model.rope_scaling: kind [1] is not supported; linear and llama3 are"),
         ("model.rope_scaling={factor: 8}", "model.rope_scaling: kind None is not supported; linear and llama3 are"),
         ("model.rope_scaling={type: linear}", "model.rope_scaling of kind linear lacks factor"),
         ("model.rope_scaling={type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4, "
