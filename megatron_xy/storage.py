@@ -28,7 +28,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Replaces `path` by `content` in one step; `durable` also waits for the disk. Raises StorageError."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with storage_errors(path):
             temporary.write_bytes(content)

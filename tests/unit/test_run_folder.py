@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_xy import storage
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.run_folder import (
     EXIT_NAMES,
@@ -212,15 +213,30 @@ def test_env_names_what_the_run_ran_on(tmp_path):
     assert environment["git_revision"] is None or len(environment["git_revision"]) >= 40
 
 
-def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
+def test_writers_of_one_file_do_not_meet_whatever_their_process_ids(tmp_path, monkeypatch):
+    """Containers that share a disk count their processes each for itself."""
+    replace = storage.replace
+
+    def after_another(temporary, path, *, durable):
+        monkeypatch.setattr(storage, "replace", replace)
+        write_json(path, "another's")
+        replace(temporary, path, durable=durable)
+
+    monkeypatch.setattr(storage, "replace", after_another)
+    write_json(tmp_path / "a.json", "ours")
+    assert (tmp_path / "a.json").read_text() == '"ours"\n'
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", 1)
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", [2, object()])
     assert (tmp_path / "a.json").read_text() == "1\n"
     with pytest.raises(StorageError, match=r"b\.json cannot be written: No such file"):
         write_json(tmp_path / "missing" / "b.json", 1)
-    temporary = tmp_path / f".tmp-{os.getpid()}-c.json"
+    temporary = tmp_path / ".tmp-c.json"
     temporary.mkdir()  # what can be neither written nor removed, as on a read-only file system
+    monkeypatch.setattr(storage, "temporary_name", lambda name: f".tmp-{name}")
     with pytest.raises(StorageError, match=r"c\.json cannot be written: Is a directory"):
         write_json(tmp_path / "c.json", 1)
     temporary.rmdir()
