@@ -101,6 +101,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = run_of(RUN, tmp_path, world_size=8)
     with pytest.raises(ConfigError, match=r"--bucket 1000: training.micro_batch_tokens \(1024\) must be a multiple"):
         verb.run(config, ranks=[0], world_size=8, bucket=1000, say=print)
+    pairs = config.model_copy(update={"task": "reward"})
+    with pytest.raises(ConfigError, match=r"--bucket 1: a pair has two answers, so at least 2 tokens"):
+        verb.run(pairs, ranks=[0], world_size=8, bucket=1, say=print)
     roles = run_of(PPO, tmp_path, world_size=7)
     with pytest.raises(ConfigError, match=r"--bucket 200: .* more than ppo.max_response_length \(256\)"):
         verb.run(roles, ranks=[0], world_size=7, bucket=200, say=print)
