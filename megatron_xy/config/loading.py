@@ -23,13 +23,18 @@ from megatron_xy.config.validation import validate
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.yaml_file import Lines, apply_overrides, read_yaml
 
+MOST_RANKS = 1_000_000  # lists of ranks are made; a role's `ranks` name no higher ones
+
 
 def load_config(path: Path, *, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:
     """Reads `path`, applies `section.key=value` overrides in order and returns the checked config.
 
-    Raises InvalidConfig with every problem at once, ConfigError where `path` is no YAML file at all. With `world_size`
-    the rules that need the number of ranks are among them; without, `check_world` checks these.
+    Raises InvalidConfig with every problem at once, ConfigError where `path` is no YAML file at all, UsageError for
+    more than MOST_RANKS. With `world_size` the rules that need the number of ranks are among them; without,
+    `check_world` checks these.
     """
+    if world_size is not None and world_size > MOST_RANKS:
+        raise UsageError(f"world size ({world_size}) must be at most {MOST_RANKS}; take fewer nodes or ranks")
     values, lines = read_yaml(path)
     problems = [Problem(where, text) for where, text in apply_overrides(values, lines, overrides)]
     _let_overrides_place_roles(values, overrides)

@@ -23,7 +23,7 @@ from megatron_xy.config import (
 )
 from megatron_xy.config.sections import SECTIONS, RoleConfig
 from megatron_xy.config.unknown_keys import OTHER_SPELLINGS
-from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError
+from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import config_reference
@@ -589,6 +589,11 @@ def test_check_world(run_yaml: Path) -> None:
 
 def test_data_parallel_size() -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4)
+def test_more_ranks_than_can_be_listed_are_refused(run_yaml: Path) -> None:
+    with pytest.raises(UsageError, match=r"world size \(10000000000\) must be at most 1000000"):
+        load_config(run_yaml, world_size=10**10)
+
+
     assert data_parallel_size(parallel, world_size=24) == 3
     with pytest.raises(InvalidConfig, match=r"world size \(2\).*nearest: 8"):
         data_parallel_size(parallel, world_size=2)
