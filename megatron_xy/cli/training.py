@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import time
@@ -54,8 +55,9 @@ def run(
     except MegatronXYError as error:
         run_dir = run_dir_of(run_yaml, overrides=options)
         if run_dir is not None:
-            run_folder.prepare(run_dir)
-            run_folder.record_exit(run_dir, code=error.exit_code, message=str(error), rank=None)
+            with contextlib.suppress(MegatronXYError):  # a folder that takes no record does not hide the reason
+                run_folder.prepare(run_dir)
+                run_folder.record_exit(run_dir, code=error.exit_code, message=str(error), rank=None)
         raise
     print(f"starting {nproc_per_node} rank(s) on this machine, in {config.run_dir}", flush=True)
     code = supervise(

@@ -7,7 +7,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from megatron_xy.cli import app
 from megatron_xy.config import (
     InvalidConfig,
     ParallelConfig,
@@ -587,13 +589,13 @@ def test_check_world(run_yaml: Path) -> None:
     ]
 
 
-def test_data_parallel_size() -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4)
 def test_more_ranks_than_can_be_listed_are_refused(run_yaml: Path) -> None:
     with pytest.raises(UsageError, match=r"world size \(10000000000\) must be at most 1000000"):
         load_config(run_yaml, world_size=10**10)
 
 
+def test_data_parallel_size() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4)
     assert data_parallel_size(parallel, world_size=24) == 3
     with pytest.raises(InvalidConfig, match=r"world size \(2\).*nearest: 8"):
         data_parallel_size(parallel, world_size=2)
@@ -662,6 +664,11 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
 
 
 # run_dir_of and dump_config
+
+
+def test_a_run_dir_that_cannot_be_made_hides_nothing_else(run_yaml: Path) -> None:
+    result = CliRunner().invoke(app, ["run", str(run_yaml), f"run_dir={run_yaml}/below", "seed=x"])
+    assert isinstance(result.exception, InvalidConfig) and "seed (x)" in str(result.exception)
 
 
 def test_run_dir_of_broken_configs(run_yaml: Path, tmp_path: Path) -> None:
