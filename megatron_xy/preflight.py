@@ -36,6 +36,7 @@ from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
 from megatron_xy.run_dir import check_resume, check_space, check_weights_to_load, iterations_to_resume
 from megatron_xy.run_folder import check_place
+from megatron_xy.runtime.signals import cleaned_up_on_signals
 from megatron_xy.storage import file_sha256
 
 BUILT_DATA = "data"  # in a run folder: what was built of files of rows
@@ -54,7 +55,7 @@ def check_paths(config: RunConfig, *, build_into: Path | None = None) -> None:
         _check_reward_paths(config)
         return
     if build_into is None:
-        with tempfile.TemporaryDirectory() as folder:
+        with cleaned_up_on_signals("; nothing is kept"), tempfile.TemporaryDirectory() as folder:
             return check_paths(config, build_into=Path(folder))
     findings = _Findings()
     completed = _completed(config, findings)

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
+import tempfile
 
 import pytest
 
+from megatron_xy import preflight
 from megatron_xy.checkpoint.continuation import facts
 from megatron_xy.checkpoint.files import Manifest, write_manifest
 from megatron_xy.checkpoint.folders import iteration_folder
@@ -61,6 +64,21 @@ def test_what_the_run_would_not_go_on_with_is_found_before_it(config):
     }.items():
         with pytest.raises(ConfigError, match=told):
             check_paths(config(override))
+
+
+def test_a_stop_signal_leaves_no_folder_behind(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+
+    def stopped(_, findings, *, build_into):
+        (build_into / "half").touch()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(preflight, "_look_at_data", stopped)
+    with pytest.raises(SystemExit) as ended:
+        check_paths(config())
+    assert ended.value.code == 75 and capsys.readouterr().err == "stopped by SIGTERM; nothing is kept\n"
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_damaged_newest_checkpoint_is_left_to_the_run_which_passes_it_over(config):
