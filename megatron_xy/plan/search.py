@@ -33,6 +33,20 @@ def nearest_fits(plan: Plan, found: list[Plan]) -> list[Plan]:
     return [by_changes[number] for number in sorted(by_changes) if number][:3]
 
 
+def refusal(config: RunConfig, *, world_size: int, gpus_per_node: int) -> str | None:
+    """Why the rules allow no layout of so many ranks, by the last one that divides them; None of PPO's roles."""
+    told = None
+    for candidate in _layouts(config, gpus_per_node=gpus_per_node) if config.task != "ppo" else ():
+        try:
+            check_world(candidate, world_size=world_size)
+        except InvalidConfig as error:
+            if world_size % candidate.parallel.model_parallel_size == 0:
+                told = f"no layout of these ranks is allowed; with {' '.join(changes(config, candidate))}: {error}"
+        else:
+            return None
+    return told
+
+
 def changes(before: RunConfig, after: RunConfig) -> list[str]:
     """What differs in ranks, layout and recomputation, as overrides."""
     if before.task != "ppo":
@@ -56,6 +70,15 @@ def changes(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def _candidates(config: RunConfig, *, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
+    for candidate in _layouts(config, gpus_per_node=gpus_per_node):
+        try:
+            check_world(candidate, world_size=world_size)
+        except InvalidConfig:
+            continue
+        yield candidate
+
+
+def _layouts(config: RunConfig, *, gpus_per_node: int) -> Iterator[RunConfig]:
     assert config.model.num_layers, "the shape is complete once a run is planned"
     for tp, pp, recompute in itertools.product(TENSOR_SIZES, PIPELINE_SIZES, RECOMPUTATIONS):
         if tp > gpus_per_node or pp > config.model.num_layers:
@@ -74,9 +97,4 @@ def _candidates(config: RunConfig, *, world_size: int, gpus_per_node: int) -> It
                 }
             )
             model = config.model.model_copy(update={"recompute_granularity": recompute})
-            candidate = config.model_copy(update={"parallel": parallel, "model": model})
-            try:
-                check_world(candidate, world_size=world_size)
-            except InvalidConfig:
-                continue
-            yield candidate
+            yield config.model_copy(update={"parallel": parallel, "model": model})

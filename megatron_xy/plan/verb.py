@@ -16,7 +16,7 @@ from megatron_xy.model.source import with_shapes
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan
-from megatron_xy.plan.search import changes, nearest_fits, search
+from megatron_xy.plan.search import changes, nearest_fits, refusal, search
 from megatron_xy.plan.told import NO_LAYOUT, calibrated, layouts, placements, remedies, tables
 
 UNITS = {"M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -56,7 +56,8 @@ def plan(
     find = partial(search, given, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=chosen, rates=rates)
     found = find() if do_search else []
     if refused and not found:
-        raise ConfigError(f"{refused}\n{NO_LAYOUT}")
+        why = refusal(given, world_size=num_nodes * gpus_per_node, gpus_per_node=gpus_per_node)
+        raise ConfigError(f"{refused}\n{why or NO_LAYOUT}")
     made = make_plan(
         found[0].config if refused else given,
         num_nodes=num_nodes,

@@ -171,6 +171,16 @@ def test_a_search_needs_no_layout_that_goes_with_the_ranks(capsys):
     load_config(path, overrides=told["overrides"], world_size=48)
 
 
+def test_a_search_says_why_no_layout_goes_with_the_ranks():
+    options = {"overrides": [], "gpus_per_node": 8, "gpu": "h100", "tokens": None, "calibrate_by": None}
+    with pytest.raises(
+        ConfigError, match=r"nearest: 480, 512\nno layout .* is allowed; with .*: 1 problem(?s:.*) 63 = "
+    ):
+        verb.plan(EXAMPLES / "xuanyuan2_70b/pretrain.yaml", **options, num_nodes=63, do_search=True, as_json=False)
+    with pytest.raises(ConfigError, match="no layout of these ranks fits; take more nodes"):
+        verb.plan(EXAMPLES / "xuanyuan2_70b/pretrain.yaml", **options, num_nodes=1, do_search=True, as_json=False)
+
+
 def test_no_placement_drawn_at_random_is_faster_than_the_best_one_found():
     draw = random.Random(7)
     plan = planned("xuanyuan2_70b/ppo.yaml", num_nodes=16)
