@@ -99,6 +99,11 @@ def withdraw(run_dir: Path) -> None:
     (_folder(run_dir) / REQUEST).unlink(missing_ok=True)
 
 
+def is_filed(run_dir: Path) -> bool:
+    """Whether there is a request of any start: for whoever cleared what earlier ones had left."""
+    return (_folder(run_dir) / REQUEST).exists()
+
+
 def read_request(run_dir: Path, *, since: float, attempt: int | None = None) -> Request | None:
     """The request of this start and attempt, if one was filed after `since` (Unix seconds: when this process began)."""
     wanted = (this_start(), current_attempt() if attempt is None else attempt)

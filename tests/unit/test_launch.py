@@ -19,6 +19,7 @@ from megatron_xy.cli import app
 from megatron_xy.config import InvalidConfig
 from megatron_xy.errors import ConfigError
 from megatron_xy.launch.job import _RULES
+from megatron_xy.run_folder import read_exit
 from tests.unit.fake_cluster import cluster_environment, make_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -297,6 +298,32 @@ def test_submit_hands_over_what_is_printed(
     monkeypatch.setenv("PATH", str(cluster))
     with pytest.raises(ConfigError, match=f"needs {program}, which is not on PATH"):
         launched("run.yaml", *target, "--submit")
+
+
+@pytest.mark.parametrize("where", [(), ("--nodes", "2", "--rdzv-endpoint", "node01:29500")], ids=["alone", "of two"])
+@pytest.mark.parametrize(
+    ("program", "code", "told"),
+    [
+        ("exit 1", 76, "(peer_lost): torchrun left with 1; its own words are in run/logs/torchrun.log"),
+        ("kill -KILL $$", 76, "(peer_lost): torchrun was killed by SIGKILL"),
+        ("kill -TERM $PPID; exec sleep 60", 75, "(stopped): stopped before the ranks had begun"),
+        ("exit 0", 0, ""),
+    ],
+)
+def test_submit_on_local_gives_a_documented_code_whatever_ends_torchrun(
+    cluster: Path, where: tuple[str, ...], program: str, code: int, told: str
+) -> None:
+    (cluster / "bin" / "torchrun").write_text(f"#!/bin/bash\n{program}\n")
+    command = ["launch", "run.yaml", "--gpus-per-node", "4", *where, "--venv", ".", "--submit"]
+    result = CliRunner().invoke(app, command)
+    record = read_exit(cluster / "run")
+    assert (result.exit_code, record.code if record else None) == (code, code), result
+    assert told in result.stderr
+
+
+def test_submit_on_local_needs_a_torchrun(cluster: Path) -> None:
+    with pytest.raises(ConfigError, match="/no/bin/torchrun is not there or no program; name another --venv"):
+        launched("run.yaml", "--gpus-per-node", "4", "--venv", "/no", "--submit")
 
 
 def test_all_texts_that_are_not_allowed_are_told_at_once(cluster: Path) -> None:
