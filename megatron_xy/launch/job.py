@@ -65,6 +65,7 @@ class Job:
     run_dir: Path
     num_threads: int  # of a rank
     timeout_seconds: int  # of a collective: how long ranks outlive a lost peer
+    resume: str  # checkpoint.resume
     nodes: int
     gpus_per_node: int
     name: str
@@ -186,6 +187,12 @@ def _kubernetes_problems(job: Job) -> Iterator[Problem]:
             "--volume-claim",
             "--volume-claim NAME is missing: the claim, mounted at --workdir, that holds RUN.yaml, "
             "data and the run folder, readable and writable from all nodes",
+        )
+    if job.resume != "auto":
+        yield Problem(
+            "checkpoint.resume",
+            f"checkpoint.resume ({job.resume}) would hold at every restart on kubernetes, too, which then began there "
+            "again; make such a start elsewhere, or take a run_dir of its own, and launch with auto",
         )
     if not job.workdir.startswith("/"):
         yield Problem(

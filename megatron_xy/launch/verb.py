@@ -29,6 +29,7 @@ def prepare_job(
             "run_dir": config.run_dir,
             "num_threads": config.runtime.num_threads,
             "timeout_seconds": math.ceil(config.runtime.timeout_seconds),
+            "resume": str(config.checkpoint.resume),
             "nodes": nodes,
             "gpus_per_node": gpus_per_node,
             "name": _name_of(config) if options["name"] is None else options["name"],

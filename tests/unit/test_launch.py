@@ -278,6 +278,14 @@ def test_kubernetes_needs(cluster: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("resume", ["never", "100"])
+def test_a_jobset_whose_restarts_would_not_go_on_is_refused(cluster: Path, resume: str) -> None:
+    with pytest.raises(InvalidConfig, match=rf"checkpoint.resume \({resume}\) would hold at every restart") as caught:
+        launched("run.yaml", *KUBERNETES, f"checkpoint.resume={resume}")
+    assert len(caught.value.problems) == 1
+    assert slurm_script(f"checkpoint.resume={resume}")
+
+
 @pytest.mark.parametrize(("target", "program"), [(("--on", "slurm"), "sbatch"), (KUBERNETES, "kubectl")])
 def test_submit_hands_over_what_is_printed(
     cluster: Path, monkeypatch: pytest.MonkeyPatch, target: tuple[str, ...], program: str
