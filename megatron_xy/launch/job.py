@@ -96,6 +96,11 @@ class Job:
         return self.run_dir / "logs"
 
     @property
+    def log_dir_from_anywhere(self) -> Path:
+        """The same, not from `workdir` but from wherever the job is handed in."""
+        return Path(self.workdir) / self.log_dir
+
+    @property
     def pyxis_image(self) -> str | None:
         """The container as pyxis takes it: registry#name:tag, where others write registry/name:tag; a file as it is."""
         if self.container is None or "#" in self.container or self.container.startswith(("/", ".")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 from megatron_xy import run_folder
 from megatron_xy.errors import ConfigError
@@ -27,8 +28,7 @@ def submit(job: Job) -> str:
             "leave --submit out and take the printed script there"
         )
     if job.target == "slurm":
-        run_folder.prepare(job.run_dir)
-        job.log_dir.mkdir(exist_ok=True)
+        run_folder.prepare(Path(job.workdir) / job.run_dir)
     answer = subprocess.run(command, input=script(job), capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise ConfigError(f"{' '.join(command)} refused the job ({answer.returncode}): {answer.stderr.strip()}")

@@ -286,6 +286,18 @@ def test_a_jobset_whose_restarts_would_not_go_on_is_refused(cluster: Path, resum
     assert slurm_script(f"checkpoint.resume={resume}")
 
 
+def test_submit_makes_the_log_folder_where_slurm_will_look_for_it(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster_environment(cluster, FAKE_CODE="0").items():
+        monkeypatch.setenv(name, value)
+    (cluster / "work").mkdir()
+    arguments = ("run.yaml", "--on", "slurm", "--workdir", cluster / "work")
+    assert f"mkdir -p {cluster}/work/run/logs &&" in launched(*arguments)
+    launched(*arguments, "--submit")
+    assert (cluster / "work" / "run" / "logs").is_dir() and not (cluster / "run").exists()
+
+
 @pytest.mark.parametrize(("target", "program"), [(("--on", "slurm"), "sbatch"), (KUBERNETES, "kubectl")])
 def test_submit_hands_over_what_is_printed(
     cluster: Path, monkeypatch: pytest.MonkeyPatch, target: tuple[str, ...], program: str

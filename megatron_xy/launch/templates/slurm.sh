@@ -1,6 +1,6 @@
 #!/bin/bash
 # {{ job.task }} of {{ job.run_yaml }} on {{ job.nodes }} node(s) of {{ job.gpus_per_node }} GPUs, written by `megatron-xy launch`.
-# Submit: mkdir -p {{ job.log_dir }} && sbatch THIS_FILE     (without the folder Slurm drops the job without a word)
+# Submit: mkdir -p {{ job.log_dir_from_anywhere }} && sbatch THIS_FILE     (without the folder Slurm drops the job without a word)
 #SBATCH --job-name={{ job.name }}
 #SBATCH --nodes={{ job.nodes + job.spare_nodes }}
 #SBATCH --ntasks-per-node=1
