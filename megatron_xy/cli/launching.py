@@ -21,7 +21,7 @@ def launch(
     ] = "local",
     nodes: Annotated[int, typer.Option("--nodes", min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="ranks a node")] = 8,
-    submit: Annotated[bool, typer.Option("--submit", help="start it: torchrun here, sbatch, kubectl apply")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="start it: torchrun here, sbatch, kubectl create")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print it only, which is the default")] = False,
     name: Annotated[str | None, typer.Option("--name", help="of the job; the run folder's unless given")] = None,
     workdir: Annotated[

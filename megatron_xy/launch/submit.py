@@ -13,7 +13,7 @@ from megatron_xy.launch.job import Job
 from megatron_xy.launch.scripts import script, torchrun, variables
 from megatron_xy.runtime.supervise import Torchrun, run_to_end
 
-_COMMANDS = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "--filename", "-"]}
+_COMMANDS = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "create", "--filename", "-"]}
 
 
 def submit(job: Job) -> str:

@@ -310,7 +310,7 @@ def test_submit_hands_over_what_is_printed(
     assert answer.strip() in ("Submitted batch job 7", "jobset created")
     assert (cluster / "record" / "stdin").read_text() == printed
     assert [word for word in recorded(cluster, "argv") if word] == (
-        [] if program == "sbatch" else ["apply", "--filename", "-"]
+        [] if program == "sbatch" else ["create", "--filename", "-"]
     )
     monkeypatch.setenv("FAKE_CODE", "1")
     with pytest.raises(ConfigError, match=r"refused the job \(1\)"):
