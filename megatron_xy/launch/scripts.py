@@ -68,8 +68,11 @@ def variables(job: Job) -> list[Variable]:
     found = [Variable(**entry) for entry in entries]
     found.append(Variable("OMP_NUM_THREADS", str(job.num_threads), "CPU threads a rank: runtime.num_threads"))
     if job.network_interface is not None:
-        why = "where NCCL and gloo meet before they use InfiniBand (--network-interface)"
-        found += [Variable(name, job.network_interface, why) for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")]
+        why = "where NCCL meets before it uses InfiniBand (--network-interface)"
+        found.append(Variable("NCCL_SOCKET_IFNAME", job.network_interface, why))
+        names = job.network_interface.lstrip("=")
+        if not names.startswith("^"):  # gloo takes names only, and could not leave one out
+            found.append(Variable("GLOO_SOCKET_IFNAME", names, "where gloo meets (--network-interface)"))
     if job.ib_hca is not None:
         found.append(Variable("NCCL_IB_HCA", job.ib_hca, "the adapters of the compute fabric alone (--ib-hca)"))
     return found

@@ -109,6 +109,13 @@ def test_every_variable_has_its_reason(cluster: Path) -> None:
             assert re.match(r" *# \w.{20}", before), (name, line)
 
 
+@pytest.mark.parametrize(("given", "of_gloo"), [("eth0,eth1", "eth0,eth1"), ("=eth0", "eth0"), ("^docker0", None)])
+def test_gloo_is_told_interfaces_by_their_plain_names(cluster: Path, given: str, of_gloo: str | None) -> None:
+    text = launched("run.yaml", *KUBERNETES, "--network-interface", given)
+    values = dict(re.findall(r"name: (\w+)_SOCKET_IFNAME\n *value: \"(.*)\"", text))
+    assert (values["NCCL"], values.get("GLOO")) == (given, of_gloo)
+
+
 def test_slurm_directives(cluster: Path) -> None:
     text = launched(
         PPO, "--on", "slurm", "--nodes", "16", "--time", "1-00:00:00", "--partition", "h100", "--account", "lab",
