@@ -167,6 +167,8 @@ def _contradictions(job: Job) -> Iterator[Problem]:
             f"--nodes ({job.nodes}) on local needs --rdzv-endpoint HOST:PORT, one of the nodes; "
             "the same command then goes on every node",
         )
+    if job.rdzv_endpoint is not None and int(job.rdzv_endpoint.rpartition(":")[2]) > 65535:
+        yield Problem("--rdzv-endpoint", f"--rdzv-endpoint ({job.rdzv_endpoint}): a port is 65535 at most")
     if job.target == "local" and job.container is not None:
         yield Problem("--container", "--container is for slurm and kubernetes; on local start the container yourself")
     if job.target == "kubernetes":

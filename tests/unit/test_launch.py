@@ -89,6 +89,8 @@ def test_local_is_one_torchrun(cluster: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["local", "slurm", "kubernetes"])
+    with pytest.raises(InvalidConfig, match=r"--rdzv-endpoint \(h1:65536\): a port is 65535 at most"):
+        launched("run.yaml", "--nodes", "2", "--gpus-per-node", "4", "--rdzv-endpoint", "h1:65536")
 def test_the_config_is_checked_for_the_exact_world(cluster: Path, target: str) -> None:
     with pytest.raises(InvalidConfig, match=r"world size \(9\) must be a multiple") as caught:
         launched("run.yaml", "--on", target, "--nodes", "3", "--gpus-per-node", "3")
