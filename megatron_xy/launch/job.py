@@ -171,6 +171,11 @@ def _contradictions(job: Job) -> Iterator[Problem]:
         yield Problem("--rdzv-endpoint", f"--rdzv-endpoint ({job.rdzv_endpoint}): a port is 65535 at most")
     if job.target == "local" and job.container is not None:
         yield Problem("--container", "--container is for slurm and kubernetes; on local start the container yourself")
+    if job.target == "local" and Path(job.workdir).resolve() != Path.cwd().resolve():
+        yield Problem(
+            "--workdir",
+            f"--workdir ({job.workdir}) is for slurm and kubernetes; on local change into that folder first",
+        )
     if job.target == "kubernetes":
         yield from _kubernetes_problems(job)
     if job.time_seconds is not None and job.time_seconds <= job.save_seconds:

@@ -269,6 +269,7 @@ def test_pyxis_is_told_the_registry_its_way(cluster: Path, image: str, by_pyxis:
     ],
 )
 def test_options_that_a_target_would_pass_over_are_refused(
+        (("--on", "local"), ("--workdir", "/elsewhere")),
     cluster: Path, target: tuple[str, ...], given: tuple[str, ...]
 ) -> None:
     with pytest.raises(InvalidConfig) as caught:
