@@ -39,10 +39,13 @@ def script(job: Job) -> str:
     )
     templates.filters["quoted"] = lambda value: shlex.quote(str(value))
     launcher = "torchrun" if job.container else shlex.quote(_torchrun_program(job))
-    values = {"job": job, "variables": variables(job), "launcher": launcher, "worker": shlex.join(_worker(job))}
+    worker = shlex.join(_worker(job))
+    values = {"job": job, "variables": variables(job), "launcher": launcher}
     if job.target == "slurm":
-        return templates.get_template("slurm.sh").render(values)
-    node_script = templates.get_template("node.sh").render(values, node_name=f'"$HOSTNAME.{job.name}"')
+        return templates.get_template("slurm.sh").render(values, worker=worker)
+    # Kubernetes fills in $(NAME) and makes $$ a $, also between quotes.
+    values |= {"worker": worker.replace("$", "$$"), "node_name": f'"$HOSTNAME.{job.name}"'}
+    node_script = templates.get_template("node.sh").render(values)
     return templates.get_template("jobset.yaml").render(values, node_script=node_script)
 
 
