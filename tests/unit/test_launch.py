@@ -19,7 +19,7 @@ from megatron_xy.cli import app
 from megatron_xy.config import InvalidConfig
 from megatron_xy.errors import ConfigError
 from megatron_xy.launch.job import _RULES
-from megatron_xy.run_folder import read_exit
+from megatron_xy.run_folder import lock, prepare, read_exit
 from tests.unit.fake_cluster import cluster_environment, make_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +195,20 @@ def test_slurm_forgets_the_last_try_and_takes_silence_for_a_lost_peer(cluster: P
     answer = run_script(cluster, slurm_script("--restarts", "0"))
     assert answer.returncode == 1 and "no exit.json" in answer.stdout
     assert not (cluster / "record" / "scontrol").exists()
+
+
+def test_a_start_in_a_folder_at_work_leaves_with_78_and_what_lies_there_alone(cluster: Path) -> None:
+    prepare(cluster / "run")
+    (cluster / "run" / "exit.json").write_text("another's")
+    manifest = yaml.safe_load(launched("run.yaml", "--nodes", "2", "--gpus-per-node", "4", *KUBERNETES))
+    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    with lock(cluster / "run"):
+        for script in (slurm_script(), container["args"][0]):
+            answer = run_script(cluster, script.replace("--wait 120", "--wait 0.1"), FAKE_CODE="0")
+            assert answer.returncode == 78 and "another run is active in run;" in answer.stdout, answer
+    assert (cluster / "run" / "exit.json").read_text() == "another's"
+    assert not [path for path in (cluster / "record").iterdir() if path.name.startswith(("scontrol", "torchrun"))]
+    assert run_script(cluster, slurm_script(), FAKE_CODE="0").returncode == 0, "the lock is free again"
 
 
 def test_slurm_passes_usr1_to_the_ranks_and_requeues(cluster: Path) -> None:

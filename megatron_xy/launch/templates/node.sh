@@ -21,6 +21,22 @@ train_node() {
     return "$status"
 }
 
+# Before a start: what ended an earlier one is forgotten. Not where another run is at work in the folder: what lies there is
+# that one's, and ours would be refused. The kernel's locks tell, as they do the ranks; those of a lost node outlive it on a
+# file server until their lease has run out (NFS: 90 s).
+forget_exit() {
+    local held
+    for held in {{ (job.run_dir / ".lock") | quoted }} {{ (job.run_dir / ".supervisor.lock") | quoted }}; do
+        [ -e "$held" ] || continue
+        flock --shared --wait 120 --conflict-exit-code 78 "$held" true
+        if [ $? -eq 78 ]; then
+            echo "another run is active in {{ job.run_dir }}; wait for it, stop it, or choose another run_dir"
+            exit 78
+        fi
+    done
+    rm -f {{ (job.run_dir / "exit.json") | quoted }}
+}
+
 # What ended the run, by RUN/exit.json: torchrun itself says 0 or 1 only.
 exit_code() {
     sed -n 's/^ *"code": *\([0-9]*\),*$/\1/p' {{ (job.run_dir / "exit.json") | quoted }} 2> /dev/null

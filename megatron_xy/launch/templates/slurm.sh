@@ -42,7 +42,7 @@ rendezvous_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 export head_node rendezvous_id
 # A requeued job goes on with its own checkpoints, whatever checkpoint.resume said to its first start.
 export MEGATRON_XY_START="slurm-$SLURM_JOB_ID" MEGATRON_XY_ATTEMPT="${SLURM_RESTART_COUNT:-0}"
-rm -f {{ (job.run_dir / "exit.json") | quoted }}  # what an earlier try left
+forget_exit
 
 srun --nodes={{ job.nodes }} --ntasks={{ job.nodes }} --ntasks-per-node=1 --nodelist="$(paste -sd, <<< "$good_nodes")" \
     --kill-on-bad-exit=0 --wait={{ job.timeout_seconds + 60 }} --label --cpu-bind=none \
