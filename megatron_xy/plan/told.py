@@ -38,14 +38,8 @@ def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Itera
     """The layouts of a search; what each changes, as overrides."""
     table = _table(
         f"{len(found)} layouts fit; the fastest",
-        "layout",
-        "recompute",
-        "GB",
-        "tokens/s/GPU",
-        "MFU",
-        "days",
-        "overrides",
-    )
+        "layout", "recompute", "GB", "tokens/s/GPU", "MFU", "days", "overrides",
+    )  # fmt: skip
     for other in found[:most]:
         table.add_row(
             _sizes(other.roles[0]),
@@ -161,18 +155,9 @@ def _sizes(role: RolePlan) -> str:
 
 def _memory(plan: Plan) -> RenderableType:
     headings = (
-        "role",
-        "stage",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "of micro-batches",
-        "buffers",
-        *(["generation"] if plan.time_line else []),
-        "total",
-        *(f"if {mode}" for mode in RECOMPUTE_MODES),
-    )
+        "role", "stage", "weights", "gradients", "optimizer", "activations", "of micro-batches", "buffers",
+        *(["generation"] if plan.time_line else []), "total", *(f"if {mode}" for mode in RECOMPUTE_MODES),
+    )  # fmt: skip
     largest = max(role.worst.total for role in plan.roles)
     unit, name = (GB, "GB") if largest >= GB else (1e6, "MB")
     table = _table(f"memory a rank, {name} (recompute: " + plan.config.model.recompute_granularity + ")", *headings)
@@ -194,24 +179,11 @@ def _memory(plan: Plan) -> RenderableType:
 
 
 def _speed(plan: Plan) -> RenderableType:
-    headings = (
-        "role",
-        "bucket",
-        "share",
-        "step",
-        "matmul",
-        "attention",
-        "other",
-        "tp",
-        "bubble",
-        "pp",
-        "dp",
-        "update",
-        "tokens/s/GPU",
-        "MFU",
-        "HFU",
-    )
-    table = _table("speed: parts of a step in %", *headings)
+    table = _table(
+        "speed: parts of a step in %",
+        "role", "bucket", "share", "step", "matmul", "attention", "other", "tp", "bubble", "pp", "dp", "update",
+        "tokens/s/GPU", "MFU", "HFU",
+    )  # fmt: skip
     for role in plan.roles:
         if not role.job.is_trained:
             continue
