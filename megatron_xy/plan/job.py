@@ -70,14 +70,6 @@ class Job:
         batches, tokens = answers.shape(number, length=length, parallel=self.parallel, dp_size=dp_size)
         return replace(self, dp_size=dp_size, num_micro_batches=batches, micro_batch_tokens=tokens)
 
-    def stage_of(self, rank: int) -> int:
-        """The pipeline stage of a global rank of the role."""
-        return self.ranks.index(rank) * self.parallel.pipeline_model_parallel_size // len(self.ranks)
-
-    def replica_of(self, rank: int) -> int:
-        """The data parallel rank of a global rank of the role."""
-        return self.ranks.index(rank) // self.parallel.tensor_model_parallel_size % self.dp_size
-
 
 def jobs(config: RunConfig, *, world_size: int) -> list[Job]:
     """The roles of a run over `world_size` ranks; one, named model, but for task ppo."""

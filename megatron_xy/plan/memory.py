@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from megatron_xy.config import RunConfig
 from megatron_xy.flops import DTYPE_BYTES
-from megatron_xy.plan.job import Answers, Job, jobs
+from megatron_xy.plan.job import Answers, Job
 from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters, stage_layers
 from megatron_xy.stages import padded_vocab_size
 
@@ -68,21 +67,10 @@ class RoleMemory:
         return self.static + self.activations
 
 
-def rank_memory(config: RunConfig, *, world_size: int, rank: int) -> list[RoleMemory]:
-    """What `rank` of a job holds, one entry a role that it has. The config is checked, its shapes complete.
-
-    A micro-batch has `micro_batch_tokens` tokens whatever its bucket: the figures are the same for all buckets.
-    """
-    return [
-        stage_memory(job, stage=job.stage_of(rank), replica=job.replica_of(rank))
-        for job in jobs(config, world_size=world_size)
-        if rank in job.ranks
-    ]
-
-
 def stage_memory(job: Job, *, stage: int, replica: int = 0, held: Held | None = None) -> RoleMemory:
     """What a rank of this stage and replica holds; tensor parallel ranks hold the same.
 
+    A micro-batch has `micro_batch_tokens` tokens whatever its bucket: the figures are the same for all buckets.
     held: what `held_between_steps` counts, where it is known already: recomputation does not change it.
     """
     parallel = job.parallel

@@ -12,11 +12,11 @@ from megatron_xy.config import RunConfig
 from megatron_xy.dryrun.ledger import Ledger, as_kernel
 from megatron_xy.dryrun.training import micro_batches, note_training_step
 from megatron_xy.model import kernels
-from megatron_xy.plan.memory import rank_memory
 from megatron_xy.runtime import environment
 from megatron_xy.training import pretrain
 from tests.distributed.dry_runs import dry_runs
 from tests.distributed.spawn import run_ranks
+from tests.planned import rank_memory
 
 WORLD_SIZE = 4
 MODEL = {

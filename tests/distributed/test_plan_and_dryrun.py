@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from megatron_xy.config import RunConfig, load_config
-from megatron_xy.plan.memory import rank_memory
 from tests.distributed.dry_runs import dry_runs
+from tests.planned import rank_memory
 
 EXAMPLES_70B = Path(__file__).parents[2] / "examples" / "xuanyuan2_70b"
 SHAPES = {

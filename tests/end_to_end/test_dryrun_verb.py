@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_xy.config import load_config
-from megatron_xy.plan.memory import rank_memory
+from tests.planned import rank_memory
 
 ROOT = Path(__file__).parents[2]
 PPO = """\

@@ -7,9 +7,10 @@ import pytest
 from megatron_xy.config import ModelConfig, ParallelConfig, load_config
 from megatron_xy.flops import num_parameters
 from megatron_xy.plan.job import jobs
-from megatron_xy.plan.memory import rank_memory, stage_memory
+from megatron_xy.plan.memory import stage_memory
 from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters
 from megatron_xy.plan.speed import traffic
+from tests.planned import rank_memory
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRETRAIN_70B = EXAMPLES / "xuanyuan2_70b" / "pretrain.yaml"
