@@ -7,7 +7,6 @@ step that was skipped or stands out, samples.jsonl answers of PPO; after a resum
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Self, TextIO
 
 from megatron_xy.boards import Board, open_boards
 from megatron_xy.errors import Stopped
-from megatron_xy.storage import write_text
+from megatron_xy.storage import without_non_finite, write_text
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "eval.jsonl"
@@ -140,7 +139,7 @@ class RunLog:
         if self._boards:
             if name not in self._records:
                 self._records[name] = (self.run_dir / name).open("a", encoding="utf-8")
-            self._records[name].write(json.dumps(_without_non_finite(record)) + "\n")
+            self._records[name].write(json.dumps(without_non_finite(record)) + "\n")
             self._records[name].flush()
 
     def _draw(self, scalars: dict[str, float], iteration: int) -> None:
@@ -208,13 +207,6 @@ def cut_records(path: Path, *, iteration: int) -> None:
         if record["iteration"] <= iteration:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
-
-
-def _without_non_finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _without_non_finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _duration(seconds: float) -> str:

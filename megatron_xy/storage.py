@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -41,6 +42,13 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Replaces `path` by `value` as JSON in one step; `durable` also waits for the disk. Raises StorageError."""
     write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)
+
+
+def without_non_finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null; keys become text."""
+    if isinstance(value, dict):
+        return {str(key): without_non_finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace(temporary: Path, path: Path, *, durable: bool = True) -> None:

@@ -21,9 +21,8 @@ from side_by_side_grades import GRADES, Question, read_questions
 
 from megatron_xy.errors import UsageError
 from megatron_xy.report.axes import COLOURS, finish
-from megatron_xy.report.numbers import without_nan
 from megatron_xy.report.page import ReportSection, page
-from megatron_xy.storage import write_bytes, write_json, write_text
+from megatron_xy.storage import without_non_finite, write_bytes, write_json, write_text
 
 RESAMPLES = 2000
 BAR_COLOURS = dict(zip(GRADES, (COLOURS[2], "#c9ccd1", COLOURS[1]), strict=True))
@@ -74,7 +73,7 @@ def write_report(key: Path, sheets: Sequence[Path], folder: Path, *, num_losses:
         ],
         "sharpest_losses": [{"id": question.row["id"], "grades": question.grades} for question in lost],
     }
-    write_json(folder / "report.json", without_nan(found))
+    write_json(folder / "report.json", without_non_finite(found))
     font = chinese_font("".join(f"{domain}{category}" for domain, category in standings))
     image = draw_bars(standings, font=font)
     write_bytes(folder / "bars.png", image)

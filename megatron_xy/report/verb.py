@@ -22,7 +22,6 @@ from megatron_xy.fonts import fonts_for_names
 from megatron_xy.report.benchmarks import draw_benchmarks
 from megatron_xy.report.evaluation import draw_evaluation
 from megatron_xy.report.mixture import draw_mixture
-from megatron_xy.report.numbers import without_nan
 from megatron_xy.report.page import ReportSection, page
 from megatron_xy.report.pictures import draw_data, draw_loss, draw_schedule, draw_throughput, draw_time_and_memory
 from megatron_xy.report.ppo import (
@@ -38,7 +37,7 @@ from megatron_xy.report.records import Metrics, read_metrics, read_records
 from megatron_xy.report.reward import draw_pairs, epoch_section, has_epochs
 from megatron_xy.report.sections import own_sections
 from megatron_xy.report.summary import summarise, summary_rows
-from megatron_xy.storage import storage_errors, write_bytes
+from megatron_xy.storage import storage_errors, without_non_finite, write_bytes
 
 
 class Picture(NamedTuple):
@@ -88,7 +87,7 @@ def make_report(
         else:
             with storage_errors(folder / f"{name}.png"):
                 (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
-    write_bytes(folder / "summary.json", (json.dumps(without_nan(summary), indent=2) + "\n").encode())
+    write_bytes(folder / "summary.json", (json.dumps(without_non_finite(summary), indent=2) + "\n").encode())
     if config.task == "ppo":
         sections = [*answer_sections(read_records(run_dir / "samples.jsonl").records), *sections]
     if config.task == "reward" and has_epochs(evaluations):
