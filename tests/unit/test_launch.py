@@ -320,11 +320,11 @@ def test_submit_makes_the_log_folder_where_slurm_will_look_for_it(
 ) -> None:
     for name, value in cluster_environment(cluster, FAKE_CODE="0").items():
         monkeypatch.setenv(name, value)
-    (cluster / "work").mkdir()
-    arguments = ("run.yaml", "--on", "slurm", "--workdir", cluster / "work")
-    assert f"mkdir -p {cluster}/work/run/logs &&" in launched(*arguments)
+    (cluster / "there").mkdir()
+    arguments = ("run.yaml", "--on", "slurm", "--workdir", cluster / "there")
+    assert f"mkdir -p {cluster}/there/run/logs &&" in launched(*arguments)
     launched(*arguments, "--submit")
-    assert (cluster / "work" / "run" / "logs").is_dir() and not (cluster / "run").exists()
+    assert (cluster / "there" / "run" / "logs").is_dir() and not (cluster / "run").exists()
 
 
 @pytest.mark.parametrize(("target", "program"), [(("--on", "slurm"), "sbatch"), (KUBERNETES, "kubectl")])
