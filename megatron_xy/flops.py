@@ -114,9 +114,7 @@ class _Shape(NamedTuple):
 
 
 def _shape(model: ModelConfig) -> _Shape:
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
-    missing = [f"model.{name}" for name in names if getattr(model, name) is None]
-    if missing:
+    if missing := [f"model.{key}" for key in model.missing_shape]:
         raise ConfigError(f"{', '.join(missing)} missing: a model's cost needs its whole shape; give these keys")
     assert model.num_layers and model.hidden_size and model.ffn_hidden_size, "checked above"
     assert model.num_attention_heads and model.vocab_size, "checked above"

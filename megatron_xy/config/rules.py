@@ -75,9 +75,8 @@ def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
         yield "data.path", "data.path is missing; name a folder that `megatron-xy data build` wrote"
     yield from reward_rules(config) if config.task == "reward" else conversation_rules(config)
     if config.model.load is None:
-        for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
-            if getattr(config.model, key) is None:
-                yield f"model.{key}", f"model.{key} is missing; give it, or model.load: hf:DIR that has it"
+        for key in config.model.missing_shape:
+            yield f"model.{key}", f"model.{key} is missing; give it, or model.load: hf:DIR that has it"
 
 
 def head_of(config: RunConfig) -> Head:

@@ -23,6 +23,7 @@ def _folder_of_weights(value: str) -> str:
 
 MIN_TEMPERATURE = 1e-4  # below, logits over it leave the range of fp32
 
+SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 Head = Literal["language_model", "value"]
 RoleName = Literal["actor", "critic", "reference", "reward"]
 
@@ -63,6 +64,11 @@ class ModelConfig(Section):
     def has_tied_output_layer(self) -> bool:
         """Whether the embedding is the output layer, too."""
         return self.head == "language_model" and not self.untie_embeddings_and_output_weights
+
+    @property
+    def missing_shape(self) -> list[str]:
+        """The keys without which nothing can be built or counted, and which are not given: `load` is to give them."""
+        return [key for key in SHAPE if getattr(self, key) is None]
 
     @property
     def head_dim(self) -> int:

@@ -24,7 +24,6 @@ from megatron_xy.dryrun.rank import RankFindings
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.model.source import resolve_model
 
-SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 SIZES = ("weights", "gradients", "optimizer", "activations", "update", "cache", "beside", "peak")
 
 OfRank = Callable[..., list[RankFindings]]  # of rank and world_size
@@ -131,6 +130,6 @@ def _shaped(model: ModelConfig) -> ModelConfig:
 
     Transformer Engine's layers want a GPU: those of torch hold the same.
     """
-    if model.load is not None and any(getattr(model, key) is None for key in SHAPE):
+    if model.load is not None and model.missing_shape:
         model = resolve_model(model)
     return model.model_copy(update={"layer_spec": "torch"})

@@ -27,7 +27,6 @@ from megatron_xy.stages import padded_vocab_size
 
 DAY = 86_400
 RECOMPUTE_MODES = ("none", "selective", "full")
-SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,7 @@ def buckets_of(config: RunConfig) -> dict[int, float]:
 
 
 def _check_shape_is_known(job: Job) -> None:
-    missing = [name for name in SHAPE if getattr(job.model, name) is None]
-    if missing:
+    if missing := job.model.missing_shape:
         place = "model" if job.role == "model" else f"roles.{job.role}.model"
         raise ConfigError(
             f"{place}: {', '.join(missing)} missing, and {job.model.load} is not here to tell; give the shape keys in "

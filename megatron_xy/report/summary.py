@@ -26,10 +26,9 @@ def summarise(
     loss, speed, iteration = (metrics.column(name) for name in ("loss", "tokens_per_second", "iteration"))
     last_bucket_loss = {bucket: mean(loss[where][-10:]) for bucket, where in metrics.buckets().items()}
     model, parallel = config.model, config.parallel
-    sizes = (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads, model.vocab_size)
     return {
         "task": config.task,
-        "num_parameters": num_parameters(model) if None not in sizes else None,
+        "num_parameters": None if model.missing_shape else num_parameters(model),
         "model": {
             name: getattr(model, name)
             for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
