@@ -32,9 +32,40 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 }
 
 
+class Shape(NamedTuple):
+    """A model's sizes, all of them known."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int  # the true one
+    outputs: int  # numbers that the head gives a token
+
+
+def shape_of(model: ModelConfig) -> Shape:
+    """Its sizes. Raises ConfigError where one is not given."""
+    if missing := [f"model.{key}" for key in model.missing_shape]:
+        raise ConfigError(f"{', '.join(missing)} missing: a model's cost needs its whole shape; give these keys")
+    assert model.num_layers and model.hidden_size and model.ffn_hidden_size, "checked above"
+    assert model.num_attention_heads and model.vocab_size, "checked above"
+    return Shape(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        outputs=1 if model.head == "value" else model.vocab_size,
+    )
+
+
 def num_parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, embeddings and norms included, without the vocabulary's padding."""
-    shape = _shape(model)
+    shape = shape_of(model)
     head = 0 if model.has_tied_output_layer else shape.hidden_size * shape.outputs
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     biases = shape.num_layers * shape.head_dim * (shape.num_attention_heads + 2 * shape.num_query_groups)
@@ -71,7 +102,7 @@ def recomputed_flops(model: ModelConfig, *, num_tokens: int, sum_squared_lengths
 
     The output layer is never recomputed; what attention kernels recompute by themselves is not counted.
     """
-    shape = _shape(model)
+    shape = shape_of(model)
     if model.recompute_granularity == "none":
         return 0.0
     if model.recompute_granularity == "selective":
@@ -82,7 +113,7 @@ def recomputed_flops(model: ModelConfig, *, num_tokens: int, sum_squared_lengths
 
 def stage_share(model: ModelConfig, *, num_layers: int, has_head: bool) -> float:
     """The part of a token's dense FLOPs in `num_layers` of the model's layers, with the output layer or without."""
-    shape = _shape(model)
+    shape = shape_of(model)
     head = shape.hidden_size * shape.outputs
     mine = num_layers * _layer_weights(shape) + (head if has_head else 0)
     return mine / (shape.num_layers * _layer_weights(shape) + head)
@@ -100,37 +131,7 @@ def peak_flops(device_name: str) -> float | None:
     return PEAK_BF16_FLOPS[max(matching, key=lambda name: len(name.split()))] if matching else None
 
 
-class _Shape(NamedTuple):
-    """A model's sizes, all of them known."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    outputs: int  # numbers that the head gives a token
-
-
-def _shape(model: ModelConfig) -> _Shape:
-    if missing := [f"model.{key}" for key in model.missing_shape]:
-        raise ConfigError(f"{', '.join(missing)} missing: a model's cost needs its whole shape; give these keys")
-    assert model.num_layers and model.hidden_size and model.ffn_hidden_size, "checked above"
-    assert model.num_attention_heads and model.vocab_size, "checked above"
-    return _Shape(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        head_dim=model.head_dim,
-        vocab_size=model.vocab_size,
-        outputs=1 if model.head == "value" else model.vocab_size,
-    )
-
-
-def _layer_weights(shape: _Shape) -> int:
+def _layer_weights(shape: Shape) -> int:
     """Weights of one layer's matrices: query and output projection, keys and values, the gated MLP."""
     attention = 2 * shape.hidden_size * shape.head_dim * (shape.num_attention_heads + shape.num_query_groups)
     return attention + 3 * shape.hidden_size * shape.ffn_hidden_size
@@ -138,11 +139,11 @@ def _layer_weights(shape: _Shape) -> int:
 
 def _dense_flops_per_token(model: ModelConfig) -> int:
     """Six FLOPs a weight: two forward, four backward. The input embedding is a look-up and counts nothing."""
-    shape = _shape(model)
+    shape = shape_of(model)
     return 6 * (shape.num_layers * _layer_weights(shape) + shape.hidden_size * shape.outputs)
 
 
 def _attention_flops_per_token(model: ModelConfig) -> int:
     """FLOPs a token and a token of attention length: scores and values, 12 over the square, 6 over its causal half."""
-    shape = _shape(model)
+    shape = shape_of(model)
     return 6 * shape.num_layers * shape.num_attention_heads * shape.head_dim

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from megatron_xy.flops import DTYPE_BYTES
+from megatron_xy.flops import DTYPE_BYTES, shape_of
 from megatron_xy.plan.job import Answers, Job
 from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters, stage_layers
 from megatron_xy.stages import padded_vocab_size
@@ -150,15 +150,13 @@ class _Sizes:
 
     def __init__(self, job: Job) -> None:
         model, parallel = job.model, job.parallel
-        assert model.hidden_size and model.ffn_hidden_size, "a plan begins with a whole shape"
-        assert model.num_attention_heads and model.vocab_size, "a plan begins with a whole shape"
-        self.job, self.model = job, model
+        self.job, self.model, self.shape = job, model, shape_of(model)
         self.tp = parallel.tensor_model_parallel_size
         self.is_sequence_parallel = parallel.sequence_parallel and self.tp > 1
         self.tokens = job.micro_batch_tokens
         self.rows = self.tokens // self.tp if self.is_sequence_parallel else self.tokens
         self.width = DTYPE_BYTES[model.params_dtype]
-        self.hidden_size, self.ffn_size = model.hidden_size, model.ffn_hidden_size
+        self.hidden_size, self.ffn_size = self.shape.hidden_size, self.shape.ffn_hidden_size
         self.hidden = self.width * self.hidden_size * self.rows  # one hidden state
         self.whole_hidden = self.width * self.hidden_size * self.tokens  # gathered
         self.ffn = self.width * self.ffn_size * self.tokens // self.tp
@@ -167,12 +165,10 @@ class _Sizes:
     def attention(self) -> int:
         """Kept inside an attention block: queries, keys and values in one, rotated queries and keys, the output, and
         the logarithm of each row's sum."""
-        model = self.model
-        assert model.num_attention_heads, "the shape is complete"
-        kv_size = (model.num_query_groups or model.num_attention_heads) * model.head_dim
-        q_size = model.num_attention_heads * model.head_dim
+        shape = self.shape
+        kv_size, q_size = shape.num_query_groups * shape.head_dim, shape.num_attention_heads * shape.head_dim
         values = (q_size + 2 * kv_size) + (q_size + kv_size) + q_size
-        return (self.width * values + FP32 * model.num_attention_heads) * self.tokens // self.tp
+        return (self.width * values + FP32 * shape.num_attention_heads) * self.tokens // self.tp
 
     @cached_property
     def mlp(self) -> int:
@@ -199,7 +195,7 @@ class _Sizes:
     @property
     def kept_by_pass(self) -> int:
         """By a chunk's forward pass: cos and sin of all positions in fp32, which its layers share."""
-        return 0 if self.model.recompute_granularity == "full" else FP32 * self.model.head_dim * self.tokens
+        return 0 if self.model.recompute_granularity == "full" else FP32 * self.shape.head_dim * self.tokens
 
     @property
     def kept_by_head(self) -> int:
@@ -227,8 +223,7 @@ class _Sizes:
 
     @property
     def _vocabulary(self) -> int:
-        assert self.model.vocab_size, "the shape is complete"
-        return padded_vocab_size(self.model.vocab_size, tensor_model_parallel_size=self.tp) // self.tp
+        return padded_vocab_size(self.shape.vocab_size, tensor_model_parallel_size=self.tp) // self.tp
 
     @property
     def _head_forward(self) -> int:

@@ -16,7 +16,7 @@ from megatron_xy.config import RunConfig
 from megatron_xy.data.manifest import MANIFEST_NAME, read_manifest
 from megatron_xy.data.phase_draws import stream_shares
 from megatron_xy.errors import ConfigError
-from megatron_xy.flops import checkpoint_bytes, num_parameters
+from megatron_xy.flops import checkpoint_bytes, num_parameters, shape_of
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
 from megatron_xy.plan.job import Job, jobs
 from megatron_xy.plan.memory import RoleMemory, stage_memory
@@ -241,12 +241,11 @@ def _check_shape_is_known(job: Job) -> None:
 
 
 def _role_plan(job: Job, *, buckets: tuple[int, ...], gpu: Device, rates: Efficiencies, gpus_per_node: int) -> RolePlan:
-    assert job.model.vocab_size, "checked before"
     tp = job.parallel.tensor_model_parallel_size
     return RolePlan(
         job,
         num_parameters(job.model),
-        padded_vocab_size(job.model.vocab_size, tensor_model_parallel_size=tp),
+        padded_vocab_size(shape_of(job.model).vocab_size, tensor_model_parallel_size=tp),
         tuple(stage_memory(job, stage=stage) for stage in range(job.parallel.pipeline_model_parallel_size)),
         traffic(job),
         tuple(step_time(job, bucket=bucket, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node) for bucket in buckets),

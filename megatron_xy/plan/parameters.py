@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_xy.config import ModelConfig, ParallelConfig
-from megatron_xy.flops import DTYPE_BYTES
+from megatron_xy.flops import DTYPE_BYTES, Shape, shape_of
 from megatron_xy.stages import layers_per_chunk, padded_vocab_size
 
 PARAMETER_ALIGNMENT = 64  # elements; under the distributed optimizer each parameter begins at a multiple
@@ -41,24 +41,24 @@ class Buffer:
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig, *, stage: int) -> list[int]:
     """Layers of each chunk of a pipeline stage."""
-    assert model.num_layers, "the shape is complete once a run is planned"
     stages = parallel.pipeline_model_parallel_size
-    return layers_per_chunk(model.num_layers, num_chunks=stages * parallel.num_chunks)[stage::stages]
+    return layers_per_chunk(shape_of(model).num_layers, num_chunks=stages * parallel.num_chunks)[stage::stages]
 
 
 def chunk_parameters(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chunk: int) -> list[Parameter]:
     """One rank's parameters of a chunk of layers, in their order; with embedding and head where they belong."""
-    assert model.hidden_size and model.vocab_size, "the shape is complete once a run is planned"
+    shape = shape_of(model)
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    width, hidden = DTYPE_BYTES[model.params_dtype], model.hidden_size
+    width, hidden = DTYPE_BYTES[model.params_dtype], shape.hidden_size
     is_first = stage == 0 and chunk == 0
     is_last = stage == stages - 1 and chunk == parallel.num_chunks - 1
-    table = padded_vocab_size(model.vocab_size, tensor_model_parallel_size=tp) * hidden // tp
+    table = padded_vocab_size(shape.vocab_size, tensor_model_parallel_size=tp) * hidden // tp
     is_shared = model.has_tied_output_layer and stages > 1
     parameters = [Parameter("embedding", table, width, has_own_bucket=is_shared)] if is_first else []
     for layer in range(stage_layers(model, parallel, stage=stage)[chunk]):
         parameters += [
-            Parameter(f"layers.{layer}.{name}", size, width) for name, size in _layer_parameters(model, tp=tp)
+            Parameter(f"layers.{layer}.{name}", size, width)
+            for name, size in _layer_parameters(shape, tp=tp, has_qkv_bias=model.add_qkv_bias)
         ]
     if is_last:
         parameters.append(Parameter("final_layernorm", hidden, width))
@@ -86,19 +86,17 @@ def chunk_buffers(
     return [_shared_buffer(width, group, bucket_size, dp_size) for width, group in by_width.items()]
 
 
-def _layer_parameters(model: ModelConfig, *, tp: int) -> Iterator[tuple[str, int]]:
-    assert model.hidden_size and model.ffn_hidden_size and model.num_attention_heads, "the shape is complete"
-    hidden, width = model.hidden_size, model.head_dim
-    groups = model.num_query_groups or model.num_attention_heads
-    heads_and_groups = (model.num_attention_heads + 2 * groups) * width // tp
+def _layer_parameters(shape: Shape, *, tp: int, has_qkv_bias: bool) -> Iterator[tuple[str, int]]:
+    hidden, width = shape.hidden_size, shape.head_dim
+    heads_and_groups = (shape.num_attention_heads + 2 * shape.num_query_groups) * width // tp
     yield "input_layernorm", hidden
-    yield "linear_proj", model.num_attention_heads * width // tp * hidden
+    yield "linear_proj", shape.num_attention_heads * width // tp * hidden
     yield "linear_qkv", heads_and_groups * hidden
-    if model.add_qkv_bias:
+    if has_qkv_bias:
         yield "linear_qkv.bias", heads_and_groups
     yield "pre_mlp_layernorm", hidden
-    yield "linear_fc1", 2 * model.ffn_hidden_size // tp * hidden
-    yield "linear_fc2", model.ffn_hidden_size // tp * hidden
+    yield "linear_fc1", 2 * shape.ffn_hidden_size // tp * hidden
+    yield "linear_fc2", shape.ffn_hidden_size // tp * hidden
 
 
 def _shared_buffer(width: int, parameters: Sequence[Parameter], bucket_size: int | None, dp_size: int) -> Buffer:

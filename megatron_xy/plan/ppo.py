@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.flops import DTYPE_BYTES, FORWARD_SHARE, flops_per_token, num_parameters
+from megatron_xy.flops import DTYPE_BYTES, FORWARD_SHARE, flops_per_token, num_parameters, shape_of
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
 from megatron_xy.plan.job import Answers, Job
 from megatron_xy.plan.memory import MAX_SEQUENCES, Held, held_between_steps
@@ -143,9 +143,9 @@ def _generation(job: Job, answers: Answers, *, gpu: Device, rates: Efficiencies)
     number = -(-ppo.rollout_batch_size // job.dp_size)
     rounds = -(-number // MAX_SEQUENCES)
     context = answer_length(answers) - ppo.max_response_length // 2
-    assert model.num_layers and model.num_attention_heads, "the shape is complete"
-    known = 2 * width * (model.num_query_groups or model.num_attention_heads) * model.head_dim * model.num_layers
+    shape = shape_of(model)
+    known = 2 * width * shape.num_query_groups * shape.head_dim * shape.num_layers
     read = (rounds * weights * width + number * context * known) / tp / (gpu.memory_bandwidth * rates.memory)
     computed = 2 * weights * number / tp / (gpu.peak_flops * rates.matmul)
-    overhead = rounds * section("generation")["step_overhead_seconds"] * model.num_layers
+    overhead = rounds * section("generation")["step_overhead_seconds"] * shape.num_layers
     return ppo.max_response_length * (max(read, computed) + overhead)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.flops import num_parameters
+from megatron_xy.flops import num_parameters, shape_of
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
 
 BF16 = 2  # bytes
@@ -59,7 +59,7 @@ def _by_bitsandbytes(model: ModelConfig, scheme: str) -> Quantising:
 
 def _by_gptq(model: ModelConfig, scheme: str, *, gpu: Device, rates: Efficiencies) -> Quantising:
     """Of each linear layer: a Hessian of its inputs, its inverse, then column after column of the weight."""
-    assert model.num_layers and model.hidden_size, "the shape is complete once a run is planned"
+    shape = shape_of(model)
     given, linears = section("quantising"), _linears(model)
     layer = sum(columns * rows for columns, rows in linears)
     tokens = given["calibration_samples"] * min(given["calibration_tokens"], model.max_position_embeddings)
@@ -67,7 +67,7 @@ def _by_gptq(model: ModelConfig, scheme: str, *, gpu: Device, rates: Efficiencie
     passes = 2 * 2 * layer * tokens / (gpu.peak_flops * rates.matmul)  # before a layer is quantised, and after
     products = sum(2 * tokens * columns**2 + 2 * columns**3 + columns**2 * rows for columns, rows in linears)
     seconds = passes + products / given["gptq_flops"] + sum(columns for columns, _ in linears) * given["column_seconds"]
-    total, quantised = num_parameters(model) * BF16, model.num_layers * layer * BF16
+    total, quantised = num_parameters(model) * BF16, shape.num_layers * layer * BF16
     moved = 2 * total + 2 * quantised  # read, written as a copy in bf16, and as GPTQ has changed it, read to be packed
     result = _result_bytes(model, scheme)
     return Quantising(
@@ -76,22 +76,20 @@ def _by_gptq(model: ModelConfig, scheme: str, *, gpu: Device, rates: Efficiencie
         disk_bytes=total + quantised + result,
         host_bytes=given["process_bytes"]
         + 3 * given["file_bytes"]
-        + 2 * tokens * model.hidden_size * BF16
+        + 2 * tokens * shape.hidden_size * BF16
         + BF16 * layer,
         gpu_bytes=BF16 * layer + sum(hessians) + 3 * max(hessians),
-        hours=(model.num_layers * seconds + moved / section("reliability")["storage_bandwidth"]) / 3600,
+        hours=(shape.num_layers * seconds + moved / section("reliability")["storage_bandwidth"]) / 3600,
     )
 
 
 def _result_bytes(model: ModelConfig, scheme: str) -> float:
-    assert model.num_layers, "the shape is complete once a run is planned"
-    quantised = model.num_layers * sum(columns * rows for columns, rows in _linears(model))
+    quantised = shape_of(model).num_layers * sum(columns * rows for columns, rows in _linears(model))
     return quantised * WEIGHT_BYTES[scheme] + (num_parameters(model) - quantised) * BF16
 
 
 def _linears(model: ModelConfig) -> list[tuple[int, int]]:
     """(columns, rows) of a layer's seven linear layers, as HF's format has them."""
-    hidden, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
-    assert hidden and ffn and heads, "the shape is complete once a run is planned"
-    keys = hidden // heads * (model.num_query_groups or heads)
+    shape = shape_of(model)
+    hidden, ffn, keys = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim * shape.num_query_groups
     return [*((hidden, rows) for rows in (hidden, keys, keys, hidden, ffn, ffn)), (ffn, hidden)]

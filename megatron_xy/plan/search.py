@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from megatron_xy.config import InvalidConfig, RoleConfig, RunConfig, check_world, role_names, role_sections
+from megatron_xy.flops import shape_of
 from megatron_xy.plan.assumptions import Device, Efficiencies
 from megatron_xy.plan.overview import Plan, make_plan
 from megatron_xy.plan.placements import PIPELINE_SIZES, RECOMPUTATIONS, TENSOR_SIZES, differences, placements
@@ -79,14 +80,14 @@ def _candidates(config: RunConfig, *, world_size: int, gpus_per_node: int) -> It
 
 
 def _layouts(config: RunConfig, *, gpus_per_node: int) -> Iterator[RunConfig]:
-    assert config.model.num_layers, "the shape is complete once a run is planned"
+    num_layers = shape_of(config.model).num_layers
     for tp, pp, recompute in itertools.product(TENSOR_SIZES, PIPELINE_SIZES, RECOMPUTATIONS):
-        if tp > gpus_per_node or pp > config.model.num_layers:
+        if tp > gpus_per_node or pp > num_layers:
             continue
-        layers = config.model.num_layers // pp
+        layers = num_layers // pp
         for vp in (
             None,
-            *(size for size in range(2, layers + 1) if pp > 1 and config.model.num_layers % (pp * size) == 0),
+            *(size for size in range(2, layers + 1) if pp > 1 and num_layers % (pp * size) == 0),
         ):
             parallel = config.parallel.model_copy(
                 update={

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_xy.flops import DTYPE_BYTES, FORWARD_SHARE, flops_per_token, recomputed_flops, stage_share, step_flops
+from megatron_xy.flops import (
+    DTYPE_BYTES,
+    FORWARD_SHARE,
+    flops_per_token,
+    recomputed_flops,
+    shape_of,
+    stage_share,
+    step_flops,
+)
 from megatron_xy.plan.assumptions import Device, Efficiencies
 from megatron_xy.plan.job import Job
 from megatron_xy.plan.memory import Held, held_between_steps
@@ -146,16 +154,16 @@ def _micro_batch_time(
 ) -> _MicroBatchTime:
     """summed: parameters whose gradients are added up by kernels of their own."""
     parallel, model = job.parallel, job.model
-    assert model.hidden_size and model.num_layers, "the shape is complete"
+    shape = shape_of(model)
     tp, tokens = parallel.tensor_model_parallel_size, job.micro_batch_tokens
     share, layers = _slowest_stage(job)
-    layer_share = layers / model.num_layers
+    layer_share = layers / shape.num_layers
     dense = step_flops(model, num_tokens=tokens, sum_squared_lengths=0)
     whole = step_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
     again_dense = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=0)
     again = recomputed_flops(model, num_tokens=tokens, sum_squared_lengths=tokens * bucket)
     gathers, scatters = _layer_collectives(model.recompute_granularity)
-    state = DTYPE_BYTES[model.params_dtype] * model.hidden_size * tokens
+    state = DTYPE_BYTES[model.params_dtype] * shape.hidden_size * tokens
     sent = layers * (gathers + scatters) * state * (tp - 1) / tp
     link = _link(gpu, rates, is_in_node=tp <= gpus_per_node)
     return _MicroBatchTime(
@@ -184,7 +192,7 @@ def _pipeline_seconds(job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_no
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if stages == 1:
         return 0.0
-    hidden = (model.hidden_size or 0) / (tp if parallel.sequence_parallel else 1)
+    hidden = shape_of(model).hidden_size / (tp if parallel.sequence_parallel else 1)
     waits = 2 * job.num_micro_batches if parallel.num_chunks == 1 else 2 * (stages - 1)
     wire = _link(gpu, rates, is_in_node=stages * tp * job.dp_size <= gpus_per_node)
     return waits * DTYPE_BYTES[model.params_dtype] * hidden * job.micro_batch_tokens / wire
@@ -192,10 +200,9 @@ def _pipeline_seconds(job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_no
 
 def _moved_bytes(job: Job, *, layers: int, summed: int) -> float:
     """By a micro-batch's element-wise kernels in so many layers; summed: parameters whose gradients are added up."""
-    model, tp = job.model, job.parallel.tensor_model_parallel_size
-    assert model.hidden_size and model.ffn_hidden_size, "the shape is complete"
-    hidden = model.hidden_size / (tp if job.parallel.sequence_parallel else 1)
-    a_token = HIDDEN_BYTES * hidden + FFN_BYTES * model.ffn_hidden_size / tp
+    shape, tp = shape_of(job.model), job.parallel.tensor_model_parallel_size
+    hidden = shape.hidden_size / (tp if job.parallel.sequence_parallel else 1)
+    a_token = HIDDEN_BYTES * hidden + FFN_BYTES * shape.ffn_hidden_size / tp
     return layers * job.micro_batch_tokens * a_token + ACCUMULATION_BYTES * summed
 
 

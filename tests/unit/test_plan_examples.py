@@ -84,6 +84,9 @@ def test_shares_of_wall_time():
 def test_a_model_that_is_not_here_needs_its_shape():
     with pytest.raises(ConfigError, match="num_layers, hidden_size"):
         planned("xuanyuan2_70b/sft.yaml", "model.num_layers=null", "model.hidden_size=null")
+    options = {"overrides": [], "num_nodes": 1, "gpus_per_node": 4, "gpu": "h100", "tokens": None, "calibrate_by": None}
+    with pytest.raises(ConfigError, match=r"model.num_layers, .* missing"):
+        verb.plan(EXAMPLES / "tiny/sft.yaml", **options, do_search=True, as_json=False)
 
 
 @pytest.mark.parametrize(("text", "number"), [("366B", 366e9), ("1.5T", 1.5e12), ("1000", 1000.0)])
