@@ -125,7 +125,7 @@ class RunCheckpoints:
             "megatron_core": mcore.VERSION,
             "torch": torch.__version__,
             "history": state.history.to_json(),
-            FROZEN_UPDATES: state.frozen_updates,
+            FROZEN_UPDATES: dict(state.frozen_updates),  # written later, while the next steps count on
             "continued_from": state.continued_from,
         }
         # What made the first of a row of skipped updates not finite is in the weights that the update before it left.

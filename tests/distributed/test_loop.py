@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_xy.checkpoint import writer
 from megatron_xy.checkpoint.files import read_manifest, verify_files
 from megatron_xy.config import dump_config
 from megatron_xy.data.build import build_dataset
@@ -83,6 +85,29 @@ def test_embedding_and_output_layer_train_first_then_everything(data, tmp_path, 
     moments = {name.removeprefix("optimizer.exp_avg.") for name in hashes[6] if ".exp_avg." in name}
     assert moments == trained
     assert read_manifest(tmp_path / "whole" / "checkpoints" / "iter_0000012").state["frozen_updates"] == {"rest": 6}
+
+
+def test_a_save_that_takes_long_keeps_the_counts_of_its_own_step(data, tmp_path):
+    frozen = {"phases": [{"from_iter": 0, "train_only": ["embedding"]}], "train_iters": 7}
+    config = loop.config_of(data, tmp_path / "run", training=frozen)
+    run_ranks(train_while_step_4_is_written, config, world_size=1)
+    state = read_manifest(config.run_dir / "checkpoints" / "iter_0000004").state
+    assert state["frozen_updates"] == {"rest": 4, "output_layer": 4}
+
+
+def train_while_step_4_is_written(config) -> None:
+    """The shard of step 4 waits until two more steps are done."""
+    write = writer.write_tensors
+
+    def held_back(path, *arguments, **options):
+        deadline = time.monotonic() + 60
+        while "0000004" in str(path) and len(metrics_of(config.run_dir)) < 6:
+            assert time.monotonic() < deadline, "training did not go on"
+            time.sleep(0.01)
+        return write(path, *arguments, **options)
+
+    writer.write_tensors = held_back
+    loop.train(config)
 
 
 # Prose alone, but for one step of nothing but code: a spike, made of real data.
