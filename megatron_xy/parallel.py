@@ -34,7 +34,7 @@ class Groups:
     """The process groups of one role as seen from one of its ranks."""
 
     name: str
-    ranks: tuple[int, ...]  # global ranks, in placement order
+    ranks: tuple[int, ...]  # global ranks, ascending
     collection: mcore.ProcessGroupCollection
     all_ranks: dist.ProcessGroup
 
@@ -109,7 +109,7 @@ def stop_distributed() -> None:
 
 
 def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, timeout_seconds: float) -> Groups | None:
-    """The groups of a role over `ranks`. Collective over the world: every rank calls it, roles in the same order.
+    """The groups of a role over `ranks`, ascending. Collective over the world: every rank calls it, role by role.
 
     Returns None on ranks outside the role. The layout is megatron-core's: tensor parallel ranks are neighbours, then
     context, data and pipeline parallel ranks.
@@ -120,6 +120,7 @@ def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, t
         parallel.context_parallel_size,
         parallel.tensor_model_parallel_size,
     )
+    assert list(ranks) == sorted(ranks), "a process group's ranks ascend, whatever order it is given them in"
     grid = torch.tensor(list(ranks)).reshape(sizes)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     # Nothing travels in a group of one rank, so a rank has one of these, whatever it stands for: all ranks of the world

@@ -35,7 +35,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 @dataclass(frozen=True)
 class PlacedRole:
-    """One PPO role, settled: its sections with what they leave out filled in, and its ranks in their order."""
+    """One PPO role, settled: its sections with what they leave out filled in, and its ranks, ascending."""
 
     name: RoleName
     ranks: tuple[int, ...]
@@ -131,7 +131,7 @@ def ranks_of_roles(
 
 
 def parsed_ranks(value: int | str, *, key: str) -> list[int]:
-    """[0, 2, 3] of 0, "0-1" or "0,2-3". Raises ValueError whose text begins with the key."""
+    """[0, 2, 3] of "0,2-3" as of "2-3,0". Raises ValueError whose text begins with the key."""
     ranks: list[int] = []
     for part in str(value).replace(" ", "").split(","):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
@@ -142,4 +142,4 @@ def parsed_ranks(value: int | str, *, key: str) -> list[int]:
         ranks += range(int(match[1]), int(match[2] or match[1]) + 1)
     if len(set(ranks)) < len(ranks):
         raise ValueError(f"{key} ({as_written(value)}) names a rank twice")
-    return ranks
+    return sorted(ranks)

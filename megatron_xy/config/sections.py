@@ -271,7 +271,7 @@ class RuntimeConfig(Section):
 class RoleConfig(Section):
     """One PPO role: its ranks, and what differs from the run's own sections of the same names."""
 
-    ranks: int | str | None = Field(None, description='0, "0-1" or "0,2-3"; in their order')
+    ranks: int | str | None = Field(None, description='0, "0-1" or "0,2-3"; in whatever order')
     share: float | None = Field(None, gt=0, le=1, description="of the world, in place of ranks; placed in order")
     model: ModelConfig = Field(ModelConfig(), description="keys of model that differ for this role")
     parallel: ParallelConfig = Field(ParallelConfig(), description="likewise; what is left out is the run's")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_xy.config import ModelConfig, OptimizerConfig
+from megatron_xy.config.roles import parsed_ranks
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
@@ -47,7 +48,10 @@ WORLDS = {
     "side by side": [actor(Layout(tp=2, sp=True), 0, 1), critic(Layout(pp=2), 2, 3)],
     "one over the middle of the other": [actor(Layout(tp=2, pp=2, sp=True), 0, 1, 2, 3), critic(Layout(pp=2), 1, 2)],
     "alternating ranks": [actor(Layout(tp=2, sp=True), 0, 2), critic(Layout(tp=2, sp=True), 1, 3)],
-    "ranks in another order": [actor(Layout(pp=2), 3, 0), critic(Layout(tp=2, dp=2), 2, 0, 3, 1)],
+    "ranks named in another order": [
+        actor(Layout(tp=2, pp=2, sp=True), *parsed_ranks("0,3,1,2", key="ranks")),
+        critic(Layout(pp=2), *parsed_ranks("3,0", key="ranks")),
+    ],
     "both on all ranks": [actor(Layout(tp=2, dp=2), 0, 1, 2, 3), critic(Layout(pp=2, dp=2), 0, 1, 2, 3)],
 }
 
