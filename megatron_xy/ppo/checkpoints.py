@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -43,9 +42,11 @@ class PPOCheckpoints:
         chat_templates: Mapping[str, str | None],
         log: RunLog,
     ) -> None:
-        """fingerprints: of the files that the run was given, by their keys; chat_templates: by role."""
+        """fingerprints: of what the run was given, by its keys; chat_templates: by role."""
         self._config, self._cast, self._log = config, cast, log
-        self._fingerprints, self._tokenizer, self._chat_templates = fingerprints, tokenizer, chat_templates
+        self._tokenizer, self._chat_templates = tokenizer, chat_templates
+        roles = {worker.name: worker.placed for worker in cast.workers.values()}
+        self._facts = {name: facts(config, roles, of=name, fingerprints=fingerprints) for name in TRAINED}
         self._folder = config.run_dir / "checkpoints"
         # Of the roles only the actor is released, once the whole is there: by the critic's leader.
         self._exports = Exports(config.run_dir, config.checkpoint.hf_interval, log.say, part="actor")
@@ -61,7 +62,7 @@ class PPOCheckpoints:
         the trained roles' states."""
         config, ppo, world = self._config, self._config.ppo, self._cast.world
         assert ppo is not None, "the config's rules ask for it"
-        found = course.find_start(config, world, current=self._facts("actor"), say=self._log.say, parts=TRAINED)
+        found = course.find_start(config, world, current=self._facts["actor"], say=self._log.say, parts=TRAINED)
         for worker in self._cast.workers.values():
             if worker.role is not None and (found is None or worker.name not in TRAINED):
                 load_initial_weights(worker.role, seed=config.seed + SEED_OFFSETS[worker.name])
@@ -110,7 +111,7 @@ class PPOCheckpoints:
             if worker.role is not None:
                 facts = {
                     "task": "ppo",
-                    **self._facts(worker.name),
+                    **self._facts[worker.name],
                     "ppo": {"kl_coef": engine.kl_coef, "moments": asdict(engine.moments)},
                     "megatron_core": mcore.VERSION,
                     "torch": torch.__version__,
@@ -155,8 +156,3 @@ class PPOCheckpoints:
         assert self._config.ppo is not None, "the config's rules ask for it"
         interval = self._config.ppo.snapshot_interval
         return interval > 0 and iteration % interval == 0
-
-    def _facts(self, name: str) -> dict[str, Any]:
-        """What a manifest keeps of the config, for `check_continuation`."""
-        roles = {worker.name: worker.placed for worker in self._cast.workers.values()}
-        return facts(self._config, roles, of=name, fingerprints=self._fingerprints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -54,7 +55,7 @@ def share_of_e(prompts, responses, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer, prompts, given answers and a rule."""
+    """Tokenizer, prompts, and given answers."""
     folder = tmp_path_factory.mktemp("ppo")
     source = random.Random(0)
     words = ["".join(source.choices("abcdefghijklmnop", k=source.randint(2, 7))) for _ in range(300)]
@@ -67,7 +68,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(STEPS * ANSWERS):
             tokens = [source.randrange(10, VOCAB_SIZE) for _ in range(number % 7)]
             stream.write(json.dumps({"response_tokens": [*tokens, 2] if number % 3 else [*tokens, 11]}) + "\n")
-    (folder / "rule.py").write_text(RULE)
     write_ppo(folder, folder / "ppo.yaml")
     return folder
 
@@ -298,21 +298,28 @@ def test_roles_begin_as_hf_folders_as_they_do_as_checkpoints(unbroken: Path, fol
 
 
 def test_a_rule_in_place_of_the_reward_model_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
+    """Its file is edited meanwhile: what a checkpoint tells is the one that has judged."""
+    run_dir, rule = tmp_path / "run", tmp_path / "rule.py"
+    rule.write_text(RULE)
     config = write_ppo(
         folder,
         tmp_path / "rule.yaml",
         model={"vocab_size": VOCAB_SIZE + 9},  # rows that the tokenizer does not know, as many a published model has
-        ppo={"reward_function": f"{folder / 'rule.py'}:share_of_e", "responses": None},
+        ppo={"reward_function": f"{rule}:share_of_e", "responses": None},
     )
     values = yaml.safe_load(config.read_text())
     del values["roles"]["reward"]
     config.write_text(yaml.safe_dump(values))
     with started(run_command(config, f"run_dir={run_dir}", ranks=4)) as process:
         wait_until(lambda: live_rank_at(run_dir, rank=0, iteration=2), process=process)
+        rule.unlink()
         process.send_signal(signal.SIGTERM)
         ended = wait_for_end(process)
     assert ended.code == 75, ended
+    rule.write_text(RULE)
+    newest = max((run_dir / "checkpoints").iterdir())
+    told = read_manifest(newest / "critic").state["settings"]["ppo.reward_function"]
+    assert told == f"{rule}:share_of_e (sha256 {hashlib.sha256(RULE.encode()).hexdigest()[:12]})"
     ended = run_to_end(run_command(config, f"run_dir={run_dir}", ranks=4))
     assert ended.code == 0, ended
     records = metrics_of(run_dir)
