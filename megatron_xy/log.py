@@ -40,10 +40,10 @@ class RunLog:
         self._records: dict[str, TextIO] = {}  # open files of the leader by name
         self._boards: list[Board] = []  # of the leader, once records are asked for
 
-    def say(self, text: str) -> None:
-        """One line to this rank's log file, and on the leader to the terminal."""
+    def say(self, text: str, *, aloud: bool = False) -> None:
+        """One line to this rank's log file, and on the leader, or aloud, to the terminal."""
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=self._file, flush=True)
-        if self.is_leader:
+        if self.is_leader or aloud:
             print(text, file=sys.stdout, flush=True)
 
     @contextmanager

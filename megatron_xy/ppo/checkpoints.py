@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -48,8 +49,10 @@ class PPOCheckpoints:
         roles = {worker.name: worker.placed for worker in cast.workers.values()}
         self._facts = {name: facts(config, roles, of=name, fingerprints=fingerprints) for name in TRAINED}
         self._folder = config.run_dir / "checkpoints"
-        # Of the roles only the actor is released, once the whole is there: by the critic's leader.
-        self._exports = Exports(config.run_dir, config.checkpoint.hf_interval, log.say, part="actor")
+        # What becomes of a checkpoint the critic's leader knows, which need not be the one that speaks for the run. Of
+        # the roles only the actor is released, once the whole is there: by the same rank.
+        self._say_aloud = partial(log.say, aloud=True)
+        self._exports = Exports(config.run_dir, config.checkpoint.hf_interval, self._say_aloud, part="actor")
         self._writers = {name: self._writer(name) for name in TRAINED}
         self._compared = dict.fromkeys(TRAINED, 0)  # the step in which a role's replicas were
         loads = {worker.name: worker.placed.model.load for worker in cast.trained}
@@ -144,7 +147,7 @@ class PPOCheckpoints:
             asynchronous=checkpoint.async_save,
             timeout_seconds=self._config.runtime.timeout_seconds,
             on_progress=lambda num_bytes: went_forward(),
-            on_written=self._log.say,
+            on_written=self._say_aloud if name == "critic" else self._log.say,
             part=name,
             publishes=[other for other in TRAINED if other != name] if name == "critic" else (),
             is_kept=self._is_snapshot,

@@ -197,6 +197,7 @@ def test_killed_and_resumed_equals_unbroken(unbroken: Path, folder: Path, tmp_pa
         os.kill(live_rank_at(run_dir, rank=3, iteration=4) or 0, signal.SIGKILL)
         ended = wait_for_end(process)
     assert ended.code == 0, ended
+    assert "checkpoint of critic of step 6 written" in ended.out, "by a rank that leads nothing else"
     assert without_clock(metrics_of(run_dir)) == without_clock(metrics_of(unbroken))
     for role in ("actor", "critic"):
         last = Path("checkpoints", f"iter_{STEPS:07d}", role)
