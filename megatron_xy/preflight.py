@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.checkpoint import continuation
 from megatron_xy.config import (
     TRAINED_ROLES,
     InvalidConfig,
@@ -30,11 +31,12 @@ from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.tokenizer import check_export
 from megatron_xy.model.source import check_head, resolve_model
+from megatron_xy.ppo.facts import facts, fingerprints
 from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
-from megatron_xy.run_dir import check_resume, check_space, check_weights_to_load, iterations_to_resume
+from megatron_xy.run_dir import check_resume, check_space, check_weights_to_load
 from megatron_xy.run_folder import check_place
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 from megatron_xy.storage import file_sha256
@@ -122,10 +124,13 @@ def _check_ppo_paths(config: RunConfig) -> None:
         findings.of("ppo.reward_function", lambda: _check_reward_function(reward_function))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.of("run_dir", lambda: check_place(config.run_dir))
-    findings.of("checkpoint.resume", lambda: iterations_to_resume(config))
     findings.end()
     # Where roles stand does not matter to what they are given.
     material = findings.of("ppo", lambda: look_at(config, placed_roles(config, world_size=0)))
+    findings.end()
+    prints = fingerprints(config, material)
+    now = {str(name): facts(config, material.roles, of=name, fingerprints=prints) for name in TRAINED_ROLES}
+    findings.of("checkpoint.resume", lambda: check_resume(config, now))
     findings.end()
     check_space(config, material.trained_models)
 
@@ -172,7 +177,8 @@ def open_held_out(config: RunConfig, dataset: PackedDataset) -> PackedDataset | 
 def _look_at_run_dir(config: RunConfig, findings: _Findings, *, data_fingerprints: Sequence[str] | None) -> None:
     findings.of("run_dir", lambda: check_place(config.run_dir))
     if data_fingerprints is not None:
-        findings.of("checkpoint.resume", lambda: check_resume(config, data_fingerprints=data_fingerprints))
+        now = continuation.facts(config, model=config.model, data_fingerprints=data_fingerprints)
+        findings.of("checkpoint.resume", lambda: check_resume(config, {"": now}))
 
 
 def _look_at_data(config: RunConfig, findings: _Findings, *, build_into: Path) -> PackedDataset | None:

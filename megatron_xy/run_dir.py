@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from megatron_xy.checkpoint.continuation import check_continuation, facts
-from megatron_xy.checkpoint.files import read_manifest
+from megatron_xy.checkpoint.continuation import check_parts
 from megatron_xy.checkpoint.folders import iteration_folder, no_such_iteration, saved_iterations, swept_bytes
 from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.errors import DataError, StorageError
@@ -18,18 +18,17 @@ from megatron_xy.flops import checkpoint_bytes
 from megatron_xy.model.source import check_weights
 
 
-def check_resume(config: RunConfig, *, data_fingerprints: Sequence[str]) -> None:
-    """Raises ConfigError where the run would not go on from what lies there, by its manifest.
+def check_resume(config: RunConfig, current: Mapping[str, dict[str, Any]]) -> None:
+    """Raises ConfigError where the run would not go on from what lies there, by its manifests; current: as
+    `check_parts` has it.
 
     A damaged one is left to the run, which verifies every byte, says what it passes over, or ends.
     """
-    now = facts(config, model=config.model, data_fingerprints=data_fingerprints)
     for iteration in iterations_to_resume(config):
         folder = iteration_folder(config.run_dir / "checkpoints", iteration)
         with contextlib.suppress(DataError):
-            then = read_manifest(folder).state
             allowed = config.checkpoint.allow_changes
-            return check_continuation(then, now, allow_changes=allowed, origin=folder, say=lambda line: None)
+            return check_parts(folder, current, allow_changes=allowed, say=lambda line: None)
 
 
 def iterations_to_resume(config: RunConfig) -> list[int]:

@@ -5,10 +5,11 @@ Plain values of configs and manifests: `check` asks before a run what the run as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.checkpoint.files import read_manifest
 from megatron_xy.config import InvalidConfig, ModelConfig, Problem, RunConfig
 from megatron_xy.hf.config import SHAPE_KEYS
 
@@ -32,6 +33,17 @@ def facts(config: RunConfig, *, model: ModelConfig, data_fingerprints: Sequence[
     return {"model": model.model_dump(mode="json"), "data_order": order, "settings": settings}
 
 
+def check_parts(
+    folder: Path, current: Mapping[str, dict[str, Any]], *, allow_changes: bool, say: Callable[[str], None]
+) -> None:
+    """`check_continuation` of every part of a checkpoint; current: by its folder in there. What the parts have in
+    common is said once. Raises DataError, too, where one is damaged."""
+    for number, (part, now) in enumerate(current.items()):
+        origin = folder / part
+        tell = (lambda line: None) if number else say
+        check_continuation(read_manifest(origin).state, now, allow_changes=allow_changes, origin=origin, say=tell)
+
+
 def check_continuation(
     stored: dict[str, Any], current: dict[str, Any], *, allow_changes: bool, origin: Path, say: Callable[[str], None]
 ) -> None:
@@ -40,7 +52,7 @@ def check_continuation(
     Raises InvalidConfig where the model differs, and, unless allow_changes, where the order of the data would. Phases
     that have not begun are free to change: a mixture is steered by what the losses say.
     """
-    models = [_fixed(side["model"]) for side in (stored, current)]
+    models = [fixed_keys(side["model"]) for side in (stored, current)]
     problems = [
         Problem(f"model.{name}", f"model.{name} ({now}) is {then} in {origin}: a run goes on with the model it has")
         for name, then, now in _differences(*models)
@@ -63,8 +75,8 @@ def check_continuation(
         say(f"  changed since the checkpoint: {name} {_short(then)} -> {_short(now)}")
 
 
-def _fixed(section: dict[str, Any]) -> dict[str, Any]:
-    """The keys that a model keeps; one that a checkpoint was written before has its default there."""
+def fixed_keys(section: dict[str, Any]) -> dict[str, Any]:
+    """Of a model's section what a model keeps; a key that a checkpoint was written before has its default there."""
     values = {name: section.get(name, ModelConfig.model_fields[name].default) for name in FIXED_MODEL_KEYS}
     values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
     return values
@@ -84,8 +96,8 @@ def _differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[
 
 
 def _harm(name: str) -> str:
-    """What comes of another order of the data, or, under PPO, of other frozen weights."""
-    return "other weights would judge" if name.endswith(".load") else "samples would be drawn twice or never"
+    """What comes of another order of the data, or, under PPO, of another frozen model."""
+    return "another model would judge" if name.startswith("roles.") else "samples would be drawn twice or never"
 
 
 def _short(value: Any) -> str:

@@ -6,7 +6,7 @@ under another name, so that neither `auto` nor retention ever mixes two courses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from megatron_xy import device
 from megatron_xy.checkpoint.choice import find_resumable
-from megatron_xy.checkpoint.continuation import check_continuation
+from megatron_xy.checkpoint.continuation import check_parts
 from megatron_xy.checkpoint.files import Manifest
 from megatron_xy.checkpoint.folders import iteration_folder, saved_iterations, sweep
 from megatron_xy.config import RunConfig
@@ -29,24 +29,21 @@ def find_start(
     config: RunConfig,
     groups: Groups,
     *,
-    current: dict[str, Any],
+    current: Mapping[str, dict[str, Any]],
     say: Callable[[str], None],
-    parts: Sequence[str] = ("",),
 ) -> tuple[Path, Manifest] | None:
     """The checkpoint that the run goes on from, with the manifest of the first of its parts; None where it starts anew.
 
-    What a killed save left is swept. current: what `continuation.facts` says of the run now. Collective. Raises as
-    `find_resumable` and `check_continuation`.
+    What a killed save left is swept. current: what `continuation.facts` says of the run now, by part. Collective.
+    Raises as `find_resumable` and `check_parts`.
     """
     checkpoints = config.run_dir / "checkpoints"
     swept = sweep(checkpoints) if groups.role_rank == 0 else []
     for name in gathered_values(swept, groups.all_ranks)[0]:
         say(f"swept {name}, which a killed save left half-written")
-    found = find_resumable(checkpoints, groups, resume=_wanted_resume(config, groups), say=say, parts=parts)
+    found = find_resumable(checkpoints, groups, resume=_wanted_resume(config, groups), say=say, parts=list(current))
     if found is not None:
-        folder, manifest = found
-        allow_changes = config.checkpoint.allow_changes
-        check_continuation(manifest.state, current, allow_changes=allow_changes, origin=folder, say=say)
+        check_parts(found[0], current, allow_changes=config.checkpoint.allow_changes, say=say)
     return found
 
 

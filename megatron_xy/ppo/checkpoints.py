@@ -65,7 +65,7 @@ class PPOCheckpoints:
         the trained roles' states."""
         config, ppo, world = self._config, self._config.ppo, self._cast.world
         assert ppo is not None, "the config's rules ask for it"
-        found = course.find_start(config, world, current=self._facts["actor"], say=self._log.say, parts=TRAINED)
+        found = course.find_start(config, world, current=self._facts, say=self._log.say)
         for worker in self._cast.workers.values():
             if worker.role is not None and (found is None or worker.name not in TRAINED):
                 load_initial_weights(worker.role, seed=config.seed + SEED_OFFSETS[worker.name])

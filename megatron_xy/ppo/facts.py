@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_xy.checkpoint.continuation import fixed_keys
 from megatron_xy.checkpoint.files import MANIFEST
 from megatron_xy.config import PlacedRole, RoleName, RunConfig
 from megatron_xy.model.source import split_origin
@@ -15,16 +16,22 @@ from megatron_xy.ppo.material import Material
 from megatron_xy.ppo.placement import spelt_ranks
 from megatron_xy.storage import file_sha256, sampled_sha256
 
+FROZEN_ROLES: tuple[RoleName, ...] = ("reference", "reward")
+
 
 def facts(
     config: RunConfig, roles: Mapping[str, PlacedRole], *, of: str, fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What `continuation.check_continuation` compares of the role `of`: its model, what is drawn and measured against,
-    and all settings, every role's included. fingerprints: as below.
+    """What `continuation.check_continuation` compares of the trained role `of`: its model, what is drawn and measured
+    against, and all settings, every role's included. fingerprints: as below.
     """
     ppo = config.ppo
     assert ppo is not None, "the config's rules ask for it"
     order = {"seed": config.seed, "ppo.rollout_batch_size": ppo.rollout_batch_size, **fingerprints}
+    for frozen in FROZEN_ROLES:
+        if frozen in roles:
+            kept = fixed_keys(roles[frozen].model.model_dump(mode="json"))
+            order |= {f"roles.{frozen}.model.{key}": value for key, value in kept.items()}
     sections = {"ppo": ppo.model_dump(mode="json"), "training": config.training.model_dump(mode="json")}
     if ppo.reward_function is not None:
         contents = file_sha256(Path(ppo.reward_function.rpartition(":")[0]))
@@ -48,8 +55,7 @@ def fingerprints(config: RunConfig, material: Material) -> dict[str, str]:
     prints = {"ppo.prompts": file_sha256(ppo.prompts), "data.tokenizer": material.tokenizer.sha256}
     if ppo.responses is not None:
         prints["ppo.responses"] = file_sha256(ppo.responses)
-    frozen: tuple[RoleName, ...] = ("reference", "reward")
-    for name in frozen:
+    for name in FROZEN_ROLES:
         role = material.roles.get(name)
         if role is not None and role.model.load is not None:
             prints[f"roles.{name}.model.load"] = _weights_fingerprint(role.model.load)

@@ -81,7 +81,7 @@ class RunCheckpoints:
     def restore(self) -> RunState:
         """Goes on from the checkpoint that the config asks for; else from `model.load`, else from fresh weights."""
         config, role = self._config, self._role
-        found = course.find_start(config, role.groups, current=self._facts(), say=self._log.say)
+        found = course.find_start(config, role.groups, current={"": self._facts()}, say=self._log.say)
         state = RunState()
         if found is None:
             load_initial_weights(role, seed=config.seed)

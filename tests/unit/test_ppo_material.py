@@ -5,6 +5,7 @@ No model of a wrong kind or vocabulary gets through, no prompt or answer that do
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,11 +18,13 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_xy.config import InvalidConfig, load_config, placed_roles
+from megatron_xy.checkpoint.files import Manifest, write_manifest
+from megatron_xy.checkpoint.folders import iteration_folder
+from megatron_xy.config import TRAINED_ROLES, InvalidConfig, RunConfig, load_config, placed_roles
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
 from megatron_xy.plan.overview import Plan
 from megatron_xy.plan.verb import plan
-from megatron_xy.ppo.facts import fingerprints
+from megatron_xy.ppo.facts import facts, fingerprints
 from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.rollouts import AnswersFromFile
 from megatron_xy.preflight import check_paths
@@ -188,6 +191,48 @@ def test_other_weights_of_a_frozen_role_are_told_by_their_contents(tmp_path: Pat
         (reference / "model.safetensors").write_bytes(random.Random(seed).randbytes(3_000_001))
         found.append(fingerprints(config, material)["roles.reference.model.load"])
     assert found[0] == found[2] != found[1]
+
+
+def checkpoint_of(config: RunConfig) -> list[Path]:
+    """The manifests of a checkpoint that a run of this config has written."""
+    material = look_at(config, placed_roles(config, world_size=4))
+    found = []
+    for name in TRAINED_ROLES:
+        said = facts(config, material.roles, of=name, fingerprints=fingerprints(config, material))
+        place = {"iteration": 1, "data_step": 1, "consumed_samples": 4, "consumed_tokens": 0, "optimizer_steps": 1}
+        folder = iteration_folder(config.run_dir / "checkpoints", 1) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, Manifest({**place, **said, "world_size": 1}, tensors={}, rank_state={}, files={}))
+        found.append(folder)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told", "may_be_allowed"),
+    [
+        ("seed=1", "seed=2", r"seed \(2\) is 1 in .*iter_0000001/actor: samples would be", True),
+        ("seed=1", "roles.actor.model.norm_epsilon=0.1", r"model\.norm_epsilon \(0.1\) is .*iter_0000001/actor", False),
+        ("seed=1", "roles.critic.model.load={deep}", r"model\.num_layers \(5\) is 4 in .*iter_0000001/critic", False),
+        (
+            "roles.reward.model.norm_epsilon=0.1",
+            "roles.reward.model.norm_epsilon=0.2",
+            r"roles\.reward\.model\.norm_epsilon \(0\.2\) is 0\.1 in .*: another model would judge",
+            True,
+        ),
+    ],
+)
+def test_what_the_run_would_not_go_on_with_is_found_before_it(
+    tmp_path: Path, loads: dict[str, str], then: str, now: str, told: str, may_be_allowed: bool
+) -> None:
+    deep = hf_folder(tmp_path / "deep", architecture="LlamaForSequenceClassification", num_hidden_layers=5)
+    path = written(tmp_path, loads)
+    checkpoint_of(load_config(path, overrides=[then]))
+    check_paths(load_config(path, overrides=[then]))
+    with pytest.raises(InvalidConfig, match=told):
+        check_paths(load_config(path, overrides=[then, now.format(deep=deep)]))
+    allowed = load_config(path, overrides=[then, now.format(deep=deep), "checkpoint.allow_changes=true"])
+    with contextlib.nullcontext() if may_be_allowed else pytest.raises(InvalidConfig, match=told):
+        check_paths(allowed)
 
 
 def test_a_given_answer_ends_with_its_first_end_token() -> None:
