@@ -38,7 +38,7 @@ class PPOCheckpoints:
         config: RunConfig,
         *,
         cast: Cast,
-        fingerprints: Mapping[str, str],
+        fingerprints: Mapping[str, str | None],
         tokenizer: str,
         chat_templates: Mapping[str, str | None],
         log: RunLog,

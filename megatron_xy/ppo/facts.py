@@ -20,7 +20,7 @@ FROZEN_ROLES: tuple[RoleName, ...] = ("reference", "reward")
 
 
 def facts(
-    config: RunConfig, roles: Mapping[str, PlacedRole], *, of: str, fingerprints: Mapping[str, str]
+    config: RunConfig, roles: Mapping[str, PlacedRole], *, of: str, fingerprints: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """What `continuation.check_continuation` compares of the trained role `of`: its model, what is drawn and measured
     against, and all settings, every role's included. fingerprints: as below.
@@ -48,18 +48,21 @@ def facts(
     }
 
 
-def fingerprints(config: RunConfig, material: Material) -> dict[str, str]:
-    """Of the files that decide what is drawn and what it is measured against."""
+def fingerprints(config: RunConfig, material: Material) -> dict[str, str | None]:
+    """Of the files that decide what is drawn and what it is measured against; None where there is none: one that comes
+    or goes shows, too."""
     ppo = config.ppo
     assert ppo is not None and ppo.prompts is not None, "the config's rules ask for them"
-    prints = {"ppo.prompts": file_sha256(ppo.prompts), "data.tokenizer": material.tokenizer.sha256}
-    if ppo.responses is not None:
-        prints["ppo.responses"] = file_sha256(ppo.responses)
-    for name in FROZEN_ROLES:
-        role = material.roles.get(name)
-        if role is not None and role.model.load is not None:
-            prints[f"roles.{name}.model.load"] = _weights_fingerprint(role.model.load)
-    return prints
+    loads = {name: material.roles[name].model.load if name in material.roles else None for name in FROZEN_ROLES}
+    return {
+        "ppo.prompts": file_sha256(ppo.prompts),
+        "data.tokenizer": material.tokenizer.sha256,
+        "ppo.responses": None if ppo.responses is None else file_sha256(ppo.responses),
+        **{
+            f"roles.{name}.model.load": None if load is None else _weights_fingerprint(load)
+            for name, load in loads.items()
+        },
+    }
 
 
 def _weights_fingerprint(load: str) -> str:

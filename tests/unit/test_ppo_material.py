@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_xy.checkpoint.files import Manifest, write_manifest
+from megatron_xy.checkpoint.continuation import FIXED_MODEL_KEYS
+from megatron_xy.checkpoint.files import Manifest, read_manifest, write_manifest
 from megatron_xy.checkpoint.folders import iteration_folder
-from megatron_xy.config import TRAINED_ROLES, InvalidConfig, RunConfig, load_config, placed_roles
+from megatron_xy.config import TRAINED_ROLES, InvalidConfig, ModelConfig, RunConfig, load_config, placed_roles
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError
+from megatron_xy.model.source import resolve_model
 from megatron_xy.plan.overview import Plan
 from megatron_xy.plan.verb import plan
 from megatron_xy.ppo.facts import facts, fingerprints
@@ -219,6 +221,14 @@ def checkpoint_of(config: RunConfig) -> list[Path]:
             r"roles\.reward\.model\.norm_epsilon \(0\.2\) is 0\.1 in .*: another model would judge",
             True,
         ),
+        ("ppo.responses=null", "ppo.responses={responses}", r"ppo\.responses \(\w+\) is None in", True),
+        ("seed=1", "ppo.responses=null", r"ppo\.responses \(None\) is \w+ in", True),
+        (
+            "roles.reference.model={shape}",
+            "roles.reference.model.load={language}",
+            r"roles\.reference\.model\.load \(\w+\) is None in .*: another model would judge",
+            True,
+        ),
     ],
 )
 def test_what_the_run_would_not_go_on_with_is_found_before_it(
@@ -226,13 +236,29 @@ def test_what_the_run_would_not_go_on_with_is_found_before_it(
 ) -> None:
     deep = hf_folder(tmp_path / "deep", architecture="LlamaForSequenceClassification", num_hidden_layers=5)
     path = written(tmp_path, loads)
+    language = resolve_model(ModelConfig(load=loads["language"]))
+    shape = json.dumps({name: getattr(language, name) for name in FIXED_MODEL_KEYS})
+    names = {**loads, "deep": deep, "responses": tmp_path / "responses.jsonl", "shape": shape}
+    then, now = then.format(**names), now.format(**names)
     checkpoint_of(load_config(path, overrides=[then]))
     check_paths(load_config(path, overrides=[then]))
     with pytest.raises(InvalidConfig, match=told):
-        check_paths(load_config(path, overrides=[then, now.format(deep=deep)]))
-    allowed = load_config(path, overrides=[then, now.format(deep=deep), "checkpoint.allow_changes=true"])
+        check_paths(load_config(path, overrides=[then, now]))
+    allowed = load_config(path, overrides=[then, now, "checkpoint.allow_changes=true"])
     with contextlib.nullcontext() if may_be_allowed else pytest.raises(InvalidConfig, match=told):
         check_paths(allowed)
+
+
+def test_a_checkpoint_written_before_a_key_goes_on(tmp_path: Path, loads: dict[str, str]) -> None:
+    config = load_config(written(tmp_path, loads), overrides=["ppo.responses=null"])
+    for folder in checkpoint_of(config):
+        manifest = read_manifest(folder)
+        order, settings = manifest.state["data_order"], manifest.state["settings"]
+        kept = {key: value for key, value in order.items() if value is not None and ".model." not in key}
+        loaded = {key: value for key, value in order.items() if key.endswith(".load")}
+        manifest.state |= {"data_order": kept | loaded, "settings": {**settings, "ppo.responses": None}}
+        write_manifest(folder, manifest)
+    check_paths(config)
 
 
 def test_a_given_answer_ends_with_its_first_end_token() -> None:
