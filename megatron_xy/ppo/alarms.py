@@ -44,17 +44,17 @@ def ratio_alarm(largest: float, *, params_dtype: str) -> str | None:
 
 
 class SkippedUpdates:
-    """The steps in a row of which a role has learned nothing, by role."""
+    """The steps in a row of which a role has learned nothing: `in_a_row`, by role, for a checkpoint's manifest, too."""
 
     def __init__(self, *, limit: int) -> None:
         """limit: `training.max_skipped_in_a_row`."""
         self._limit = limit
-        self._in_a_row = dict.fromkeys(TRAINED, 0)
+        self.in_a_row = dict.fromkeys(TRAINED, 0)
 
     @property
     def longest(self) -> int:
         """In a row, of the role that has waited longest."""
-        return max(self._in_a_row.values())
+        return max(self.in_a_row.values())
 
     def add(
         self,
@@ -70,12 +70,12 @@ class SkippedUpdates:
         skipped, wanted: updates that were not made, and all that would have been, by role.
         """
         for name, count in skipped.items():
-            self._in_a_row[name] = self._in_a_row[name] + 1 if 0 < count == wanted[name] else 0
+            self.in_a_row[name] = self.in_a_row[name] + 1 if 0 < count == wanted[name] else 0
             is_finite = math.isfinite(metrics.get(f"{name}_grad_norm", math.nan))
             reason = "no answer that ended to learn from" if is_finite else "gradient not finite"
             if count:
                 say(f"  SKIPPED {count} of {wanted[name]} updates of the {name}: {reason}")
-            if self._in_a_row[name] >= self._limit:
+            if self.in_a_row[name] >= self._limit:
                 remedy = (
                     "raise ppo.max_response_length, take another ppo.missing_end than mask"
                     if is_finite

@@ -21,6 +21,7 @@ from megatron_xy.log import RunLog
 from megatron_xy.model.source import split_origin
 from megatron_xy.model.weights import load_initial_weights
 from megatron_xy.parallel import barrier
+from megatron_xy.ppo.alarms import SkippedUpdates
 from megatron_xy.ppo.cast import TRAINED, Cast
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, PPOState
@@ -60,9 +61,9 @@ class PPOCheckpoints:
             name: {} if load is None else kept_facts(*split_origin(load)) for name, load in loads.items()
         }
 
-    def restore(self, engine: PPO) -> dict[str, TrainingState]:
+    def restore(self, engine: PPO, skipped: SkippedUpdates) -> dict[str, TrainingState]:
         """Goes on from the checkpoint that the config asks for, else from what each role's `model.load` names; returns
-        the trained roles' states."""
+        the trained roles' states, and sets those of the engine and of what counts skipped updates."""
         config, ppo, world = self._config, self._config.ppo, self._cast.world
         assert ppo is not None, "the config's rules ask for it"
         found = course.find_start(config, world, current=self._facts, say=self._log.say)
@@ -76,6 +77,7 @@ class PPOCheckpoints:
             kept = manifest.state["ppo"]
             coefficient = kept["kl_coef"] if self._goes_on_adapting(manifest) else ppo.kl_coef
             engine.state = PPOState(coefficient, RunningMoments(**kept["moments"]))
+            skipped.in_a_row |= kept.get("skipped_in_a_row", {})  # older manifests keep none
             for worker in self._cast.trained:
                 part = read_manifest(folder / worker.name)
                 states[worker.name] = part.training_state
@@ -105,26 +107,28 @@ class PPOCheckpoints:
             self._compared[name] = iteration
             check_replicas(role, iteration=iteration)
 
-    def save(self, states: Mapping[str, TrainingState], engine: PPOState, *, wanted_before: int | None) -> None:
-        """Actor first, then the critic, whose leader gives the whole its name once both are there.
-
-        wanted_before: the newest checkpoint before this iteration is not let go of.
-        """
+    def save(self, states: Mapping[str, TrainingState], engine: PPOState, skipped: SkippedUpdates) -> None:
+        """Actor first, then the critic, whose leader gives the whole its name once both are there."""
+        kept = {
+            "kl_coef": engine.kl_coef,
+            "moments": asdict(engine.moments),
+            "skipped_in_a_row": dict(skipped.in_a_row),
+        }
         for worker in self._cast.trained:
             if worker.role is not None:
                 facts = {
                     "task": "ppo",
                     **self._facts[worker.name],
-                    "ppo": {"kl_coef": engine.kl_coef, "moments": asdict(engine.moments)},
+                    "ppo": kept,
                     "megatron_core": mcore.VERSION,
                     "torch": torch.__version__,
                     **self._kept[worker.name],
                     "tokenizer": self._tokenizer,
                     "chat_template": self._chat_templates[worker.name],
                 }
-                self._writers[worker.name].save(
-                    worker.role, states[worker.name], facts=facts, wanted_before=wanted_before
-                )
+                state = states[worker.name]
+                before = state.iteration - skipped.longest if skipped.longest else None  # as RunCheckpoints has it
+                self._writers[worker.name].save(worker.role, state, facts=facts, wanted_before=before)
 
     def finish(self) -> None:
         """Waits until the last checkpoint is whole on disk. Collective over the world."""

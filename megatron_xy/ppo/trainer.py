@@ -72,7 +72,7 @@ class PPOTrainer:
 
     def restore(self) -> None:
         """Goes on from the checkpoint that the config asks for, else from what each role's `model.load` names."""
-        self.states = self.checkpoints.restore(self.engine)
+        self.states = self.checkpoints.restore(self.engine, self._skipped)
 
     def train(self) -> None:
         """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
@@ -215,8 +215,7 @@ class PPOTrainer:
 
     def _save(self, iteration: int) -> None:
         self.watchdog.beat(iteration=iteration, phase="save")
-        skipped = self._skipped.longest
-        self.checkpoints.save(self.states, self.engine.state, wanted_before=iteration - skipped if skipped else None)
+        self.checkpoints.save(self.states, self.engine.state, self._skipped)
 
     def _finish(self) -> None:
         self.watchdog.beat(iteration=self.state.iteration, phase="finish")

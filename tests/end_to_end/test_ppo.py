@@ -371,13 +371,17 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_told_until_it_is_too_often
 
 
 def test_where_no_answer_ended_the_actor_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
-    """Under `missing_end: mask` nothing is left to learn from: no step of momentum or weight decay, and it is said."""
+    """Under `missing_end: mask` nothing is left to learn from: no step of momentum or weight decay, and it is said.
+
+    A row of such steps is counted over a resume, too."""
     run_dir, responses = tmp_path / "run", tmp_path / "cut.jsonl"
     responses.write_text(json.dumps({"response_tokens": [20, 30, 11]}) + "\n")
     responses.write_text(responses.read_text() * (3 * ANSWERS))
     given = (f"run_dir={run_dir}", f"ppo.responses={responses}", "ppo.missing_end=mask", "ppo.missing_end_penalty=0")
-    steps = ("training.train_iters=3", "checkpoint.save_interval=1", "training.max_skipped_in_a_row=3")
-    ended = run_to_end(run_command(folder / "ppo.yaml", *given, *steps, ranks=4))
+    steps = ("checkpoint.save_interval=1", "training.max_skipped_in_a_row=3")
+    ended = run_to_end(run_command(folder / "ppo.yaml", *given, *steps, "training.train_iters=2", ranks=4))
+    assert ended.code == 0, ended
+    ended = run_to_end(run_command(folder / "ppo.yaml", *given, *steps, "training.train_iters=3", ranks=4))
     assert "SKIPPED 4 of 4 updates of the actor: no answer that ended to learn from" in ended.out
     assert ended.code == 65 and "no answer that ended to learn from; raise ppo.max_response_length" in ended.err, ended
     for record in metrics_of(run_dir):
