@@ -63,7 +63,7 @@ def check_continuation(
         problems += [
             Problem(
                 name,
-                f"{name} ({_short(now)}) is {_short(then)} in {origin}: {_harm(name)}; put it back, or accept that "
+                f"{name} ({short(now)}) is {short(then)} in {origin}: {_harm(name)}; put it back, or accept that "
                 f"with checkpoint.allow_changes=true",
             )
             for name, then, now in changes
@@ -72,7 +72,7 @@ def check_continuation(
         raise InvalidConfig(problems)
     orders = _differences(then_order, now_order)  # of phases to come, too
     for name, then, now in [*orders, *_differences(stored.get("settings", {}), current["settings"])]:
-        say(f"  changed since the checkpoint: {name} {_short(then)} -> {_short(now)}")
+        say(f"  changed since the checkpoint: {name} {short(then)} -> {short(now)}")
 
 
 def fixed_keys(section: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +100,10 @@ def _harm(name: str) -> str:
     return "another model would judge" if name.startswith("roles.") else "samples would be drawn twice or never"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of the facts, for a message."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {part}" for name, part in value.items() if part is not None) + "}"
     if isinstance(value, list):
-        return ", ".join(part[:12] if isinstance(part, str) else _short(part) for part in value) or "none"
+        return ", ".join(part[:12] if isinstance(part, str) else short(part) for part in value) or "none"
     return str(value)

@@ -6,6 +6,9 @@ under another name, so that neither `auto` nor retention ever mixes two courses.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,11 @@ import torch
 
 from megatron_xy import device
 from megatron_xy.checkpoint.choice import find_resumable
-from megatron_xy.checkpoint.continuation import check_parts
+from megatron_xy.checkpoint.continuation import check_parts, short
 from megatron_xy.checkpoint.files import Manifest
 from megatron_xy.checkpoint.folders import iteration_folder, saved_iterations, sweep
 from megatron_xy.config import RunConfig
-from megatron_xy.errors import Stopped
+from megatron_xy.errors import ConfigError, Stopped
 from megatron_xy.hf.target import sweep_unfinished
 from megatron_xy.parallel import Groups, barrier, gathered_values, sum_over
 from megatron_xy.run_folder import current_attempt, read_start, this_start, write_start
@@ -35,8 +38,9 @@ def find_start(
     """The checkpoint that the run goes on from, with the manifest of the first of its parts; None where it starts anew.
 
     What a killed save left is swept. current: what `continuation.facts` says of the run now, by part. Collective.
-    Raises as `find_resumable` and `check_parts`.
+    Raises as `check_agreement`, `find_resumable` and `check_parts`.
     """
+    check_agreement(current, groups)
     checkpoints = config.run_dir / "checkpoints"
     swept = sweep(checkpoints) if groups.role_rank == 0 else []
     for name in gathered_values(swept, groups.all_ranks)[0]:
@@ -44,6 +48,41 @@ def find_start(
     found = find_resumable(checkpoints, groups, resume=_wanted_resume(config, groups), say=say, parts=list(current))
     if found is not None:
         check_parts(found[0], current, allow_changes=config.checkpoint.allow_changes, say=say)
+    return found
+
+
+def check_agreement(current: Mapping[str, dict[str, Any]], groups: Groups) -> None:
+    """That all ranks know the run by the same facts, contents of files included. Collective.
+
+    Raises ConfigError on all ranks, naming those that are apart.
+    """
+    own = hashlib.sha256(json.dumps(current, sort_keys=True).encode()).hexdigest()
+    digests = gathered_values(own, groups.all_ranks)
+    usual = Counter(digests).most_common(1)[0][0]
+    apart = [place for place, digest in enumerate(digests) if digest != usual]
+    if not apart:
+        return
+    every = gathered_values(current, groups.all_ranks)
+    like, other = digests.index(usual), apart[0]
+    theirs, ours = _flat(every[other]), _flat(every[like])
+    names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+    first, ranks = names[0], [str(groups.ranks[place]) for place in apart]
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    who = f"rank {ranks[0]} differs" if len(ranks) == 1 else f"ranks {', '.join(ranks[:8])}{more} differ"
+    raise ConfigError(
+        f"all ranks must be given the same run: {who} from rank {groups.ranks[like]} in "
+        f"{', '.join(names[:8])} ({first}: {short(theirs.get(first))} and not "
+        f"{short(ours.get(first))}); give every node the same RUN.yaml and the same files"
+    )
+
+
+def _flat(current: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The facts by the keys that the user knows."""
+    found: dict[str, Any] = {}
+    for part, told in current.items():
+        model = f"roles.{part}.model" if part else "model"
+        found |= {f"{model}.{name}": value for name, value in told["model"].items()}
+        found |= told["data_order"] | told["settings"]
     return found
 
 

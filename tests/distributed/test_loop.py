@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_xy.checkpoint import writer
 from megatron_xy.checkpoint.files import read_manifest, verify_files
@@ -56,6 +57,22 @@ def test_phases_are_followed_and_a_run_broken_within_them_equals_the_unbroken_on
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     code = [record["num_loss_tokens_by_source"].get("code", 0) / record["num_loss_tokens"] for record in records]
     assert sum(code[5:]) / 7 > 0.75 > 0.3 > sum(code[:5]) / 5
+
+
+def test_ranks_that_were_given_another_run_are_named_by_all(data, tmp_path):
+    corpus = tmp_path / "other.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{n} is a number", "source": "code"}) + "\n" for n in range(300)))
+    build_dataset([corpus], tokenizer=data / "tokenizer.model", output=tmp_path / "other", buckets=BUCKETS)
+    config = loop.config_of(data, tmp_path / "run")
+    others = [loop.config_of(tmp_path / "other", tmp_path / "run"), config.model_copy(update={"seed": 7})]
+    for other, told in zip(others, ("data.path (data.path: ", "seed (seed: 7 and not 1234); give every"), strict=True):
+        ends = run_ranks(train_one_of, [config, config, other], world_size=3)
+        assert len(set(ends)) == 1
+        assert ends[0].startswith(f"78: all ranks must be given the same run: rank 2 differs from rank 0 in {told}")
+
+
+def train_one_of(configs) -> str:
+    return loop.train_into_an_error(configs[dist.get_rank()])
 
 
 TWO_STAGES = [{"from_iter": 0, "train_only": ["embedding", "output_layer"]}, {"from_iter": 6}]
