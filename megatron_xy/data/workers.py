@@ -23,6 +23,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from megatron_xy.data.claims import claim
 from megatron_xy.errors import EXIT_PEER_LOST, ConfigError, PeerLost
+from megatron_xy.runtime.signals import STOP_SIGNALS
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -221,7 +222,7 @@ def _has_one_thread() -> bool:
 def _start_worker(shared_done: Any) -> None:
     global _shared_done
     _shared_done = shared_done
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the parent decides; what is begun is finished and kept
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by it the parent ends its workers; not what the parent does itself
     threading.Thread(target=_leave_with_parent, daemon=True).start()

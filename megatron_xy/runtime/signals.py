@@ -1,8 +1,8 @@
 """Requests to stop. A rank takes them in a thread: Python's handlers do not run while its main one is in a collective.
 
-SIGTERM (launchers), SIGUSR1 (schedulers, ahead of the time limit) and SIGINT (ctrl-C) ask for a stop. While there is
-nothing to save the process leaves at once; once training runs, all ranks save together at the next step's end. A second
-one leaves now.
+SIGTERM (launchers), SIGUSR1 (schedulers, ahead of the time limit), SIGINT (ctrl-C) and SIGHUP (a terminal that closes,
+unless nohup has it ignored) ask for a stop. While there is nothing to save the process leaves at once; once training
+runs, all ranks save together at the next step's end. A second one leaves now.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from types import FrameType
 
 from megatron_xy.errors import EXIT_STOPPED
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+    *(() if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)),  # as this process began
+)
 SAME_REQUEST_SECONDS = 2.0  # ctrl-C reaches a worker twice, from the terminal and from torchrun: one request
 
 
@@ -84,7 +89,8 @@ class StopRequest:
 
     def _wait(self) -> None:
         while True:
-            name = signal.Signals(signal.sigwait(STOP_SIGNALS)).name
+            number = signal.sigwait(STOP_SIGNALS)
+            name = signal.Signals(number).name
             now = time.monotonic()
             if self.is_deaf:
                 self._first_seen = self._first_seen or now  # heeded if the run goes on after all
@@ -93,7 +99,7 @@ class StopRequest:
                 self._leave(f"stopped by {name}{self.nothing_to_save}")
             elif self._first_seen is None:
                 self._first_seen = now
-            elif now - self._first_seen > SAME_REQUEST_SECONDS:
+            elif now - self._first_seen > SAME_REQUEST_SECONDS and number != signal.SIGHUP:  # said more than once
                 self._leave(f"stopped at once by a second signal ({name}); the newest checkpoint stands")
 
     def _leave(self, message: str) -> None:

@@ -101,7 +101,7 @@ def supervise(
 def run_to_end(torchrun: Torchrun, *, restarts: int = 0) -> int:
     """Runs torchrun and its ranks and returns the documented exit code.
 
-    Ends like this: SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and stop, a second one kills them. After 74 and 76
+    Ends like this: a stop signal asks the ranks to save and stop, a second one kills them. After 74 and 76
     it starts again, `restarts` times at most. Where no rank has told anything for longer than `timeout_seconds`, as all
     are stopped, it reports that and ends them with 76; not where other machines have ranks, too. To be called in the
     main thread: signals and the children's tie to us need it. Raises ConfigError where `run_dir` cannot be used,
@@ -275,7 +275,8 @@ def _received_signals() -> Iterator[list[int]]:
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
+        if not received or number != signal.SIGHUP:  # a terminal that closes says so more than once
+            received.append(number)
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back since the process began

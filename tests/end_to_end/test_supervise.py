@@ -17,6 +17,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.run_folder import RunDirBusy, new_beat, prepare, read_exit, read_heartbeats, write_beat
 from megatron_xy.runtime import supervise as supervise_module
 from megatron_xy.runtime.orphans import MARK_VARIABLE, is_running
+from megatron_xy.runtime.signals import STOP_SIGNALS
 from megatron_xy.runtime.supervise import supervise
 
 
@@ -114,7 +115,7 @@ def test_ranks_that_outlive_a_failure_are_ended(tmp_path, monkeypatch):
     assert read_exit(tmp_path).message == "an assert of ours"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", set(STOP_SIGNALS) - {signal.SIGTERM})
 def test_a_signal_stops_all_ranks_cleanly(tmp_path, number):
     with supervisor(tmp_path, "stoppable") as process:
         wait_until(lambda: len(read_heartbeats(tmp_path)) == 2)
@@ -148,7 +149,7 @@ def test_a_signal_before_the_ranks_have_begun_is_a_clean_stop(tmp_path):
     assert read_exit(tmp_path).name == "stopped"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_while_the_command_itself_begins_is_a_clean_stop(tmp_path, number):
     """`megatron-xy` holds the signals back from its first line on; the supervisor finds them waiting."""
     code = (

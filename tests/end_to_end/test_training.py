@@ -3,13 +3,17 @@
 The unbroken run is made once; the tests of damage go on from copies of its folder, with one rank instead of four.
 """
 
+import contextlib
 import json
 import math
 import os
+import pty
 import re
 import shutil
 import signal
+import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -169,6 +173,31 @@ def test_stopped_then_killed_then_restarted_equals_the_unbroken_run_bit_for_bit(
     assert without_clock(metrics_of(run_dir)) == without_clock(metrics_of(whole))
     assert hash_of(run_dir / "checkpoints" / LAST) == hash_of(whole / "checkpoints" / LAST)
     assert list(run_dir.rglob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize("is_supervised", [True, False], ids=["run", "torchrun"])
+def test_a_terminal_that_closes_stops_a_run_with_its_state_saved(job, tmp_path, is_supervised):
+    run_dir = tmp_path / "run"
+    options = [f"run_dir={run_dir}", *ONE_RANK, "training.train_iters=2000", "checkpoint.save_interval=1000"]
+    whole = run_command(job.config, *options, ranks=1) if is_supervised else torchrun_command(job.config, *options)
+    ours, theirs = pty.openpty()
+    nothing_ignored = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    setsid = ["setsid", "--ctty", "--wait", *whole]
+    with subprocess.Popen(setsid, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=nothing_ignored) as process:
+        os.close(theirs)
+        os.set_blocking(ours, False)
+
+        def is_at_work() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                os.read(ours, 2**16)  # the terminal shows it
+            return live_rank_at(run_dir, rank=0, iteration=3) is not None
+
+        wait_until(is_at_work, process=process)
+        os.close(ours)
+        process.wait(60)
+    record = read_exit(run_dir)
+    assert record.code == 75 and re.match(r"stopped on request after step \d+, state saved", record.message), record
+    assert len(list((run_dir / "checkpoints").glob("iter_*/manifest.json"))) == 1
 
 
 def _kill_rank(process, run_dir: Path, *, rank: int, iteration: int) -> Ended:

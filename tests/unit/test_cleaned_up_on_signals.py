@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -29,3 +31,13 @@ def test_a_stop_signal_ends_the_block_cleaned_up_and_the_process_with_75(
     assert ended.value.code == 75 and done == ["cleaned up"]
     assert capsys.readouterr().err == f"stopped by {number.name}; the same command goes on\n"
     assert [signal.getsignal(other) for other in STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize(("before", "is_heeded"), [("SIG_IGN", False), ("SIG_DFL", True)])
+def test_a_terminal_that_closes_is_heeded_but_under_nohup(before: str, is_heeded: bool) -> None:
+    code = (
+        f"import signal; signal.signal(signal.SIGHUP, signal.{before})\n"
+        "from megatron_xy.runtime.signals import STOP_SIGNALS; print(signal.SIGHUP in STOP_SIGNALS)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == f"{is_heeded}\n"
