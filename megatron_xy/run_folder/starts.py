@@ -27,8 +27,9 @@ def this_start() -> str:
 
 
 def current_attempt() -> int:
-    """Which try of its start this process belongs to: 0, then 1 for the supervisor's first restart."""
-    return int(os.environ.get(ATTEMPT_VARIABLE, "0"))
+    """Which try of its start this process belongs to: 0, then 1 for the first restart, whoever restarts it."""
+    of_torchrun = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # under its --max-restarts
+    return int(os.environ.get(ATTEMPT_VARIABLE, of_torchrun))
 
 
 def read_start(run_dir: Path) -> str | None:

@@ -207,6 +207,17 @@ def _kill_rank(process, run_dir: Path, *, rank: int, iteration: int) -> Ended:
     return wait_for_end(process)
 
 
+def test_a_restart_by_torchrun_itself_goes_on_with_what_this_start_has_saved(job, tmp_path):
+    run_dir = tmp_path / "run"
+    command = torchrun_command(job.config, f"run_dir={run_dir}", "checkpoint.resume=never")
+    command.insert(command.index("--standalone"), "--max-restarts=1")
+    with started(command) as process:
+        ended = _kill_rank(process, run_dir, rank=0, iteration=SAVE_INTERVAL + 2)
+    assert ended.code == 0, ended
+    assert f"resuming from {run_dir}/checkpoints/iter_{SAVE_INTERVAL:07d}" in ended.out
+    assert (read_exit(run_dir).code, read_exit(run_dir).attempt) == (0, 1)
+
+
 def test_a_bare_torchrun_passes_over_damage_and_sweeps_what_a_kill_left(job, unbroken, tmp_path):
     """One rank goes on from four ranks' checkpoint; what an earlier run left in the folder does not outlive it."""
     run_dir = copy_run(unbroken[0], tmp_path / "run", iterations=[TRAIN_ITERS - SAVE_INTERVAL, TRAIN_ITERS])
