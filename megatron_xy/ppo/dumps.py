@@ -16,6 +16,14 @@ from megatron_xy.tensors.files import write_tensors
 DUMPED = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns")
 
 
+def cut_rollouts(folder: Path, *, iteration: int) -> None:
+    """Removes those of later steps, which an abandoned course of the run has left."""
+    for path in folder.glob("iter_*.safetensors"):
+        if int(path.stem.removeprefix("iter_")) > iteration:
+            with storage_errors(path):
+                path.unlink()
+
+
 def dump_rollout(experience: Experience, folder: Path, *, iteration: int) -> None:
     """Writes what the actor has: tokens [answers, prompt + response], an answer right behind its prompt, 0 behind it;
     prompt_lengths [answers]; and [answers, response] from each answer's first token on: response_mask and the

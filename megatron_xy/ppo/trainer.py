@@ -24,7 +24,7 @@ from megatron_xy.peak import peak_rate
 from megatron_xy.ppo.alarms import SkippedUpdates, check_finite, ratio_alarm
 from megatron_xy.ppo.cast import TRAINED, Cast
 from megatron_xy.ppo.checkpoints import PPOCheckpoints
-from megatron_xy.ppo.dumps import dump_rollout
+from megatron_xy.ppo.dumps import cut_rollouts, dump_rollout
 from megatron_xy.ppo.engine import PPO, LearningRates
 from megatron_xy.ppo.experience import Experience, Rollout
 from megatron_xy.ppo.phases import Phases
@@ -78,6 +78,8 @@ class PPOTrainer:
         """Runs to `train_iters`. Raises Stopped once the state is saved after a request to stop."""
         train_iters = self.config.training.train_iters
         self.log.open_metrics(iteration=self.state.iteration)
+        if self.cast.world.role_rank == 0:
+            cut_rollouts(self.config.run_dir / "rollouts", iteration=self.state.iteration)
         for iteration in range(self.state.iteration + 1, train_iters + 1):
             stopping = self._step(iteration)
             if self.checkpoints.is_due(iteration) or stopping:

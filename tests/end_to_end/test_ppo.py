@@ -250,13 +250,15 @@ def test_whatever_is_lost_on_resume_shows(lost: str | None, unbroken: Path, fold
 def test_a_kl_coefficient_that_is_new_or_fixed_is_the_configs(
     change: str, coefficient: float, unbroken: Path, folder: Path, tmp_path: Path
 ) -> None:
-    """And a release that a kill cut off is made up for."""
+    """A release that a kill cut off is made up for, and of the abandoned steps no rollout stays."""
     assert metrics_of(unbroken)[4]["kl_coef"] not in (0.05, 0.2), "it was adapted there"
     run_dir = copy_run(unbroken, tmp_path / "run", iterations=[4])
+    shutil.copytree(unbroken / "rollouts", run_dir / "rollouts")
     options = (f"run_dir={run_dir}", "training.train_iters=5", "checkpoint.hf_interval=4", change)
     ended = run_to_end(run_command(folder / "ppo.yaml", *options, ranks=4))
     assert ended.code == 0, ended
     assert metrics_of(run_dir)[4]["kl_coef"] == coefficient
+    assert len(list((run_dir / "rollouts").iterdir())) == 5
     released = Path("hf", "iter_0000004", "model.safetensors")
     assert (run_dir / released).read_bytes() == (unbroken / released).read_bytes()
 
