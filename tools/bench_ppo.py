@@ -132,7 +132,7 @@ def ours(steps: int) -> dict[str, Any]:
         answers = source.answers(drawn, rows, first=0)
         rollout = as_rollout(drawn, dict.fromkeys(made, rows), answers)
         times.append(time.process_time())
-        experience = engine.collect(rollout, check=lambda experience: None)
+        experience = engine.collect(rollout, check=lambda rollout, judged: None)
         times.append(time.process_time())
         metrics = engine.learn(experience, [list(range(PROMPTS))], LearningRates(1e-5, 1e-5), is_warmup=False)
         times.append(time.process_time())

@@ -12,20 +12,19 @@ import torch
 
 from megatron_xy.errors import DataError
 from megatron_xy.ppo.cast import TRAINED
-from megatron_xy.ppo.experience import Experience
+from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.prompts import PromptFile
 
 RATIO_ALARM = {"fp32": 1e-5, "bf16": 5e-2}  # |log ratio| at the first mini-batch beyond which something is wrong
 
 
-def check_finite(experience: Experience, prompts: PromptFile, *, iteration: int) -> None:
-    """Raises DataError for scores, values and log-probabilities that are no numbers."""
-    for name in ("scores", "logprobs", "ref_logprobs", "values"):
-        tensor = getattr(experience, name)
+def check_finite(rollout: Rollout, judged: Mapping[str, torch.Tensor], prompts: PromptFile, *, iteration: int) -> None:
+    """Raises DataError for scores, values and log-probabilities that are no numbers; judged: [answers, ...] by name."""
+    for name, tensor in judged.items():
         is_finite = torch.isfinite(tensor.reshape(tensor.size(0), -1)).all(dim=1)
         rows = torch.nonzero(~is_finite).reshape(-1).tolist()
         if rows:
-            lines = [prompts.rows[experience.rollout.drawn[row].row].line for row in rows[:5]]
+            lines = [prompts.rows[rollout.drawn[row].row].line for row in rows[:5]]
             raise DataError(
                 f"step {iteration}: {name} of {len(rows)} answer(s) are not finite, the prompts stand in "
                 f"{prompts.path} on lines {', '.join(map(str, lines))}; look at the role that gives them, or lower "

@@ -56,7 +56,7 @@ class PPO:
     state: PPOState
     stored: tuple[float, float] = (0.0, 1.0)
 
-    def collect(self, rollout: Rollout, *, check: Callable[[Experience], None]) -> Experience:
+    def collect(self, rollout: Rollout, *, check: Callable[[Rollout, dict[str, torch.Tensor]], None]) -> Experience:
         """All roles' judgement of a rollout, and what follows from it. check: raises where the numbers are unusable."""
         policy, reference, critic, scored = exchange(
             self.actor.logprobs(rollout),
@@ -64,8 +64,14 @@ class PPO:
             self.critic.values(rollout),
             self.scorer.score(rollout),
         )
-        config, mask = self.config, rollout.mask
-        scores = scored["scores"]
+        judged = {
+            "scores": scored["scores"],
+            "logprobs": policy["logprobs"],
+            "ref_logprobs": reference["logprobs"],
+            "values": critic["values"],
+        }
+        check(rollout, judged)
+        config, mask, scores = self.config, rollout.mask, judged["scores"]
         self.state = replace(self.state, moments=self.state.moments.merged(scores.tolist()))
         rewards = functional.shape_rewards(
             self._judged(scores, rollout.has_ended),
@@ -86,20 +92,15 @@ class PPO:
         actor_mask = mask
         if config.missing_end == "mask":
             actor_mask = mask * rollout.has_ended.unsqueeze(1)
-        experience = Experience(
+        return Experience(
             rollout=rollout,
-            logprobs=policy["logprobs"],
-            ref_logprobs=reference["logprobs"],
+            **judged,
             entropy=policy["entropy"],
-            values=critic["values"],
-            scores=scores,
             rewards=rewards,
             advantages=functional.whiten(advantages, mask) if config.whiten_advantages else advantages,
             returns=returns,
             actor_mask=actor_mask,
         )
-        check(experience)
-        return experience
 
     def learn(
         self, experience: Experience, mini_batches: Sequence[Sequence[int]], rates: LearningRates, *, is_warmup: bool

@@ -89,6 +89,12 @@ def weights_of(built: dict[str, Any], *, gradients: bool = False) -> dict[str, A
     return found
 
 
+def check_finite(rollout: Any, judged: dict[str, torch.Tensor]) -> None:
+    """As a run's."""
+    for name, tensor in judged.items():
+        assert bool(torch.isfinite(tensor).all()), f"{name} are not finite"
+
+
 def one_step(
     roles: dict[RoleName, PlacedRole],
     ppo: PPOConfig,
@@ -118,7 +124,7 @@ def one_step(
         state=PPOState(kl_coef=ppo.kl_coef),
     )
     answered = generated(engine.actor, ppo) if generates else rollout()
-    experience = engine.collect(answered, check=lambda experience: None)
+    experience = engine.collect(answered, check=check_finite)
     half = ANSWERS // 2
     rates = LearningRates(1e-3, 1e-3)
     batches = [list(range(ANSWERS))] if ppo.mini_batch_size == ANSWERS else [

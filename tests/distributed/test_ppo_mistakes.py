@@ -217,6 +217,24 @@ def test_a_planted_mistake_shows(mistake: Callable[[], None]) -> None:
         assert_is_the_papers(result)
 
 
+def scores_of_all_kinds_of_infinity() -> None:
+    from megatron_xy.ppo.roles import RewardModel
+
+    right = RewardModel.score
+
+    def wrong(self: RewardModel, rollout: Any) -> Any:
+        shipment = right(self, rollout)
+        shipment.tensors["scores"][:2] = shipment.tensors["scores"].new_tensor([float("inf"), float("-inf")])
+        return shipment
+
+    RewardModel.score = wrong  # type: ignore[method-assign]
+
+
+def test_scores_that_are_no_numbers_are_found_before_anything_is_made_of_them() -> None:
+    with pytest.raises(pytest.fail.Exception, match="scores are not finite"):
+        run_ranks(one_step, ALONE, PPO, scores_of_all_kinds_of_infinity, world_size=1)
+
+
 def one_layout_for_all_on_the_same_ranks() -> None:
     from megatron_xy import parallel
 

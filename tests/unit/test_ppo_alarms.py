@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,21 +9,19 @@ import torch
 
 from megatron_xy.errors import DataError
 from megatron_xy.ppo.alarms import SkippedUpdates, check_finite, ratio_alarm
-from megatron_xy.ppo.experience import Experience, Rollout
+from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.prompts import DrawnPrompt, PromptFile
 
 
-def experience() -> Experience:
-    """Of two answers of two tokens, to the rows 1 and 0."""
-    rollout = Rollout(
+def rollout() -> Rollout:
+    """Two answers of two tokens, to the rows 1 and 0."""
+    return Rollout(
         drawn=[DrawnPrompt(1, 0), DrawnPrompt(0, 0)],
         prompts={"actor": [[1], [1]]},
         responses=[[5, 2], [6, 2]],
         has_ended=torch.tensor([True, True]),
         mask=torch.ones(2, 2),
     )
-    names = ("logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns", "actor_mask")
-    return Experience(rollout=rollout, scores=torch.zeros(2), **{name: torch.zeros(2, 2) for name in names})
 
 
 @pytest.mark.parametrize(
@@ -34,9 +31,10 @@ def experience() -> Experience:
 def test_numbers_that_are_none_are_told_with_their_prompts(tmp_path: Path, name: str, numbers: torch.Tensor) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     prompts = PromptFile(tmp_path / "prompts.jsonl", seed=1)
-    check_finite(experience(), prompts, iteration=3)
+    fine = {"scores": torch.zeros(2), "values": torch.zeros(2, 2)}
+    check_finite(rollout(), fine, prompts, iteration=3)
     with pytest.raises(DataError, match=rf"step 3: {name} of 1 answer\(s\) are not finite, .* on lines 2; look at"):
-        check_finite(replace(experience(), **{name: numbers}), prompts, iteration=3)
+        check_finite(rollout(), {**fine, name: numbers}, prompts, iteration=3)
 
 
 def test_a_ratio_that_is_not_one_is_told_beyond_rounding() -> None:
