@@ -95,7 +95,7 @@ def build(
     workers: dict[str, RoleWorker] = {}
 
     def beat(phase: str) -> None:
-        watchdog.beat(iteration=trainer.state.iteration + 1, phase=phase)
+        watchdog.beat(iteration=trainer.state.iteration + 1, phase=phase, of_all=False)
 
     for name, placed in roles.items():
         watchdog.beat(iteration=0, phase=f"{name}: model and optimizer")

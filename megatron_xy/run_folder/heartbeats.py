@@ -24,7 +24,8 @@ class Beat:
     attempt: int
     iteration: int
     phase: str
-    entered: int  # phases that it has entered; all ranks of a job enter the same ones, in the same order
+    entered: int  # phases that it has entered
+    entered_by_all: int  # of these such as all ranks of a job enter, in the same order
     time: float
     progress_time: float  # when something last went forward (Unix seconds)
     waits_for: str | None = None  # what of other ranks' doing its main thread waits for
@@ -36,6 +37,7 @@ def new_beat(
     iteration: int,
     phase: str,
     entered: int = 0,
+    entered_by_all: int = 0,
     progress_time: float | None = None,
     waits_for: str | None = None,
 ) -> Beat:
@@ -50,6 +52,7 @@ def new_beat(
         iteration=iteration,
         phase=phase,
         entered=entered,
+        entered_by_all=entered_by_all,
         time=now,
         progress_time=now if progress_time is None else progress_time,
         waits_for=waits_for,

@@ -65,7 +65,7 @@ class Answer:
     host: str
     iteration: int
     phase: str
-    entered: int
+    entered_by_all: int
     stalled_seconds: float
     waits_for: str | None
     stacks: dict[str, str]
@@ -127,8 +127,8 @@ def answer(run_dir: Path, request: Request, beat: Beat, *, stalled_seconds: floa
     """This rank's answer: where it is, and what its threads are at."""
     stacks = own_stacks()
     facts = Answer(
-        request.time, beat.rank, beat.pid, beat.host, beat.iteration, beat.phase, beat.entered, stalled_seconds,
-        beat.waits_for, stacks,
+        request.time, beat.rank, beat.pid, beat.host, beat.iteration, beat.phase, beat.entered_by_all,
+        stalled_seconds, beat.waits_for, stacks,
     )  # fmt: skip
     write_json(_folder(run_dir) / f"answer-{beat.rank:05d}.json", asdict(facts), durable=False)
 
@@ -209,8 +209,8 @@ def _standing(answers: Mapping[int, Answer]) -> list[int]:
     candidates = [rank for rank, told in answers.items() if told.waits_for is None]
     if len(candidates) in (0, len(answers)):
         candidates = list(answers)
-    furthest = max(told.entered for told in answers.values())
-    behind = [rank for rank in candidates if answers[rank].entered < furthest]
+    furthest = max(told.entered_by_all for told in answers.values())
+    behind = [rank for rank in candidates if answers[rank].entered_by_all < furthest]
     if behind or len(candidates) < len(answers):
         return sorted(behind or candidates)
     places: dict[str, list[int]] = {}

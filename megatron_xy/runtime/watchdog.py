@@ -62,7 +62,7 @@ class Watchdog:
         self._began = time.time()
         self._place = (0, phase)
         self._first_iterations: dict[str, int] = {}  # {phase: the iteration in which it was entered first}
-        self._entered = 1
+        self._entered = self._entered_by_all = 1
         self._tick = min(1.0, timeout_seconds / 10)
         self._beat_seconds = max(0.05, world_size / BEATS_A_SECOND)
         self._idle_beat_seconds = max(self._tick, self._beat_seconds)  # while it is where it last said
@@ -80,14 +80,18 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, *, iteration: int, phase: str) -> None:
-        """The main thread has come to `phase` of `iteration` (0: before the first). Costs a few microseconds."""
+    def beat(self, *, iteration: int, phase: str, of_all: bool = True) -> None:
+        """The main thread has come to `phase` of `iteration` (0: before the first). Costs a few microseconds.
+
+        of_all: every rank enters it; not so the work of a role that stands on some of them.
+        """
         if (iteration, phase) == self._place:
             return
         if iteration:
             self._first_iterations.setdefault(phase, iteration)
         self._place = (iteration, phase)
         self._entered += 1
+        self._entered_by_all += of_all
         self._wake.set()
 
     def tell(self) -> None:
@@ -171,6 +175,7 @@ class Watchdog:
             iteration=iteration,
             phase=phase,
             entered=self._entered,
+            entered_by_all=self._entered_by_all,
             progress_time=time.time() - self._progress.stalled_seconds(now),
             waits_for=self._waits_for(phase),
         )

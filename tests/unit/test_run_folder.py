@@ -171,11 +171,14 @@ def test_a_heartbeat_tells_iteration_phase_and_process(tmp_path, monkeypatch):
     prepare(tmp_path)
     before = time.time()
     for rank in (3, 0):
-        write_beat(tmp_path, new_beat(rank=rank, iteration=7, phase="backward", entered=3, waits_for="rank 1"))
+        write_beat(
+            tmp_path,
+            new_beat(rank=rank, iteration=7, phase="backward", entered=3, entered_by_all=2, waits_for="rank 1"),
+        )
     beats = read_heartbeats(tmp_path)
     assert list(beats) == [0, 3]
     told, moment = beats[3], beats[3].time
-    expected = Beat(3, os.getpid(), told.host, this_start(), 2, 7, "backward", 3, moment, moment, "rank 1")
+    expected = Beat(3, os.getpid(), told.host, this_start(), 2, 7, "backward", 3, 2, moment, moment, "rank 1")
     assert told == expected and before <= moment <= time.time()
     assert list(read_heartbeats(tmp_path, start=this_start(), attempt=2)) == [0, 3]
     assert read_heartbeats(tmp_path, start=this_start(), attempt=1) == {}

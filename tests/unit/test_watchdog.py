@@ -32,6 +32,14 @@ def come_to_hold(holds: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def test_a_phase_of_some_ranks_alone_is_told_and_not_counted_with_those_of_all(tmp_path, watchdog):
+    watchdog.beat(iteration=1, phase="update")
+    watchdog.beat(iteration=1, phase="actor.update", of_all=False)
+    watchdog.tell()
+    beat = read_heartbeats(tmp_path)[0]
+    assert (beat.phase, beat.entered, beat.entered_by_all) == ("actor.update", 3, 2)
+
+
 def tell_of_rank_1(run_dir: Path, *, entered: int, phase: str = "step") -> None:
     write_beat(run_dir, new_beat(rank=1, iteration=3, phase=phase, entered=entered))
 
