@@ -17,8 +17,11 @@ from megatron_xy.role import Role
 _AS_INTEGERS = {4: torch.int32, 2: torch.int16}  # by bytes of an element
 
 
-def check_replicas(role: Role, *, iteration: int) -> None:
-    """Raises PeerLost, on all ranks alike, naming those whose weights differ. Collective over the role's ranks."""
+def check_replicas(role: Role, *, seen: str) -> None:
+    """Raises PeerLost, on all ranks alike, naming those whose weights differ. Collective over the role's ranks.
+
+    seen: when, in a few words.
+    """
     groups = role.groups
     if groups.dp_size == 1:
         return
@@ -26,11 +29,20 @@ def check_replicas(role: Role, *, iteration: int) -> None:
     if odd:
         whose = f"rank {odd[0]} holds" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} hold"
         raise PeerLost(
-            f"{whose} other weights than the replicas of the same part of the model, seen before the update of step "
-            f"{iteration}: a bit flipped in memory, on a link or in a computation: start the run again from its last "
+            f"{whose} other weights than the replicas of the same part of the model, seen {seen}: "
+            f"a bit flipped in memory, on a link or in a computation: start the run again from its last "
             f"checkpoint, and have the memory and devices there checked; or machines that are not alike: set "
             f"parallel.use_distributed_optimizer, which updates each weight in one place"
         )
+
+
+def check_unplanned_save(role: Role, *, iteration: int) -> None:
+    """Likewise after a step whose update came without that, as nobody knew that it would be saved.
+
+    Under the distributed optimizer each weight has one owner, and what the update gave is all that there is to see.
+    """
+    if not role.parallel.use_distributed_optimizer:
+        check_replicas(role, seen=f"after step {iteration}")
 
 
 def odd_ranks(sums: list[int], *, shape: tuple[int, int]) -> list[int]:

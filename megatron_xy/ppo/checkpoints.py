@@ -11,7 +11,7 @@ import torch
 from megatron_xy import mcore
 from megatron_xy.checkpoint import course
 from megatron_xy.checkpoint.files import Manifest, TrainingState, read_manifest
-from megatron_xy.checkpoint.replicas import check_replicas
+from megatron_xy.checkpoint.replicas import check_replicas, check_unplanned_save
 from megatron_xy.checkpoint.state import load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import RunConfig
@@ -105,7 +105,7 @@ class PPOCheckpoints:
         role = self._cast.workers[name].role
         if self.is_due(iteration) and self._compared[name] != iteration and role is not None:
             self._compared[name] = iteration
-            check_replicas(role, iteration=iteration)
+            check_replicas(role, seen=f"before the update of step {iteration}")
 
     def save(self, states: Mapping[str, TrainingState], engine: PPOState, skipped: SkippedUpdates) -> None:
         """Actor first, then the critic, whose leader gives the whole its name once both are there."""
@@ -127,6 +127,8 @@ class PPOCheckpoints:
                     "chat_template": self._chat_templates[worker.name],
                 }
                 state = states[worker.name]
+                if not self.is_due(state.iteration):
+                    check_unplanned_save(worker.role, iteration=state.iteration)
                 before = state.iteration - skipped.longest if skipped.longest else None  # as RunCheckpoints has it
                 self._writers[worker.name].save(worker.role, state, facts=facts, wanted_before=before)
 

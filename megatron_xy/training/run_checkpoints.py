@@ -12,7 +12,7 @@ from megatron_xy import mcore
 from megatron_xy.checkpoint import continuation, course
 from megatron_xy.checkpoint.files import TrainingState, amend_state
 from megatron_xy.checkpoint.folders import iteration_folder
-from megatron_xy.checkpoint.replicas import check_replicas
+from megatron_xy.checkpoint.replicas import check_replicas, check_unplanned_save
 from megatron_xy.checkpoint.state import FROZEN_UPDATES, load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import RunConfig
@@ -111,11 +111,13 @@ class RunCheckpoints:
         """Before an iteration changes weights: waits for the copy of a save under way; compares what will be saved."""
         self._writer.before_update()
         if self.is_due(iteration):  # what one bad memory cell has spoilt is not to be kept
-            check_replicas(self._role, iteration=iteration)
+            check_replicas(self._role, seen=f"before the update of step {iteration}")
 
     def save(self, state: RunState) -> float:
         """Saves the state after an iteration; returns the seconds for which training was held up."""
         iteration = state.training.iteration
+        if not self.is_due(iteration):
+            check_unplanned_save(self._role, iteration=iteration)
         facts = {
             "task": self._config.task,
             **self._facts(),
