@@ -22,6 +22,7 @@ from typing import Any
 from megatron_xy.checkpoint.files import Manifest
 from megatron_xy.data.claims import claim
 from megatron_xy.errors import ConfigError, StorageError
+from megatron_xy.runtime.liveness import went_forward
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, temporary_name, write_json
 from megatron_xy.tensors.block_reader import BlockReader
 from megatron_xy.tensors.dtypes import Bits, itemsize
@@ -179,6 +180,7 @@ def _write_file(
             {output.name: (output.dtype, output.shard.local_shape) for output in outputs},
             parts_of=parts_of,
             metadata=metadata,
+            on_progress=lambda num_bytes: went_forward(),  # a run's own export is a part of its save
         )
 
 

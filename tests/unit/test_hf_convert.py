@@ -26,6 +26,7 @@ from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.inference import model_ranks
 from megatron_xy.model.source import resolve_model
+from megatron_xy.runtime.liveness import SIGNS
 from megatron_xy.tensors import block_reader
 from megatron_xy.tensors.files import dtype_name, torch_dtype
 from megatron_xy.tensors.reader import TensorReader
@@ -102,6 +103,13 @@ def test_a_folder_comes_back_byte_for_byte(tmp_path, groups, tied, dtype):
     assert json.loads((back / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     for name in FILES:
         assert (back / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_is_written_counts_as_going_forward(tmp_path):
+    hf_folder(tmp_path / "hf")
+    before = SIGNS.marks
+    hf_to_checkpoint(tmp_path / "hf", tmp_path / "ckpt")
+    assert SIGNS.marks > before
 
 
 def test_each_tensor_keeps_a_dtype_of_its_own(tmp_path):
