@@ -171,19 +171,6 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def generator_state() -> torch.Tensor:
-    """State of the device's default random generator."""
-    return torch.get_rng_state() if is_cpu() else torch.cuda.get_rng_state()
-
-
-def set_generator_state(state: torch.Tensor) -> None:
-    """Puts back what `generator_state` gave."""
-    if is_cpu():
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state)
-
-
 @dataclass(frozen=True)
 class Point:
     """A place in the device's queue of work."""

@@ -1,14 +1,14 @@
 """A role: ranks, process groups, model and optimizer. A training job is one role; PPO has four in one world.
 
-Everything that megatron-core would keep globally, the states of its random generators, is kept per role and swapped in
-while the role works.
+Nothing is drawn from generators that a process shares: weights and samples have noise of their own, by what they are,
+and there is no dropout.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ class Role:
     parallel: ParallelConfig
     chunks: list[torch.nn.Module]  # this rank's parts of the model: one, or several under a virtual pipeline
     optimizer: Any | None
-    generator_states: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -80,17 +79,6 @@ class Role:
             self.optimizer.zero_grad()
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside, the random generators are this role's; what was there before comes back afterwards."""
-        before = current_generator_states()
-        set_generator_states(self.generator_states)
-        try:
-            yield
-        finally:
-            self.generator_states = current_generator_states()
-            set_generator_states(before)
-
-    @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside, the modules are in evaluation mode; afterwards in training mode."""
         for chunk in self.chunks:
@@ -115,31 +103,17 @@ def build_role(
 
     draw: fill in fresh weights; without it the caller does, or loads others.
     """
-    before = current_generator_states()
-    mcore.tensor_parallel_random.model_parallel_cuda_manual_seed(
-        seed, tp_rank=groups.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
-    )
+    # megatron-core's layers ask for its generators by name and draw nothing; a user's reward function may draw from the
+    # process's own, which stay as they are.
+    with torch.random.fork_rng([] if device.is_cpu() else [device.current()]):
+        mcore.tensor_parallel_random.model_parallel_cuda_manual_seed(
+            seed, tp_rank=groups.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
+        )
     chunks = build_model(model, parallel=parallel, groups=groups, is_frozen=optimizer is None)
     trained = None
     if optimizer is not None:
         trained = build_optimizer(optimizer, chunks=chunks, groups=groups, parallel=parallel, model=model)
-    role = Role(groups, model, parallel, chunks, trained, current_generator_states())
-    set_generator_states(before)
+    role = Role(groups, model, parallel, chunks, trained)
     if draw:
         role.draw_weights(seed=seed)
     return role
-
-
-def current_generator_states() -> dict[str, torch.Tensor]:
-    """States of torch's CPU generator, the device's, and those that megatron-core tracks by name."""
-    states = {"cpu": torch.get_rng_state(), "device": device.generator_state()}
-    tracker = mcore.tensor_parallel_random.get_cuda_rng_tracker()
-    return {**states, **{f"tracked.{name}": state.clone() for name, state in tracker.get_states().items()}}
-
-
-def set_generator_states(states: dict[str, torch.Tensor]) -> None:
-    """Puts back what `current_generator_states` gave."""
-    torch.set_rng_state(states["cpu"])
-    device.set_generator_state(states["device"])
-    tracked = {name.removeprefix("tracked."): state for name, state in states.items() if name.startswith("tracked.")}
-    mcore.tensor_parallel_random.get_cuda_rng_tracker().set_states(tracked)

@@ -282,7 +282,7 @@ def split_model(model: ModelConfig, source: Path, target: Path) -> None:
             entry.pieces.append(files.Piece(file, output.shard))
     section = opened.model.model_dump(mode="json", exclude_unset=True)
     state = {**asdict(files.TrainingState()), "world_size": 4, "model": section}
-    files.write_manifest(target, files.Manifest(state, entries, {}, facts))
+    files.write_manifest(target, files.Manifest(state, entries, facts))
 
 
 def import_all() -> None:

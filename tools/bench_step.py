@@ -98,19 +98,17 @@ def made_up_batch(seed: int) -> MicroBatch:
 
 def our_step(role: Role, batches: list[MicroBatch]) -> None:
     """What the trainer calls."""
-    with role.active():
-        train_step(role, batches, num_sources=1, lr=1e-4, clip_grad=1.0)
+    train_step(role, batches, num_sources=1, lr=1e-4, clip_grad=1.0)
 
 
 def bare_step(role: Role, batches: list[MicroBatch]) -> None:
     """Forward, backward and update of the same megatron-core model, nothing else."""
     role.chunks[0].zero_grad_buffer()  # type: ignore[operator]
-    with role.active():
-        for batch in batches:
-            moved = on_device(batch)
-            logits = forward(role.chunks[0], moved)
-            losses = token_cross_entropy(logits, moved.labels, vocab_size=8192, tp_group=role.groups.collection.tp)
-            (losses * moved.loss_mask).sum().backward()  # type: ignore[no-untyped-call]
+    for batch in batches:
+        moved = on_device(batch)
+        logits = forward(role.chunks[0], moved)
+        losses = token_cross_entropy(logits, moved.labels, vocab_size=8192, tp_group=role.groups.collection.tp)
+        (losses * moved.loss_mask).sum().backward()  # type: ignore[no-untyped-call]
     assert role.optimizer is not None, "built with one"
     role.chunks[0].scale_gradients(1 / sum(batch.loss_mask.sum() for batch in batches))  # type: ignore[operator]
     role.optimizer.step()

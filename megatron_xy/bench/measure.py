@@ -50,8 +50,7 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
         seconds, cpu_seconds = [], []
         for _ in range(request["warmup_steps"] + request["steps"]):
             began, cpu_began = time.perf_counter(), time.process_time()
-            with role.active():
-                result = train_step(role, batches, num_sources=1, lr=1e-4, clip_grad=1.0)
+            result = train_step(role, batches, num_sources=1, lr=1e-4, clip_grad=1.0)
             device.synchronize()
             seconds.append(time.perf_counter() - began)
             cpu_seconds.append(time.process_time() - cpu_began)
@@ -109,8 +108,7 @@ def measure_losses(request: dict[str, Any]) -> dict[str, Any]:
             micro_batch_tokens=width,
             split_documents=True,
         )
-        with role.active():
-            result = train_step(role, [batch], num_sources=1, lr=request["lr"], clip_grad=1.0)
+        result = train_step(role, [batch], num_sources=1, lr=request["lr"], clip_grad=1.0)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return {"losses": losses, "grad_norms": norms, "layers": str(choice)}

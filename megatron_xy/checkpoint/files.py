@@ -63,11 +63,10 @@ class TensorEntry:
 
 @dataclass
 class Manifest:
-    """What manifest.json says: the run's state as plain numbers, tensors, per-rank tensors, files."""
+    """What manifest.json says: the run's state as plain numbers, tensors, files."""
 
     state: dict[str, Any]
     tensors: dict[str, TensorEntry]
-    rank_state: dict[str, dict[str, str]]  # {rank: {name: file}}: of generators, which belong to ranks
     files: dict[str, dict[str, Any]]  # {file: {bytes, sha256}}
 
     @property
@@ -88,7 +87,6 @@ class Manifest:
                 }
                 for name, entry in sorted(self.tensors.items())
             },
-            "rank_state": self.rank_state,
             "files": dict(sorted(self.files.items())),
         }
         return {**body, "manifest_sha256": _digest_of(body)}
@@ -249,17 +247,13 @@ def _parsed(body: dict[str, Any], path: Path) -> Manifest:
             except ValueError as error:
                 raise DataError(f"{path}: a piece of {name} is impossible: {error}") from None
         tensors[name] = TensorEntry(shape, entry["dtype"], pieces)
-    rank_state = {
-        rank: {name: _listed(file, files, path) for name, file in names.items()}
-        for rank, names in body["rank_state"].items()
-    }
     for file, facts in files.items():
         if not (isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)):
             raise DataError(f"{path}: {file} lacks its size or checksum")
     state = body["state"]
     if missing := sorted({*TrainingState.__dataclass_fields__, "world_size", "model"} - set(state)):
         raise DataError(f"{path}: its state lacks {', '.join(missing)}")
-    return Manifest(state, tensors, rank_state, files)
+    return Manifest(state, tensors, files)
 
 
 def _listed(file: str, files: dict[str, Any], manifest_path: Path) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_xy import device
 from megatron_xy.checkpoint import files
 from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.model.build import NamedParameter
@@ -50,11 +49,7 @@ def load_weights(role: Role, folder: Path, manifest: files.Manifest) -> None:
 
 
 def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingState:
-    """Fills weights, optimizer and random generators from a verified checkpoint; returns where the run stands.
-
-    Generators are restored where there are as many ranks as the writer's, on the same kind of device; others keep their
-    fresh ones.
-    """
+    """Fills weights and optimizer from a verified checkpoint; returns where the run stands."""
     state = manifest.training_state
     owned = role.owned_parameters()
     frozen = manifest.state.get(FROZEN_UPDATES, {})
@@ -65,9 +60,6 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
             if mine is not None:
                 steps = state.optimizer_steps - frozen.get(part_of_model(named.name), 0)
                 _load_moments(reader, named, mine, steps=steps)
-        here = (len(role.groups.ranks), device.current().type)
-        if (manifest.state["world_size"], manifest.state.get("device")) == here:
-            role.generator_states = reader.read_rank_state(role.groups.role_rank) or role.generator_states
     return state
 
 

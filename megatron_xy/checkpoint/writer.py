@@ -86,7 +86,6 @@ class CheckpointWriter:
         parts = [part for part in state_parts(role) if part.is_writer]
         tensors = {part.name: part.shard.trim(part.tensor) for part in parts}
         shards = {part.name: part.shard for part in parts}
-        rank_state = {f"rank_state.{name}": value.clone() for name, value in role.generator_states.items()}
         place = {"world_size": len(role.groups.ranks), "device": device.current().type}
         body = {**asdict(state), **place, "parallel": role.parallel.model_dump(), **facts}
         groups = role.groups
@@ -94,7 +93,7 @@ class CheckpointWriter:
 
         def write() -> None:
             copies = self._copy.run(tensors)
-            self._write(groups, state.iteration, tensors=copies, shards=shards, rank_state=rank_state, state=body)
+            self._write(groups, state.iteration, tensors=copies, shards=shards, state=body)
 
         if self.asynchronous:
             self._start(write)
@@ -165,7 +164,6 @@ class CheckpointWriter:
         *,
         tensors: dict[str, torch.Tensor],
         shards: dict[str, ParameterShard],
-        rank_state: dict[str, torch.Tensor],
         state: dict[str, Any],
     ) -> None:
         """This rank's shard and note; on the leader also the manifest, the rename and the retention."""
@@ -177,8 +175,7 @@ class CheckpointWriter:
             raise StorageError(f"{folder} cannot be made: {error}") from error
         size = len(groups.ranks)
         file = f"rank-{groups.role_rank:05d}-of-{size:05d}.safetensors"
-        contents = {**tensors, **rank_state}
-        facts = write_tensors(folder / file, contents, metadata=files.METADATA, on_progress=self._on_progress)
+        facts = write_tensors(folder / file, tensors, metadata=files.METADATA, on_progress=self._on_progress)
         note = {
             "file": file,
             "facts": facts,
@@ -190,7 +187,6 @@ class CheckpointWriter:
                 }
                 for name, shard in shards.items()
             },
-            "rank_state": [name.removeprefix("rank_state.") for name in rank_state],
         }
         write_json(folder / f"note-{groups.role_rank:05d}.json", note)
         if groups.is_leader:
@@ -215,10 +211,9 @@ class CheckpointWriter:
         for rank in range(num_ranks):
             with waiting_for(f"rank {rank}'s part of the checkpoint"):
                 notes[rank] = self._await_note(folder / f"note-{rank:05d}.json")
-        manifest = files.Manifest(state=state, tensors={}, rank_state={}, files={})
-        for rank, note in notes.items():
+        manifest = files.Manifest(state=state, tensors={}, files={})
+        for note in notes.values():
             manifest.files[note["file"]] = note["facts"]
-            manifest.rank_state[str(rank)] = dict.fromkeys(note["rank_state"], note["file"])
             for name, part in note["tensors"].items():
                 shape = tuple(part["shape"])
                 entry = manifest.tensors.setdefault(name, files.TensorEntry(shape, part["dtype"]))

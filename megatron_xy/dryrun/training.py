@@ -32,16 +32,15 @@ def note_training_step(
     """One training step of a fresh role, under an entered `ledger` that has seen it built."""
 
     def step(before_update: Callable[[], None]) -> None:
-        with role.active():
-            train_step(
-                role,
-                batches,
-                num_sources=1,
-                lr=config.optimizer.lr,
-                clip_grad=config.optimizer.clip_grad,
-                objective=reward_objective(config.reward_section) if config.task == "reward" else None,
-                before_update=before_update,
-            )
+        train_step(
+            role,
+            batches,
+            num_sources=1,
+            lr=config.optimizer.lr,
+            clip_grad=config.optimizer.clip_grad,
+            objective=reward_objective(config.reward_section) if config.task == "reward" else None,
+            before_update=before_update,
+        )
 
     return note_step(role, step, num_micro_batches=len(batches), ledger=ledger, rank=rank)
 

@@ -160,7 +160,7 @@ def to_checkpoint(
             for file, held in shards.items()
             for output in held
         }
-        files.write_manifest(folder, files.Manifest(state, entries, {}, facts))
+        files.write_manifest(folder, files.Manifest(state, entries, facts))
     if source.kind == "hf" and not copied & set(TOKENIZER_FILES):
         say(f"warning: {source.folder} holds no tokenizer files; the checkpoint has none beside it")
     say(f"wrote {target}: {len(outputs)} tensors, {entries[EMBEDDING].dtype}")

@@ -33,7 +33,7 @@ def hf_manifest(directory: Path, *, model: ModelConfig) -> Manifest:
     Raises DataError where the folder holds no weights in safetensors, lacks one, or holds one that would be dropped.
     """
     stored = _stored_tensors(directory)
-    manifest = Manifest(state={}, tensors={}, rank_state={}, files={})
+    manifest = Manifest(state={}, tensors={}, files={})
     for name in global_names(model):
         shape = global_shape(name, model)
         pieces, dtypes = [], []
@@ -90,7 +90,7 @@ def _refuse_unused(
         shape = global_shape(EMBEDDING, model)
         if tensor.shape == shape:
             head = TensorEntry(shape, tensor.dtype, [Piece(file, whole(shape), _HEAD)])
-            both = Manifest({}, {EMBEDDING: manifest.tensors[EMBEDDING], OUTPUT_LAYER: head}, {}, {})
+            both = Manifest({}, {EMBEDDING: manifest.tensors[EMBEDDING], OUTPUT_LAYER: head}, {})
             with BlockReader(directory, both) as reader:
                 blocks = zip(*(reader.blocks(name, dtype="float32") for name in both.tensors), strict=True)
                 if all(np.array_equal(a, b) for a, b in blocks):

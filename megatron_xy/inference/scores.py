@@ -31,7 +31,6 @@ from megatron_xy.reward.scoring import MICRO_BATCHES_A_PASS, passes, score_pass
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.storage import file_sha256
-from megatron_xy.training.evaluation import untouched
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _score_in_this_rank(job: ModelJob, work: Work, *, beat: Callable[[], None]) 
     prompts = [work.rows[number].value.prompt for number in left]
     responses = [work.rows[number].value.response for number in left]
     with joined(work.config) as role, contextlib.ExitStack() as stack:
-        stack.enter_context(untouched(role))
+        stack.enter_context(role.evaluating())
         writer = progress = None
         if role.groups.is_leader:
             writer = results.writer(0)

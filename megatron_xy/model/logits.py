@@ -43,7 +43,7 @@ def _outputs(role: Role, rows: Sequence[Sequence[int]], outputs_of: OutputsOf) -
     width = max(len(row) for row in rows)
     width += -width % role.groups.tp_size  # sequence parallelism splits it
     batches = [on_device(_padded(row, width)) for row in rows]
-    with role.evaluating(), role.active():
+    with role.evaluating():
         outputs = forward_pass(role, batches, lambda batch, last: {"rows": outputs_of(role, last[0], batch.labels[0])})
     return [output["rows"] for output in outputs]
 

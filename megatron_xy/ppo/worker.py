@@ -76,8 +76,7 @@ class RoleWorker:
         assert self.role is not None, "only the role's own ranks work"
         self._beat(f"{self.name}.{phase}")
         began = time.perf_counter()
-        with self.role.active():
-            yield self.role
+        yield self.role
         device.synchronize()
         self._busy_seconds += time.perf_counter() - began
 

@@ -12,7 +12,6 @@ from megatron_xy import device
 from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers, width_of
 from megatron_xy.parallel import from_last_stage, sum_over
 from megatron_xy.role import Role
-from megatron_xy.training.evaluation import untouched
 from megatron_xy.training.train_step import forward_pass, on_device
 
 MICRO_BATCHES_A_PASS = 8  # of a data parallel rank, about: between two looks at whether to go on
@@ -29,10 +28,10 @@ def score_answers(
 ) -> NDArray[np.float64] | None:
     """The scores [answers] on every rank; None where `goes_on`, asked before every pass, said no.
 
-    Collective over the role, and the same on all its ranks. Weights, gradients and random generators stay as they are.
+    Collective over the role, and the same on all its ranks. Weights and gradients stay as they are.
     """
     scores: list[NDArray[np.float64]] = []
-    with untouched(role):
+    with role.evaluating():
         for part in passes(prompts, responses, most=MICRO_BATCHES_A_PASS * micro_batch_tokens * role.groups.dp_size):
             if not goes_on():
                 return None

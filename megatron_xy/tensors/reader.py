@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_xy.tensors.block_reader import BlockReader
-from megatron_xy.tensors.files import bits_of, read_tensor, torch_dtype
+from megatron_xy.tensors.files import bits_of, torch_dtype
 from megatron_xy.tensors.safetensors_file import BLOCK_BYTES
 from megatron_xy.tensors.shards import ParameterShard, whole
 
@@ -37,8 +37,3 @@ class TensorReader(BlockReader):
         full = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
         self.read_into(name, full, whole(entry.shape))
         return full
-
-    def read_rank_state(self, rank: int) -> dict[str, torch.Tensor]:
-        """The per-rank tensors that global rank `rank` of the writing run left; empty if it had none."""
-        names = self.manifest.rank_state.get(str(rank), {})
-        return {name: read_tensor(self._file(file), f"rank_state.{name}") for name, file in names.items()}

@@ -7,7 +7,6 @@ Sums are kept in fp64, by token: the numbers depend neither on the layout nor on
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -162,7 +161,7 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> E
         return [held_out.micro_batch(*rows[min(row, len(rows) - 1)]) for row, _ in passes[number]]
 
     forward_step = partial(_held_out_step, role, held_out, num_sources)
-    with Prefetcher(prepare, depth=1) as prefetcher, untouched(role):
+    with Prefetcher(prepare, depth=1) as prefetcher, role.evaluating():
         for number, part in enumerate(passes):
             if not goes_on():
                 return None
@@ -173,17 +172,6 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> E
                     totals[buckets.index(rows[row][0])] += output["totals"]
     sum_over(totals, role.groups.collection.dp)
     return _evaluation(totals.reshape(len(buckets), num_sources, num_ranges, 2).cpu().numpy(), held_out)
-
-
-@contextlib.contextmanager
-def untouched(role: Role) -> Iterator[None]:
-    """The role at work in evaluation mode; afterwards in training mode, its random generators as they were."""
-    before = role.generator_states
-    try:
-        with role.evaluating(), role.active():
-            yield
-    finally:
-        role.generator_states = before
 
 
 def _held_out_step(

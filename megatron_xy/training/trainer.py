@@ -182,18 +182,17 @@ class Trainer:
         )
         train_only = self.config.training.train_only_at(before.data_step)
         waits.begin_timing()
-        with self.role.active():
-            result = train_step(
-                self.role,
-                prepared.micro_batches,
-                num_sources=len(self.loader.sources),
-                lr=lr,
-                clip_grad=self.config.optimizer.clip_grad,
-                train_only=train_only,
-                objective=self.objective,
-                judge=partial(self._judge, prepared),
-                before_update=partial(self.checkpoints.before_update, iteration=iteration),
-            )
+        result = train_step(
+            self.role,
+            prepared.micro_batches,
+            num_sources=len(self.loader.sources),
+            lr=lr,
+            clip_grad=self.config.optimizer.clip_grad,
+            train_only=train_only,
+            objective=self.objective,
+            judge=partial(self._judge, prepared),
+            before_update=partial(self.checkpoints.before_update, iteration=iteration),
+        )
         device.synchronize()
         seconds = time.perf_counter() - began
         busy = seconds - waited - waits.end_timing()

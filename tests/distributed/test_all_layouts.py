@@ -56,8 +56,7 @@ def curves(folder: Path, shape: Layout, switches: list[tuple[bool, bool, str]]) 
         curve = []
         for step in range(STEPS):
             batches = models.micro_batches(step, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
-            with role.active():
-                done = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+            done = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
             curve.append((done.loss, done.grad_norm))
         result.append(curve)
     return result

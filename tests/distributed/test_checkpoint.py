@@ -78,10 +78,7 @@ def steps(role: Any, numbers: range, before_update: Callable[[], object] = lambd
     curve = []
     for number in numbers:
         batches = models.micro_batches(number, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
-        with role.active():
-            result = train_step(
-                role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0, before_update=before_update
-            )
+        result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0, before_update=before_update)
         curve.append((result.loss, result.grad_norm))
     return curve
 

@@ -239,8 +239,7 @@ def train_and_save(layout: Layout, model: ModelConfig, checkpoints: Path, tokeni
     assert role is not None
     for number in range(2):
         batches = models.micro_batches(number, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
-        with role.active():
-            train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+        train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
     writer = CheckpointWriter(checkpoints, keep_latest=1, asynchronous=False, timeout_seconds=30)
     assert padding_of(role) == {0.0}, "rows that pad the vocabulary stay as they began"
     facts = {"model": model.model_dump(mode="json"), "tokenizer": str(tokenizer)}

@@ -45,8 +45,7 @@ def train(layout: Layout, model: ModelConfig, steps: int = STEPS) -> list[tuple[
     curve = []
     for step in range(steps):
         batches = models.micro_batches(step, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
-        with role.active():
-            result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+        result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
         assert result.updated
         curve.append((result.loss, result.grad_norm))
     return curve

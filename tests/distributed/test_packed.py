@@ -71,7 +71,7 @@ def token_losses(role: Any, micro_batches: list[MicroBatch]) -> np.ndarray | Non
 
         return forward(module, batch), keep
 
-    with torch.no_grad(), role.active():
+    with torch.no_grad():
         outputs = forward_backward(
             role, [on_device(batch) for batch in micro_batches], forward_step=step, forward_only=True
         )
@@ -171,10 +171,9 @@ def gradients(layout: Layout, split_documents: bool) -> list[dict[str, np.ndarra
     for batches in (plain, other, changed):
         role.chunks[0].zero_grad_buffer()
         role.optimizer.zero_grad()
-        with role.active():
-            forward_backward(
-                role, [on_device(batch) for batch in batches], forward_step=partial(language_model_step, role, 2)
-            )
+        forward_backward(
+            role, [on_device(batch) for batch in batches], forward_step=partial(language_model_step, role, 2)
+        )
         results.append({named.name: named.parameter.main_grad.numpy().copy() for named in role.named_parameters()})
     return results
 

@@ -69,8 +69,7 @@ def train(layout: Layout, fault: Callable[[Any], None], shift: int = 0) -> list[
     for step in range(STEPS):
         batches = models.micro_batches(step, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
         batches = [dataclasses.replace(batch, labels=np.roll(batch.labels, shift)) for batch in batches]
-        with role.active():
-            result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+        result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
         curve.append((result.loss, result.grad_norm))
     return curve
 

@@ -28,8 +28,7 @@ def train(layout: Layout, granularity: str) -> dict[str, Any]:
     curve = []
     for step in range(STEPS):
         batches = models.micro_batches(step, dp_size=1, dp_rank=0)
-        with role.active():
-            result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+        result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
         curve.append((result.loss, result.grad_norm))
     return {"curve": curve, "kept": kept}
 
@@ -56,8 +55,7 @@ def kept_bytes(role: Any) -> int:
 
     batches = [on_device(batch) for batch in models.micro_batches(0, dp_size=1, dp_rank=0)]
     role.chunks[0].zero_grad_buffer()
-    with role.active():
-        forward_backward(role, batches, forward_step=step)
+    forward_backward(role, batches, forward_step=step)
     return measured[0]
 
 

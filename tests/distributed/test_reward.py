@@ -125,15 +125,14 @@ def three_steps(case: Case, reward: RewardConfig, load: str | None = None) -> di
 
     told["before"] = scores()
     for _ in range(3):
-        with role.active():
-            done = train_step(
-                role,
-                micro_batches,
-                num_sources=NUM_SOURCES,
-                lr=OPTIMIZER.lr,
-                clip_grad=0.0,
-                objective=reward_objective(reward),
-            )
+        done = train_step(
+            role,
+            micro_batches,
+            num_sources=NUM_SOURCES,
+            lr=OPTIMIZER.lr,
+            clip_grad=0.0,
+            objective=reward_objective(reward),
+        )
         assert done.updated and done.num_loss_tokens == len(PAIRS)
         told["losses"].append(done.loss)
         told["norms"].append(done.grad_norm)

@@ -87,8 +87,7 @@ def curve(layout: Layout, options: dict[str, Any] | None = None) -> list[tuple[f
     found = []
     for step in range(STEPS):
         batches = micro_batches(step, role, **(options or {}))
-        with role.active():
-            done = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+        done = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
         found.append((done.loss, done.grad_norm, done.num_loss_tokens))
     return found
 
@@ -138,8 +137,7 @@ def weights_after_a_step(label: int | None, *, learned_too: bool) -> dict[str, n
             dataclasses.replace(batch, labels=np.where((batch.loss_mask > 0) & (not learned_too), batch.labels, label))
             for batch in batches
         ]
-    with role.active():
-        train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+    train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
     return {named.name: named.parameter.detach().numpy().copy() for named in role.named_parameters()}
 
 

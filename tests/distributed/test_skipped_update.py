@@ -40,12 +40,11 @@ def step(role: Any, number: int, *, bad_rank: int | None = None, bad_value: floa
     role.chunks[0].zero_grad_buffer()
     role.optimizer.zero_grad()
     batches = [on_device(batch) for batch in models.micro_batches(number, dp_size=1, dp_rank=0)]
-    with role.active():
-        forward_backward(role, batches, forward_step=partial(language_model_step, role, 2))
-        if dist.get_rank() == bad_rank:
-            planted = next(named for named in role.named_parameters() if named.name.endswith("linear_fc1.weight"))
-            planted.parameter.main_grad[3, 5] = bad_value
-        return apply_gradients(role.optimizer, lr=OPTIMIZER.lr, clip_grad=1.0)
+    forward_backward(role, batches, forward_step=partial(language_model_step, role, 2))
+    if dist.get_rank() == bad_rank:
+        planted = next(named for named in role.named_parameters() if named.name.endswith("linear_fc1.weight"))
+        planted.parameter.main_grad[3, 5] = bad_value
+    return apply_gradients(role.optimizer, lr=OPTIMIZER.lr, clip_grad=1.0)
 
 
 def train_over_bad_steps(dtype: str) -> dict[str, Any]:
@@ -92,8 +91,7 @@ def spoiled_batch(layout: Layout) -> list[tuple[float, bool]]:
         if role.groups.is_first_stage and role.groups.tp_rank == 0 and role.groups.dp_rank == 0:
             with torch.no_grad():
                 weight[0, 0] = value
-        with role.active():
-            result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
+        result = train_step(role, batches, num_sources=2, lr=OPTIMIZER.lr, clip_grad=1.0)
         results.append((result.loss, result.updated))
     return results
 

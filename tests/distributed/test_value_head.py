@@ -85,8 +85,7 @@ def two_steps(parallel: ParallelConfig, dtype: str, load: str | None = None) -> 
     told: dict[str, Any] = {"losses": [], "norms": []}
     for _ in range(2):
         role.zero_gradients()
-        with role.active():
-            outputs = forward_backward(role, batches, forward_step=step)
+        outputs = forward_backward(role, batches, forward_step=step)
         if groups.is_last_stage:
             total = torch.stack([output["total"] for output in outputs]).sum()
             told["losses"].append(float(sum_over(total, groups.collection.dp)))

@@ -104,7 +104,7 @@ def saved(folder: Path, *, task: str = "pretrain") -> Path:
     (folder / "rank.safetensors").write_bytes(b"weights")
     kept = {"rank.safetensors": {"bytes": 7, "sha256": file_sha256(folder / "rank.safetensors")}}
     state = {**asdict(TrainingState()), "world_size": 1, "model": {}, "task": task}
-    write_manifest(folder, Manifest(state, tensors={}, rank_state={}, files=kept))
+    write_manifest(folder, Manifest(state, tensors={}, files=kept))
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from megatron_xy.checkpoint import files
 from megatron_xy.checkpoint.files import Manifest, Piece, TensorEntry
@@ -37,8 +37,6 @@ CUTS = {
     "norm.weight": [("a", [((0,), (3,))])],
     "counts": [("b", [((0,), (3,))])],
 }
-GENERATOR_STATE = torch.arange(16, dtype=torch.uint8)
-
 
 STATE = {
     "iteration": 3, "data_step": 3, "consumed_samples": 6, "consumed_tokens": 96, "optimizer_steps": 3, "lr": 1e-05,
@@ -47,10 +45,10 @@ STATE = {
 
 
 def write_checkpoint(folder, *, cuts=CUTS, full=FULL, state=None):
-    """FULL as `cuts` cuts it, with generator states of one rank."""
+    """FULL as `cuts` cuts it."""
     folder.mkdir(parents=True)
     held = {}
-    manifest = Manifest(state={**STATE, **(state or {})}, tensors={}, rank_state={}, files={})
+    manifest = Manifest(state={**STATE, **(state or {})}, tensors={}, files={})
     for name, pieces in cuts.items():
         tensor = full[name]
         entry = TensorEntry(tuple(tensor.shape), dtype_name(tensor.dtype))
@@ -61,9 +59,6 @@ def write_checkpoint(folder, *, cuts=CUTS, full=FULL, state=None):
             held.setdefault(file, {})[name] = torch.cat(parts).contiguous()
             entry.pieces.append(Piece(file, shard))
         manifest.tensors[name] = entry
-    first = min(held)
-    held[first]["rank_state.cpu"] = GENERATOR_STATE
-    manifest.rank_state["0"] = {"cpu": first}
     for file, tensors in held.items():
         manifest.files[file] = write_tensors(folder / file, tensors, metadata=files.METADATA)
     files.write_manifest(folder, manifest)
@@ -96,8 +91,21 @@ def test_what_was_written_comes_back(checkpoint, tmp_path):
             assert found.dtype == full.dtype and torch.equal(found, full)
             assert name in reader
         assert "other" not in reader
-        assert torch.equal(reader.read_rank_state(0)["cpu"], GENERATOR_STATE)
-        assert reader.read_rank_state(1) == {}
+
+
+def test_a_checkpoint_that_keeps_states_of_generators_opens(tmp_path):
+    """As they did while each rank wrote these beside its pieces."""
+    folder = tmp_path / "iter_0000003"
+    manifest = write_checkpoint(folder)
+    held = load((folder / "a.safetensors").read_bytes())
+    tensors = {**held, "rank_state.cpu": torch.arange(16, dtype=torch.uint8)}
+    facts = write_tensors(folder / "a.safetensors", tensors, metadata=files.METADATA)
+    signed(folder, lambda body: body["files"].update({"a.safetensors": facts}))
+    signed(folder, lambda body: body.update(rank_state={"0": {"cpu": "a.safetensors"}}))
+    found = open_whole(folder)
+    assert found.tensors == manifest.tensors
+    with TensorReader(folder, found) as reader:
+        assert torch.equal(reader.read_full("norm.weight"), FULL["norm.weight"])
 
 
 def test_a_part_is_read_into_another_dtype_and_its_padding_stays(checkpoint):
@@ -223,7 +231,7 @@ def test_a_shard_that_is_a_link_or_a_folder_is_refused(checkpoint, tmp_path):
 
 
 def test_a_shard_that_the_disk_does_not_give_back_is_said():
-    unreadable = Manifest({}, {}, {}, {"mem": {"bytes": 0, "sha256": ""}})
+    unreadable = Manifest({}, {}, {"mem": {"bytes": 0, "sha256": ""}})
     with pytest.raises(DataError, match="cannot be read"):
         files.verify_files(Path("/proc/self"), unreadable)
 
@@ -252,15 +260,13 @@ def test_another_format_version_is_refused(checkpoint, version):
 
 
 @pytest.mark.parametrize("name", ["../b.safetensors", "/etc/passwd", "x/b.safetensors", "..", ".", ""])
-@pytest.mark.parametrize("where", ["files", "pieces", "rank_state"])
+@pytest.mark.parametrize("where", ["files", "pieces"])
 def test_a_file_name_that_leads_elsewhere_is_refused(checkpoint, where, name):
     def change(body):
         if where == "files":
             body["files"][name] = body["files"].pop("a.safetensors")
-        elif where == "pieces":
-            body["tensors"]["norm.weight"]["pieces"][0]["file"] = name
         else:
-            body["rank_state"]["0"]["cpu"] = name
+            body["tensors"]["norm.weight"]["pieces"][0]["file"] = name
 
     signed(checkpoint, change)
     with pytest.raises(DataError, match=r"no plain file name|not among its files"):
@@ -277,7 +283,7 @@ def test_a_signed_manifest_of_another_layout_is_refused(checkpoint):
         return change
 
     good = (checkpoint / files.MANIFEST).read_text()
-    changes = [without(key) for key in ("state", "tensors", "rank_state", "files")]
+    changes = [without(key) for key in ("state", "tensors", "files")]
     changes += [without("tensors", "norm.weight", key) for key in ("shape", "dtype", "pieces")]
     changes += [lambda body: body.update(tensors=[]), lambda body: body.update(files=None)]
     changes += [lambda body: body["tensors"]["norm.weight"].update(dtype="complex64")]
@@ -308,11 +314,11 @@ def test_a_manifest_over_another_steps_shards_is_found(checkpoint, tmp_path):
 def test_a_shard_without_the_tensor_that_the_manifest_promises_is_damaged(checkpoint):
     """A folder that is opened without `verify_files`."""
     save_file({"something.else": torch.ones(3)}, checkpoint / "a.safetensors")
-    with TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader:
-        with pytest.raises(DataError, match=r"a\.safetensors is damaged"):
-            reader.read_full("norm.weight")
-        with pytest.raises(DataError, match=r"a\.safetensors is damaged"):
-            reader.read_rank_state(0)
+    with (
+        TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader,
+        pytest.raises(DataError, match=r"a\.safetensors is damaged"),
+    ):
+        reader.read_full("norm.weight")
     (checkpoint / "a.safetensors").write_bytes(b"\xff" * 64)
     with (
         TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader,
@@ -358,7 +364,7 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="cannot be written"):
         write_tensors(tmp_path / "nowhere" / "a.safetensors", {"x": torch.ones(2)}, metadata={})
     with pytest.raises(StorageError, match="cannot be written"):
-        files.write_manifest(tmp_path / "nowhere", Manifest({}, {}, {}, {}))
+        files.write_manifest(tmp_path / "nowhere", Manifest({}, {}, {}))
 
 
 @pytest.mark.parametrize("missing", ["model", "world_size", "consumed_tokens"])

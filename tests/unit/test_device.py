@@ -58,21 +58,6 @@ def test_tensor_methods() -> None:
     assert tensor.type(torch.float32).dtype == torch.float32
 
 
-def test_generator_state_round_trip() -> None:
-    before = device.generator_state()
-    try:
-        torch.manual_seed(7)
-        state = device.generator_state()
-        assert torch.equal(state, torch.cuda.get_rng_state()), "one generator serves both names"
-        drawn = torch.rand(4)
-        device.set_generator_state(state)
-        assert torch.equal(torch.rand(4, device="cuda"), drawn)
-        torch.cuda.manual_seed(7)
-        assert torch.equal(torch.rand(4), drawn)
-    finally:
-        device.set_generator_state(before)
-
-
 def test_streams_and_events_are_in_order() -> None:
     with torch.cuda.Stream() as stream, torch.cuda.stream(stream):
         event = stream.record_event()

@@ -204,7 +204,7 @@ def checkpoint_of(config: RunConfig) -> list[Path]:
         place = {"iteration": 1, "data_step": 1, "consumed_samples": 4, "consumed_tokens": 0, "optimizer_steps": 1}
         folder = iteration_folder(config.run_dir / "checkpoints", 1) / name
         folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, Manifest({**place, **said, "world_size": 1}, tensors={}, rank_state={}, files={}))
+        write_manifest(folder, Manifest({**place, **said, "world_size": 1}, tensors={}, files={}))
         found.append(folder)
     return found
 

@@ -47,7 +47,7 @@ def config(built, tmp_path):
     folder = iteration_folder(first.run_dir / "checkpoints", 8)
     folder.mkdir(parents=True)
     place = {"iteration": 8, "data_step": 8, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 8}
-    write_manifest(folder, Manifest({**place, **stored, "world_size": 1}, tensors={}, rank_state={}, files={}))
+    write_manifest(folder, Manifest({**place, **stored, "world_size": 1}, tensors={}, files={}))
     return of
 
 
