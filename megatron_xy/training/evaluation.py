@@ -31,34 +31,6 @@ MAX_PERPLEXITY_LOSS = 700.0  # beyond it e to the loss is no finite number
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Mean losses over unmasked held-out tokens; a bucket, source or range of positions without any is left out."""
-
-    loss: float
-    num_tokens: int
-    loss_by_bucket: dict[int, float]
-    loss_by_source: dict[str, float]
-    loss_by_position: dict[str, float]  # by position id, which restarts where documents are split: {"0-2k": ...}
-
-    @property
-    def perplexity(self) -> float:
-        """e to the loss."""
-        return math.exp(min(self.loss, MAX_PERPLEXITY_LOSS))
-
-    def record(self, *, iteration: int) -> dict[str, Any]:
-        """The object in eval.jsonl."""
-        return {
-            "iteration": iteration,
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "num_loss_tokens": self.num_tokens,
-            "loss_by_bucket": {str(bucket): loss for bucket, loss in self.loss_by_bucket.items()},
-            "loss_by_source": self.loss_by_source,
-            "loss_by_position": self.loss_by_position,
-        }
-
-
-@dataclass(frozen=True)
 class HeldOut:
     """Held-out data, and in what portions this data parallel rank goes through it."""
 
@@ -68,7 +40,6 @@ class HeldOut:
     micro_batches_per_pass: int
     dp_size: int
     dp_rank: int
-    position_edges: Sequence[int] = POSITION_EDGES
 
     def rows(self) -> list[tuple[int, list[SampleId]]]:
         """(bucket, samples) of all ranks' micro-batches, bucket by bucket; a bucket's last one may be short."""
@@ -123,7 +94,7 @@ class HeldOutEvaluator:
         """Its record; None where `goes_on` said no."""
         assert self._held_out is not None, "only then is an evaluation due"
         result = evaluate(role, self._held_out, goes_on=goes_on)
-        return None if result is None else Evaluated(result.record(iteration=iteration))
+        return None if result is None else Evaluated({"iteration": iteration, **result})
 
     def tell(self, log: RunLog, record: dict[str, Any], *, seconds: float) -> None:
         """Logs a record."""
@@ -139,14 +110,15 @@ class Evaluated:
 
 
 @torch.no_grad()
-def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> Evaluation | None:
-    """The role's loss on all of it; None where `goes_on`, asked before every pass, said no. Collective over the role.
+def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> dict[str, Any] | None:
+    """The role's mean losses over all its unmasked tokens, as eval.jsonl has them; None where `goes_on`, asked before
+    every pass, said no. Collective over the role.
 
-    Weights, gradients, moments and random generators stay as they are. The numbers are the whole's on the last stage.
+    Weights, gradients and moments stay as they are. The numbers are the whole's on the last stage.
     """
     rows = held_out.rows()
     buckets, num_sources = held_out.dataset.buckets, len(held_out.dataset.sources)
-    num_ranges = len(held_out.position_edges) + 1
+    num_ranges = len(POSITION_EDGES) + 1
     totals = torch.zeros(len(buckets), num_sources * num_ranges, 2, dtype=torch.float64, device=device.current())
     # Ranks take rows in turn. Where rows do not come out even, the last one is run again and counts nothing.
     mine = [
@@ -171,7 +143,7 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> E
                 if counts:
                     totals[buckets.index(rows[row][0])] += output["totals"]
     sum_over(totals, role.groups.collection.dp)
-    return _evaluation(totals.reshape(len(buckets), num_sources, num_ranges, 2).cpu().numpy(), held_out)
+    return _losses(totals.reshape(len(buckets), num_sources, num_ranges, 2).cpu().numpy(), held_out)
 
 
 def _held_out_step(
@@ -188,7 +160,7 @@ def _held_out_step(
         )
         positions = batch.packed.position_ids
         assert positions is not None, "on_device sets them"
-        edges = torch.tensor(held_out.position_edges, device=losses.device)
+        edges = torch.tensor(POSITION_EDGES, device=losses.device)
         ranges = torch.bucketize(positions, edges, right=True)
         cells = batch.source_ids * (len(edges) + 1) + ranges
         pairs = torch.stack([(losses * batch.loss_mask)[0], batch.loss_mask[0]], dim=1).to(torch.float64)
@@ -199,21 +171,24 @@ def _held_out_step(
     return output, loss
 
 
-def _evaluation(totals: np.ndarray[Any, np.dtype[np.float64]], held_out: HeldOut) -> Evaluation:
-    """From totals [buckets, sources, ranges, 2]."""
+def _losses(totals: np.ndarray[Any, np.dtype[np.float64]], held_out: HeldOut) -> dict[str, Any]:
+    """From totals [buckets, sources, ranges, 2]. A bucket, source or range of positions without any token is left out;
+    a position restarts where documents are split."""
 
     def means(axes: tuple[int, int], names: Sequence[Any]) -> dict[Any, float]:
         pairs = totals.sum(axis=axes)
         return {name: float(total / count) for name, (total, count) in zip(names, pairs, strict=True) if count}
 
     total, count = totals.sum(axis=(0, 1, 2))
-    return Evaluation(
-        loss=float(total / max(count, 1.0)),
-        num_tokens=int(count),
-        loss_by_bucket=means((1, 2), held_out.dataset.buckets),
-        loss_by_source=means((0, 2), held_out.dataset.sources),
-        loss_by_position=means((0, 1), _range_names(held_out.position_edges)),
-    )
+    loss = float(total / max(count, 1.0))
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, MAX_PERPLEXITY_LOSS)),
+        "num_loss_tokens": int(count),
+        "loss_by_bucket": means((1, 2), list(map(str, held_out.dataset.buckets))),
+        "loss_by_source": means((0, 2), held_out.dataset.sources),
+        "loss_by_position": means((0, 1), _range_names(POSITION_EDGES)),
+    }
 
 
 def _range_names(edges: Sequence[int]) -> list[str]:
