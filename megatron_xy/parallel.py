@@ -200,15 +200,6 @@ def max_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return tensor
 
 
-def joined_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The ranks' tensors of one shape, side by side along the last dimension, on every rank of `group`."""
-    if group.size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
-
-
 def gathered_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The ranks' tensors of one shape, one above the other, on every rank of `group`: [ranks, ...]."""
     if group.size() == 1:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_xy.data.dataset import MicroBatch
 from megatron_xy.losses import token_logprobs_and_entropy
-from megatron_xy.parallel import joined_over
+from megatron_xy.parallel import gathered_over
 from megatron_xy.role import Role
 from megatron_xy.training.train_step import forward_pass, on_device
 
@@ -51,7 +51,8 @@ def _outputs(role: Role, rows: Sequence[Sequence[int]], outputs_of: OutputsOf) -
 def _logits(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if role.model.head == "value":
         return logits.float()
-    return joined_over(logits.float(), role.groups.collection.tp)[:, : role.model.vocab_size]
+    parts = gathered_over(logits.float(), role.groups.collection.tp)  # [tp, tokens, vocabulary/tp]
+    return parts.movedim(0, 1).flatten(1)[:, : role.model.vocab_size]
 
 
 def _logprobs(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ def check_is_shared(run_dir: Path, *, patience_seconds: float) -> None:
         went_forward()
         time.sleep(0.1)
     mine = torch.tensor([-1 if same else dist.get_rank()], device=device.current())
-    blind = [rank for rank in parallel.joined_over(mine, world).tolist() if rank >= 0]
+    blind = [rank for rank in parallel.gathered_over(mine, world).flatten().tolist() if rank >= 0]
     if blind:
         ranks = f"rank {blind[0]} does" if len(blind) == 1 else f"{len(blind)} ranks, the first is {blind[0]}, do"
         raise ConfigError(

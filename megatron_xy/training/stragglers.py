@@ -14,7 +14,7 @@ import torch
 
 from megatron_xy import device
 from megatron_xy.flops import stage_share
-from megatron_xy.parallel import joined_over
+from megatron_xy.parallel import gathered_over
 from megatron_xy.role import Role
 from megatron_xy.stages import layers_per_chunk
 
@@ -50,7 +50,7 @@ class StragglerWatch:
         if self._steps < WINDOW or self._group.size() == 1:
             return []
         mine = torch.tensor([self._busy / self._steps, self._share], dtype=torch.float64, device=device.current())
-        pairs = joined_over(mine, self._group).reshape(-1, 2).tolist()
+        pairs = gathered_over(mine, self._group).tolist()
         self._busy, self._steps = 0.0, 0
         found = {one.rank: one for one in outliers(*zip(*pairs, strict=True))}
         self._running = {rank: self._running.get(rank, 0) + 1 for rank in found}
