@@ -27,12 +27,11 @@ FROZEN_UPDATES = "frozen_updates"  # of a manifest: {part of the model: updates 
 
 @dataclass(frozen=True)
 class StatePart:
-    """A tensor of this rank, its global name and place, and whether this rank writes it for its replicas."""
+    """A tensor that this rank writes, its global name and place."""
 
     name: str
     tensor: torch.Tensor
     shard: ParameterShard
-    is_writer: bool
 
 
 @torch.no_grad()
@@ -64,7 +63,7 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
 
 
 def state_parts(role: Role) -> list[StatePart]:
-    """This rank's tensors that make up the state, in the same order on all replicas, with the one that writes each.
+    """The tensors of the state that this rank writes.
 
     Replicas share the writing: under the distributed optimizer each writes the part that it updates, weights included
     (the rest may be stale until it is gathered); otherwise a tensor goes to the data parallel rank with the fewest
@@ -93,7 +92,8 @@ def state_parts(role: Role) -> list[StatePart]:
         is_writer = (
             writer == groups.dp_rank and (split or groups.tp_rank == 0) and not is_embedding_copy and shard.numel > 0
         )
-        parts += [StatePart(name, tensor, shard, is_writer) for name, tensor in tensors.items()]
+        if is_writer:
+            parts += [StatePart(name, tensor, shard) for name, tensor in tensors.items()]
     return parts
 
 

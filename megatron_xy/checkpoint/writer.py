@@ -83,7 +83,7 @@ class CheckpointWriter:
         began = time.monotonic()
         self.wait()
         self._wanted_before = wanted_before or 0
-        parts = [part for part in state_parts(role) if part.is_writer]
+        parts = state_parts(role)
         tensors = {part.name: part.shard.trim(part.tensor) for part in parts}
         shards = {part.name: part.shard for part in parts}
         place = {"world_size": len(role.groups.ranks), "device": device.current().type}
