@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_xy.config import InvalidConfig, load_config
-from megatron_xy.import_args.shell import UNKNOWN, program_arguments
+from megatron_xy.import_args.program import UNKNOWN, program_arguments
 
 SEVERAL = ("--data-path",)  # flags with more than one value
 _TABLE = Path(__file__).with_name("flags.yaml")
