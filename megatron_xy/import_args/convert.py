@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from megatron_xy.import_args.program import UNKNOWN, program_arguments
 
 SEVERAL = ("--data-path",)  # flags with more than one value
 _TABLE = Path(__file__).with_name("flags.yaml")
-_FRACTION = r"(\d+\.?\d*|\.\d+)([eE]-?\d+)?"
+_WHOLE = re.compile(r"[0-9]{1,18}")
+_FRACTION = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
 
 
 @dataclass
@@ -34,8 +36,7 @@ class Imported:
         sections: dict[str, list[str]] = {}
         for key, (value, origin) in self.values.items():
             section, _, name = key.rpartition(".")
-            written = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").rstrip()
-            sections.setdefault(section, []).append(f"{name}: {written}  # {origin}")
+            sections.setdefault(section, []).append(f"{name}: {_on_one_line(value)}  # {origin}")
         lines += sections.pop("", [])
         for section, keys in sections.items():
             lines += [f"{section}:", *(f"  {key}" for key in keys)]
@@ -86,7 +87,19 @@ def import_args(script: Path) -> Imported:
             "training.global_batch_tokens: --global-batch-size is not given, which is --micro-batch-size x data "
             "parallel size in Megatron; set it to training.micro_batch_tokens x data parallel size"
         )
+    for entries in (imported.left_out, imported.problems):
+        entries[:] = [" ".join(entry.split()) for entry in entries]  # each is a comment of one line
     return imported
+
+
+def _on_one_line(value: Any) -> str:
+    """As YAML, which has line breaks only in double quotes."""
+    for style in (None, '"'):
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, default_style=style)
+        text = text.removesuffix("...\n").rstrip()
+        if len(text.splitlines()) == 1:
+            break
+    return text
 
 
 def _flags(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -125,9 +138,10 @@ def _take(imported: Imported, key: str, entry: dict[str, Any], flags: dict[str, 
 
 def _typed(word: str, kind: str) -> Any:
     """As a number where it is one; a text that is none is refused by the config, with its key."""
-    if kind == "text" or not re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", word):
+    unsigned = word.removeprefix("-")
+    if kind == "text" or not _FRACTION.fullmatch(unsigned):
         return word
-    return int(word) if kind == "int" and word.lstrip("+-").isdigit() else float(word)
+    return int(word) if kind == "int" and _WHOLE.fullmatch(unsigned) else float(word)
 
 
 @dataclass(frozen=True)
@@ -180,10 +194,10 @@ class _Derivation:
             values.setdefault("optimizer.lr_decay_tokens", (whole_run * length, origin))
         flag = "--lr-warmup-fraction"
         share = self._fraction(flag)
-        whole = values.get("optimizer.lr_decay_iters") or values.get("training.train_iters")
-        if whole is not None and share is not None:
-            steps = round(share * int(whole[0]))
-            self._set("optimizer.lr_warmup_iters", steps, f"{flag} {share} of {whole[0]} iterations")
+        whole, _ = values.get("optimizer.lr_decay_iters") or values.get("training.train_iters") or (None, "")
+        if isinstance(whole, int) and share is not None:
+            steps = round(share * whole)
+            self._set("optimizer.lr_warmup_iters", steps, f"{flag} {share} of {whole} iterations")
         else:
             self._leave_out(flag, "it or the iterations are not known; set optimizer.lr_warmup_iters")
 
@@ -257,7 +271,7 @@ class _Derivation:
     def _data(self) -> None:
         flag = "--data-path"
         words = self.flags.get(flag, [])
-        weights = [word for word in words if re.fullmatch(_FRACTION, word)]
+        weights = [word for word in words if _FRACTION.fullmatch(word)]
         paths = [word for word in words if word not in weights and UNKNOWN not in word]
         if any(UNKNOWN in word for word in words):
             self._leave_out(flag, "not known without running the script; set data.path")
@@ -269,11 +283,12 @@ class _Derivation:
 
     def _number(self, flag: str) -> int | None:
         words = self.flags.get(flag, [])
-        return int(words[0]) if len(words) == 1 and words[0].isdigit() else None
+        return int(words[0]) if len(words) == 1 and _WHOLE.fullmatch(words[0]) else None
 
     def _fraction(self, flag: str) -> float | None:
         words = self.flags.get(flag, [])
-        return float(words[0]) if len(words) == 1 and re.fullmatch(_FRACTION, words[0]) else None
+        share = float(words[0]) if len(words) == 1 and _FRACTION.fullmatch(words[0]) else math.inf
+        return share if math.isfinite(share) else None
 
     def _set(self, key: str, value: Any, origin: str) -> None:
         self.imported.values[key] = (value, origin)

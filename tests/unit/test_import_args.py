@@ -458,3 +458,24 @@ def test_what_is_missing_is_listed(tmp_path: Path) -> None:
         "still needed: model.hidden_size (x): must be a whole number",
     ):
         assert line in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lr 1.2.3", "--lr .", "--train-iters 100k --lr-warmup-fraction 0.01", "--num-layers ²", "--seed " + "9" * 5000,
+     "--train-iters 10 --lr-warmup-fraction 1e999"],
+)  # fmt: skip
+def test_what_is_no_number_is_refused_by_the_config(tmp_path: Path, flags: str) -> None:
+    (tmp_path / "launch.sh").write_text(f"python a.py {flags}\n")
+    result = CliRunner().invoke(app, ["import-args", str(tmp_path / "launch.sh")])
+    assert result.exit_code == 78, result.exception
+
+
+def test_no_key_is_smuggled_in_by_a_line_break(tmp_path: Path) -> None:
+    (tmp_path / "launch.sh").write_text(
+        "python a.py --foo 'a\ntask: ppo' --save 'b\ntask: ppo' --data-path 'c\u2028task: ppo' d --lr '1\nseed: 2'\n"
+    )
+    written = yaml.safe_load(import_args(tmp_path / "launch.sh").text())
+    assert (written["task"], written["run_dir"]) == ("pretrain", "b\ntask: ppo")
+    assert written["data"]["path"] == ["c\u2028task: ppo", "d"] and written["optimizer"]["lr"] == "1\nseed: 2"
+    assert "seed" not in written
