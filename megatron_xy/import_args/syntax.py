@@ -50,7 +50,8 @@ def _parsed(shfmt: str, source: bytes, name: str) -> tuple[list[Node], list[int]
     """(statements, the backslashes that end comments, behind which shfmt, unlike bash, goes on with the command)."""
     answer = subprocess.run([shfmt, "-ln=bash", "--to-json"], input=source, capture_output=True, check=False)
     if answer.returncode:
-        raise NotBash(f"{name} must be a bash script: {answer.stderr.decode(errors='replace').strip()}")
+        said = answer.stderr.decode(errors="replace").strip() or f"shfmt ended with {answer.returncode}"
+        raise NotBash(f"{name} must be a bash script: {said}")
     backslashes: list[int] = []
 
     def node(fields: dict[str, Any]) -> Node:
