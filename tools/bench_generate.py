@@ -31,7 +31,7 @@ device.start(num_threads=1)
 
 from megatron_xy import parallel  # noqa: E402
 from megatron_xy.config import ModelConfig, ParallelConfig  # noqa: E402
-from megatron_xy.model.generate import Request, generate  # noqa: E402
+from megatron_xy.model.generate import Answer, Request, generate_share  # noqa: E402
 from megatron_xy.model.sampling import SamplingOptions  # noqa: E402
 from megatron_xy.model.source import resolve_model  # noqa: E402
 from megatron_xy.model.weights import load_initial_weights  # noqa: E402
@@ -154,9 +154,10 @@ def run_ours(role: Role, job: dict[str, Any]) -> tuple[list[list[int]], float]:
     """Our answers, and the CPU seconds that they took."""
     options = SamplingOptions(temperature=0.0, max_response_length=job["length"], stop_ids=tuple(job["stops"]))
     requests = [Request(prompt, row=row) for row, prompt in enumerate(job["prompts"])]
+    answers: dict[int, Answer] = {}
     began = time.process_time()
-    answers = generate(role, requests, options, max_sequences=job["at_a_time"])
-    return [answer.tokens for answer in answers], time.process_time() - began
+    generate_share(role, requests, options, on_answer=answers.__setitem__, max_sequences=job["at_a_time"])
+    return [answers[place].tokens for place in range(len(requests))], time.process_time() - began
 
 
 def our_role(folder: Path) -> Role:

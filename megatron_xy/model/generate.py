@@ -25,7 +25,7 @@ from megatron_xy.model.layer_spec import DTYPES
 from megatron_xy.model.noise import position_keys, sequence_key
 from megatron_xy.model.rotary import PackedDocuments, inverse_frequencies
 from megatron_xy.model.sampling import Sampler, SamplingOptions
-from megatron_xy.parallel import broadcast_from_last_stage, receive_onward, send_onward, sum_over
+from megatron_xy.parallel import broadcast_from_last_stage, receive_onward, send_onward
 from megatron_xy.role import Role
 from megatron_xy.runtime.liveness import went_forward
 
@@ -53,20 +53,6 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
-
-
-def generate(
-    role: Role, requests: Sequence[Request], options: SamplingOptions, *, max_sequences: int = MAX_SEQUENCES
-) -> list[Answer]:
-    """The answers to all requests, in their order, on every rank of the role. Collective over the role.
-
-    Raises as `generate_share` does.
-    """
-    mine: dict[int, Answer] = {}
-    generate_share(role, requests, options, on_answer=mine.__setitem__, max_sequences=max_sequences)
-    if role.groups.dp_size == 1:
-        return [mine[place] for place in range(len(requests))]
-    return _exchanged(mine, len(requests), group=role.groups.collection.dp)
 
 
 def generate_share(
@@ -347,27 +333,3 @@ class _Replica:
 
 def _on_device(values: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.array(values, dtype=np.int64)).to(device.current())
-
-
-def _exchanged(mine: dict[int, Answer], number: int, *, group: dist.ProcessGroup) -> list[Answer]:
-    """All answers from the replicas' own, on every rank; exact, as each is added to zeros."""
-    where = device.current()
-    facts = torch.zeros(number, 2, dtype=torch.int64, device=where)  # length, and whether it has stopped
-    for place, answer in mine.items():
-        facts[place] = torch.tensor([len(answer.tokens), answer.finish_reason == "stop"], device=where)
-    sum_over(facts, group)
-    lengths, has_stopped = facts.T.tolist()
-    starts = np.cumsum([0, *lengths])
-    table = torch.zeros(2, int(starts[-1]), dtype=torch.float64, device=where)
-    for place, answer in mine.items():
-        span = slice(int(starts[place]), int(starts[place + 1]))
-        table[:, span] = torch.tensor([answer.tokens, answer.logprobs], dtype=torch.float64, device=where)
-    tokens, logprobs = sum_over(table, group).tolist()
-    return [
-        Answer(
-            [int(token) for token in tokens[starts[place] : starts[place + 1]]],
-            logprobs[starts[place] : starts[place + 1]],
-            "stop" if has_stopped[place] else "length",
-        )
-        for place in range(number)
-    ]

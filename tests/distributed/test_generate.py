@@ -97,19 +97,25 @@ def generated(
     layout: Layout, folder: Path, answers: int, sizes: list[int], cases: list[dict[str, Any]]
 ) -> list[list[dict[str, Any]]]:
     """The answers to PROMPTS, for every case of options and every number of sequences at a time."""
-    from megatron_xy.model.generate import SamplingOptions, generate
+    from megatron_xy.model.generate import SamplingOptions
 
     role = load_role(layout, folder)
+    requests = requests_for(PROMPTS, answers=answers)
     return [
-        [
-            dataclasses.asdict(answer)
-            for answer in generate(
-                role, requests_for(PROMPTS, answers=answers), SamplingOptions(**case), max_sequences=size
-            )
-        ]
-        for case in cases
-        for size in sizes
+        all_answers(role, requests, SamplingOptions(**case), max_sequences=size) for case in cases for size in sizes
     ]
+
+
+def all_answers(role: Any, requests: list[Any], options: Any, *, max_sequences: int = 64) -> list[dict[str, Any]]:
+    """The replicas' shares together, in the order of the requests, on every rank."""
+    from megatron_xy.model.generate import generate_share
+    from megatron_xy.parallel import gathered_values
+
+    mine: dict[int, Any] = {}
+    generate_share(role, requests, options, on_answer=mine.__setitem__, max_sequences=max_sequences)
+    told = [[place, dataclasses.asdict(answer)] for place, answer in mine.items()]
+    every = dict(pair for share in gathered_values(told, role.groups.collection.dp) for pair in share)
+    return [every[place] for place in range(len(requests))]
 
 
 GREEDY = {"temperature": 0.0, "max_response_length": MAX_LENGTH, "stop_ids": STOP_IDS}
@@ -168,15 +174,14 @@ def test_every_answer_and_every_epoch_is_another(sampled: list[list[dict[str, An
 
 
 def in_another_order(folder: Path) -> dict[str, Any]:
-    from megatron_xy.model.generate import SamplingOptions, generate
+    from megatron_xy.model.generate import SamplingOptions
 
     role = load_role(Layout(), folder)
     requests = requests_for(PROMPTS, answers=2)
     order = np.random.default_rng(0).permutation(len(requests)).tolist()
 
     def answers(wanted: list[Any], **changes: Any) -> list[dict[str, Any]]:
-        options = SamplingOptions(**SAMPLED | changes)
-        return [dataclasses.asdict(answer) for answer in generate(role, wanted, options, max_sequences=5)]
+        return all_answers(role, wanted, SamplingOptions(**SAMPLED | changes), max_sequences=5)
 
     return {
         "order": order,
@@ -234,9 +239,9 @@ def with_a_fault(folder: Path, fault: str) -> list[list[int]]:
     role = load_role(Layout(), folder)
     options = [generate.SamplingOptions(**case) for case in (GREEDY, SAMPLED)]
     return [
-        answer.tokens
+        answer["tokens"]
         for option in options
-        for answer in generate.generate(role, requests_for(PROMPTS, answers=2), option, max_sequences=5)
+        for answer in all_answers(role, requests_for(PROMPTS, answers=2), option, max_sequences=5)
     ]
 
 
@@ -258,18 +263,18 @@ def test_planted_faults_are_seen(folder: Path, sampled: list[list[dict[str, Any]
 def after_an_update(layout: Layout) -> list[list[int]]:
     """Greedy answers of a role that has just learned: what it has learned must show."""
     from megatron_xy.config import OptimizerConfig
-    from megatron_xy.model.generate import SamplingOptions, generate
+    from megatron_xy.model.generate import SamplingOptions
     from megatron_xy.training.train_step import train_step
 
     model = models.MODEL.model_copy(update={"init_method_std": 0.2})
     role = models.make_role(layout, model=model, optimizer=OptimizerConfig())
     assert role is not None
     options = SamplingOptions(temperature=0.0, max_response_length=8)
-    before = [answer.tokens for answer in generate(role, requests_for(PROMPTS), options)]
+    before = [answer["tokens"] for answer in all_answers(role, requests_for(PROMPTS), options)]
     for step in range(2):
         batches = models.micro_batches(step, dp_size=role.groups.dp_size, dp_rank=role.groups.dp_rank)
         train_step(role, batches, num_sources=2, lr=0.05, clip_grad=0.0)
-    after = [answer.tokens for answer in generate(role, requests_for(PROMPTS), options)]
+    after = [answer["tokens"] for answer in all_answers(role, requests_for(PROMPTS), options)]
     assert before != after
     return after
 
