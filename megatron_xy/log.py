@@ -16,7 +16,8 @@ from typing import Any, Self, TextIO
 
 from megatron_xy.boards import Board, open_boards
 from megatron_xy.errors import Stopped
-from megatron_xy.storage import without_non_finite, write_text
+from megatron_xy.record_files import cut_records, read_records
+from megatron_xy.storage import without_non_finite
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "eval.jsonl"
@@ -110,11 +111,8 @@ class RunLog:
 
     def has_evaluation(self, iteration: int) -> bool:
         """Whether eval.jsonl holds one of this iteration; only the leader can say yes."""
-        path = self.run_dir / EVALUATIONS
-        if not self._boards or not path.exists():
-            return False
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return any(json.loads(line)["iteration"] == iteration for line in lines)
+        records = read_records(self.run_dir / EVALUATIONS) if self._boards else []
+        return any(record["iteration"] == iteration for record in records)
 
     def event(self, record: dict[str, Any]) -> None:
         """A step that was skipped or stands out: a line that says why, an object in events.jsonl."""
@@ -192,21 +190,6 @@ def ppo_line(record: dict[str, Any], *, train_iters: int) -> str:
         f"critic loss {record['critic_loss']:.4f} | {record['response_length_mean']:.1f} tokens, "
         f"{record['end_rate']:.0%} ended | {record['step_seconds']:.2f} s | idle: {idle} | ETA {_duration(remaining)}"
     )
-
-
-def cut_records(path: Path, *, iteration: int) -> None:
-    """Drops records beyond `iteration`, and a half-written last line, by rewriting the file whole."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # only the last line can be cut, by a kill while it was written
-        if record["iteration"] <= iteration:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
 
 
 def _duration(seconds: float) -> str:

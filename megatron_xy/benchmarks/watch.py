@@ -25,6 +25,7 @@ from megatron_xy.benchmarks.verb import Placement, evaluate
 from megatron_xy.checkpoint.files import MANIFEST
 from megatron_xy.checkpoint.folders import saved_iterations
 from megatron_xy.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigError, DataError
+from megatron_xy.record_files import read_records
 from megatron_xy.storage import file_sha256, storage_errors, sync_folder
 
 EVALUATIONS = "evaluations.jsonl"
@@ -149,16 +150,7 @@ def _sha256(path: Path, _changed: int, _inode: int) -> str:
 
 def _done(path: Path, facts: dict[str, Any]) -> set[Saved]:
     """The checkpoints whose lines are there, of the same questions put in the same way."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
-            raise DataError(f"{path}:{number}: no evaluation; delete the line, and the checkpoint is evaluated again")
-        records.append(record)
+    records = read_records(path)
     same = (record for record in records if all(record.get(name) == facts[name] for name in facts))
     return {(record["iteration"], str(record.get("checkpoint"))) for record in same}
 

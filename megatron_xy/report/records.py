@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.record_files import read_records
 from megatron_xy.report.numbers import number
 
 
@@ -45,30 +45,9 @@ def read_metrics(path: Path) -> Metrics:
     """The records of a metrics.jsonl; an unfinished last line, of a run that is still writing, is left out."""
     if not path.exists():
         raise ConfigError(f"{path} is not there; name a run's folder, after its first step")
-    metrics = read_records(path)
-    if not metrics.records:
+    records = read_records(path)
+    if not records:
         raise DataError(f"{path} holds no step yet; wait for the first step, or look into {path.parent / 'logs'}")
-    return metrics
-
-
-def read_records(path: Path) -> Metrics:
-    """The records of any of a run's jsonl files; none where there is no file. Raises DataError for a damaged line."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    records: list[dict[str, Any]] = []
-    for line_number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if line_number == len(lines):  # no newline yet
-                break
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
-            raise DataError(
-                f"{path}:{line_number}: not a record of a step (an object with its iteration); delete the line"
-            )
-        records.append(record)
     return Metrics(records)
 
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from megatron_xy.config import RunConfig, load_config
 from megatron_xy.errors import DataError
 from megatron_xy.fonts import fonts_for_names
+from megatron_xy.record_files import read_records
 from megatron_xy.report.benchmarks import draw_benchmarks
 from megatron_xy.report.evaluation import draw_evaluation
 from megatron_xy.report.mixture import draw_mixture
@@ -33,7 +34,7 @@ from megatron_xy.report.ppo import (
     ppo_rows,
     summarise_ppo,
 )
-from megatron_xy.report.records import Metrics, read_metrics, read_records
+from megatron_xy.report.records import Metrics, read_metrics
 from megatron_xy.report.reward import draw_pairs, epoch_section, has_epochs
 from megatron_xy.report.sections import own_sections
 from megatron_xy.report.summary import summarise, summary_rows
@@ -57,7 +58,9 @@ def make_report(
     folder holds no run, DataError where its records are empty or damaged, StorageError where nothing can be written.
     """
     metrics = read_metrics(run_dir / "metrics.jsonl")
-    evaluations, events = read_records(run_dir / "eval.jsonl"), read_records(run_dir / "events.jsonl")
+    evaluations, events, benchmarks = (
+        Metrics(read_records(run_dir / name)) for name in ("eval.jsonl", "events.jsonl", "evaluations.jsonl")
+    )
     config = load_config(run_dir / "run.yaml")
     environment = _read_environment(run_dir / "env.json")
     if config.task == "ppo":
@@ -72,7 +75,6 @@ def make_report(
         folder.mkdir(exist_ok=True)
     images: list[tuple[bytes, str]] = []
     pictures = _pictures(metrics, evaluations=evaluations, config=config)
-    benchmarks = read_records(run_dir / "evaluations.jsonl")
     pictures["benchmarks"] = Picture(
         partial(draw_benchmarks, evaluations=benchmarks),
         "Benchmarks of the run's checkpoints.",
@@ -89,7 +91,7 @@ def make_report(
                 (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
     write_bytes(folder / "summary.json", (json.dumps(without_non_finite(summary), indent=2) + "\n").encode())
     if config.task == "ppo":
-        sections = [*answer_sections(read_records(run_dir / "samples.jsonl").records), *sections]
+        sections = [*answer_sections(read_records(run_dir / "samples.jsonl")), *sections]
     if config.task == "reward" and has_epochs(evaluations):
         sections = [epoch_section(run_dir), *sections]
     own = own_sections(summary, rows(summary), events=events, run_dir=run_dir, timings=timings)

@@ -7,7 +7,6 @@ Nothing of the run is changed.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from megatron_xy.checkpoint.folders import iteration_folder
 from megatron_xy.config import RewardConfig, load_config
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.record_files import read_records
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def select(run_dir: Path) -> Selection:
     config = load_config(path)
     if config.task != "reward":
         raise ConfigError(f"{run_dir} is a run of task {config.task}; only a reward run has epochs to select from")
-    records = [record for record in _records(run_dir / "eval.jsonl") if record.get("ends_epoch")]
+    records = [record for record in read_records(run_dir / "eval.jsonl") if record.get("ends_epoch")]
     if not records:
         raise DataError(f"{run_dir / 'eval.jsonl'} has no epoch yet; let the run end one")
     if any(record["held_out"] is None for record in records):
@@ -92,17 +92,6 @@ def select(run_dir: Path) -> Selection:
     fit = [epoch for epoch in epochs if not epoch.problems]
     chosen = max(fit, key=lambda epoch: (epoch.accuracy, epoch.margin or 0.0, -epoch.iteration), default=None)
     return Selection(epochs, chosen)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Its whole lines; the last one may be half-written, by a run that is still at work."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}") from None
 
 
 def _epoch(record: dict[str, Any], run_dir: Path, reward: RewardConfig) -> Epoch:

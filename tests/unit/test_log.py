@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_xy.boards import TENSORBOARD_FOLDER
-from megatron_xy.log import METRICS, RunLog, cut_records, step_line
+from megatron_xy.log import METRICS, RunLog, step_line
+from megatron_xy.record_files import cut_records
 
 
 def record(iteration: int, **changes: object) -> dict[str, object]:
