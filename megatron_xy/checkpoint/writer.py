@@ -188,7 +188,8 @@ class CheckpointWriter:
                 for name, shard in shards.items()
             },
         }
-        write_json(folder / f"note-{groups.role_rank:05d}.json", note)
+        # The last that this rank does in the folder: once the leader has all notes, it syncs it and gives it its name.
+        write_json(folder / f"note-{groups.role_rank:05d}.json", note, durable=False)
         if groups.is_leader:
             num_bytes = self._complete(folder, iteration, num_ranks=size, state=state)
             if self.is_publisher:

@@ -121,6 +121,33 @@ def test_a_whole_gets_its_name_once_no_part_is_being_written(tmp_path: Path) -> 
     assert left == ["iter_0000003/actor", "iter_0000003/critic"]
 
 
+def a_rank_on_a_slow_disk(checkpoints: Path) -> None:
+    """Saves while the names in a folder take long to reach the disk of the rank that the leader waits for."""
+    import time
+
+    from megatron_xy import storage
+    from megatron_xy.checkpoint.writer import CheckpointWriter, TrainingState
+
+    sync_folder = storage.sync_folder
+
+    def slow(folder: Path) -> None:
+        time.sleep(0.5)
+        sync_folder(folder)
+
+    role = models.make_role(Layout(tp=2), optimizer=OPTIMIZER)
+    assert role is not None
+    if role.groups.role_rank == 1:
+        storage.sync_folder = slow
+    writer = CheckpointWriter(checkpoints, keep_latest=2, asynchronous=True, timeout_seconds=30)
+    writer.save(role, TrainingState(iteration=3), facts={"model": models.MODEL.model_dump(mode="json")})
+    writer.finish(role.groups)
+
+
+def test_a_checkpoint_gets_its_name_once_no_rank_is_at_work_in_it(tmp_path: Path) -> None:
+    run_ranks(a_rank_on_a_slow_disk, tmp_path, world_size=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
+
+
 @pytest.fixture(scope="module", params=SOURCES, ids=str)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layout, Path, list[Any]]:
     layout: Layout = request.param
