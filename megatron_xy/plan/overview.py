@@ -214,14 +214,14 @@ def make_plan(
 
 
 def buckets_of(config: RunConfig) -> dict[int, float]:
-    """{bucket: share of the steps}, as the sampler draws the data folders' at first; without them the assumed ones."""
+    """{bucket: share of the steps}, as the sampler draws the data folders' at first; the assumed ones where a path is
+    none, or not yet: a file of rows, say."""
     micro, context = config.training.micro_batch_tokens, config.model.max_position_embeddings
-    samples: Counter[tuple[str, int]] = Counter()
-    for path in config.data.paths:
-        if (path / MANIFEST_NAME).is_file():
+    if config.data.paths and all((path / MANIFEST_NAME).is_file() for path in config.data.paths):
+        samples: Counter[tuple[str, int]] = Counter()
+        for path in config.data.paths:
             for source, entry in read_manifest(path).sources.items():
                 samples.update({(source, int(bucket)): held.samples for bucket, held in entry.buckets.items()})
-    if samples:
         drawn: dict[int, float] = {}
         for (_, bucket), share in stream_shares(config.data.weights, samples, key="data.weights").items():
             drawn[bucket] = drawn.get(bucket, 0.0) + share

@@ -81,7 +81,8 @@ def test_shares_of_wall_time():
     assert 0.9 < kept.ettr_as_configured <= kept.ettr < 1
 
 
-def test_a_model_that_is_not_here_needs_its_shape():
+def test_a_model_that_is_not_here_needs_its_shape(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no demo has run
     with pytest.raises(ConfigError, match="num_layers, hidden_size"):
         planned("xuanyuan2_70b/sft.yaml", "model.num_layers=null", "model.hidden_size=null")
     options = {"overrides": [], "num_nodes": 1, "gpus_per_node": 4, "gpu": "h100", "tokens": None, "calibrate_by": None}

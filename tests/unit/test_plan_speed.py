@@ -85,3 +85,7 @@ def test_the_mix_is_what_the_sampler_draws(tmp_path, weights):
     for bucket, share in planned.items():
         assert drawn.count(bucket) / len(drawn) == pytest.approx(share, abs=0.02)
     assert len(set(planned.values())) > 1
+    with_a_file = config.data.model_copy(update={"path": [data, corpus], "weights": {"conversations": 1.0, "a": 1.0}})
+    assumed = config.model_copy(update={"data": config.data.model_copy(update={"path": tmp_path / "none"})})
+    mixed = config.model_copy(update={"data": with_a_file})
+    assert buckets_of(mixed) == buckets_of(assumed) != planned, "what the file will hold nobody knows"
