@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_xy import device
 from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.config import ModelConfig
 from megatron_xy.flops import FORWARD_SHARE, recomputed_flops, step_flops
@@ -29,6 +28,7 @@ class Spent:
     flops: float
     recomputed_flops: float
     available_flops: float | None  # in that time, at the devices' peak; None where that is not known
+    peak_memory_bytes: int  # of the device that holds most
 
 
 def step_record(
@@ -65,7 +65,7 @@ def step_record(
         "consumed_tokens": state.consumed_tokens,
         "epoch": rollout.drawn[-1].epoch,
         "padding_ratio": spent.padding / spent.room,
-        "peak_memory_bytes": device.peak_memory_bytes(),
+        "peak_memory_bytes": spent.peak_memory_bytes,
         "step_seconds": spent.seconds,
         "data_wait_seconds": spent.waited,
         "seconds_by_phase": spent.by_phase,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,16 @@ from megatron_xy.ppo.samples import sample_line, samples
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.training.schedule import learning_rate
+
+
+class _Gathered(NamedTuple):
+    """What a step's record needs of all ranks."""
+
+    stopping: bool  # whether any was asked to
+    busy: dict[str, float]  # seconds that each role has worked, mean of its ranks
+    padding: int  # tokens of padding in all roles' micro-batches
+    room: int  # all tokens of these
+    peak_memory_bytes: int  # of the device that holds most
 
 
 class PPOTrainer:
@@ -119,7 +129,7 @@ class PPOTrainer:
                 consumed_tokens=before.consumed_tokens + rollout.num_tokens,
                 optimizer_steps=before.optimizer_steps + int(metrics[f"{name}_updates"]),
             )
-        stopping, busy, (padding, room) = self._gather()
+        gathered = self._gather()
         num_updates = self.ppo.ppo_epochs * len(rollout.drawn) // self.ppo.mini_batch_size
         wanted = {"actor": 0 if is_warmup else num_updates, "critic": num_updates}
         flops, recomputed = step_work(
@@ -134,13 +144,24 @@ class PPOTrainer:
             experience,
             metrics,
             rates,
-            Spent(seconds, waited, spent.seconds, busy, padding, room, flops, recomputed, available),
+            Spent(
+                seconds,
+                waited,
+                spent.seconds,
+                gathered.busy,
+                gathered.padding,
+                gathered.room,
+                flops,
+                recomputed,
+                available,
+                gathered.peak_memory_bytes,
+            ),
             is_warmup=is_warmup,
             ppo_epochs=self.ppo.ppo_epochs,
             micro_batch_tokens=self.cast.workers["actor"].placed.micro_batch_tokens,
         )
         self._tell(record, experience, metrics, wanted=wanted)
-        return stopping
+        return gathered.stopping
 
     def _rollout(self) -> tuple[Rollout, float]:
         """The step's prompts with an answer each; the seconds for the prompts."""
@@ -199,21 +220,20 @@ class PPOTrainer:
             )
         return LearningRates(rates["actor"], rates["critic"])
 
-    def _gather(self) -> tuple[bool, dict[str, float], tuple[int, int]]:
-        """Whether any rank was asked to stop; the seconds that each role has worked, mean of its ranks; padding and all
-        tokens of all roles' micro-batches. Collective."""
+    def _gather(self) -> _Gathered:
+        """Collective."""
         world = self.cast.world
         busy = [worker.take_busy_seconds() for worker in self.cast.workers.values()]
         padding, room = map(sum, zip(*(worker.take_padding() for worker in self.cast.workers.values()), strict=True))
         told = torch.tensor([padding, room, *busy], dtype=torch.float64, device=device.current())
         padding, room, *total = sum_over(told, world.all_ranks).tolist()
-        asked = torch.tensor([int(self.stop.requested)], device=device.current())
-        stopping = bool(max_over(asked, world.all_ranks).item())
+        largest = torch.tensor([int(self.stop.requested), device.peak_memory_bytes()], device=device.current())
+        stopping, peak_memory = max_over(largest, world.all_ranks).tolist()
         workers = self.cast.workers.items()
         seconds = {
             name: worked / len(worker.placed.ranks) for (name, worker), worked in zip(workers, total, strict=True)
         }
-        return stopping, seconds, (int(padding), int(room))
+        return _Gathered(bool(stopping), seconds, int(padding), int(room), peak_memory)
 
     def _save(self, iteration: int) -> None:
         self.watchdog.beat(iteration=iteration, phase="save")
