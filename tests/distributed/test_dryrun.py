@@ -139,10 +139,11 @@ def test_collectives_are_those_of_the_real_rank(found: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_activations_are_those_of_the_real_rank(found: Any, name: str) -> None:
-    """A CPU keeps a few states of its generators besides, of 5 kB each, and what ON_A_CPU says."""
+    """A CPU keeps a few states of its generators besides, of 5 kB each, what ON_A_CPU says, and a message or two that
+    the next stage is late to take."""
     for dry, real in found[name]:
         besides = real["activations"] - dry["activations"]
-        assert -0.001 * dry["activations"] < besides < (0.02 + ON_A_CPU.get(name, 0.0)) * dry["activations"]
+        assert -0.001 * dry["activations"] < besides < (0.05 + ON_A_CPU.get(name, 0.0)) * dry["activations"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
