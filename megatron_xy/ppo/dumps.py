@@ -19,7 +19,8 @@ DUMPED = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages
 def cut_rollouts(folder: Path, *, iteration: int) -> None:
     """Removes those of later steps, which an abandoned course of the run has left."""
     for path in folder.glob("iter_*.safetensors"):
-        if int(path.stem.removeprefix("iter_")) > iteration:
+        number = path.stem.removeprefix("iter_")
+        if number.isdecimal() and int(number) > iteration:
             with storage_errors(path):
                 path.unlink()
 
