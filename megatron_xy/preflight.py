@@ -38,6 +38,7 @@ from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
 from megatron_xy.run_dir import check_resume, check_space, check_weights_to_load
 from megatron_xy.run_folder import check_place
+from megatron_xy.runtime import environment
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 from megatron_xy.storage import file_sha256
 
@@ -183,7 +184,7 @@ def _look_at_run_dir(config: RunConfig, findings: _Findings, *, data_fingerprint
 
 def _look_at_data(config: RunConfig, findings: _Findings, *, build_into: Path) -> PackedDataset | None:
     def opened() -> PackedDataset:
-        return PackedDataset(data_folders(config, config.data.paths, into=build_into))
+        return PackedDataset(data_folders(config, config.data.paths, into=build_into), looked_at=_share())
 
     dataset: PackedDataset | None = findings.of("data.path", opened)
     if dataset is not None:
@@ -223,7 +224,7 @@ def _held_out(config: RunConfig, dataset: PackedDataset | None, *, build_into: P
             f"data.eval_path ({config.data.eval_path}): there is no such folder; name the held_out folder that "
             f"`data build --held-out` wrote, or any other that `data build` wrote"
         )
-    held_out = PackedDataset(data_folders(config, [config.data.eval_path], into=build_into))
+    held_out = PackedDataset(data_folders(config, [config.data.eval_path], into=build_into), looked_at=_share())
     if not any(stream.num_samples for stream in held_out.streams):
         raise DataError(f"data.eval_path ({config.data.eval_path}) holds no samples; build it from more documents")
     if dataset is not None and held_out.tokenizer_sha256 != dataset.tokenizer_sha256:
@@ -234,6 +235,11 @@ def _held_out(config: RunConfig, dataset: PackedDataset | None, *, build_into: P
     check_buckets(config.training, buckets=held_out.buckets)
     _check_vocabulary(config.model, held_out)
     return held_out
+
+
+def _share() -> slice:
+    """Of a data set's shards those that this rank looks at before the first step: one rank's end is that of all."""
+    return slice(environment.rank(), None, environment.world_size())
 
 
 class _Findings:

@@ -1,6 +1,6 @@
 """Packed samples as arrays: from the folders that `data build` wrote to micro-batches that are ready for the model.
 
-    folders -> PackedDataset.sample -> collate -> MicroBatch;  Prefetcher does this for the next steps in the background
+    folders -> PackedDataset.sample -> collate -> MicroBatch
 
 A sample of bucket b holds at most b tokens, in pieces; each piece is text of one document. In a micro-batch the samples
 lie one after another in one row, each padded to its bucket, so that every micro-batch of every bucket has one shape.
@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path, read_header
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
-from megatron_xy.data.origins import Mask, Rows, mask_path, read_mask, read_rows
+from megatron_xy.data.origins import Rows, mask_path, read_mask, read_rows
 from megatron_xy.data.sampler import Batch, BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 
+MOST_OPEN_SHARDS = 8192  # Linux gives a process 65,530 maps, if nobody has raised it
 NO_LABEL = 0  # stands where loss_mask is 0; a valid id, so that an embedding or a loss may read it
-
-Step = TypeVar("Step")
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,15 @@ class PackedDataset:
     """The samples of one or more data folders.
 
     What several folders hold of one (source, bucket) is joined in the order in which the folders are given. Opening
-    costs one manifest a folder and two file sizes a shard; a shard is mapped when its first sample is read.
+    costs one manifest a folder and a look at each shard's files; a shard is opened when its first sample is read, and
+    closed once `most_open_shards` others have been read since.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Raises ConfigError (no such folder, the same one twice) or DataError (damaged, or not to be joined)."""
+    def __init__(self, paths: Sequence[Path], *, looked_at: slice = slice(None)) -> None:
+        """looked_at: the shards whose files are looked at now, where the ranks of a job share them out; the others are
+        when they are opened. Raises ConfigError (no such folder, the same one twice) or DataError (damaged, or not to
+        be joined).
+        """
         if not paths:
             raise ConfigError("data.path is empty; name at least one folder that `data build` wrote")
         self.paths = list(paths)
@@ -107,6 +109,9 @@ class PackedDataset:
                 for bucket, samples in entry.buckets.items():
                     shards = [_Shard(path, shard, corpus_files) for shard in samples.shards]
                     self._shards.setdefault((source, int(bucket)), []).extend(shards)
+        for shard in [shard for shards in self._shards.values() for shard in shards][looked_at]:
+            shard.check_files()
+        self._opened = lru_cache(maxsize=most_open_shards())(_OpenShard)
         # The first sample of each shard and, last, the number of samples.
         self._starts = {
             stream: list(itertools.accumulate((shard.num_samples for shard in shards), initial=0))
@@ -121,7 +126,9 @@ class PackedDataset:
     @property
     def conversation_sources(self) -> list[str]:
         """The names of the sources in which only a part of the tokens is learned, sorted."""
-        return sorted({source for (source, _), shards in self._shards.items() if any(shard.masked for shard in shards)})
+        return sorted(
+            {source for (source, _), shards in self._shards.items() if any(shard.is_masked for shard in shards)}
+        )
 
     @property
     def sources(self) -> list[str]:
@@ -131,20 +138,20 @@ class PackedDataset:
     def attention_cost(self, sample_id: SampleId, *, split_documents: bool) -> int:
         """Sum of n^2 over what attends within itself: the pieces, or the whole sample. Reads the index alone."""
         shard, index = self._place(sample_id)
-        lengths = shard.piece_lengths(index).astype(np.int64)
+        lengths = self._opened(shard).piece_lengths(index).astype(np.int64)
         return int((lengths**2).sum()) if split_documents else int(lengths.sum()) ** 2
 
     def sample(self, sample_id: SampleId) -> Sample:
         """Reads one sample. Raises DataError, with file, sample and offset, where it breaks the format's rules."""
         shard, index = self._place(sample_id)
-        return shard.sample(index, bucket=sample_id.bucket, vocab_size=self.vocab_size)
+        return self._opened(shard).sample(index, bucket=sample_id.bucket, vocab_size=self.vocab_size)
 
     def documents(self, sample_id: SampleId) -> list[dict[str, Any]]:
         """Where a sample's pieces come from: [{file, line, start, length}], `length` tokens from token `start` on of
         the document at FILE:LINE. Raises DataError where the trace is missing or cut.
         """
         shard, index = self._place(sample_id)
-        return shard.documents(index)
+        return self._opened(shard).documents(index)
 
     def _place(self, sample_id: SampleId) -> tuple[_Shard, int]:
         """The shard that holds a sample, and the sample's number there."""
@@ -176,20 +183,28 @@ def samples_of_rank(
     return batch, mine
 
 
+def most_open_shards() -> int:
+    """How many shards stay open: one takes up to four descriptors and maps, and a run has others to open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_OPEN_SHARDS if limit == resource.RLIM_INFINITY else min(MOST_OPEN_SHARDS, max(limit // 8, 1))
+
+
 class _Shard:
-    """One .bin/.idx pair: sizes checked now, mapped at the first read."""
+    """One .bin/.idx pair, as the manifest has it."""
 
     def __init__(self, folder: Path, entry: ShardEntry, corpus_files: list[str]) -> None:
         """corpus_files: as the trace numbers them."""
         self.prefix = folder / entry.name
         self.num_samples = entry.samples
-        self.masked = entry.mask is not None
-        self._corpus_files = corpus_files
-        self._reader: IndexedReader | None = None
-        self._mask: Mask | None = None
-        files = [(bin_path(self.prefix), entry.bin_bytes), (idx_path(self.prefix), entry.idx_bytes)]
-        files += [(mask_path(self.prefix), entry.mask.size)] if entry.mask is not None else []
-        for path, expected in files:
+        self.is_masked = entry.mask is not None
+        self.corpus_files = corpus_files
+        self._sizes = {bin_path(self.prefix): entry.bin_bytes, idx_path(self.prefix): entry.idx_bytes}
+        if entry.mask is not None:
+            self._sizes[mask_path(self.prefix)] = entry.mask.size
+
+    def check_files(self) -> None:
+        """That its files are there, as large as they should be, and an index: before the first step."""
+        for path, expected in self._sizes.items():
             if not path.is_file():
                 raise DataError(f"{path} is missing though the manifest lists it; copy the folder or build it again")
             if (size := path.stat().st_size) != expected:
@@ -197,52 +212,55 @@ class _Shard:
                     f"{path} has {size} bytes where the manifest lists {expected}: it was cut, grown or replaced; "
                     "copy the folder or build it again"
                 )
-        read_header(idx_path(self.prefix))  # a foreign or damaged index is refused before the first step
+        read_header(idx_path(self.prefix))
 
-    @property
-    def reader(self) -> IndexedReader:
-        """The mapped files, opened at the first use."""
-        if self._reader is None:
-            reader = IndexedReader(self.prefix)
-            if reader.num_documents != self.num_samples:
-                raise self._damaged(f"holds {reader.num_documents} samples where the manifest lists {self.num_samples}")
-            self._mask = read_mask(self.prefix, num_tokens=reader.num_tokens) if self.masked else None
-            self._reader = reader
-        return self._reader
+    def damaged(self, reason: str) -> DataError:
+        """The error for what its contents break."""
+        return DataError(f"{bin_path(self.prefix)}: {reason}; the folder is damaged: copy it or build it again")
+
+
+class _OpenShard:
+    """A shard whose samples can be read."""
+
+    def __init__(self, shard: _Shard) -> None:
+        shard.check_files()
+        self._shard, self._reader = shard, IndexedReader(shard.prefix)
+        if self._reader.num_documents != shard.num_samples:
+            raise shard.damaged(
+                f"holds {self._reader.num_documents} samples where the manifest lists {shard.num_samples}"
+            )
+        self._mask = read_mask(shard.prefix, num_tokens=self._reader.num_tokens) if shard.is_masked else None
 
     def piece_lengths(self, index: int) -> NDArray[np.int32]:
-        first, last = self.reader.document_indices[index : index + 2].tolist()
-        return self.reader.sequence_lengths[first:last]
+        first, last = self._reader.document_indices[index : index + 2].tolist()
+        return self._reader.sequence_lengths[first:last]
 
     def sample(self, index: int, *, bucket: int, vocab_size: int) -> Sample:
-        tokens, piece_lengths = self.reader.document_tokens(index)
+        tokens, piece_lengths = self._reader.document_tokens(index)
         if not 0 < len(tokens) <= bucket:
-            raise self._damaged(f"sample {index} has {len(tokens)} tokens, must have 1 to {bucket}")
+            raise self._shard.damaged(f"sample {index} has {len(tokens)} tokens, must have 1 to {bucket}")
         bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
         if len(bad):
-            raise self._damaged(
+            raise self._shard.damaged(
                 f"sample {index}, offset {bad[0]}: token id {tokens[bad[0]]} is outside the vocabulary of {vocab_size}"
             )
         learned = None
         if self._mask is not None:
-            first = self.reader.first_token(index)
+            first = self._reader.first_token(index)
             learned = self._mask[first : first + len(tokens)] != 0
         return Sample(tokens.astype(np.int64), piece_lengths.astype(np.int64), learned)
 
     @cached_property
     def _rows(self) -> Rows:
-        return read_rows(self.prefix, num_sequences=self.reader.num_sequences)
+        return read_rows(self._shard.prefix, num_sequences=self._reader.num_sequences)
 
     def documents(self, index: int) -> list[dict[str, Any]]:
-        first, last = self.reader.document_indices[index : index + 2].tolist()
+        first, last = self._reader.document_indices[index : index + 2].tolist()
         pieces = zip(self._rows[first:last].tolist(), self.piece_lengths(index).tolist(), strict=True)
         return [
-            {"file": self._corpus_files[file], "line": line, "start": start, "length": length}
+            {"file": self._shard.corpus_files[file], "line": line, "start": start, "length": length}
             for (line, file, start), length in pieces
         ]
-
-    def _damaged(self, reason: str) -> DataError:
-        return DataError(f"{bin_path(self.prefix)}: {reason}; the folder is damaged: copy it or build it again")
 
 
 def collate(
@@ -293,46 +311,6 @@ def collate(
         num_padding_tokens=micro_batch_tokens - num_real_tokens,
         sum_squared_lengths=sum_squared_lengths,
     )
-
-
-class Prefetcher(Generic[Step]):
-    """Prepares the next steps in a background thread; a context manager.
-
-    `prepare` makes what a data step needs. It runs in one thread, one step at a time, and may run for steps
-    that nobody will ask for. Nothing about it needs saving: a run that resumes asks for another step.
-    """
-
-    def __init__(self, prepare: Callable[[int], Step], *, depth: int = 2) -> None:
-        self._prepare = prepare
-        self._depth = depth
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._steps: dict[int, Future[Step]] = {}
-
-    def get(self, data_step: int) -> tuple[Step, float]:
-        """(what was prepared for `data_step`, seconds waited for it); then `depth` steps more are on their way.
-
-        Steps may be skipped or asked for again. Raises what `prepare` raised for this step.
-        """
-        wanted = range(data_step, data_step + self._depth + 1)
-        for step in [step for step in self._steps if step not in wanted]:
-            self._steps.pop(step).cancel()
-        for step in wanted:
-            if step not in self._steps:
-                self._steps[step] = self._thread.submit(self._prepare, step)
-        start = time.perf_counter()
-        prepared = self._steps.pop(data_step).result()
-        return prepared, time.perf_counter() - start
-
-    def close(self) -> None:
-        """Ends the thread after the step it is at; what it has prepared is dropped."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._steps.clear()
-
-    def __enter__(self) -> Prefetcher[Step]:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
 
 
 def _check_joinable(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:

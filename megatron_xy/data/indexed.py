@@ -1,4 +1,4 @@
-"""Megatron's `.bin`/`.idx` on disk: from token arrays to the two files (writer), and back without copying (reader).
+"""Megatron's `.bin`/`.idx` on disk: from token arrays to the two files (writer), and back (reader).
 
 Layout, little endian, no padding. `.bin`: token arrays back to back. `.idx`: magic, u64 version, u8 dtype code,
 u64 S sequences, u64 D = documents + 1, S i32 lengths (tokens), S i64 offsets (bytes into `.bin`), D i64 document
@@ -8,10 +8,13 @@ In a packed dataset one Megatron document is one sample, and its sequences are t
 
 from __future__ import annotations
 
+import os
 import struct
+import weakref
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -168,7 +171,7 @@ def _offsets(lengths: NDArray[np.int32], itemsize: int) -> NDArray[np.int64]:
 
 
 class IndexedReader:
-    """PREFIX.bin and PREFIX.idx mapped into memory; opens in constant time and memory, whatever their size.
+    """PREFIX.idx mapped into memory, and PREFIX.bin, read by document; opens in constant time and memory.
 
     Checked then, in constant time: header, both sizes, where the document indices begin and end, where the last
     sequence ends, and whether lengths, offsets and document indices agree at CHECKED_PLACES places all over the index.
@@ -176,7 +179,7 @@ class IndexedReader:
     found by `verify`, which reads everything, and against a manifest's checksums.
 
     Attributes: num_documents, num_sequences, num_tokens, dtype, sequence_lengths [S] i32, document_indices [D] i64,
-    tokens [num_tokens] (all of `.bin`), each a read-only view.
+    each a read-only view.
     Raises ConfigError where a file is missing, DataError (file and reason) where a file is cut, grown, or foreign.
     """
 
@@ -195,14 +198,18 @@ class IndexedReader:
         self._offsets: NDArray[np.int64] = np.frombuffer(index, "<i8", self.num_sequences, offset)
         offset += self._offsets.nbytes
         self.document_indices: NDArray[np.int64] = np.frombuffer(index, "<i8", num_indices, offset)
+        self._bin_bytes = self._bin_path.stat().st_size
         self._check_ends()
         self._check_places()
-        self._bin = _map(self._bin_path)
-        self.tokens: Tokens = self._bin.view(self.dtype)
-        self.num_tokens = len(self.tokens)
+        self.num_tokens = self._bin_bytes // self.dtype.itemsize
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """[num_tokens], all of `.bin`, mapped: for those who read it from one end to the other."""
+        return _map(self._bin_path).view(self.dtype)
 
     def document(self, index: int) -> list[Tokens]:
-        """The pieces of document `index`, each [length], as read-only views."""
+        """The pieces of document `index`, each [length], read-only."""
         tokens, lengths = self.document_tokens(index)
         return np.split(tokens, np.cumsum(lengths[:-1])) if len(lengths) else []
 
@@ -211,7 +218,7 @@ class IndexedReader:
         return int(self._offsets[int(self.document_indices[index])]) // self.dtype.itemsize
 
     def document_tokens(self, index: int) -> tuple[Tokens, NDArray[np.int32]]:
-        """(tokens [sum of lengths], a read-only view; piece lengths [pieces]) of document `index`.
+        """(tokens [sum of lengths], read-only; piece lengths [pieces]) of document `index`.
 
         Raises DataError where the index contradicts itself, IndexError outside 0..num_documents.
         """
@@ -222,15 +229,36 @@ class IndexedReader:
             raise self._damaged(f"document {index} spans sequences {first}..{last} of {self.num_sequences}")
         lengths = self.sequence_lengths[first:last]
         if first == last:
-            return self.tokens[:0], lengths
+            return np.zeros(0, dtype=self.dtype), lengths
         itemsize = self.dtype.itemsize
         start, num_tokens = int(self._offsets[first]), int(lengths.sum(dtype=np.int64))
         end = start + num_tokens * itemsize
-        following = int(self._offsets[last]) if last < self.num_sequences else len(self._bin)
+        following = int(self._offsets[last]) if last < self.num_sequences else self._bin_bytes
         contiguous = end == following and np.array_equal(self._offsets[first:last], start + _offsets(lengths, itemsize))
-        if lengths.min() < 0 or start < 0 or start % itemsize or not contiguous or end > len(self._bin):
+        if lengths.min() < 0 or start < 0 or start % itemsize or not contiguous or end > self._bin_bytes:
             raise self._damaged(f"offsets and lengths of document {index} contradict each other")
-        return np.frombuffer(self._bin, self.dtype, num_tokens, start), lengths
+        return self._read(start, num_tokens), lengths
+
+    def _read(self, start: int, num_tokens: int) -> Tokens:
+        """Tokens from byte `start` of `.bin` on. Not from a map: there, each costs as much as the disk reads ahead,
+        other threads wait meanwhile, and a file that was cut since ends the process by a signal.
+        """
+        tokens = np.empty(num_tokens, dtype=self.dtype)
+        rest = tokens.data.cast("B")
+        while rest:  # Linux gives at most 2 GiB at a time
+            num_read = os.preadv(self._descriptor, [rest], start + tokens.nbytes - len(rest))
+            if not num_read:
+                raise DataError(f"{self._bin_path} ends before byte {start + tokens.nbytes}: it was cut")
+            rest = rest[num_read:]
+        tokens.flags.writeable = False
+        return tokens
+
+    @cached_property
+    def _descriptor(self) -> int:
+        """`.bin`, open as long as this reader lives."""
+        descriptor = os.open(self._bin_path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def verify(self, *, vocab_size: int | None = None) -> None:
         """Read everything: indices ascend, offsets follow from lengths, ids in 0..vocab_size. Raises DataError."""
@@ -245,8 +273,8 @@ class IndexedReader:
             if not np.array_equal(self._offsets[first : first + VERIFY_ROWS], expected):
                 raise self._damaged(f"offsets in {first}..{first + len(lengths)} do not follow from the lengths")
             end = int(expected[-1]) + int(lengths[-1]) * self.dtype.itemsize
-        if end != len(self._bin):
-            raise self._damaged(f"lengths add up to {end} bytes, {self._bin_path.name} has {len(self._bin)}")
+        if end != self._bin_bytes:
+            raise self._damaged(f"lengths add up to {end} bytes, {self._bin_path.name} has {self._bin_bytes}")
         for first in range(0, self.num_tokens if vocab_size is not None else 0, VERIFY_ROWS):
             part = self.tokens[first : first + VERIFY_ROWS]
             if int(part.min()) < 0 or int(part.max()) >= (vocab_size or 0):
@@ -264,11 +292,10 @@ class IndexedReader:
         end = 0
         if self.num_sequences:
             end = int(self._offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
-        size = self._bin_path.stat().st_size
-        if size != end:
+        if self._bin_bytes != end:
             raise DataError(
-                f"{self._bin_path} has {size} bytes where {self._idx_path.name} asks for {end}: it was cut or "
-                "grown, or belongs to another index; copy or build it again"
+                f"{self._bin_path} has {self._bin_bytes} bytes where {self._idx_path.name} asks for {end}: it was cut "
+                "or grown, or belongs to another index; copy or build it again"
             )
 
     def _check_places(self) -> None:

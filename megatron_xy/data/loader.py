@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate, samples_of_rank
+from megatron_xy.data.dataset import MicroBatch, PackedDataset, collate, samples_of_rank
 from megatron_xy.data.phases import epoch_ends, run_sampler
+from megatron_xy.data.prefetcher import Prefetcher
 
 
 @dataclass(frozen=True)

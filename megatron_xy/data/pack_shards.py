@@ -21,7 +21,8 @@ from megatron_xy.data.sample_plan import Plan, write_samples
 from megatron_xy.storage import file_sha256, storage_error, storage_errors, write_text
 
 RECEIPTS_FOLDER = ".receipts"  # no source has such a name
-SHARD_TOKENS = 256 * 1024 * 1024  # windows go into one shard of each bucket until they hold this many
+SHARD_TOKENS = 256 * 1024 * 1024  # windows go into one shard of each bucket until they hold this many, or more
+MOST_SHARDS = 512  # of a bucket, over all sources: a run draws from all of them at once, and wants each to stay open
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,14 @@ class Range:
     prefix: Path
     first: int
     last: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Documents that are packed together, and how many tokens they hold."""
+
+    ranges: tuple[Range, ...]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -66,53 +75,65 @@ class PackReceipt(Entry):
     engine: str  # what packed, and what it took to get it ready: for people, not the same on every machine
 
 
-def pack_tasks(
-    source: str,
-    prefixes: Sequence[Path],
-    *,
-    folder: Path,
-    buckets: tuple[int, ...],
-    window_documents: int,
-    packing: Packing = "best_fit",
-    overflow: Overflow = "split",
-    engine: EngineName = "auto",
-    masked: bool = False,
-) -> list[PackTask]:
-    """How the documents of one source, in the token shards `prefixes`, fall into windows, and windows into shards."""
-    shards: list[list[tuple[Range, ...]]] = []
-    windows: list[tuple[Range, ...]] = []
-    window: list[Range] = []
+def windows_of(prefixes: Sequence[Path], *, window_documents: int) -> list[Window]:
+    """How the documents in the token shards `prefixes` fall into windows, in their order."""
+    windows: list[Window] = []
+    ranges: list[Range] = []
     documents = tokens = 0
     for prefix in prefixes:
         lengths = IndexedReader(prefix).sequence_lengths
         first = 0
         while first < len(lengths):
             last = min(len(lengths), first + window_documents - documents)
-            window.append(Range(prefix, first, last))
+            ranges.append(Range(prefix, first, last))
             documents += last - first
             tokens += int(lengths[first:last].sum(dtype=np.int64))
             first = last
             if documents == window_documents:
-                windows.append(tuple(window))
-                window, documents = [], 0
-                if tokens >= SHARD_TOKENS:
-                    shards.append(windows)
-                    windows, tokens = [], 0
-    windows += [tuple(window)] if window else []
-    shards += [windows] if windows else []
+                windows.append(Window(tuple(ranges), tokens))
+                ranges, documents, tokens = [], 0, 0
+    return [*windows, Window(tuple(ranges), tokens)] if ranges else windows
+
+
+def task_tokens_for(total: int) -> int:
+    """How many tokens the shards of all buckets that come of one task hold at least, in a corpus of `total`."""
+    return max(SHARD_TOKENS, total // MOST_SHARDS)
+
+
+def pack_tasks(
+    source: str,
+    windows: Sequence[Window],
+    *,
+    task_tokens: int,
+    folder: Path,
+    buckets: tuple[int, ...],
+    packing: Packing = "best_fit",
+    overflow: Overflow = "split",
+    engine: EngineName = "auto",
+    masked: bool = False,
+) -> list[PackTask]:
+    """How the windows of one source fall into shards."""
+    shards: list[list[tuple[Range, ...]]] = []
+    room = 0  # tokens that the last shard still takes
+    for window in windows:
+        if room <= 0:
+            shards.append([])
+            room = task_tokens
+        shards[-1].append(window.ranges)
+        room -= window.tokens
     return [
         PackTask(
             folder,
             source,
             index,
             buckets,
-            tuple(windows),
+            tuple(ranges),
             packing=packing,
             overflow=overflow,
             engine=engine,
             masked=masked,
         )
-        for index, windows in enumerate(shards)
+        for index, ranges in enumerate(shards)
     ]
 
 

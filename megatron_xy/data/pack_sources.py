@@ -12,7 +12,7 @@ from megatron_xy.data.documents import LineReport
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry, file_entry
 from megatron_xy.data.origins import mask_path
-from megatron_xy.data.pack_shards import PackReceipt, pack_shard, pack_tasks
+from megatron_xy.data.pack_shards import PackReceipt, pack_shard, pack_tasks, task_tokens_for, windows_of
 from megatron_xy.data.packing import Overflow, Packing
 from megatron_xy.data.tokenize import MOST_SOURCES, TokenShard, mixed_source
 from megatron_xy.data.tokenizer import Tokenizer
@@ -54,15 +54,17 @@ def pack_sources(
     prefixes = {name: [shard.folder / name for shard in tokenized if name in shard.documents] for name in names}
     total = sum(sum(shard.documents.values()) for shard in tokenized)
     masked = {name: _is_masked(name, prefixes[name]) for name in names}
+    windows = {name: windows_of(prefixes[name], window_documents=window_documents) for name in names}
+    task_tokens = task_tokens_for(sum(window.tokens for of_source in windows.values() for window in of_source))
     tasks = [
         task
         for name in names
         for task in pack_tasks(
             name,
-            prefixes[name],
+            windows[name],
+            task_tokens=task_tokens,
             folder=work / "packed",
             buckets=buckets,
-            window_documents=window_documents,
             packing=packing,
             overflow=chat_overflow if masked[name] else overflow,
             masked=masked[name],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.dataset import Prefetcher
 from megatron_xy.data.loader import PreparedStep
+from megatron_xy.data.prefetcher import Prefetcher
 from megatron_xy.reward.batches import PairOrder, pair_micro_batches
 from megatron_xy.reward.pairs import PairData
 

@@ -61,6 +61,7 @@ def run_model_rank(job: ModelJob, *, work: Work) -> None:
 def _live(begin: Callable[[], RunConfig], work: Work, *, run_dir_at_start: Callable[[], Path | None]) -> None:
     signals.block_stop_signals()
     orphans.die_with_parent()
+    environment.allow_open_files()
     rank = environment.rank()
     run_dir = run_dir_at_start()
 

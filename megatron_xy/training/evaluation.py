@@ -18,7 +18,8 @@ import torch
 
 from megatron_xy import device
 from megatron_xy.config import RunConfig
-from megatron_xy.data.dataset import MicroBatch, PackedDataset, Prefetcher, collate
+from megatron_xy.data.dataset import MicroBatch, PackedDataset, collate
+from megatron_xy.data.prefetcher import Prefetcher
 from megatron_xy.data.sampler import SampleId
 from megatron_xy.log import RunLog
 from megatron_xy.losses import token_cross_entropy

@@ -1,8 +1,10 @@
 """Packed folders on disk, read back sample by sample, laid into micro-batches, and prepared ahead of the steps."""
 
 import hashlib
+import resource
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.data.dataset import PackedDataset, Prefetcher, Sample, collate, samples_of_rank
+from megatron_xy.data import dataset as data_set
+from megatron_xy.data.dataset import PackedDataset, Sample, collate, samples_of_rank
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.manifest import (
     BucketEntry,
@@ -23,6 +26,7 @@ from megatron_xy.data.manifest import (
     write_manifest,
 )
 from megatron_xy.data.phase_draws import SamplerPhase
+from megatron_xy.data.prefetcher import Prefetcher
 from megatron_xy.data.sampler import BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import file_sha256
@@ -149,6 +153,32 @@ def test_a_shard_of_another_size_is_refused_at_open(tmp_path, kind, damage):
         path.write_bytes(path.read_bytes()[:-2] if damage == "cut" else path.read_bytes() + b"\0\0")
     with pytest.raises(DataError, match=rf"shard_00001\.{kind} (is missing|has \d+ bytes where the manifest lists)"):
         PackedDataset([folder])
+
+
+def test_shards_beyond_those_that_stay_open_are_closed_and_opened_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_set, "most_open_shards", lambda: 3)
+    shards = [[[[number] * 5]] for number in range(40)]
+    dataset = PackedDataset([write_folder(tmp_path / "data", {"code": {8: shards}})])
+    for _ in range(2):
+        assert [dataset.sample(SampleId("code", 8, index)).tokens[0] for index in range(40)] == list(range(40))
+        descriptors = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        assert 0 < sum(str(tmp_path) in path for path in descriptors) <= 3 * 2, descriptors
+
+
+@pytest.mark.parametrize(("limit", "most"), [(1024, 128), (10, 1), (2**30, 8192), (resource.RLIM_INFINITY, 8192)])
+def test_how_many_shards_stay_open_follows_from_the_limit_of_open_files(monkeypatch, limit, most):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
+    assert data_set.most_open_shards() == most
+
+
+def test_ranks_share_out_the_look_at_the_shards(tmp_path):
+    folder = write_folder(tmp_path / "data", CONTENTS)
+    (folder / "code/bucket_00008/shard_00001.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"shard_00001\.bin has 0 bytes"):
+        PackedDataset([folder], looked_at=slice(1, None, 2))
+    dataset = PackedDataset([folder], looked_at=slice(0, None, 2))
+    with pytest.raises(DataError, match=r"shard_00001\.bin has 0 bytes"):
+        dataset.sample(SampleId("code", 8, 2))
 
 
 def test_an_index_of_the_right_size_with_a_wrong_header_is_refused_at_once(tmp_path):

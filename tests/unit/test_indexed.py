@@ -143,6 +143,13 @@ def test_damage_inside_is_refused_at_open_or_on_access_and_by_verify(tmp_path, m
         reader.verify()
 
 
+def test_a_file_that_is_cut_while_it_is_read_is_bad_data_and_no_signal(tmp_path):
+    reader = IndexedReader(write(tmp_path / "a", [[[1, 2]]] * 10_000))
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.bin ends before byte 40000: it was cut"):
+        reader.document_tokens(9_999)
+
+
 def test_damage_of_a_large_part_of_a_large_index_is_seen_at_open(tmp_path):
     write(tmp_path / "a", [[[1, 2]]] * 1000)
     whole = (tmp_path / "a.idx").read_bytes()

@@ -1,5 +1,6 @@
 """Packing: nothing lost or twice, only the longest cut, best fit as a naive search finds it, both engines alike."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +16,16 @@ import megatron_xy
 from megatron_xy.data.best_fit import best_fit, start_engine
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.origins import TracedWriter, document_rows
-from megatron_xy.data.pack_shards import pack_shard, pack_tasks
+from megatron_xy.data.pack_shards import (
+    MOST_SHARDS,
+    SHARD_TOKENS,
+    Range,
+    Window,
+    pack_shard,
+    pack_tasks,
+    task_tokens_for,
+    windows_of,
+)
 from megatron_xy.data.packing import WINDOW_DOCUMENTS, check_buckets, check_policy, pack
 from megatron_xy.errors import ConfigError, UsageError
 
@@ -246,10 +256,10 @@ def test_shards_hold_what_the_policy_keeps(tmp_path, packing, overflow, kept):
         writer.add_rows(document_rows([0] * len(lengths), range(1, len(lengths) + 1)))
     tasks = pack_tasks(
         "wiki",
-        [tmp_path / "tokens"],
+        windows_of([tmp_path / "tokens"], window_documents=4),
+        task_tokens=10,
         folder=tmp_path,
         buckets=(8,),
-        window_documents=4,
         packing=packing,
         overflow=overflow,
     )
@@ -264,6 +274,26 @@ def test_shards_hold_what_the_policy_keeps(tmp_path, packing, overflow, kept):
     assert sum(receipt.tokens_lost for receipt in receipts) == sum(lengths) - sum(kept)
     assert sum(receipt.documents for receipt in receipts) == len(kept)
     assert sum(receipt.dropped_documents for receipt in receipts) == len(lengths) - len(kept)
+
+
+def test_a_large_corpus_gets_larger_shards_and_not_more_of_them_than_a_run_keeps_open(tmp_path):
+    sizes = {f"source{number}": 10**number for number in range(13)}  # tokens, in windows of 10 M
+    task_tokens = task_tokens_for(sum(sizes.values()))
+    most = 10**7
+    tasks = {
+        name: pack_tasks(
+            name,
+            [Window((Range(tmp_path, 0, 1),), tokens=min(most, size))] * math.ceil(size / most),
+            task_tokens=task_tokens,
+            folder=tmp_path,
+            buckets=(8,),
+        )
+        for name, size in sizes.items()
+    }
+    assert sum(map(len, tasks.values())) <= MOST_SHARDS + len(sizes)
+    assert [len(of_source) for of_source in tasks.values()][:10] == [1] * 10
+    assert sum(len(task.windows) for task in tasks["source12"]) == 10**5
+    assert task_tokens_for(10**9) == SHARD_TOKENS, "a small one has shards of one size"
 
 
 def run_python(code, **environment):
