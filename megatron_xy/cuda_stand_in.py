@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn",
@@ -58,6 +59,8 @@ def install(device: torch.device) -> list[str]:
     cuda.nvtx.range_pop = lambda: None
     patched.extend(f"torch.cuda.random.{name}" for name in ("get_rng_state", "set_rng_state"))
     patched.extend(f"torch.cuda.nvtx.{name}" for name in ("range_push", "range_pop"))
+    # torch lists the factories that obey `with torch.device(...)` at its first use; it must list those that are called.
+    torch.utils._device._device_constructors()
     for factory in FACTORIES:
         setattr(torch, factory, _on(device, getattr(torch, factory)))
         patched.append(f"torch.{factory}")

@@ -232,8 +232,11 @@ def _held_out(config: RunConfig, dataset: PackedDataset | None, *, build_into: P
             f"data.eval_path ({config.data.eval_path}) was tokenised with another tokenizer than data.path: its losses "
             f"would mean nothing; build it with {dataset.tokenizer_path}"
         )
-    check_buckets(config.training, buckets=held_out.buckets)
+    check_buckets(
+        config.training, buckets=held_out.buckets, whose=f"the buckets of data.eval_path ({held_out.paths[0]})"
+    )
     _check_vocabulary(config.model, held_out)
+    _check_context(config.model, held_out)
     return held_out
 
 

@@ -14,13 +14,13 @@ from megatron_xy.config.sections import DataConfig, Phase, RunConfig, TrainingCo
 from megatron_xy.rows_files import is_file_of_rows
 
 
-def check_buckets(training: TrainingConfig, *, buckets: Sequence[int]) -> None:
+def check_buckets(training: TrainingConfig, *, buckets: Sequence[int], whose: str = "the data's buckets") -> None:
     """A micro-batch holds a whole number of samples of every bucket; raises InvalidConfig."""
     bad = [bucket for bucket in buckets if training.micro_batch_tokens % bucket]
     if bad:
         rule = (
-            f"training.micro_batch_tokens ({training.micro_batch_tokens}) must be a common multiple of the data's "
-            f"buckets ({', '.join(map(str, buckets))}); it is none of {', '.join(map(str, bad))}; "
+            f"training.micro_batch_tokens ({training.micro_batch_tokens}) must be a common multiple of {whose} "
+            f"({', '.join(map(str, buckets))}); it is none of {', '.join(map(str, bad))}; "
             f"nearest: {nearest_multiples(training.micro_batch_tokens, math.lcm(*buckets))}"
         )
         raise InvalidConfig([Problem("training.micro_batch_tokens", rule)])

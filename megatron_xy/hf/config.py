@@ -155,7 +155,9 @@ def complete_model(model: ModelConfig, stored: ModelConfig, *, origin: str) -> M
     run does.
     """
     known = stored.model_dump(exclude_unset=True)
-    given = {name: value for name, value in model.model_dump(exclude_unset=True).items() if value is not None}
+    # null leaves a key out; for rope_scaling it says that there is none.
+    section = model.model_dump(exclude_unset=True)
+    given = {name: value for name, value in section.items() if value is not None or name == "rope_scaling"}
     problems = [
         Problem(f"model.{name}", f"model.{name} ({given[name]}) is {value} in {origin}; leave it out or correct it")
         for name in SHAPE_KEYS

@@ -24,7 +24,7 @@ from megatron_xy.hf.convert import CHECKSUMS
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import PLAIN
 from megatron_xy.hf.reader import INDEX, read_index
-from megatron_xy.hf.release import copy_side_files
+from megatron_xy.hf.release import copy_side_files, warn_of_other_ids
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
@@ -73,6 +73,7 @@ def extend(
         checksums = _write_weights(folder, opened, first_new=len(old.pieces), spelt=spelt)
         copy_side_files(from_path, folder)
         _write_tokenizer(folder, from_path, extended, opened, say=say)
+        warn_of_other_ids(folder, opened, say=say)
         write_json(folder / CONFIG, {**(read_object(from_path, CONFIG) or {}), "vocab_size": size})
         write_text(folder / CHECKSUMS, "".join(f"{told}  {file}\n" for file, told in sorted(checksums.items())))
     say(f"wrote {to_path}: {len(old.pieces)} -> {size} pieces, the last is {chosen[-1]}")

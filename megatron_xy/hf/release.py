@@ -57,6 +57,7 @@ def write_release_files(
     """
     copy_side_files(source.folder, folder, names=LICENCE_FILES)
     kept = _write_tokenizer(folder, source, tokenizer=tokenizer, say=say)
+    warn_of_other_ids(folder, source, say=say)
     token_ids: dict[str, Any] = kept.get("token_ids", {})
     if not (folder / GENERATION_CONFIG).exists():
         write_json(folder / GENERATION_CONFIG, kept.get("generation_config", {"_from_model_config": True, **token_ids}))
@@ -132,6 +133,15 @@ def _write_tokenizer(folder: Path, source: Source, *, tokenizer: Path | None, sa
         return source.kept  # the source's own tokenizer, of which the source may name more end tokens
     ids = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id, "pad_token_id": loaded.pad_id}
     return {"token_ids": {name: value for name, value in ids.items() if value is not None}}
+
+
+def warn_of_other_ids(folder: Path, source: Source, *, say: Say) -> None:
+    """transformers takes any tokenizer of a Qwen2 folder for Qwen2's, whatever class its files name."""
+    if source.model.add_qkv_bias and (folder / TOKENIZER_FILE).is_file():
+        say(
+            f"warning: {TOKENIZER_FILE} is a SentencePiece model, and transformers' AutoTokenizer takes a Qwen2 "
+            f"folder's for a byte-level one: it gives other ids; open it by PreTrainedTokenizerFast.from_pretrained"
+        )
 
 
 def _spell_for_both_versions(folder: Path) -> None:

@@ -81,6 +81,10 @@ assert torch.empty(2, device=cuda, pin_memory=True).shape == (2,)
 assert torch.ones_like(torch.zeros(2), device=cuda).tolist() == [1.0, 1.0]
 assert torch.full((1,), 7, device="cpu").item() == 7
 assert torch.zeros(2, device="meta").is_meta, "other devices stay what they are"
+for factory in ("zeros", "empty", "arange", "rand", "tensor"):
+    with torch.device("meta"):
+        assert getattr(torch, factory)(2).is_meta, factory
+    assert getattr(torch, factory)(2).device.type == "cpu"
 
 assert torch.compile(len) is len and torch.compile(fullgraph=True)(len) is len
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_xy.config import InvalidConfig, ModelConfig
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.config import complete_model, hf_config, read_hf_config, read_model_type, read_token_ids
-from megatron_xy.model.source import resolve_model
+from megatron_xy.model.source import changes_to_source, resolve_model
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -243,3 +243,13 @@ def test_what_the_run_says_of_numerics_counts_and_the_rest_comes_from_the_folder
     assert (model.rotary_base, model.max_position_embeddings, model.params_dtype) == (2e6, 4096, "bf16")
     assert (model.num_layers, model.norm_epsilon) == (2, 1e-6)
     assert complete_model(model, MODEL, origin="a resumed run's own section") == model
+
+
+def test_rope_scaling_null_takes_the_folders_scaling_away_and_left_out_keeps_it(tmp_path):
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    load = f"hf:{written(tmp_path / 'hf', rope_scaling=scaling, rope_parameters=None)}"
+    kept = resolve_model(ModelConfig(load=load, num_query_groups=None))
+    assert (kept.rope_scaling, changes_to_source(kept)) == (scaling, {})
+    without = resolve_model(ModelConfig(load=load, rope_scaling=None))
+    assert without.rope_scaling is None
+    assert changes_to_source(without) == {"rope_scaling": [scaling, None]}

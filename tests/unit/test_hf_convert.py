@@ -255,6 +255,19 @@ def test_the_tokenizer_is_the_named_one_or_that_of_the_run(tmp_path):
     assert json.loads((tmp_path / "without" / "config.json").read_text())["eos_token_id"] == [6, 7]
 
 
+def test_a_qwen2_with_a_tokenizer_that_transformers_would_take_for_another_is_told(tmp_path):
+    hf_to_checkpoint(
+        hf_folder(tmp_path / "hf", model=MODEL.model_copy(update={"add_qkv_bias": True})), tmp_path / "ckpt"
+    )
+    hf_to_checkpoint(hf_folder(tmp_path / "llama"), tmp_path / "other")
+    tokenizer = tmp_path / "some.model"
+    tokenizer.write_bytes(train(["some text to train on"], vocab_size=290))
+    for folder, is_told in {"ckpt": True, "other": False}.items():
+        said = []
+        checkpoint_to_hf(tmp_path / folder, tmp_path / f"{folder}-hf", tokenizer=tokenizer, say=said.append)
+        assert any("AutoTokenizer takes a Qwen2 folder's" in line for line in said) == is_told
+
+
 def test_a_licence_goes_with_the_weights_also_beside_another_tokenizer(tmp_path):
     folder = hf_folder(tmp_path / "hf")
     licence = ("LICENSE", "NOTICE.txt", "USE_POLICY.md")

@@ -66,6 +66,20 @@ def test_what_the_run_would_not_go_on_with_is_found_before_it(config):
             check_paths(config(override))
 
 
+def test_held_out_data_that_do_not_fit_are_named_themselves(config, built, tmp_path):
+    corpus = write_rows(tmp_path / "held_out.jsonl", [{"text": text} for text in texts(10)])
+    held_out = tmp_path / "held_out"
+    build_dataset([corpus], tokenizer=built / "tokenizer.model", output=held_out, buckets=(24, 48))
+    evaluated = f"data.eval_path={held_out}", "training.eval_interval=4"
+    with pytest.raises(
+        InvalidConfig, match=r"common multiple of the buckets of data\.eval_path \(.*held_out\) \(24, 48\)"
+    ):
+        check_paths(config(*evaluated))
+    shorter = "model.max_position_embeddings=32", "training.micro_batch_tokens=192", "training.global_batch_tokens=768"
+    with pytest.raises(InvalidConfig, match=r"largest bucket of .*held_out \(48\)"):
+        check_paths(config(*evaluated, *shorter, "checkpoint.allow_changes=true"))
+
+
 def test_a_stop_signal_leaves_no_folder_behind(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
