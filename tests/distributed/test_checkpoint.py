@@ -148,6 +148,36 @@ def test_a_checkpoint_gets_its_name_once_no_rank_is_at_work_in_it(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
 
 
+def how_a_save_ends(checkpoints: Path) -> list[str]:
+    """On one rank: what reaches the disk from the moment on in which the checkpoint gets its name."""
+    import os
+
+    from megatron_xy.checkpoint.writer import CheckpointWriter, TrainingState
+
+    done: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(f"{Path(f'/proc/self/fd/{descriptor}').readlink().name} is on the disk")
+        sync(descriptor)
+
+    def renamed(folder: Path, target: Path) -> Path:
+        done.append(f"{target.name} is named")
+        return rename(folder, target)
+
+    os.fsync, Path.rename = synced, renamed  # type: ignore[assignment,method-assign]
+    role = models.make_role(Layout(), optimizer=OPTIMIZER)
+    assert role is not None
+    writer = CheckpointWriter(checkpoints, keep_latest=2, asynchronous=False, timeout_seconds=30)
+    writer.save(role, TrainingState(iteration=3), facts={"model": models.MODEL.model_dump(mode="json")})
+    return done[done.index("iter_0000003 is named") :]
+
+
+def test_a_save_has_ended_once_the_checkpoints_name_is_on_the_disk(tmp_path: Path) -> None:
+    (done,) = run_ranks(how_a_save_ends, tmp_path / "checkpoints", world_size=1)
+    assert done == ["iter_0000003 is named", "checkpoints is on the disk"]
+
+
 @pytest.fixture(scope="module", params=SOURCES, ids=str)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layout, Path, list[Any]]:
     layout: Layout = request.param

@@ -136,6 +136,22 @@ def test_greedy_answers_are_those_of_transformers(folder: Path, layout: Layout) 
     assert min(map(len, theirs[1])) >= 6 > min(map(len, theirs[0]))
 
 
+def answered_without_and_with_the_first_token_as_a_stop(folder: Path) -> list[list[int]]:
+    from megatron_xy.model.generate import SamplingOptions
+
+    role, requests = load_role(Layout(), folder), requests_for(PROMPTS[:1])
+    (free,) = all_answers(role, requests, SamplingOptions(temperature=0.0, max_response_length=4))
+    stop = free["tokens"][0]
+    options = SamplingOptions(temperature=0.0, max_response_length=4, min_response_length=2, stop_ids=(stop,))
+    (answer,) = all_answers(role, requests, options)
+    return [free["tokens"], answer["tokens"]]
+
+
+def test_the_shortest_answer_that_is_allowed_counts_its_stop_token(folder: Path) -> None:
+    ((free, answer),) = run_ranks(answered_without_and_with_the_first_token_as_a_stop, folder, world_size=1)
+    assert answer[0] != free[0] and len(answer) >= 2
+
+
 SAMPLED = {"temperature": 0.7, "max_response_length": MAX_LENGTH, "stop_ids": STOP_IDS, "seed": 5}
 CASES = [SAMPLED, SAMPLED | {"top_p": 0.8}, SAMPLED | {"top_k": 20, "top_p": 0.9, "min_response_length": 4}]
 

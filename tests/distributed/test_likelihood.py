@@ -104,3 +104,15 @@ def test_what_is_shared_is_computed_once() -> None:
         for length in range(1, len(context) + len(them))
     }
     assert sum(now.num_tokens for now in passes) == len(branches)
+
+
+def test_a_continuation_is_greedy_where_each_of_its_tokens_is_the_most_likely_one() -> None:
+    """Also where its tokens come in several passes."""
+    from megatron_xy.model.likelihood import Likelihood, Question, Wanted, _Books
+
+    for best, is_greedy in (([5, 6, 7], True), ([4, 6, 7], False), ([5, 4, 7], False), ([5, 6, 4], False)):
+        found: list[Likelihood] = []
+        books = _Books([Question([1, 2], [[5, 6, 7]])], lambda place, them, found=found: found.extend(them))
+        for depth, token in enumerate([5, 6, 7]):
+            books.add([Wanted(0, 1 + depth, token, 0, 0)], [-0.5], [best[depth]])
+        assert found == [Likelihood(-1.5, is_greedy)]

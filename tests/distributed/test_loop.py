@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_xy.checkpoint import writer
 from megatron_xy.checkpoint.files import read_manifest, verify_files
 from megatron_xy.config import dump_config
 from megatron_xy.data.build import build_dataset
+from megatron_xy.data.dataset import PackedDataset, collate
+from megatron_xy.data.sampler import SampleId
 from megatron_xy.data.trace import trace_steps
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
-from tests.distributed import loop
+from megatron_xy.losses import token_cross_entropy
+from megatron_xy.training import evaluation
+from megatron_xy.training.train_step import forward_pass, on_device
+from tests.distributed import loop, models
 from tests.distributed.spawn import run_ranks
 from tests.end_to_end.tiny_run import BUCKETS, hash_of, make_data, metrics_of, without_clock
 
@@ -110,6 +118,7 @@ def test_a_save_that_takes_long_keeps_the_counts_of_its_own_step(data, tmp_path)
     run_ranks(train_while_step_4_is_written, config, world_size=1)
     state = read_manifest(config.run_dir / "checkpoints" / "iter_0000004").state
     assert state["frozen_updates"] == {"rest": 4, "output_layer": 4}
+    assert saved_in(config.run_dir) == {4, 7}, "the last step is saved, too"
 
 
 def train_while_step_4_is_written(config) -> None:
@@ -153,8 +162,11 @@ def test_a_spike_is_flagged_and_under_the_policy_skip_leaves_no_trace(data, tmp_
     run_ranks(loop.train, logged, skipped, loop.until(broken, 23), broken, world_size=2)
     for run in (logged, skipped):
         records = metrics_of(run.run_dir)
-        assert [record["iteration"] for record in records if record["spike"]] == [31]
+        assert [(record["iteration"], record["data_step"]) for record in records if record["spike"]] == [(31, 30)]
         assert [record["iteration"] for record in records if record["skipped"]] == ([31] if run is skipped else [])
+        for record in records:
+            parts = [record["seconds_by_phase"][name] for name in ("data", "forward_backward", "optimizer")]
+            assert sum(parts) == pytest.approx(record["step_seconds"], rel=1e-6)
         (event,) = events_of(run.run_dir)
         assert (event["iteration"], event["data_step"], event["skipped"]) == (31, 30, run is skipped)
         assert "sigma above" in event["reasons"][0]
@@ -319,6 +331,52 @@ def test_evaluation_leaves_no_trace_and_a_resumed_run_evaluates_the_same(data, t
         assert set(record["loss_by_position"]) == {"0-2k"}
         assert record["loss_by_position"]["0-2k"] == pytest.approx(record["loss"], rel=1e-12)
     assert records[-1]["loss"] < records[0]["loss"]
+
+
+def evaluated_twice(folder: Path) -> tuple[Any, Any]:
+    """On one rank: what an evaluation tells, and sums and counts of the same sample by sample, token by token."""
+    one_layer = models.MODEL.model_copy(update={"num_layers": 1})
+    role = models.make_role(models.Layout(dp=dist.get_world_size()), model=one_layer)
+    assert role is not None
+    evaluation.POSITION_EDGES = (8, 64)
+    whole = PackedDataset([folder])
+    streams = [dataclasses.replace(stream, num_samples=7) for stream in whole.streams]
+    data: Any = SimpleNamespace(buckets=whole.buckets, sources=whole.sources, sample=whole.sample, streams=streams)
+    sizes = {"micro_batch_tokens": 2 * BUCKETS[-1], "micro_batches_per_pass": 2}
+    place = {"dp_size": role.groups.dp_size, "dp_rank": role.groups.dp_rank}
+    held_out = evaluation.HeldOut(data, split_documents=True, **sizes, **place)
+    assert len(held_out.rows()) % role.groups.dp_size, "the last row is run again, and counts nothing"
+    assert any(len(ids) * bucket < 2 * BUCKETS[-1] for bucket, ids in held_out.rows()), "nor does what fills one up"
+    told = evaluation.evaluate(role, held_out, goes_on=lambda: True)
+
+    def losses(batch: Any, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        tp_group = role.groups.collection.tp
+        return {"losses": token_cross_entropy(logits, batch.labels, vocab_size=models.VOCAB_SIZE, tp_group=tp_group)}
+
+    sums: dict[str, dict[str, list[float]]] = {"bucket": {}, "source": {}, "position": {}}
+    for stream in streams:
+        for index in range(stream.num_samples):
+            sample = data.sample(SampleId(stream.source, stream.bucket, index))
+            alone = {"source_indices": [0], "num_sources": 1, "split_documents": True}
+            batch = on_device(collate([sample], bucket=stream.bucket, micro_batch_tokens=stream.bucket, **alone))
+            (found,) = forward_pass(role, [batch], losses)
+            columns = found["losses"][0], batch.loss_mask[0], batch.packed.position_ids
+            for loss, counts, position in zip(*(column.tolist() for column in columns), strict=True):
+                reach = "0-8" if position < 8 else "8-64" if position < 64 else "64-"
+                keys = {"bucket": str(stream.bucket), "source": stream.source, "position": reach}
+                for name, key in keys.items() if counts else ():
+                    pair = sums[name].setdefault(key, [0.0, 0])
+                    pair[0] += loss
+                    pair[1] += 1
+    return told, sums
+
+
+def test_an_evaluation_counts_every_token_once_under_its_bucket_source_and_position(data):
+    for told, sums in run_ranks(evaluated_twice, data, world_size=2):
+        for name, pairs in sums.items():
+            assert told["num_loss_tokens"] == sum(count for _, count in pairs.values())
+            means = {key: total / count for key, (total, count) in pairs.items()}
+            assert told[f"loss_by_{name}"] == pytest.approx(means, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -217,6 +217,36 @@ def test_a_planted_mistake_shows(mistake: Callable[[], None]) -> None:
         assert_is_the_papers(result)
 
 
+def cut_answers_are_in_no_mini_batch() -> None:
+    from megatron_xy.ppo.engine import PPO
+
+    right = PPO.learn
+
+    def other(self: PPO, experience: Any, mini_batches: Any, *arguments: Any, **options: Any) -> Any:
+        ended = experience.rollout.has_ended.tolist()
+        kept = [[answer for answer in answers if ended[answer]] for answers in mini_batches]
+        return right(self, experience, kept, *arguments, **options)
+
+    PPO.learn = other  # type: ignore[method-assign]
+
+
+def test_the_actor_learns_from_a_batch_with_masked_answers_as_from_one_without_them() -> None:
+    masked = PPO.model_copy(update={"missing_end": "mask", "missing_end_penalty": 0.0})
+    gradients = [
+        run_ranks(one_step, ALONE, masked, plant, world_size=1)[0]["gradients"]
+        for plant in (None, cut_answers_are_in_no_mini_batch)
+    ]
+    for name in (name for name in gradients[0] if name.startswith("actor.")):
+        one, other = (found[name][1] for found in gradients)
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * np.abs(other).max())
+
+
+def test_the_ratio_that_is_told_is_that_of_the_first_mini_batch() -> None:
+    halves = PPO.model_copy(update={"mini_batch_size": ANSWERS // 2})
+    (result,) = run_ranks(one_step, ALONE, halves, None, True, world_size=1)
+    assert result["metrics"]["ratio_first_max"] == pytest.approx(1.0, abs=1e-5)
+
+
 def scores_of_all_kinds_of_infinity() -> None:
     from megatron_xy.ppo.roles import RewardModel
 

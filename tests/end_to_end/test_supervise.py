@@ -19,6 +19,7 @@ from megatron_xy.runtime import supervise as supervise_module
 from megatron_xy.runtime.orphans import MARK_VARIABLE, is_running
 from megatron_xy.runtime.signals import STOP_SIGNALS
 from megatron_xy.runtime.supervise import supervise
+from megatron_xy.runtime.verdict import Verdict
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,23 @@ def test_a_killed_rank_is_named(tmp_path, capfd):
         "(dmesg tells); rank 0 said: connection closed by peer"
     )
     assert capfd.readouterr().err == f"megatron-xy run: ended with 76 (peer_lost): {record.message}\n"
+
+
+@pytest.mark.parametrize(("code", "starts"), [(0, 1), (65, 1), (70, 1), (74, 3), (75, 1), (76, 3), (78, 1)])
+def test_what_another_try_may_not_meet_again_is_worth_a_restart(tmp_path, monkeypatch, code, starts):
+    attempts = []
+
+    def ended(torchrun, *, attempt, received):
+        attempts.append(attempt)
+        return Verdict(code, "as told", None)
+
+    monkeypatch.setattr(supervise_module, "_attempt", ended)
+    monkeypatch.setattr(supervise_module, "BACK_OFF_SECONDS", 0.0)
+    torchrun = supervise_module.Torchrun(
+        command=[], environment={}, verb="run", run_dir=tmp_path / "run", ranks=1, timeout_seconds=1.0
+    )
+    assert supervise_module.run_to_end(torchrun, restarts=2) == code
+    assert attempts == list(range(starts))
 
 
 def test_a_killed_rank_is_worth_a_restart(tmp_path, capfd):

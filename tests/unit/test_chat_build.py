@@ -238,6 +238,21 @@ def test_a_conversation_too_long_is_refused_cut_from_the_left_or_split(tmp_path,
     assert np.concatenate([sample.learned for sample in joined]).tolist() == whole.learned.tolist()
 
 
+def test_a_conversation_with_one_answer_to_learn_is_one():
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    turns[1]["weight"], turns[3]["weight"] = 0, 1
+    assert [message.get("weight") for message in parse_conversation({"messages": turns}).messages] == [None, 0, None, 1]
+
+
+def test_instruction_and_input_are_asked_as_lines_of_one_turn_behind_the_history():
+    row = {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]}
+    asked = [
+        [message["content"] for message in parse_conversation({**row, "input": more}).messages]
+        for more in ("b", "", None)
+    ]
+    assert asked == [["d", "e", "a\nb", "c"], ["d", "e", "a", "c"], ["d", "e", "a", "c"]]
+
+
 BAD_ROWS = {
     "no turn of the assistant": {"messages": [{"role": "user", "content": "a"}]},
     "message 2 is an empty answer": {

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load, load_file, save_file
 
+from megatron_xy import parallel
 from megatron_xy.checkpoint import files
+from megatron_xy.checkpoint.choice import shared_problem
 from megatron_xy.checkpoint.files import Manifest, Piece, TensorEntry
+from megatron_xy.config import ParallelConfig
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.tensors.block_reader import BlockReader, tensor_hashes
 from megatron_xy.tensors.files import bits_of, dtype_name, write_tensors
@@ -303,6 +307,41 @@ def test_pieces_that_leave_or_repeat_something_are_refused(checkpoint, boxes):
         files.verify_coverage(checkpoint, files.read_manifest(checkpoint))
 
 
+@pytest.mark.parametrize("parts", [[(0, 5), (5, 29)], [(1, 30)], [(0, 5), (6, 30)], [(0, 6), (5, 30)]])
+def test_flat_parts_that_leave_or_repeat_something_are_refused(checkpoint, parts):
+    """As the distributed optimizer cuts a tensor, here of 30 elements."""
+    manifest = files.read_manifest(checkpoint)
+    entry = manifest.tensors["embedding.weight"]
+    for flat, is_whole in (([(0, 5), (5, 30)], True), (parts, False)):
+        entry.pieces = [Piece("a.safetensors", dataclasses.replace(whole(entry.shape), flat=part)) for part in flat]
+        if is_whole:
+            files.verify_coverage(checkpoint, manifest)
+    with pytest.raises(DataError, match=r"embedding\.weight do not make up its shape \[10, 3\]"):
+        files.verify_coverage(checkpoint, manifest)
+
+
+@pytest.fixture
+def alone():
+    started = not dist.is_initialized()
+    if started:
+        parallel.start_alone()
+    yield parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=60)
+    if started:
+        dist.destroy_process_group()
+
+
+def test_who_goes_on_alone_looks_at_every_file_and_every_piece(checkpoint, alone):
+    """However many ranks wrote them."""
+    assert shared_problem(checkpoint, alone) is None
+    for name in ("a.safetensors", "b.safetensors"):
+        good = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        assert f"{name} is damaged" in shared_problem(checkpoint, alone)
+        (checkpoint / name).write_bytes(good)
+    signed(checkpoint, lambda body: body["tensors"]["norm.weight"].update(pieces=[]))
+    assert "norm.weight do not make up its shape" in shared_problem(checkpoint, alone)
+
+
 def test_a_manifest_over_another_steps_shards_is_found(checkpoint, tmp_path):
     later = tmp_path / "iter_0000006"
     write_checkpoint(later, full={name: full + 1 for name, full in FULL.items()})
@@ -334,6 +373,18 @@ def test_a_file_that_is_cut_while_it_is_copied_is_damaged(checkpoint, tmp_path):
         os.truncate(checkpoint / "a.safetensors", parts[0].position + 5)
         with pytest.raises(DataError, match=rf"a\.safetensors is damaged: it ends at byte {parts[0].position + 5}"):
             write_safetensors(tmp_path / "x", {"w": ("float32", (3,))}, parts_of=lambda _: parts, metadata={})
+
+
+def test_a_file_is_on_the_disk_once_its_checksum_is_told(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def note(descriptor):
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    facts = write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, metadata={})
+    assert synced == [(tmp_path / "a.safetensors", facts["bytes"])]
 
 
 class Exploit:

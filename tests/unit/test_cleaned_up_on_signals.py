@@ -33,6 +33,16 @@ def test_a_stop_signal_ends_the_block_cleaned_up_and_the_process_with_75(
     assert [signal.getsignal(other) for other in STOP_SIGNALS] == before
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with cleaned_up_on_signals("; the same command goes on"):
+            signal.raise_signal(signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.parametrize(("before", "is_heeded"), [("SIG_IGN", False), ("SIG_DFL", True)])
 def test_a_terminal_that_closes_is_heeded_but_under_nohup(before: str, is_heeded: bool) -> None:
     code = (

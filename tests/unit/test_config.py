@@ -743,6 +743,8 @@ def test_a_window_of_steps_is_text_in_a_file_and_in_an_override(run_yaml: Path) 
     run_yaml.write_text(run_yaml.read_text() + "runtime:\n  profile: 10:12\n")
     assert load_config(run_yaml).runtime.profiled_iterations == range(10, 12)
     assert load_config(run_yaml, overrides=["runtime.profile=30:45"]).runtime.profile == "30:45"
+    last = ["runtime.profile=45:46", "training.train_iters=45"]
+    assert load_config(run_yaml, overrides=last).runtime.profiled_iterations == range(45, 46)
 
 
 def test_the_page_of_all_keys_is_what_its_tool_writes():

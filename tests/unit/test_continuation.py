@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_xy.checkpoint import continuation
 from megatron_xy.config import InvalidConfig, RunConfig
+from megatron_xy.training.run_checkpoints import RunState
+from megatron_xy.training.train_step import StepResult
 from tests.distributed import models
 
 FINGERPRINTS = ["a" * 64]
@@ -98,3 +101,10 @@ def test_other_settings_are_said_and_equal_ones_are_not():
 
 def test_groups_left_out_are_as_many_as_heads():
     assert differences(facts(model={"num_query_groups": None}), facts(model={"num_query_groups": 4})) == []
+
+
+def test_a_part_that_stays_as_it_is_misses_the_updates_that_were_made():
+    state, step = RunState(), StepResult(2.0, 8, {}, {}, 1.0, updated=True, forward_backward_seconds=0.0, measures={})
+    for updated in (True, False, True):
+        state.add(64, replace(step, updated=updated), trained=["embedding"])
+    assert state.frozen_updates == {"rest": 2, "output_layer": 2}

@@ -85,6 +85,11 @@ def test_what_transformers_leaves_out_has_its_defaults(tmp_path):
     assert model.untie_embeddings_and_output_weights
 
 
+def test_a_window_as_long_as_the_context_cuts_nothing(tmp_path):
+    model = read_hf_config(written(tmp_path, model_type="mistral", sliding_window=128, max_position_embeddings=128))
+    assert model.max_position_embeddings == 128
+
+
 def test_a_family_that_is_known_is_written_again(tmp_path):
     values = hf_config(MODEL, dtype="float32", token_ids={}, model_type="mistral")
     assert (values["architectures"], values["sliding_window"]) == (["MistralForCausalLM"], None)

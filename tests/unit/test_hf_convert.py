@@ -28,8 +28,9 @@ from megatron_xy.inference import model_ranks
 from megatron_xy.model.source import resolve_model
 from megatron_xy.runtime.liveness import SIGNS
 from megatron_xy.tensors import block_reader
-from megatron_xy.tensors.files import dtype_name, torch_dtype
+from megatron_xy.tensors.files import dtype_name, torch_dtype, write_tensors
 from megatron_xy.tensors.reader import TensorReader
+from megatron_xy.tensors.shards import whole
 from tools.train_tokenizer import train
 
 MODEL = ModelConfig(
@@ -451,6 +452,39 @@ def test_what_another_conversion_has_left_is_not_gone_on_with(tmp_path, monkeypa
     manifest = files.read_manifest(tmp_path / "ckpt")
     files.verify_files(tmp_path / "ckpt", manifest)
     assert {entry.dtype for entry in manifest.tensors.values()} == {"bfloat16"}
+    (shard,) = (tmp_path / "ckpt").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(shard).values()} == {torch.bfloat16}
+
+
+def test_a_file_that_has_not_reached_the_disk_whole_is_written_anew(tmp_path, monkeypatch):
+    """As a power cut leaves it: with its receipt."""
+    folder = hf_folder(tmp_path / "hf")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_checkpoint(folder, tmp_path / "ckpt")
+    (shard,) = (tmp_path / ".tmp-ckpt").glob("*.safetensors")
+    os.truncate(shard, 1000)
+    hf_to_checkpoint(folder, tmp_path / "ckpt")
+    files.verify_files(tmp_path / "ckpt", files.read_manifest(tmp_path / "ckpt"))
+
+
+def test_another_type_is_that_of_the_weights_and_not_of_the_optimizers_state(tmp_path):
+    hf_to_checkpoint(hf_folder(tmp_path / "hf"), tmp_path / "ckpt")
+    manifest, moment = files.read_manifest(tmp_path / "ckpt"), "optimizer.exp_avg.decoder.final_layernorm.weight"
+    entry = files.TensorEntry((32,), "float32", [files.Piece("more.safetensors", whole((32,)))])
+    manifest.tensors[moment] = entry
+    manifest.files["more.safetensors"] = write_tensors(
+        tmp_path / "ckpt" / "more.safetensors", {moment: torch.randn(32)}, metadata=files.METADATA
+    )
+    files.write_manifest(tmp_path / "ckpt", manifest)
+    to_checkpoint(open_source("ckpt", tmp_path / "ckpt"), tmp_path / "half", dtype="bfloat16", say=print)
+    found = files.read_manifest(tmp_path / "half").tensors
+    assert found.pop(moment).dtype == "float32" and {entry.dtype for entry in found.values()} == {"bfloat16"}
 
 
 def test_an_existing_target_is_refused(tmp_path):
@@ -610,6 +644,17 @@ def test_a_missing_tensor_is_named(tmp_path, has_index):
     refused(folder, rf"hold(s no)? {re.escape(missing)}, (which config\.json calls for|though {INDEX} says so)")
 
 
+def test_a_tied_head_that_is_its_embedding_is_no_loss_and_another_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_reader, "BLOCK_BYTES", 1024)  # several blocks
+    tied = MODEL.model_copy(update={"untie_embeddings_and_output_weights": False})
+    tensors = random_tensors(tied)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    hf_to_checkpoint(hf_folder(tmp_path / "same", model=tied, tensors=tensors), tmp_path / "same-ckpt")
+    tensors["lm_head.weight"][7, 5] += 1
+    folder = hf_folder(tmp_path / "hf", model=tied, tensors=tensors)
+    refused(folder, r"1 tensor\(s\) that its config\.json has no place for, the first is lm_head\.weight")
+
+
 def test_biases_are_refused_even_where_the_config_says_nothing(tmp_path):
     name = "model.layers.0.self_attn.q_proj.bias"
     folder = hf_folder(tmp_path / "hf", tensors={**random_tensors(MODEL), name: torch.zeros(32)})
@@ -667,7 +712,8 @@ def test_a_model_section_of_another_version_is_bad_data(tmp_path, section, text)
             read()
 
 
-def test_one_changed_weight_does_not_agree(tmp_path):
+def test_one_changed_weight_does_not_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_reader, "BLOCK_BYTES", 1024)  # in the first of several blocks
     folder = hf_folder(tmp_path / "hf")
     back = there_and_back(folder, tmp_path)
     said = []

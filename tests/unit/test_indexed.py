@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_xy.data import indexed
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, bin_path, dtype_for, idx_path
 from megatron_xy.errors import ConfigError, DataError
 
@@ -76,6 +77,20 @@ def test_an_exception_leaves_nothing_and_the_older_files_whole(tmp_path):
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
     assert read(tmp_path / "a") == DOCUMENTS
+
+
+def test_a_writer_killed_between_its_two_files_leaves_no_old_index_beside_new_tokens(tmp_path, monkeypatch):
+    write(tmp_path / "a", DOCUMENTS)
+
+    def kill(temporary, path):
+        if path.suffix == ".idx":
+            raise KeyboardInterrupt
+        temporary.replace(path)
+
+    monkeypatch.setattr(indexed, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", DOCUMENTS[::-1])  # as many tokens in as many documents
+    assert (tmp_path / "a.bin").exists() and not (tmp_path / "a.idx").exists()
 
 
 def test_ids_that_do_not_fit_are_never_wrapped(tmp_path):
@@ -166,6 +181,8 @@ def test_verify_names_the_first_id_outside_the_vocabulary(tmp_path):
     reader.verify(vocab_size=13)
     with pytest.raises(DataError, match=r"token 10 has id 11, outside 0\.\.11"):
         reader.verify(vocab_size=11)
+    with pytest.raises(DataError, match=r"token 11 has id 12, outside 0\.\.12"):
+        reader.verify(vocab_size=12)
 
 
 def test_missing_files_are_a_wrong_path(tmp_path):

@@ -102,6 +102,9 @@ def test_a_backend_that_gives_wrong_results_or_fails_is_not_used() -> None:
     def absent(query, key, value, packed, scale):
         raise RuntimeError("no kernel image is available\nfor execution")
 
+    def undefined(query, key, value, packed, scale):
+        return backends.attend_by_sdpa(query, key, value, packed, scale) * float("nan")
+
     def right(query, key, value, packed, scale):
         return backends.attend_by_sdpa(query, key, value, packed, scale)
 
@@ -109,7 +112,7 @@ def test_a_backend_that_gives_wrong_results_or_fails_is_not_used() -> None:
         way.__name__: backends.examine(
             backends.Backend(way.__name__, way, lambda dtype, head_dim: None), torch.float32, 16, deterministic=False
         )
-        for way in (unscaled, uncut, absent, right)
+        for way in (unscaled, uncut, undefined, absent, right)
     }
     assert [name for name, finding in findings.items() if finding.usable] == ["right"]
     assert "differs" in findings["uncut"].reason and "differs" in findings["unscaled"].reason

@@ -11,6 +11,7 @@ from megatron_xy import parallel
 from megatron_xy.config import OptimizerConfig, ParallelConfig
 from megatron_xy.optimizer import apply_gradients, torch_optimizers
 from megatron_xy.role import build_role
+from megatron_xy.tensors.names import EMBEDDING
 from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
 from tests.distributed import models
 
@@ -79,6 +80,19 @@ def test_weight_decay_alone_shrinks_matrices_and_leaves_norms(alone):
     for part in role.named_parameters():
         factor = 1.0 if part.name.endswith("layernorm.weight") else 1 - 0.1 * 0.5
         torch.testing.assert_close(part.parameter.detach(), before[part.name] * factor)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_norm_is_that_of_what_is_trained_alone(alone, dtype):
+    model = models.MODEL.model_copy(update={"num_layers": 1, "params_dtype": dtype})
+    role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=OptimizerConfig(), seed=1)
+    gradients(role, 0)
+    named = {part.name: part.parameter for part in role.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    want = float(named[EMBEDDING].main_grad.double().norm())
+    norm, updated = apply_gradients(role.optimizer, lr=1e-2, clip_grad=1.0, frozen=role.frozen(["embedding"]))
+    assert updated and norm == pytest.approx(want, rel=1e-9)
+    assert [name for name, parameter in named.items() if not torch.equal(parameter, before[name])] == [EMBEDDING]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

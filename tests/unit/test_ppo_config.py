@@ -154,6 +154,11 @@ def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], text: s
     assert text in str(caught.value)
 
 
+def test_a_horizon_of_one_step_is_taken(tmp_path: Path) -> None:
+    ppo = config_of(tmp_path, {"ppo": {"prompts": "prompts.jsonl", "kl_target": 6, "kl_horizon": 64}}).ppo
+    assert ppo is not None and ppo.kl_horizon == ppo.rollout_batch_size
+
+
 def test_a_rank_beyond_the_world(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"names rank 2, and the world has 2, from 0 to 1"):
         check_world(config_of(tmp_path), world_size=2)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_xy.config import PPOConfig
+from megatron_xy.ppo import engine
 from megatron_xy.ppo import functional as F
 from megatron_xy.ppo.controllers import AdaptiveKL, RunningMoments
+from megatron_xy.ppo.experience import Rollout
+from megatron_xy.ppo.transport import Shipment
 
 TOLERANCE = 2e-6
 LENGTHS = [6, 4, 2]
@@ -271,3 +277,38 @@ def test_running_moments_are_those_of_all_values(batches: list[list[float]]) -> 
         assert moments.deviation == pytest.approx(statistics.stdev(values), rel=1e-6, abs=1e-6)
     else:
         assert moments.deviation == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "returns", "learned"),
+    [
+        ({"missing_end": "bootstrap"}, [5.0, -7.0 + 20.0], [1, 1]),
+        ({"missing_end": "penalty", "missing_end_penalty": 2.0}, [5.0, -9.0], [1, 1]),
+        ({"missing_end": "mask"}, [5.0, -7.0], [1, 0]),
+        ({"reward_clip": 4.0}, [4.0, -4.0], [1, 1]),
+        ({"reward_normalization": "stored"}, [1.0, -3.0], [1, 1]),
+        ({"reward_normalization": "running"}, [6 / 72**0.5, -6 / 72**0.5], [1, 1]),
+    ],
+)
+def test_scores_of_answers_that_ended_and_that_were_cut_become_returns(
+    options: dict[str, Any], returns: list[float], learned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two answers of two tokens, the second one cut, without values, divergence and discount."""
+    monkeypatch.setattr(engine, "exchange", lambda *shipments: [shipment.tensors for shipment in shipments])
+    zeros = torch.zeros(2, 2)
+    policy = {"logprobs": zeros, "entropy": zeros}
+    values = {"values": zeros, "value_after": torch.tensor([10.0, 20.0])}
+    ppo: Any = engine.PPO(
+        config=PPOConfig(gamma=1.0, gae_lambda=1.0, whiten_advantages=False, **options),
+        actor=SimpleNamespace(logprobs=lambda rollout: Shipment(policy)),  # type: ignore[arg-type]
+        critic=SimpleNamespace(values=lambda rollout: Shipment(values)),  # type: ignore[arg-type]
+        reference=SimpleNamespace(logprobs=lambda rollout: Shipment(policy)),  # type: ignore[arg-type]
+        scorer=SimpleNamespace(score=lambda rollout: Shipment({"scores": torch.tensor([5.0, -7.0])})),
+        state=engine.PPOState(kl_coef=0.1),
+        stored=(2.0, 3.0),
+    )
+    rollout = Rollout([], {}, [[1, 2], [3, 4]], has_ended=torch.tensor([True, False]), mask=torch.ones(2, 2))
+    experience = ppo.collect(rollout, check=lambda *_: None)
+    assert experience.returns.tolist() == [pytest.approx([value] * 2) for value in returns]
+    assert experience.actor_mask.tolist() == [[place] * 2 for place in learned]
+    assert experience.scores.tolist() == [5.0, -7.0] and ppo.state.moments.count == 2

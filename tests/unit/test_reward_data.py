@@ -96,6 +96,13 @@ def test_all_bad_rows_are_named_with_file_and_line(toy: Path) -> None:
         assert line.startswith(f"{toy / 'rows.jsonl'}:{number}: ") and text in line
 
 
+def test_pairs_that_just_fit_are_taken(toy: Path) -> None:
+    """Of 32 tokens with one answer, and of 48 with both."""
+    fit = [{"chosen": "red " * 28}, {"chosen": "red " * 20, "rejected": "blue " * 20}]
+    pairs = load_pairs(config_of(toy, [{**GOOD, **change} for change in fit])).training
+    assert len(pairs[0].prompt) + len(pairs[0].chosen) == 32 and pairs[1].num_tokens == 48
+
+
 def test_what_cannot_be_trained_on_is_refused(toy: Path) -> None:
     config = config_of(toy)
     gone = config.model_copy(update={"data": config.data.model_copy(update={"path": toy / "gone.jsonl"})})
@@ -167,8 +174,10 @@ def test_prompts_that_differ_are_kept_apart() -> None:
 def test_a_split_keeps_clusters_whole_and_stays_within_its_fraction(numbers: list[int], fraction: float) -> None:
     clusters = [numbers.index(number) for number in numbers]
     is_held_out = split_by_cluster(clusters, [f"text {number}" for number in numbers], fraction=fraction)
-    assert sum(is_held_out) <= round(fraction * len(numbers))
+    room = round(fraction * len(numbers)) - sum(is_held_out)
+    assert room >= 0
     for cluster in set(clusters):
+        assert is_held_out[cluster] or clusters.count(cluster) > room, "what would still fit is held out, too"
         assert len({out for out, mine in zip(is_held_out, clusters, strict=True) if mine == cluster}) == 1
 
 
@@ -176,7 +185,7 @@ def test_a_split_keeps_clusters_whole_and_stays_within_its_fraction(numbers: lis
 @settings(deadline=None, derandomize=True, max_examples=50)
 def test_an_epoch_takes_every_pair_once_in_steps_within_the_budget(lengths: list[int], budget: int, seed: int) -> None:
     order = PairOrder(lengths, seed=seed, global_batch_tokens=budget)
-    step = epoch = 0
+    step = epoch = before = 0
     while epoch < 3:
         taken: list[int] = []
         while True:
@@ -184,6 +193,9 @@ def test_an_epoch_takes_every_pair_once_in_steps_within_the_budget(lengths: list
             assert now.epoch == epoch and now.pairs
             tokens = sum(lengths[pair] for pair in now.pairs)
             assert tokens <= budget or len(now.pairs) == 1
+            if taken:
+                assert before + lengths[now.pairs[0]] > budget, "a step takes as many as fit"
+            before = tokens
             taken += now.pairs
             step += 1
             if now.ends_epoch:

@@ -101,6 +101,10 @@ def test_select_names_the_best_epoch_that_meets_the_criteria(tmp_path: Path) -> 
     assert "<- selected" in table.stdout and table.stdout.splitlines()[-1] == f"ckpt:{told['checkpoint']}"
 
 
+def test_of_epochs_that_are_alike_select_names_the_first(tmp_path: Path) -> None:
+    assert selected(run_of(tmp_path, {"accuracy": 0.55}, {}, {}))[1]["epoch"] == 2
+
+
 def test_select_takes_none_rather_than_a_bad_one(tmp_path: Path) -> None:
     code, told = selected(run_of(tmp_path, {"accuracy": 0.5}, {"loss": None}))
     assert code == 1 and told["epoch"] is None and len(told["epochs"]) == 2

@@ -246,6 +246,26 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_contents_are_on_the_disk_before_the_name_and_the_name_before_a_write_returns(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, Path.replace
+
+    def synced(descriptor):
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    def renamed(temporary, path):
+        done.append("renamed")
+        rename(temporary, path)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    monkeypatch.setattr(storage, "temporary_name", lambda name: f".tmp-{name}")
+    write_json(tmp_path / "a.json", 1)
+    assert done == [tmp_path / ".tmp-a.json", "renamed", tmp_path]
+    write_json(tmp_path / "a.json", 2, durable=False)
+    assert done[3:] == ["renamed"]
+
+
 def test_neither_module_imports_torch():
     code = "import sys, megatron_xy.runtime.supervise; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -177,6 +177,16 @@ def test_ranks_of_any_data_parallel_size_share_the_same_batch(data_parallel_size
         assert sorted(sample for part in parts for sample in part) == sorted(batch.samples)
 
 
+def test_samples_are_dealt_back_and_forth_from_the_most_expensive_on():
+    sampler = make_sampler([Stream("a", 256, 100)], weights=None, global_batch_tokens=2048)
+    batch, costs = sampler.batch(0), [3, 8, 1, 6, 7, 2, 5, 4]
+    cost_of = dict(zip(batch.samples, costs, strict=True))
+    parts = [
+        sampler.samples_of_rank(batch, data_parallel_size=2, data_parallel_rank=rank, costs=costs) for rank in range(2)
+    ]
+    assert [[cost_of[sample] for sample in part] for part in parts] == [[8, 5, 4, 1], [7, 6, 3, 2]]
+
+
 def test_a_batch_mixes_its_sources():
     changes = 0
     for data_step in range(100):

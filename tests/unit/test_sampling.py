@@ -59,6 +59,11 @@ def test_samples_are_distributed_as_the_tempered_softmax(temperature: float) -> 
     np.testing.assert_allclose(logprobs, np.log(expected)[tokens], atol=1e-5)
 
 
+def test_top_k_leaves_so_many_tokens_whatever_top_p_is() -> None:
+    tokens, _ = drawn(20_000, temperature=2.0, top_k=5, top_p=0.9999)
+    assert set(tokens.tolist()) == set(LOGITS.topk(5).indices.tolist())
+
+
 def test_noise_is_independent_of_answer_position_and_token() -> None:
     ids = hashed_ids(0, 400, device=CPU)
     noise = torch.stack([exponential_noise(keys_of(200, position=place), ids) for place in range(10)]).double().numpy()

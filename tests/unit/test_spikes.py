@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_xy.training.spikes import FEWEST_STEPS, WINDOW, StepHistory
+from megatron_xy.training.spikes import FEWEST_OF_BUCKET, FEWEST_STEPS, WINDOW, StepHistory
 
 SIGMAS = 6.0
 
@@ -57,6 +57,13 @@ def test_a_bucket_that_was_hardly_ever_seen_has_more_room():
     assert reasons_of([*calm, (512, 4.5, 4.0)]).keys() == {60}
     assert reasons_of([*calm, (64, 4.5, 4.0)]) == {}, "another level, as short buckets have it"
     assert len(reasons_of([*calm, (64, 9.0, 40.0)])[60]) == 2
+
+
+def test_four_steps_are_enough_for_a_level_of_the_buckets_own():
+    calm = [(512, 3.0 + 0.01 * (step % 3), 1.0) for step in range(60)]
+    seen = [(64, 4.5 + 0.01 * (step % 3), 1.0) for step in range(FEWEST_OF_BUCKET)]
+    assert reasons_of([*seen, *calm, (64, 4.7, 1.0)]).keys() == {64}
+    assert reasons_of([*seen[:-1], *calm, (64, 4.7, 1.0)]) == {}
 
 
 def test_a_new_level_stops_standing_out_once_the_window_has_seen_it():

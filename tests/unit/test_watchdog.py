@@ -9,7 +9,7 @@ import pytest
 
 from megatron_xy.run_folder import new_beat, prepare, read_heartbeats, write_beat
 from megatron_xy.runtime import hang_report
-from megatron_xy.runtime.watchdog import HOLDING_PHASE, Watchdog
+from megatron_xy.runtime.watchdog import HOLDING_PHASE, WORK_BYTES, Watchdog, _Work
 
 TIMEOUT_SECONDS = 0.5
 
@@ -38,6 +38,12 @@ def test_a_phase_of_some_ranks_alone_is_told_and_not_counted_with_those_of_all(t
     watchdog.tell()
     beat = read_heartbeats(tmp_path)[0]
     assert (beat.phase, beat.entered, beat.entered_by_all) == ("actor.update", 3, 2)
+
+
+def test_what_the_machines_disks_do_is_progress_where_this_process_may_wait_for_them():
+    before, after = _Work(0.0, 0, 0), _Work(0.0, 0, WORK_BYTES + 1)
+    assert after.is_work_since(before, timeout_seconds=1.0, counts_disks=True)
+    assert not after.is_work_since(before, timeout_seconds=1.0, counts_disks=False)
 
 
 def tell_of_rank_1(run_dir: Path, *, entered: int, phase: str = "step") -> None:
