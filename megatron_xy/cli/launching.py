@@ -10,7 +10,7 @@ import typer
 
 from megatron_xy.cli.options import Overrides, RunYaml, say
 from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError, UsageError
-from megatron_xy.launch.job import PORT, RESTARTS, SAVE_SECONDS
+from megatron_xy.launch.job import PORT, SAVE_SECONDS
 
 
 def launch(
@@ -41,8 +41,14 @@ def launch(
         int, typer.Option("--save-seconds", min=1, help="before the limit, for the last step and its checkpoint")
     ] = SAVE_SECONDS,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="after a lost node or failed storage; a clean stop goes on always")
-    ] = RESTARTS,
+        int | None,
+        typer.Option(
+            "--restarts",
+            min=0,
+            help="after a lost node or failed storage: slurm: in a row without a newer checkpoint (3 unless given), "
+            "kubernetes: in all (50)",
+        ),
+    ] = None,
     exclude: Annotated[
         str | None, typer.Option("--exclude", metavar="NODES", help="bad nodes, separated by commas")
     ] = None,

@@ -11,7 +11,9 @@ from typing import Any, Literal
 from megatron_xy.config import InvalidConfig, Problem
 
 Target = Literal["local", "slurm", "kubernetes"]
-SAVE_SECONDS, RESTARTS, PORT = 300, 3, 29500  # unless given
+SAVE_SECONDS, PORT = 300, 29500  # unless given
+# Unless given. A batch job counts since its newest checkpoint; a JobSet over its life, which may be of many losses.
+RESTARTS: dict[Target, int] = {"slurm": 3, "kubernetes": 50}
 
 _NAME = (r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "letters, digits, '.', '_', '-'; 63 at most, the first a letter or digit")
 _LIST = (r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*", "names by commas; letters, digits, '.', '_', '-', and node[01-03]")
@@ -25,7 +27,7 @@ _USED_BY: dict[str, tuple[tuple[Target, ...], Any]] = {
     "--spare-nodes": (("slurm",), 0),
     **dict.fromkeys(("--time", "--exclude"), (("slurm", "kubernetes"), None)),
     "--save-seconds": (("slurm", "kubernetes"), SAVE_SECONDS),
-    "--restarts": (("slurm", "kubernetes"), RESTARTS),
+    "--restarts": (("slurm", "kubernetes"), None),
     "--port": (("slurm", "kubernetes"), PORT),
     **dict.fromkeys(("--namespace", "--volume-claim", "--rdma-resource"), (("kubernetes",), None)),
     "--rdzv-endpoint": (("local",), None),
@@ -77,7 +79,7 @@ class Job:
     mounts: tuple[str, ...]
     time: str | None
     save_seconds: int  # between the request to save and the time limit
-    restarts: int  # after a lost node or failed storage
+    restarts: int | None  # after a lost node or failed storage; None where nothing restarts
     exclude: str | None
     spare_nodes: int
     partition: str | None

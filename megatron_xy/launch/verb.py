@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.config import RunConfig, load_config
-from megatron_xy.launch.job import Job, check_job
+from megatron_xy.launch.job import RESTARTS, Job, check_job
 
 
 def prepare_job(
@@ -17,7 +17,7 @@ def prepare_job(
 ) -> Job:
     """The job, checked. Raises InvalidConfig where the config does not run on so many ranks, or a text is not allowed.
 
-    options: the other fields of `Job` by name; `name` and `workdir` may be None.
+    options: the other fields of `Job` by name; `name`, `workdir` and `restarts` may be None.
     """
     config = load_config(run_yaml, overrides=overrides, world_size=nodes * gpus_per_node)
     job = Job(
@@ -34,6 +34,7 @@ def prepare_job(
             "gpus_per_node": gpus_per_node,
             "name": _name_of(config) if options["name"] is None else options["name"],
             "workdir": str(Path.cwd()) if options["workdir"] is None else options["workdir"],
+            "restarts": RESTARTS.get(options["target"]) if options["restarts"] is None else options["restarts"],
         }
     )
     check_job(job)

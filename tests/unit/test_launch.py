@@ -170,17 +170,23 @@ def test_slurm_without_enough_good_nodes(cluster: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "failures", "requeued"),
     [
-        ("75", 9, True),
-        ("76", 0, True),
-        ("74", 2, True),
-        ("76", 3, False),
-        ("65", 0, False),
-        ("78", 0, False),
+        ("75", ["iter_0000200"] * 9, True),
+        ("76", [], True),
+        ("74", ["iter_0000200"] * 2, True),
+        ("76", ["iter_0000200"] * 3, False),
+        ("76", ["none"] * 3 + ["iter_0000100"] * 3, True),
+        ("65", [], False),
+        ("78", [], False),
     ],
 )
-def test_slurm_goes_on_after_codes_that_are_worth_it(cluster: Path, code: str, failures: int, requeued: bool) -> None:
+def test_slurm_goes_on_after_codes_that_are_worth_it(
+    cluster: Path, code: str, failures: list[str], requeued: bool
+) -> None:
+    """failures: the newest checkpoint at each of this job's earlier ones."""
+    for folder in ("iter_0000100", "iter_0000200", "abandoned_1_iter_0000300", ".tmp-iter_0000300"):
+        (cluster / "run" / "checkpoints" / folder).mkdir(parents=True)
     (cluster / "run" / "logs").mkdir(parents=True)
-    (cluster / "run" / "logs" / "slurm-7.failures").write_text("76\n" * failures)  # of this job, earlier
+    (cluster / "run" / "logs" / "slurm-7.failures").write_text("".join(f"{name}\n" for name in failures))
     script = slurm_script()
     assert 'MEGATRON_XY_START="slurm-$SLURM_JOB_ID" MEGATRON_XY_ATTEMPT="${SLURM_RESTART_COUNT:-0}"' in script
     answer = run_script(cluster, script, FAKE_CODE=code, SLURM_RESTART_COUNT="50")  # clean stops, most of them
@@ -229,7 +235,7 @@ def test_jobset_fields(cluster: Path) -> None:
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert manifest["metadata"]["name"] == "xuanyuan2-70b-ppo"
     policy = manifest["spec"]["failurePolicy"]
-    assert policy["maxRestarts"] == 3
+    assert policy["maxRestarts"] == 50
     for rule in policy["rules"]:  # ruleNameFmt of JobSet's webhook
         assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]

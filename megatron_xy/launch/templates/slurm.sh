@@ -63,10 +63,12 @@ code=$(exit_code)
 echo "the run ended with ${code:-no exit.json; srun with $status}"
 case "${code:-76}" in
     75) scontrol requeue "$SLURM_JOB_ID" ;;  # stopped cleanly: the same job goes on from its checkpoint
-    74 | 76)  # storage failed or a node was lost: another try may not meet it again. Slurm's own count holds clean stops, too
+    74 | 76)  # storage failed or a node was lost: another try may not meet it again. Counted by the newest checkpoint, since one
+        # that moved on is progress kept; Slurm's own count holds clean stops, too
         failures={{ job.log_dir | string | quoted }}"/slurm-$SLURM_JOB_ID.failures"
-        echo "${code:-76}" >> "$failures"
-        if [ "$(wc -l < "$failures")" -le {{ job.restarts }} ]; then
+        newest=$(ls {{ (job.run_dir / "checkpoints") | quoted }} 2> /dev/null | grep -x 'iter_[0-9]*' | sort -V | tail -n 1)
+        echo "${newest:-none}" >> "$failures"
+        if [ "$(grep -cx "${newest:-none}" "$failures")" -le {{ job.restarts }} ]; then
             scontrol requeue "$SLURM_JOB_ID"
         fi
         ;;
