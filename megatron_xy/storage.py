@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -12,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.errors import StorageError
+from megatron_xy.errors import DataError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def temporary_name(name: str) -> str:
@@ -83,6 +85,20 @@ def storage_errors(path: Path) -> Iterator[None]:
 def storage_error(path: Path, error: OSError) -> StorageError:
     """What the file system answered, as an error with its exit code."""
     return StorageError(f"{path} cannot be written: {error.strerror or error}; make room or choose another folder")
+
+
+def read_error(path: Path, error: OSError) -> DataError | StorageError:
+    """What the file system answered to a read, as an error with its exit code.
+
+    DataError where there is no file of that name; else StorageError: that says nothing of the file.
+    """
+    text = f"{path} cannot be read: {error.strerror or error}"
+    return DataError(text) if is_no_file(error) else StorageError(f"{text}; try again once the storage answers")
+
+
+def is_no_file(error: OSError) -> bool:
+    """Whether the file system found no file of the name that was asked for, so that another try would find none."""
+    return error.errno in _NO_FILE
 
 
 def file_sha256(path: Path) -> str:

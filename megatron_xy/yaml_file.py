@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_xy.errors import ConfigError
+from megatron_xy.storage import is_no_file, read_error
 
 _OTHER_BASES = re.compile(r"[-+]?(0[0-9]+|[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?)")
 
@@ -45,7 +46,10 @@ class Lines:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """A YAML file as plain values and the line of every key. Tags, anchors, aliases and merge keys are refused."""
+    """A YAML file as plain values and the line of every key. Tags, anchors, aliases and merge keys are refused.
+
+    Raises ConfigError, StorageError where the storage does not give the file.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -53,6 +57,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; name the YAML file in it") from None
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not (is_no_file(error) or isinstance(error, PermissionError)):
+            raise read_error(path, error) from None
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     values, node = _parse_yaml(text, lambda line: f"{path}:{line}")
     if values is None:

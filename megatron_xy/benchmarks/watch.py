@@ -24,7 +24,7 @@ from megatron_xy.benchmarks.suite import Benchmarks
 from megatron_xy.benchmarks.verb import Placement, evaluate
 from megatron_xy.checkpoint.files import MANIFEST
 from megatron_xy.checkpoint.folders import saved_iterations
-from megatron_xy.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigError, DataError
+from megatron_xy.errors import EXIT_BAD_DATA, EXIT_DONE, ConfigError, DataError, StorageError
 from megatron_xy.record_files import read_records
 from megatron_xy.storage import file_sha256, storage_errors, sync_folder
 
@@ -95,10 +95,10 @@ def _evaluate_one(
         say(f"iteration {iteration}: evaluating")
         began = time.monotonic()
         metrics = evaluate(f"ckpt:{folder}", benchmarks, placement, folder=work)
-    except (ConfigError, DataError, JobEnded) as error:
+    except (ConfigError, DataError, StorageError, JobEnded) as error:
         if folder.exists() and isinstance(error, JobEnded) and error.code != EXIT_BAD_DATA:
             return error.code
-        if folder.exists() and isinstance(error, ConfigError):
+        if folder.exists() and isinstance(error, ConfigError | StorageError):
             raise
         why = str(error) if folder.exists() else "it was removed meanwhile (checkpoint.keep_latest)"
         say(f"iteration {iteration} is passed over: {why}")

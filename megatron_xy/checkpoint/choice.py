@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_xy.checkpoint import files
 from megatron_xy.checkpoint.folders import iteration_folder, no_such_iteration, saved_iterations
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.parallel import Groups, gathered_values
 
 
@@ -24,7 +24,8 @@ def find_resumable(
     parts: the roles' folders in it; the manifest is the first one's.
 
     `auto` takes the newest valid one and says which were passed over; a number names one, which must be there
-    (ConfigError) and whole (DataError). Where checkpoints exist and none is whole: DataError, never from scratch.
+    (ConfigError) and whole (DataError). Where checkpoints exist and none is whole: DataError, never from scratch. Where
+    the storage does not tell: StorageError, never from an older one.
     """
     if resume == "never":
         return None
@@ -60,8 +61,11 @@ def _agreed_candidates(checkpoints: Path, groups: Groups, *, wanted: int | None)
 
 
 def shared_problem(folder: Path, groups: Groups) -> str | None:
-    """Verifies a checkpoint, each rank its share of the files; all get the first finding. None: it is whole."""
-    problem = None
+    """Verifies a checkpoint, each rank its share of the files; all get the first finding. None: it is whole.
+
+    Raises StorageError, on all ranks alike, where a rank cannot read its share and none finds damage.
+    """
+    problem = unread = None
     try:
         manifest = files.read_manifest(folder)
         files.verify_files(folder, manifest, files=sorted(manifest.files)[groups.role_rank :: len(groups.ranks)])
@@ -69,4 +73,9 @@ def shared_problem(folder: Path, groups: Groups) -> str | None:
             files.verify_coverage(folder, manifest)
     except (ConfigError, DataError) as error:
         problem = str(error)
-    return next((found for found in gathered_values(problem, groups.all_ranks) if found), None)
+    except StorageError as error:
+        unread = str(error)
+    problems, unreads = zip(*gathered_values([problem, unread], groups.all_ranks), strict=True)
+    if any(unreads) and not any(problems):
+        raise StorageError(next(filter(None, unreads)))
+    return next(filter(None, problems), None)

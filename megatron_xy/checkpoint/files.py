@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import file_sha256, write_json
+from megatron_xy.storage import file_sha256, read_error, write_json
 from megatron_xy.tensors.shards import Box, ParameterShard
 
 FORMAT_VERSION = 1
@@ -107,12 +108,13 @@ def amend_state(directory: Path, facts: dict[str, Any]) -> None:
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
-    Raises ConfigError where the folder is not there, DataError where it holds no whole, consistent manifest.
+    Raises ConfigError where the folder is not there, DataError where it holds no whole, consistent manifest,
+    StorageError where that cannot be told.
     """
-    if not directory.is_dir():
-        raise ConfigError(f"{directory}: there is no such folder; name the one that holds {MANIFEST}")
     path = directory / MANIFEST
     try:
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: there is no such folder; name the one that holds {MANIFEST}")
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         roles = sorted(found.parent.name for found in directory.glob(f"*/{MANIFEST}"))
@@ -121,7 +123,9 @@ def read_manifest(directory: Path) -> Manifest:
         else:
             text = f"{directory} holds no {MANIFEST}: it is no checkpoint, or one that was never finished"
         raise DataError(text) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise read_error(path, error) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(body, dict) or "format_version" not in body:
         raise DataError(f"{path} is not a checkpoint's manifest")
@@ -156,25 +160,33 @@ def stored_model(directory: Path, manifest: Manifest, *, without: Set[str] = fro
 
 
 def verify_sizes(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
-    """Compares the given shards' sizes (default: all) with the manifest. Raises DataError at the first."""
+    """Compares the given shards' sizes (default: all) with the manifest.
+
+    Raises DataError at the first that differs, StorageError where that cannot be told.
+    """
     for file in manifest.files if files is None else files:
         facts, path = manifest.files[file], directory / file
-        if path.is_symlink() or not path.is_file():
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            found = None
+        except OSError as error:
+            raise read_error(path, error) from None
+        if found is None or not stat.S_ISREG(found.st_mode):
             raise DataError(f"{path} is missing from the checkpoint, or is no plain file")
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            raise DataError(f"{path} is damaged: {size} bytes instead of {facts['bytes']}")
+        if found.st_size != facts["bytes"]:
+            raise DataError(f"{path} is damaged: {found.st_size} bytes instead of {facts['bytes']}")
 
 
 def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
-    """Compares size and sha256 of the given shards (default: all) with the manifest. Raises DataError at the first."""
+    """Compares size and sha256 of the given shards (default: all) with the manifest. Raises as `verify_sizes`."""
     for file in manifest.files if files is None else files:
         verify_sizes(directory, manifest, files=[file])
         facts, path = manifest.files[file], directory / file
         try:
             sha256 = file_sha256(path)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise read_error(path, error) from None
         if sha256 != facts["sha256"]:
             raise DataError(f"{path} is damaged: its contents do not match the checksum in {MANIFEST}")
 

@@ -20,7 +20,7 @@ from megatron_xy.config.problems import InvalidConfig, Problem
 from megatron_xy.config.rules import head_of, run_rules
 from megatron_xy.config.sections import RunConfig
 from megatron_xy.config.validation import validate
-from megatron_xy.errors import ConfigError, UsageError
+from megatron_xy.errors import ConfigError, StorageError, UsageError
 from megatron_xy.yaml_file import Lines, apply_overrides, read_yaml
 
 MOST_RANKS = 1_000_000  # lists of ranks are made; a role's `ranks` name no higher ones
@@ -74,10 +74,10 @@ def load_model_options(origin: str, *, overrides: Sequence[str], world_size: int
 
 
 def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
-    """The run folder that a config names, even where the rest of it is wrong; None if it names none."""
+    """The run folder that a config names, even where the rest of it is wrong; None if it names none or is not read."""
     try:
         values, lines = read_yaml(path)
-    except ConfigError:
+    except (ConfigError, StorageError):
         return None
     apply_overrides(values, lines, overrides)
     value = values.get("run_dir", RunConfig.model_fields["run_dir"].default)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.storage import read_error
 
 
 def file_inside(directory: Path, file: str) -> Path | None:
@@ -14,7 +15,7 @@ def file_inside(directory: Path, file: str) -> Path | None:
 
     A link may lead to another file of the folder, or from a snapshot of the hub's cache to the blobs of the same model
     (models--X/snapshots/Y/file -> models--X/blobs/Z). Raises ConfigError where the folder is missing, DataError for any
-    other link and for a name that is no plain one.
+    other link and for a name that is no plain one, StorageError where the storage does not tell.
     """
     if not directory.is_dir():
         raise ConfigError(f"{directory}: there is no such folder; name one with config.json and *.safetensors")
@@ -23,7 +24,9 @@ def file_inside(directory: Path, file: str) -> Path | None:
     path = directory / file
     try:
         root, target, is_there = directory.resolve(), path.resolve(), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL in it, links in a circle
+    except OSError as error:
+        raise read_error(path, error) from None
+    except (ValueError, RuntimeError) as error:  # a NUL in its name, links in a circle
         raise DataError(f"{directory}: {file!r} cannot be opened: {error}; copy the folder again") from None
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
@@ -34,13 +37,15 @@ def file_inside(directory: Path, file: str) -> Path | None:
 
 
 def read_object(directory: Path, file: str) -> dict[str, Any] | None:
-    """The JSON object in DIR/file, None where there is no such file. Raises ConfigError or DataError."""
+    """The JSON object in DIR/file, None where there is no such file. Raises ConfigError, DataError or StorageError."""
     path = file_inside(directory, file)
     if path is None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise read_error(path, error) from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}; copy it again") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a {type(value).__name__} instead of a JSON object; copy it again")

@@ -20,7 +20,7 @@ def load_initial_weights(role: Role, *, seed: int) -> None:
     """Fills a role from `model.load`, each rank with what it holds; where there is none, with fresh weights.
 
     A ckpt: folder's checksums are compared first, each rank its share of the files. Collective over the role's ranks.
-    Raises DataError, on all ranks alike, where they do not hold.
+    Raises DataError, on all ranks alike, where they do not hold, StorageError where that cannot be told.
     """
     if role.model.load is None:
         role.draw_weights(seed=seed)

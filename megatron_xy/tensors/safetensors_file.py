@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_xy.errors import DataError, StorageError
+from megatron_xy.storage import read_error
 from megatron_xy.tensors.dtypes import CODES, Bits, bits_dtype, itemsize
 from megatron_xy.tensors.shards import Placed
 
@@ -63,17 +64,21 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """One open file. Raises DataError where its header is not that of a whole safetensors file."""
+    """One open file. Raises DataError where its header is not that of a whole safetensors file, StorageError, as do the
+    methods that read, where the storage does not give it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._stream = path.open("rb", buffering=0)
         except OSError as error:
-            raise DataError(f"{path} cannot be opened: {error.strerror or error}") from None
+            raise read_error(path, error) from None
         try:
             self.tensors = self._read_header()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+        except OSError as error:
+            self.close()
+            raise read_error(path, error) from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
             self.close()
             raise DataError(f"{path} is damaged: {error}; copy it again") from None
 
@@ -116,7 +121,10 @@ class SafetensorsFile:
     def _fill(self, array: Bits, position: int) -> None:
         rest = memory_of(array)
         while rest:
-            count = os.preadv(self._stream.fileno(), [rest], position)
+            try:
+                count = os.preadv(self._stream.fileno(), [rest], position)
+            except OSError as error:
+                raise read_error(self.path, error) from None
             if count == 0:
                 raise DataError(f"{self.path} is damaged: it ends at byte {position}; copy it again")
             rest, position = rest[count:], position + count

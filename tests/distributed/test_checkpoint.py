@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 
 from megatron_xy.checkpoint import files
 from megatron_xy.config import ModelConfig, OptimizerConfig
+from megatron_xy.errors import StorageError
 from megatron_xy.tensors.block_reader import tensor_hashes
 from tests.distributed import models
 from tests.distributed.models import Layout
 from tests.distributed.spawn import run_ranks
+from tests.unit.test_checkpoint_files import write_checkpoint
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, lr_warmup_iters=0, adam_eps=1e-6)
 TIED = models.MODEL.model_copy(update={"untie_embeddings_and_output_weights": False})
@@ -176,6 +179,41 @@ def how_a_save_ends(checkpoints: Path) -> list[str]:
 def test_a_save_has_ended_once_the_checkpoints_name_is_on_the_disk(tmp_path: Path) -> None:
     (done,) = run_ranks(how_a_save_ends, tmp_path / "checkpoints", world_size=1)
     assert done == ["iter_0000003 is named", "checkpoints is on the disk"]
+
+
+def resume_past_a_stale_file(checkpoints: Path, damaged: bool) -> str:
+    """What a rank says that looks for a checkpoint; rank 1 is not given its file of the newest, iteration 6."""
+    from megatron_xy.checkpoint.choice import find_resumable
+
+    role = models.make_role(Layout(dp=2))
+    assert role is not None
+    if role.groups.role_rank == 1:
+        read = files.file_sha256
+
+        def stale(path: Path) -> str:
+            if path.parent.name == "iter_0000006":
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return read(path)
+
+        files.file_sha256 = stale
+    elif damaged:
+        (checkpoints / "iter_0000006" / "a.safetensors").write_bytes(b"")
+    said: list[str] = []
+    try:
+        found = find_resumable(checkpoints, role.groups, resume="auto", say=said.append)
+    except StorageError as error:
+        return f"{error.exit_code}: {error}"
+    assert found is not None and "a.safetensors is damaged" in said[0]
+    return found[0].name
+
+
+def test_a_file_that_a_rank_is_not_given_ends_all_ranks_and_damage_is_passed_over(tmp_path: Path) -> None:
+    for iteration in (3, 6):
+        write_checkpoint(tmp_path / f"iter_{iteration:07d}")
+    said = f"74: {tmp_path}/iter_0000006/b.safetensors cannot be read: Stale file handle; try again once the storage"
+    for answer in run_ranks(resume_past_a_stale_file, tmp_path, False, world_size=2):
+        assert answer.startswith(said)
+    assert run_ranks(resume_past_a_stale_file, tmp_path, True, world_size=2) == ["iter_0000003"] * 2
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=str)

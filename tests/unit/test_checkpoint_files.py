@@ -1,6 +1,7 @@
 """The checkpoint format on disk: what was written comes back, and nothing that was changed since opens."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.tensors.block_reader import BlockReader, tensor_hashes
 from megatron_xy.tensors.files import bits_of, dtype_name, write_tensors
 from megatron_xy.tensors.reader import TensorReader
-from megatron_xy.tensors.safetensors_file import FileRange, write_safetensors
+from megatron_xy.tensors.safetensors_file import FileRange, SafetensorsFile, write_safetensors
 from megatron_xy.tensors.shards import Box, ParameterShard, whole
 
 # Global name -> [(file, boxes)]: rows, the gated fc1, columns, one whole, int64 and bf16.
@@ -234,10 +235,24 @@ def test_a_shard_that_is_a_link_or_a_folder_is_refused(checkpoint, tmp_path):
         open_whole(checkpoint)
 
 
-def test_a_shard_that_the_disk_does_not_give_back_is_said():
+def test_what_the_storage_does_not_give_back_is_no_finding_about_the_checkpoint(checkpoint, monkeypatch):
+    """/proc/self/mem answers with an error of the device; so does, in place of a file server, every open of a file."""
     unreadable = Manifest({}, {}, {"mem": {"bytes": 0, "sha256": ""}})
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(StorageError, match="/proc/self/mem cannot be read: Input/output error; try again"):
         files.verify_files(Path("/proc/self"), unreadable)
+    with pytest.raises(StorageError, match="/proc/self/mem cannot be read"):
+        SafetensorsFile(Path("/proc/self/mem"))
+    with pytest.raises(DataError, match=r"none\.safetensors cannot be read"):
+        SafetensorsFile(checkpoint / "none.safetensors")
+
+    def stale(self, *_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+
+    manifest = open_whole(checkpoint)
+    monkeypatch.setattr(Path, "open", stale)
+    for read in (files.read_manifest, lambda folder: files.verify_files(folder, manifest)):
+        with pytest.raises(StorageError, match="cannot be read: Stale file handle"):
+            read(checkpoint)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"a": 1}', "not json", "\x00", '{"format_version": 1}'])

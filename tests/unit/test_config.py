@@ -25,7 +25,7 @@ from megatron_xy.config import (
 )
 from megatron_xy.config.sections import SECTIONS, RoleConfig
 from megatron_xy.config.unknown_keys import OTHER_SPELLINGS
-from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError, UsageError
+from megatron_xy.errors import EXIT_BAD_CONFIG, ConfigError, StorageError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import config_reference
@@ -661,6 +661,11 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read as text"):
         load_config(tmp_path / "binary.yaml")
+    with pytest.raises(ConfigError, match="File name too long"):
+        load_config(tmp_path / ("a" * 300))
+    with pytest.raises(StorageError, match="cannot be read: Input/output error"):
+        load_config(Path("/proc/self/mem"))
+    assert run_dir_of(Path("/proc/self/mem")) is None
 
 
 # run_dir_of and dump_config
