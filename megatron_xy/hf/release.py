@@ -19,6 +19,7 @@ from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.kept import GENERATION_CONFIG, end_ids
 from megatron_xy.hf.source import Source
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from megatron_xy.record_files import lines_backwards
 from megatron_xy.storage import storage_errors, write_json, write_text
 
 MODEL_CARD = "README.md"
@@ -190,8 +191,8 @@ def _last_record(checkpoint: Path, iteration: int | None) -> dict[str, Any]:
     )
     if metrics is None or not iteration:
         return {}
-    with metrics.open(encoding="utf-8") as lines:
-        for line in lines:
+    with metrics.open("rb") as stream:
+        for _, line in lines_backwards(stream):
             try:
                 record = json.loads(line)
             except ValueError:

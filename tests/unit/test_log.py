@@ -3,12 +3,14 @@
 import json
 import math
 import time
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_xy import record_files
 from megatron_xy.boards import TENSORBOARD_FOLDER
 from megatron_xy.log import METRICS, RunLog, step_line
 from megatron_xy.record_files import cut_records
@@ -81,19 +83,29 @@ def test_numbers_that_json_has_not_become_null_at_any_depth(tmp_path):
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
-@given(written=st.integers(0, 12), resumed=st.integers(0, 12), cut_bytes=st.integers(0, 300))
-def test_a_resumed_run_holds_each_iteration_once(tmp_path_factory, written, resumed, cut_bytes):
+@given(written=st.integers(0, 12), resumed=st.integers(0, 12), cut_bytes=st.integers(0, 300), block=st.integers(1, 900))
+def test_a_resumed_run_holds_each_iteration_once(tmp_path_factory, written, resumed, cut_bytes, block):
     """Whatever was written, cut anywhere in the last record by a kill: then from a checkpoint at or before that."""
     path = tmp_path_factory.mktemp("run") / METRICS
     whole = [json.dumps(record(iteration)) + "\n" for iteration in range(1, written + 1)]
     text = "".join(whole)
     path.write_text(text[: len(text) - min(cut_bytes, len(whole[-1]) if whole else 0)])
-    cut_records(path, iteration=resumed)
+    with mock.patch.object(record_files, "BLOCK_BYTES", block):
+        cut_records(path, iteration=resumed)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     num_whole = written - (written > 0 and cut_bytes > 1)  # the line's end alone may be missing
     assert kept == [record(iteration) for iteration in range(1, min(num_whole, resumed) + 1)]
     assert path.read_text() == "" or path.read_text().endswith("\n")
     assert [entry.name for entry in path.parent.iterdir()] == [METRICS]
+
+
+def test_what_is_kept_is_not_read(tmp_path):
+    """But for its last line: the file of a run of weeks has gigabytes."""
+    path = tmp_path / METRICS
+    ends = "".join(json.dumps(record(iteration)) + "\n" for iteration in (7, 7, 8))
+    path.write_text("never looked at\n" * 100_000 + ends)
+    cut_records(path, iteration=7)
+    assert path.read_text().removeprefix("never looked at\n" * 100_000) == (json.dumps(record(7)) + "\n") * 2
 
 
 def test_a_metrics_file_that_is_not_there_stays_so(tmp_path):
