@@ -43,8 +43,8 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     check_boards(config.runtime)
     assert config.ppo is not None, "the config's rules ask for it"
     material = look_at(config, placed_roles(config, world_size=world_size))
-    check_space(config, material.trained_models)
-    if rank == 0:  # one rank's end is that of all, and one reads the headers
+    if rank == 0:  # one rank's end is that of all, and one asks the file system
+        check_space(config, material.trained_models)
         for role in material.roles.values():
             check_weights_to_load(config, role.model, is_trained=role.optimizer is not None)
     function = None if config.ppo.reward_function is None else load_reward_function(config.ppo.reward_function)

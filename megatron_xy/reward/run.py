@@ -17,7 +17,6 @@ from megatron_xy.reward.loader import PairLoader
 from megatron_xy.reward.objective import reward_objective
 from megatron_xy.reward.pairs import PairData
 from megatron_xy.role import Role
-from megatron_xy.run_dir import check_space
 from megatron_xy.runtime.session import session
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
@@ -31,7 +30,6 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
     config = with_model(config)
-    check_space(config, [config.model])
     data = open_pairs(config)
     order = order_of(config, data)
     config = with_epochs(config, order)

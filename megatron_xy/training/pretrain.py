@@ -36,7 +36,6 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
     config = with_model(config)
-    check_space(config, [config.model])
     dataset = open_data(config)
     config = with_epochs(config, dataset.streams, conversation_sources=dataset.conversation_sources)
     held_out = open_held_out(config, dataset)
@@ -77,13 +76,17 @@ def train(
 
 
 def with_model(config: RunConfig) -> RunConfig:
-    """The config with the shape of the model that it loads, fit for this world. Raises ConfigError or DataError."""
+    """The config with the shape of the model that it loads, fit for this world and, on rank 0, its folders for it.
+
+    Raises ConfigError, DataError or StorageError.
+    """
     config = config.model_copy(update={"model": resolve_model(config.model)})
     check_head(config.model)
     check_shape(config)
     check_world(config, world_size=environment.world_size())
-    if environment.rank() == 0:  # one rank's end is that of all, and one reads the headers
+    if environment.rank() == 0:  # one rank's end is that of all, and one asks the file system
         check_weights_to_load(config, config.model)
+        check_space(config, [config.model])
     return config
 
 
