@@ -39,12 +39,7 @@ def run(
     run_yaml: RunYaml,
     overrides: Overrides = None,
     nproc_per_node: NprocPerNode = 1,
-    restarts: Annotated[
-        int,
-        typer.Option(
-            "--restarts", min=0, help="in a row without a newer checkpoint, after a lost rank or failed storage"
-        ),
-    ] = 0,
+    restarts: Annotated[int, typer.Option("--restarts", min=0, help="restarts after a lost or failed rank")] = 0,
 ) -> None:
     """Starts and supervises torchrun on this machine: exit codes, restarts from the newest checkpoint, no orphans."""
     from megatron_xy import run_folder

@@ -7,7 +7,6 @@ watchdogs; the supervisor does it only where none of them runs any more.
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import signal
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from megatron_xy.checkpoint.folders import saved_iterations
 from megatron_xy.errors import EXIT_DONE, EXIT_IO, EXIT_PEER_LOST, EXIT_STOPPED, PeerLost
 from megatron_xy.run_folder import (
     ATTEMPT_VARIABLE,
@@ -104,11 +101,11 @@ def supervise(
 def run_to_end(torchrun: Torchrun, *, restarts: int = 0) -> int:
     """Runs torchrun and its ranks and returns the documented exit code.
 
-    Ends like this: a stop signal asks the ranks to save and stop, a second one kills them. After 74 and 76 it starts
-    again, `restarts` times in a row at most without a newer checkpoint. Where no rank has told anything for longer than
-    `timeout_seconds`, as all are stopped, it reports that and ends them with 76; not where other machines have ranks,
-    too. To be called in the main thread: signals and the children's tie to us need it. Raises ConfigError where
-    `run_dir` cannot be used, RunDirBusy where another run is at work in it.
+    Ends like this: a stop signal asks the ranks to save and stop, a second one kills them. After 74 and 76
+    it starts again, `restarts` times at most. Where no rank has told anything for longer than `timeout_seconds`, as all
+    are stopped, it reports that and ends them with 76; not where other machines have ranks, too. To be called in the
+    main thread: signals and the children's tie to us need it. Raises ConfigError where `run_dir` cannot be used,
+    RunDirBusy where another run is at work in it.
     """
     assert threading.current_thread() is threading.main_thread(), "a child ends with the thread that started it"
     run_dir = torchrun.run_dir
@@ -126,19 +123,13 @@ def run_to_end(torchrun: Torchrun, *, restarts: int = 0) -> int:
             record_exit(run_dir, code=end.code, message=end.message, rank=None)
             _say(torchrun, f"ended with {_in_words(end)}")
             return end.code
-        failures: Counter[int | None] = Counter()  # by the newest checkpoint then: one that moved on is progress kept
-        for attempt in itertools.count():
+        for attempt in range(restarts + 1):
             end = _attempt(torchrun, attempt=attempt, received=received)
-            if end.code not in WORTH_A_RESTART or received:
-                break
-            newest = max(saved_iterations(run_dir / "checkpoints"), default=None)
-            failures[newest] += 1
-            left = restarts - failures[newest]
-            if left < 0:
+            if end.code not in WORTH_A_RESTART or attempt == restarts or received:
                 break
             _say(
                 torchrun,
-                f"start {attempt + 1} of {attempt + left + 2} ended with {_in_words(end)}; "
+                f"start {attempt + 1} of {restarts + 1} ended with {_in_words(end)}; "
                 "starting again from the newest valid checkpoint, or from the beginning where there is none",
             )
             time.sleep(BACK_OFF_SECONDS)

@@ -67,16 +67,6 @@ def killed_once() -> None:
     time.sleep(600)
 
 
-def killed_always() -> None:
-    """Rank 1 is killed in every start, in the first two after a checkpoint."""
-    attempt = current_attempt()
-    if RANK == 1 and attempt < 2:
-        (RUN_DIR / "checkpoints" / f"iter_{attempt + 1:07d}").mkdir(parents=True)
-    if RANK == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
-
-
 def killed_at_start() -> None:
     """In the first start rank 1 is killed before the first step; torchrun stops rank 0, which has nothing to save."""
     leave_on_sigterm(75, "there was nothing to save")
