@@ -70,8 +70,8 @@ def read_heartbeats(run_dir: Path, *, start: str | None = None, attempt: int = 0
     for path in sorted((run_dir / "heartbeats").glob("rank-*.json")):
         try:
             values = read_json(path)
-        except FileNotFoundError:
-            continue  # cleared meanwhile, by a start that just begins
+        except OSError:
+            continue  # cleared meanwhile, by a start that just begins, or replaced while a file server was asked for it
         if values.keys() == Beat.__dataclass_fields__.keys():  # else another version's
             beat = Beat(**values)
             if start is None or (beat.start, beat.attempt) == (start, attempt):

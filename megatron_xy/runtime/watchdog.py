@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_xy import run_folder
@@ -68,6 +70,7 @@ class Watchdog:
         self._idle_beat_seconds = max(self._tick, self._beat_seconds)  # while it is where it last said
         self._last_beat = self._last_look_around = float("-inf")
         self._told_entered = 0
+        self._fails = False  # whether the run folder refused the last look
         self._progress = _Progress(timeout_seconds)
         self._others: dict[int, _Seen] = {}
         self._siblings: dict[int, int] | None = None  # of this machine, once all are there: {rank: process id}
@@ -95,8 +98,9 @@ class Watchdog:
         self._wake.set()
 
     def tell(self) -> None:
-        """Returns once the others can read the last beat: what follows may hold the interpreter."""
-        while self._told_entered != self._entered and self._thread.is_alive():
+        """Returns once the others can read the last beat, or the run folder fails: what follows may hold the
+        interpreter."""
+        while self._told_entered != self._entered and self._thread.is_alive() and not self._fails:
             time.sleep(0.01)
 
     def close(self, *, phase: str) -> None:
@@ -116,24 +120,31 @@ class Watchdog:
             self._thread.join(0.1)
 
     def _watch(self) -> None:
+        expected = time.monotonic()
+        while not self._closed:
+            now = time.monotonic()
+            if now - expected > LATE_SECONDS:
+                self._progress.forgive(now - expected)
+            self._try(partial(self._look, now))
+            pause = (
+                self._tick
+                if self._fails or self._told_entered == self._entered
+                else max(0.0, self._last_beat + self._beat_seconds - now)
+            )
+            expected = time.monotonic() + pause
+            self._wake.wait(pause)
+            self._wake.clear()
+        self._try(self._tell)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """Where the run folder fails, as a file server's does for a while, that is said once; the watch goes on."""
         try:
-            expected = time.monotonic()
-            while not self._closed:
-                now = time.monotonic()
-                if now - expected > LATE_SECONDS:
-                    self._progress.forgive(now - expected)
-                self._look(now)
-                pause = (
-                    self._tick
-                    if self._told_entered == self._entered
-                    else max(0.0, self._last_beat + self._beat_seconds - now)
-                )
-                expected = time.monotonic() + pause
-                self._wake.wait(pause)
-                self._wake.clear()
-            self._tell()
-        except (MegatronXYError, OSError) as error:  # the run folder fails; the training will say so when it writes
-            print(f"rank {self._rank}: the watchdog gives up: {error}", file=sys.stderr, flush=True)
+            work()
+            self._fails = False
+        except (MegatronXYError, OSError) as error:
+            if not self._fails:
+                print(f"rank {self._rank}: the watchdog will try again: {error}", file=sys.stderr, flush=True)
+            self._fails = True
             self._stay()
 
     def _look(self, now: float) -> None:
@@ -146,9 +157,6 @@ class Watchdog:
             counts_disks=iteration == 0 or phase in WRITING_PHASES,
         )
         stalled = self._progress.stalled_seconds(now)
-        has_moved = self._told_entered != self._entered
-        if now - self._last_beat >= (self._beat_seconds if has_moved else self._idle_beat_seconds):
-            self._tell()
         if self._siblings is None and iteration:
             self._siblings = orphans.siblings()
         if stalled > self._tick:
@@ -162,6 +170,9 @@ class Watchdog:
                 self._report(stalled)
         if stalled > GONE_SECONDS and self._siblings:
             self._look_for_the_dead(self._siblings)
+        has_moved = self._told_entered != self._entered
+        if now - self._last_beat >= (self._beat_seconds if has_moved else self._idle_beat_seconds):
+            self._tell()
 
     def _tell(self) -> None:
         now, entered = time.monotonic(), self._entered

@@ -184,6 +184,9 @@ def test_a_heartbeat_tells_iteration_phase_and_process(tmp_path, monkeypatch):
     assert read_heartbeats(tmp_path, start=this_start(), attempt=1) == {}
     (tmp_path / "heartbeats" / "rank-00001.json").write_text('{"rank": 1}')
     assert list(read_heartbeats(tmp_path)) == [0, 3], "what another version told is passed over"
+    (tmp_path / "heartbeats" / "rank-00002.json").mkdir()
+    assert list(read_heartbeats(tmp_path)) == [0, 3], "what cannot be read just now, too"
+    (tmp_path / "heartbeats" / "rank-00002.json").rmdir()
     clear_heartbeats(tmp_path)
     assert read_heartbeats(tmp_path) == {}
 

@@ -1,5 +1,7 @@
-"""A report of a hang that is taken back, as the run has gone on while the ranks answered."""
+"""One rank's watchdog: a report that is taken back, as the run has gone on; a run folder that fails for a while."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_xy.run_folder import new_beat, prepare, read_heartbeats, write_beat
+from megatron_xy.run_folder import new_beat, prepare, read_exit, read_heartbeats, write_beat
 from megatron_xy.runtime import hang_report
 from megatron_xy.runtime.watchdog import HOLDING_PHASE, WORK_BYTES, Watchdog, _Work
 
@@ -78,3 +80,29 @@ def test_a_rank_that_has_answered_goes_on_where_the_request_is_withdrawn(watchdo
     watchdog.beat(iteration=1, phase="step")
     watchdog.tell()
     assert read_heartbeats(tmp_path)[0].phase == "step"
+
+
+def test_a_run_folder_that_failed_for_a_while_does_not_end_the_watch(tmp_path):
+    """It is said once; a standstill afterwards is found and ended."""
+    prepare(tmp_path)
+    command = [sys.executable, "-c", _LOSE_THE_FOLDER, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 76, ended
+    assert ended.stderr.count("rank 0: the watchdog will try again: ") == 1, ended
+    assert "iteration 2, phase step" in read_exit(tmp_path).message
+
+
+_LOSE_THE_FOLDER = """
+import pathlib, sys, time, types
+from megatron_xy.runtime.watchdog import Watchdog
+run_dir = pathlib.Path(sys.argv[1])
+stop = types.SimpleNamespace(is_deaf=False)
+watchdog = Watchdog(run_dir, rank=0, world_size=1, timeout_seconds=0.5, phase="import", stop=stop)
+(run_dir / "heartbeats").rename(run_dir / "elsewhere")
+watchdog.beat(iteration=1, phase="step")
+watchdog.tell()
+time.sleep(0.2)
+(run_dir / "elsewhere").rename(run_dir / "heartbeats")
+watchdog.beat(iteration=2, phase="step")
+time.sleep(30)
+"""
