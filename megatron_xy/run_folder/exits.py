@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -73,11 +74,15 @@ def record_exit(
     )
     if foreign_lock(run_dir) is not None:
         return None
-    with exit_lock(run_dir):
-        standing = read_exit(run_dir)
-        is_ours = standing is not None and (standing.start, standing.attempt) == (record.start, record.attempt)
-        if standing and is_ours and _weight(standing.code) >= _weight(code):
-            return standing
+
+    def standing() -> ExitRecord | None:
+        found = read_exit(run_dir)
+        is_ours = found is not None and (found.start, found.attempt) == (record.start, record.attempt)
+        return found if found and is_ours and _weight(found.code) >= _weight(code) else None
+
+    with exit_lock(run_dir, unless=standing) as found:
+        if stands := found or standing():
+            return stands
         write_json(run_dir / "exit.json", asdict(record))
         return record
 
@@ -86,7 +91,9 @@ def read_exit(run_dir: Path) -> ExitRecord | None:
     """How the run ended, as far as anyone has said. What other versions say besides is passed over."""
     try:
         values = read_json(run_dir / "exit.json")
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the latter where a file server has just replaced it
+            raise
         return None
     return ExitRecord(**{field.name: values[field.name] for field in fields(ExitRecord)})
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_xy.errors import ConfigError, StorageError
 from megatron_xy.run_folder.files import now
@@ -23,6 +23,8 @@ from megatron_xy.storage import storage_errors
 
 TRAINING_LOCK = ".lock"  # taken by rank 0 of the training
 SUPERVISOR_LOCK = ".supervisor.lock"  # taken by `megatron-xy run`
+
+Found = TypeVar("Found")
 
 PATIENCE_SECONDS = 1.0  # a holder that is just leaving, or has not yet written its name, is no reason to refuse
 EXIT_LOCK_SECONDS = 10.0  # a record takes milliseconds; a process stopped within it must not hold the others up
@@ -77,15 +79,25 @@ def foreign_lock(run_dir: Path) -> Path | None:
 
 
 @contextmanager
-def exit_lock(run_dir: Path) -> Iterator[None]:
-    """Held by whoever looks how the run ends and then writes it, on any machine; raises StorageError after a while."""
+def exit_lock(run_dir: Path, *, unless: Callable[[], Found | None] = lambda: None) -> Iterator[Found | None]:
+    """Held by whoever looks how the run ends and then writes it, on any machine; raises StorageError after a while.
+
+    Not held once `unless` finds something, which the block is given: a thousand ranks that end at once need not queue.
+    """
     path = run_dir / ".exit.lock"
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    found: Found | None = None
+
+    def is_found_or_held() -> bool:
+        nonlocal found
+        found = unless()
+        return found is not None or _flock(descriptor, fcntl.LOCK_EX)
+
     try:
-        if not _within_patience(lambda: _flock(descriptor, fcntl.LOCK_EX), seconds=EXIT_LOCK_SECONDS):
+        if not _within_patience(is_found_or_held, seconds=EXIT_LOCK_SECONDS):
             raise StorageError(f"{path} is held by a process that does not let go of it; end that one")
-        yield
+        yield found
     finally:
         os.close(descriptor)
 

@@ -21,6 +21,7 @@ from megatron_xy.run_folder import (
     Beat,
     clear_exit,
     clear_heartbeats,
+    exit_lock,
     lock,
     new_beat,
     prepare,
@@ -120,6 +121,12 @@ def test_ranks_that_end_at_the_same_time_leave_one_whole_record(tmp_path, monkey
 def _record_many(run_dir: Path, code: int, rank: int) -> None:
     for _ in range(10):
         record_exit(run_dir, code=code, message="", rank=rank)
+
+
+def test_who_has_nothing_to_add_does_not_wait_for_others_that_record(tmp_path):
+    cause = record_exit(tmp_path, code=65, message="the cause", rank=1)
+    with exit_lock(tmp_path):
+        assert record_exit(tmp_path, code=76, message="what followed", rank=2) == cause
 
 
 def test_an_attempt_overrules_what_the_one_before_wrote(tmp_path, monkeypatch):
