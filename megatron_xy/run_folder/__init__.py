@@ -6,7 +6,7 @@ another start of a run holds the folder.
 """
 
 from megatron_xy.run_folder.environment import write_env
-from megatron_xy.run_folder.exits import EXIT_NAMES, ExitRecord, clear_exit, read_exit, record_exit
+from megatron_xy.run_folder.exits import EXIT_NAMES, ExitRecord, clear_exit, read_exit, read_failure, record_exit
 from megatron_xy.run_folder.files import check_place, prepare
 from megatron_xy.run_folder.heartbeats import Beat, clear_heartbeats, new_beat, read_heartbeats, write_beat
 from megatron_xy.run_folder.locks import SUPERVISOR_LOCK, RunDirBusy, exit_lock, lock, refuse_if_busy, told_by_holder
@@ -28,6 +28,7 @@ __all__ = [
     "new_beat",
     "prepare",
     "read_exit",
+    "read_failure",
     "read_heartbeats",
     "read_start",
     "record_exit",

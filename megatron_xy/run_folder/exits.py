@@ -98,6 +98,17 @@ def read_exit(run_dir: Path) -> ExitRecord | None:
     return ExitRecord(**{field.name: values[field.name] for field in fields(ExitRecord)})
 
 
+def read_failure(run_dir: Path, *, began: float) -> ExitRecord | None:
+    """The failure that a process of this start and attempt has recorded, neither the end nor a clean stop.
+
+    began: the wall time at which this process did, for the sake of an earlier torchrun at the same address and port.
+    """
+    found = read_exit(run_dir)
+    if found is None or (found.start, found.attempt) != (this_start(), current_attempt()) or _is_before(found, began):
+        return None
+    return None if found.code in (EXIT_DONE, EXIT_STOPPED) else found
+
+
 def clear_exit(run_dir: Path, *, began: float | None = None) -> None:
     """Removes exit.json: before a start, by whoever starts the ranks, so that no rank's early end is lost.
 

@@ -37,7 +37,7 @@ WORK_BYTES = 4 * 2**20  # read or written within `timeout_seconds`: a rank that 
 WORK_SHARE = 0.1  # of one core within `timeout_seconds`: likewise
 BEATS_A_SECOND = 200  # of all ranks together, as each is a new file on a shared file system
 LATE_SECONDS = 2.0  # a tick later than this shows that the process did not run; the time is not held against it
-GONE_SECONDS = 5.0  # after which a rank that stands still looks whether one of its machine's ranks has died
+GONE_SECONDS = 5.0  # after which a rank that stands still looks whether another one has failed, or died beside it
 LEAVE_SECONDS = 3.0  # for ranks that have answered to end by themselves
 FIRST_RANKS = 4  # watch the others' heartbeats from early on; later ranks step in where these do not report
 LAST_RESORT_SECONDS = 60.0  # for reporting and ending; then the C library's exit, from a thread without an interpreter
@@ -168,8 +168,9 @@ class Watchdog:
             is_due = now - self._last_look_around >= max(self._tick, self._world_size / BEATS_A_SECOND)
             if is_due and min(stalled, self._others_stalled(now)) > limit:
                 self._report(stalled)
-        if stalled > GONE_SECONDS and self._siblings:
-            self._look_for_the_dead(self._siblings)
+        if stalled > GONE_SECONDS:
+            self._look_for_a_failure()
+            self._look_for_the_dead()
         has_moved = self._told_entered != self._entered
         if now - self._last_beat >= (self._beat_seconds if has_moved else self._idle_beat_seconds):
             self._tell()
@@ -293,9 +294,19 @@ class Watchdog:
         sys.stderr.flush()
         os._exit(EXIT_PEER_LOST)
 
-    def _look_for_the_dead(self, siblings: dict[int, int]) -> None:
-        """Leaves if a rank of this machine has died: on a GPU no collective says so before the backend's timeout."""
-        dead = [rank for rank, pid in siblings.items() if not orphans.is_running(pid)]
+    def _look_for_a_failure(self) -> None:
+        """Leaves if another rank has recorded one: on a GPU no collective says so before the backend's timeout."""
+        failure = run_folder.read_failure(self._run_dir, began=self._began)
+        if failure is not None and failure.rank != self._rank:
+            self._begin_to_leave()
+            who = "a supervisor" if failure.rank is None else f"rank {failure.rank}"
+            said = f"{who} ({failure.host}) has recorded {failure.code} ({failure.name}): {failure.message}"
+            print(f"rank {self._rank}: leaves, as {said}", file=sys.stderr, flush=True)
+            self._end()
+
+    def _look_for_the_dead(self) -> None:
+        """Leaves if a rank of this machine has died, which no collective tells of either."""
+        dead = [rank for rank, pid in (self._siblings or {}).items() if not orphans.is_running(pid)]
         beats = self._beats() if dead else {}
         lost = [beats[rank] for rank in dead if rank in beats and beats[rank].phase != END]
         if lost:

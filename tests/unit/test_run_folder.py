@@ -26,6 +26,7 @@ from megatron_xy.run_folder import (
     new_beat,
     prepare,
     read_exit,
+    read_failure,
     read_heartbeats,
     record_exit,
     this_start,
@@ -160,6 +161,23 @@ def test_a_rank_0_that_nobody_cleared_it_for_keeps_what_its_own_start_wrote(tmp_
     monkeypatch.setenv("MASTER_PORT", "29501")
     clear_exit(tmp_path, began=time.time())
     assert read_exit(tmp_path) is None
+
+
+def test_only_a_failure_of_this_start_and_attempt_ends_the_other_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGATRON_XY_START", "slurm-7")
+    began = time.time()
+    assert read_failure(tmp_path, began=began) is None
+    for code in (0, 75):  # of ranks that are done, while others still save
+        record_exit(tmp_path, code=code, message="", rank=1)
+        assert read_failure(tmp_path, began=began) is None
+    failure = record_exit(tmp_path, code=76, message="", rank=1)
+    assert read_failure(tmp_path, began=began) == failure
+    assert read_failure(tmp_path, began=began + 10) is None, "of an earlier torchrun at the same port"
+    monkeypatch.setenv("MEGATRON_XY_ATTEMPT", "1")
+    assert read_failure(tmp_path, began=began) is None
+    monkeypatch.setenv("MEGATRON_XY_ATTEMPT", "0")
+    monkeypatch.setenv("MEGATRON_XY_START", "slurm-8")
+    assert read_failure(tmp_path, began=began) is None
 
 
 def test_a_requeued_job_is_the_same_start_wherever_its_ranks_meet(monkeypatch):

@@ -1,5 +1,6 @@
 """One rank's watchdog: a report that is taken back, as the run has gone on; a run folder that fails for a while."""
 
+import re
 import subprocess
 import sys
 import time
@@ -84,12 +85,17 @@ def test_a_rank_that_has_answered_goes_on_where_the_request_is_withdrawn(watchdo
 
 def test_a_run_folder_that_failed_for_a_while_does_not_end_the_watch(tmp_path):
     """It is said once; a standstill afterwards is found and ended."""
-    prepare(tmp_path)
-    command = [sys.executable, "-c", _LOSE_THE_FOLDER, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 76, ended
+    ended = ended_by_its_watchdog(_LOSE_THE_FOLDER, tmp_path)
     assert ended.stderr.count("rank 0: the watchdog will try again: ") == 1, ended
     assert "iteration 2, phase step" in read_exit(tmp_path).message
+
+
+def ended_by_its_watchdog(script: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    prepare(run_dir)
+    command = [sys.executable, "-c", script, str(run_dir)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 76, ended
+    return ended
 
 
 _LOSE_THE_FOLDER = """
@@ -104,5 +110,24 @@ watchdog.tell()
 time.sleep(0.2)
 (run_dir / "elsewhere").rename(run_dir / "heartbeats")
 watchdog.beat(iteration=2, phase="step")
+time.sleep(30)
+"""
+
+
+def test_a_rank_that_stands_still_leaves_where_one_of_another_machine_has_failed(tmp_path):
+    ended = ended_by_its_watchdog(_STAND_STILL, tmp_path)
+    assert re.match(r"rank 0: leaves, as rank 9 \(\S+\) has recorded 65 \(bad_data\): no such shard\n", ended.stderr)
+    assert read_exit(tmp_path).rank == 9
+
+
+_STAND_STILL = """
+import pathlib, sys, time, types
+from megatron_xy.run_folder import record_exit
+from megatron_xy.runtime import watchdog
+watchdog.GONE_SECONDS = 0.1
+stop = types.SimpleNamespace(is_deaf=False)
+run_dir = pathlib.Path(sys.argv[1])
+watchdog.Watchdog(run_dir, rank=0, world_size=16, timeout_seconds=60, phase="step", stop=stop)
+record_exit(run_dir, code=65, message="no such shard", rank=9)
 time.sleep(30)
 """
