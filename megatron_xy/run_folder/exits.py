@@ -53,12 +53,13 @@ class ExitRecord:
 
 
 def record_exit(
-    run_dir: Path, *, code: int, message: str, rank: int | None, attempt: int | None = None
+    run_dir: Path, *, code: int, message: str, rank: int | None, attempt: int | None = None, found: float | None = None
 ) -> ExitRecord | None:
     """Writes exit.json unless what stands there weighs as much; returns what stands then.
 
     Of several ranks the cause stands: an error of its own, over a lost peer, over a clean stop, over the end; the
-    first of equals. What another start or attempt wrote weighs nothing; `attempt` is this process's own unless given.
+    first of equals, which for one that took long to tell is that `found` (Unix seconds) first. What another start or
+    attempt wrote weighs nothing; `attempt` is this process's own unless given.
     Where another start is at work in the folder nothing is written, and None returned.
     Not for a signal's handler: the record it interrupts may hold the lock that it would wait for.
     """
@@ -76,12 +77,14 @@ def record_exit(
         return None
 
     def standing() -> ExitRecord | None:
-        found = read_exit(run_dir)
-        is_ours = found is not None and (found.start, found.attempt) == (record.start, record.attempt)
-        return found if found and is_ours and _weight(found.code) >= _weight(code) else None
+        other = read_exit(run_dir)
+        if other is None or (other.start, other.attempt) != (record.start, record.attempt):
+            return None
+        is_first = found is None or _seconds(other.time) <= found
+        return other if (_weight(other.code), is_first) >= (_weight(code), True) else None
 
-    with exit_lock(run_dir, unless=standing) as found:
-        if stands := found or standing():
+    with exit_lock(run_dir, unless=standing) as stands:
+        if stands := stands or standing():
             return stands
         write_json(run_dir / "exit.json", asdict(record))
         return record
@@ -123,7 +126,11 @@ def clear_exit(run_dir: Path, *, began: float | None = None) -> None:
 
 def _is_before(record: ExitRecord, began: float) -> bool:
     """Ranks begin within seconds of each other; between two starts of torchrun lie more than these."""
-    return datetime.fromisoformat(record.time).timestamp() + STAGGER_SECONDS < began
+    return _seconds(record.time) + STAGGER_SECONDS < began
+
+
+def _seconds(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
 
 
 def _weight(code: int) -> int:

@@ -27,7 +27,8 @@ from megatron_xy.storage import write_json, write_text
 
 REQUEST = "hang.json"
 STACKS_SIGNAL = signal.SIGUSR2  # a rank dumps its stacks into heartbeats/rank-00000.stacks, whatever it is doing
-ANSWER_SECONDS = 6.0  # for all ranks to answer
+ANSWER_SECONDS = 6.0  # for all ranks to answer, or longer
+ANSWERS_A_SECOND = 50  # where they are many: each is a file to be written and read on a shared file system
 ASK_AGAIN_SECONDS = 2.0  # then those of this machine are asked by the signal
 CLOCKS_APART_SECONDS = 5.0  # between machines
 SHOWN_CALLS = 8  # of each stack, on the terminal
@@ -148,18 +149,24 @@ def own_stacks() -> dict[str, str]:
 
 
 def gather(run_dir: Path, request: Request, *, ranks: int, local: Mapping[int, int]) -> dict[int, Answer]:
-    """The answers of `ranks` ranks as they come, ANSWER_SECONDS long at most; `local`: {rank: pid} on this machine."""
+    """The answers of `ranks` ranks as they come, answer_seconds(ranks) long; `local`: {rank: pid} on this machine."""
     began = time.monotonic()
     asked = False
+    answers: dict[int, Answer] = {}
     while True:
-        answers = _answers(run_dir, request)
+        answers |= _new_answers(run_dir, request, known=answers)
         waited = time.monotonic() - began
-        if len(answers) >= ranks or waited > ANSWER_SECONDS:
+        if len(answers) >= ranks or waited > answer_seconds(ranks):
             return answers
         if waited > ASK_AGAIN_SECONDS and not asked:
             asked = True
             ask_by_signal([pid for rank, pid in local.items() if rank not in answers])
         time.sleep(0.05)
+
+
+def answer_seconds(ranks: int) -> float:
+    """For how long one waits for the answers of `ranks` ranks; these wait twice as long for the report."""
+    return max(ANSWER_SECONDS, ranks / ANSWERS_A_SECOND)
 
 
 def ask_by_signal(pids: Sequence[int]) -> None:
@@ -286,10 +293,15 @@ def stacks_path(run_dir: Path, rank: int) -> Path:
     return _folder(run_dir) / f"rank-{rank:05d}.stacks"
 
 
-def _answers(run_dir: Path, request: Request) -> dict[int, Answer]:
+def _new_answers(run_dir: Path, request: Request, *, known: Mapping[int, Answer]) -> dict[int, Answer]:
     answers = {}
     for path in sorted(_folder(run_dir).glob("answer-*.json")):
-        told = Answer(**json.loads(path.read_text(encoding="utf-8")))
+        if int(path.stem.removeprefix("answer-")) in known:
+            continue
+        try:
+            told = Answer(**json.loads(path.read_text(encoding="utf-8")))
+        except OSError:
+            continue  # replaced while a file server was asked for it: the next look finds it
         if told.request_time == request.time:
             answers[told.rank] = told
     return answers

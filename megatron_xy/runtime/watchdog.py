@@ -40,7 +40,10 @@ LATE_SECONDS = 2.0  # a tick later than this shows that the process did not run;
 GONE_SECONDS = 5.0  # after which a rank that stands still looks whether another one has failed, or died beside it
 LEAVE_SECONDS = 3.0  # for ranks that have answered to end by themselves
 FIRST_RANKS = 4  # watch the others' heartbeats from early on; later ranks step in where these do not report
-LAST_RESORT_SECONDS = 60.0  # for reporting and ending; then the C library's exit, from a thread without an interpreter
+LOOKS_A_SECOND = 2000  # of all ranks together, for the report
+LAST_RESORT_SECONDS = (
+    60.0  # for reporting and ending, in small worlds; then the C library's exit, from a thread without an interpreter
+)
 BACKEND_SECONDS = 3600.0
 
 
@@ -236,7 +239,7 @@ class Watchdog:
             return
         finding = hang_report.tell(self._run_dir, request, ranks=self._world_size, answers=answers, local=local)
         print(finding.text, file=sys.stderr, flush=True)
-        self._record(finding.message, rank=finding.rank)
+        self._record(finding.message, rank=finding.rank, found=request.time)
         for rank in finding.silent:
             _kill(local.get(rank))
         hang_report.close(self._run_dir, request, finding)  # the others leave when they see it
@@ -252,17 +255,18 @@ class Watchdog:
         request is withdrawn."""
         self._begin_to_leave()
         self._answer(request, stalled)
-        deadline = time.monotonic() + 2 * hang_report.ANSWER_SECONDS
+        deadline = time.monotonic() + 2 * hang_report.answer_seconds(self._world_size)
         while (told := hang_report.read_request(self._run_dir, since=self._began)) is not None:
             if told.time != request.time or told.report is not None or time.monotonic() > deadline:
                 break
             if self._told_entered != self._entered:
                 self._tell()
-            time.sleep(0.05)
+            time.sleep(max(0.05, self._world_size / LOOKS_A_SECOND))
         if told is None or told.time != request.time:
             self._stay()
             return
-        self._record(f"nothing has gone forward for {request.stalled_seconds:.0f} s; the report failed", rank=None)
+        outcome = "the report failed" if told.report is None else f"stacks in {told.report}"
+        self._record(f"nothing has gone forward for {request.stalled_seconds:.0f} s; {outcome}", rank=None)
         local = orphans.siblings()
         for rank in told.silent:
             _kill(local.get(rank))
@@ -274,7 +278,8 @@ class Watchdog:
 
     def _begin_to_leave(self) -> None:
         self._leaving = self._stop.is_deaf = True  # torchrun's SIGTERM, when the first rank is gone, ends no report
-        faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True, file=self._stacks)
+        seconds = max(LAST_RESORT_SECONDS, 4 * hang_report.answer_seconds(self._world_size))
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._stacks)
 
     def _stay(self) -> None:
         faulthandler.cancel_dump_traceback_later()
@@ -283,10 +288,10 @@ class Watchdog:
     def _answer(self, request: hang_report.Request, stalled: float) -> None:
         hang_report.answer(self._run_dir, request, self._own_beat(time.monotonic()), stalled_seconds=stalled)
 
-    def _record(self, message: str, *, rank: int | None) -> None:
+    def _record(self, message: str, *, rank: int | None, found: float | None = None) -> None:
         """Before anybody leaves: what a main thread makes of its peer's end must not be the first to be recorded."""
         try:
-            run_folder.record_exit(self._run_dir, code=EXIT_PEER_LOST, message=message, rank=rank)
+            run_folder.record_exit(self._run_dir, code=EXIT_PEER_LOST, message=message, rank=rank, found=found)
         except (MegatronXYError, OSError):
             traceback.print_exc()
 

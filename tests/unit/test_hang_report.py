@@ -1,10 +1,14 @@
-"""The report of a run that stands still: who files the request for it."""
+"""The report of a run that stands still: who files the request for it, whose answers come, and who is named."""
 
+import json
+import os
+import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from megatron_xy.run_folder import prepare
-from megatron_xy.runtime.hang_report import Answer, claim, new_request, tell
+from megatron_xy.runtime.hang_report import Answer, answer_seconds, claim, gather, new_request, tell
+from megatron_xy.storage import write_json
 
 
 def test_one_process_reports_and_an_earlier_start_on_the_same_address_keeps_none_from_it(tmp_path, monkeypatch):
@@ -31,3 +35,30 @@ def test_ranks_that_have_not_come_as_far_are_named_whatever_a_role_does_on_its_o
     answers |= {rank: answer_of(rank, "record", 24) for rank in (2, 3)}
     finding = tell(tmp_path, request, ranks=4, answers=answers, local={})
     assert [rank for rank in range(4) if f"it hangs in: rank {rank} " in finding.text] == [0, 1]
+
+
+def test_an_answer_is_read_once_and_kept(tmp_path):
+    """Reading all of a thousand again at each look took longer than the answers may take."""
+    prepare(tmp_path)
+    request = new_request(rank=0, stalled_seconds=9.0)
+    first, second = (
+        Answer(request.time, rank, 1, "host", 5, "step", 23, 9.0, None, {"main thread": ""}) for rank in (0, 1)
+    )
+    pipe = tmp_path / "heartbeats" / "answer-00000.json"
+    os.mkfifo(pipe)
+
+    def answer() -> None:
+        with pipe.open("w", encoding="utf-8") as stream:  # once it is being read
+            pipe.unlink()
+            json.dump(asdict(first), stream)
+        write_json(pipe.with_name("answer-00001.json"), asdict(second))
+
+    ranks = threading.Thread(target=answer)
+    ranks.start()
+    assert gather(tmp_path, request, ranks=2, local={}) == {0: first, 1: second}
+    ranks.join()
+
+
+def test_many_ranks_have_longer_to_answer():
+    assert answer_seconds(8) == answer_seconds(256) == 6.0
+    assert answer_seconds(1024) > 20

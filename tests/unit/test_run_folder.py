@@ -105,6 +105,15 @@ def test_the_cause_stands_in_whatever_order_ranks_end(tmp_path_factory, codes):
     assert record.name == EXIT_NAMES[record.code]
 
 
+def test_of_equals_the_one_found_first_stands_though_it_took_long_to_tell(tmp_path):
+    found = time.time()
+    record_exit(tmp_path, code=76, message="the report failed", rank=1)
+    record_exit(tmp_path, code=76, message="too late", rank=2, found=found + 10)
+    assert read_exit(tmp_path).rank == 1
+    record_exit(tmp_path, code=76, message="the report", rank=0, found=found - 10)
+    assert read_exit(tmp_path).rank == 0
+
+
 def test_ranks_that_end_at_the_same_time_leave_one_whole_record(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGATRON_XY_SUPERVISOR_PID", "1")  # processes of one start
     context = multiprocessing.get_context("fork")
