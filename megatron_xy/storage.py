@@ -1,8 +1,9 @@
-"""Writing to disk so that a file is there whole or not at all, even after a kill or a power cut; checksums of files."""
+"""Writing to disk so that a file is there whole or not at all, even after a kill or a power cut; checksums; locks."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -13,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.errors import DataError, StorageError
+from megatron_xy.errors import ConfigError, DataError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def temporary_name(name: str) -> str:
@@ -116,6 +118,25 @@ def sampled_sha256(path: Path, *, num_blocks: int = 16, block_bytes: int = 2**12
             stream.seek(max(0, size - block_bytes) * number // (num_blocks - 1))
             digest.update(stream.read(block_bytes))
     return digest.hexdigest()
+
+
+def take_lock(descriptor: int, kind: int, *, folder: Path) -> bool:
+    """Whether the kernel's lock (`kind`: LOCK_EX or LOCK_SH) on an open file of `folder` was free, and is now held.
+
+    Raises ConfigError where the folder's file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise ConfigError(
+            f"{folder} must be on a file system that has locks (flock): {error.strerror}; mount it with them (Lustre: "
+            "-o flock; NFS: without nolock, its lock service running), or choose another folder"
+        ) from None
+    return True
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.errors import ConfigError, DataError, StorageError
+from megatron_xy.storage import take_lock
 
 FOLDERS = ("logs", "checkpoints", "report", "heartbeats")
 
@@ -20,7 +22,8 @@ def prepare(run_dir: Path, *, key: str = "run_dir") -> None:
     """Makes `run_dir` and its folders, open to their owner only, or finds them there.
 
     key: as which the user knows the folder. Raises ConfigError, or StorageError where its disk is full or fails. A file
-    is written and removed again: neither permission bits nor root's rights tell of a read-only file system.
+    is written, locked and removed again: permission bits tell neither of a read-only file system nor of one without
+    locks.
     """
     with _refusals(run_dir, key=key):
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,6 +53,7 @@ def _refusals(run_dir: Path, *, key: str) -> Iterator[None]:
 def _probe(folder: Path) -> None:
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"x")
+        take_lock(probe.fileno(), fcntl.LOCK_EX, folder=folder)
 
 
 def read_json(path: Path) -> Any:

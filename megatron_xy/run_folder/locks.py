@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from megatron_xy.errors import ConfigError, StorageError
 from megatron_xy.run_folder.files import now
 from megatron_xy.run_folder.starts import this_start
-from megatron_xy.storage import storage_errors
+from megatron_xy.storage import storage_errors, take_lock
 
 TRAINING_LOCK = ".lock"  # taken by rank 0 of the training
 SUPERVISOR_LOCK = ".supervisor.lock"  # taken by `megatron-xy run`
@@ -45,7 +45,7 @@ def lock(run_dir: Path, *, name: str = TRAINING_LOCK) -> Iterator[None]:
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        if not _within_patience(lambda: _flock(descriptor, fcntl.LOCK_EX)):
+        if not _within_patience(lambda: take_lock(descriptor, fcntl.LOCK_EX, folder=run_dir)):
             raise _busy(run_dir, path)
         holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": now(), "start": this_start()})
         with storage_errors(path):
@@ -92,7 +92,7 @@ def exit_lock(run_dir: Path, *, unless: Callable[[], Found | None] = lambda: Non
     def is_found_or_held() -> bool:
         nonlocal found
         found = unless()
-        return found is not None or _flock(descriptor, fcntl.LOCK_EX)
+        return found is not None or take_lock(descriptor, fcntl.LOCK_EX, folder=run_dir)
 
     try:
         if not _within_patience(is_found_or_held, seconds=EXIT_LOCK_SECONDS):
@@ -106,17 +106,10 @@ def _is_free_or_ours(path: Path) -> bool:
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _flock(descriptor, fcntl.LOCK_SH) or _holder(path).get("start") == this_start()
+        is_free = take_lock(descriptor, fcntl.LOCK_SH, folder=path.parent)
+        return is_free or _holder(path).get("start") == this_start()
     finally:
         os.close(descriptor)
-
-
-def _flock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _within_patience(holds: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import re
 import resource
 import tomllib
@@ -49,7 +52,7 @@ def test_this_machine_passes_and_nothing_stays(tmp_path: Path) -> None:
         findings
     )
     assert not [finding for finding in findings.values() if finding.verdict == "fail"]
-    assert "MB/s" in findings["disk writes"].found
+    assert "MB/s" in findings["disk writes"].found and "has them" in findings["file locks"].found
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,6 +80,15 @@ def test_a_folder_that_takes_no_runs_fails_by_itself(tmp_path: Path) -> None:
     read_only = Path("/proc")
     (disk,) = (finding for finding in machine_findings(read_only, has_gpu=False) if finding.subject == "disk writes")
     assert disk.verdict == "fail" and disk.remedy
+
+
+def test_a_folder_without_locks_fails_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(_descriptor: int, _kind: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (locks,) = (found for found in machine_findings(tmp_path, has_gpu=False) if found.subject == "file locks")
+    assert locks.verdict == "fail" and str(tmp_path) in locks.found and locks.remedy.startswith("mount it with them")
 
 
 def test_an_old_version_meets_its_advisory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The run folder's small files: one run a folder, the cause of an end stands, nobody reads half a file."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -19,6 +21,7 @@ from megatron_xy.run_folder import (
     EXIT_NAMES,
     SUPERVISOR_LOCK,
     Beat,
+    check_place,
     clear_exit,
     clear_heartbeats,
     exit_lock,
@@ -54,6 +57,16 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path, name):
         prepare(tmp_path / name)
     with pytest.raises(ConfigError, match=r"the work folder \(.*\) must be"):
         prepare(tmp_path / name, key="the work folder")
+
+
+@pytest.mark.parametrize("use", [prepare, check_place, lambda folder: lock(folder).__enter__(), clear_exit])
+def test_a_file_system_without_locks_is_refused_by_name(tmp_path, monkeypatch, use):
+    def flock(_descriptor, _kind):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match=rf"{tmp_path} must be on a file system that has locks \(flock\): .*-o flock"):
+        use(tmp_path)
 
 
 def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
