@@ -36,6 +36,7 @@ class RunLog:
         self.run_dir = run_dir
         self._wandb_project = wandb_project
         self.is_leader = is_leader
+        self._has_steps = is_leader or rank == 0  # a thousand files need not say the same for weeks
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         self._file: TextIO = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
         self._records: dict[str, TextIO] = {}  # open files of the leader by name
@@ -63,8 +64,9 @@ class RunLog:
         self._boards = open_boards(self.run_dir, iteration=iteration, wandb_project=self._wandb_project, say=self.say)
 
     def step(self, record: dict[str, Any], *, train_iters: int) -> None:
-        """One finished step: a line on the terminal, an object in metrics.jsonl, scalars on the boards."""
-        self.say(step_line(record, train_iters=train_iters))
+        """One finished step: a line of the leader and of rank 0, an object in metrics.jsonl, scalars on the boards."""
+        if self._has_steps:
+            self.say(step_line(record, train_iters=train_iters))
         self._write(METRICS, record)
         scalars = {name: record[name] for name in _SCALARS if record.get(name) is not None}
         scalars[f"loss_by_bucket/{record['bucket']}"] = record["loss"]
@@ -72,8 +74,9 @@ class RunLog:
         self._draw(scalars, record["iteration"])
 
     def ppo_step(self, record: dict[str, Any], *, train_iters: int) -> None:
-        """One finished PPO step: a line on the terminal, an object in metrics.jsonl, scalars on the boards."""
-        self.say(ppo_line(record, train_iters=train_iters))
+        """One finished PPO step, likewise."""
+        if self._has_steps:
+            self.say(ppo_line(record, train_iters=train_iters))
         self._write(METRICS, record)
         scalars = {name: value for name, value in record.items() if isinstance(value, int | float)}
         for field in ("seconds_by_phase", "seconds_by_role", "idle_share_by_role", "tokens_per_second_by_phase"):

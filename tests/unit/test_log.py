@@ -57,14 +57,17 @@ def test_the_leader_writes_unrounded_records_and_scalars_and_speaks(tmp_path, ca
     assert [line[20:] for line in stamped] == shown
 
 
-def test_other_ranks_write_their_log_file_only(tmp_path, capsys):
-    log = RunLog(tmp_path, rank=0, is_leader=False)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_other_ranks_write_their_log_file_only_and_there_rank_0_alone_each_step(tmp_path, capsys, rank):
+    log = RunLog(tmp_path, rank=rank, is_leader=False)
     log.open_metrics(iteration=0)
     log.step(record(1), train_iters=2)
+    log.say("done")
     log.close()
     assert capsys.readouterr().out == ""
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["logs", "rank-00000.log"]
-    assert "step 1/2 | bucket   128" in (tmp_path / "logs" / "rank-00000.log").read_text()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["logs", f"rank-{rank:05d}.log"]
+    told = (tmp_path / "logs" / f"rank-{rank:05d}.log").read_text()
+    assert ("step 1/2 | bucket   128" in told) == (rank == 0) and " done\n" in told
 
 
 def test_numbers_that_json_has_not_become_null_at_any_depth(tmp_path):
