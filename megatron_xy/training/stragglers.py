@@ -6,7 +6,7 @@ blamed. Per FLOP of its pipeline stage, since stages differ. Ranks exchange it e
 
 from __future__ import annotations
 
-import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,12 +61,19 @@ def outliers(busy: Sequence[float], shares: Sequence[float]) -> list[Straggler]:
     """Ranks that stand out among seconds a step and shares of the model's FLOPs, both by rank."""
     rates = [seconds / share for seconds, share in zip(busy, shares, strict=True)]
     result = []
-    for rank, rate in enumerate(rates):
-        others = statistics.median(rates[:rank] + rates[rank + 1 :])
-        other_seconds = statistics.median([*busy[:rank], *busy[rank + 1 :]])
+    medians = zip(medians_of_others(rates), medians_of_others(busy), strict=True)
+    for rank, (rate, (others, other_seconds)) in enumerate(zip(rates, medians, strict=True)):
         if rate > FACTOR * others and busy[rank] > RAW_FACTOR * other_seconds:
             result.append(Straggler(rank, rate / others if others else float("inf"), busy[rank]))
     return result
+
+
+def medians_of_others(values: Sequence[float]) -> list[float]:
+    """For each of two values or more the median of all but it; sorted once, as there may be thousands."""
+    ordered = sorted(values)
+    lower, upper = len(values) // 2 - 1, (len(values) - 1) // 2  # the middle of the others
+    places = [bisect_left(ordered, value) for value in values]
+    return [(ordered[lower + (lower >= place)] + ordered[upper + (upper >= place)]) / 2 for place in places]
 
 
 def role_share(role: Role) -> float:
