@@ -123,8 +123,8 @@ def build_groups(name: str, *, ranks: Sequence[int], parallel: ParallelConfig, t
     assert list(ranks) == sorted(ranks), "a process group's ranks ascend, whatever order it is given them in"
     grid = torch.tensor(list(ranks)).reshape(sizes)
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    # Nothing travels in a group of one rank, so a rank has one of these, whatever it stands for: all ranks of the world
-    # wait for each other at every group that is made, and with 512 of them most would be such.
+    # Nothing travels in a group of one rank, so a rank has one of these, whatever it stands for: each has three threads
+    # of gloo's, and with 512 ranks most calls would make such (where all wait, too, under TORCH_DIST_INIT_BARRIER=1).
     singles = {rank: dist.new_group([rank], timeout=timeout, group_desc=name) for rank in ranks}
 
     def mine_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
