@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_xy.storage import take_lock
+
 CLAIMS_FOLDER = "claims"
 
 
@@ -19,12 +21,11 @@ CLAIMS_FOLDER = "claims"
 def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether the piece of work that `path` stands for is this process's, until the block ends; `wait`: until it is.
 
-    Raises FileNotFoundError where the folder of claims is gone: the build is finished.
+    Raises FileNotFoundError where the folder of claims is gone: the build is finished; ConfigError where there are no
+    locks.
     """
     with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        is_ours = take_lock(stream.fileno(), fcntl.LOCK_EX, folder=path.parent)
+        if wait and not is_ours:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield is_ours or wait

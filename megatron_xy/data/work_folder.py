@@ -17,7 +17,7 @@ from typing import TextIO
 from megatron_xy.data.claims import CLAIMS_FOLDER
 from megatron_xy.data.manifest import MANIFEST_NAME
 from megatron_xy.errors import ConfigError
-from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, write_text
+from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, take_lock, write_text
 
 WORK_FOLDER = ".tmp-tokens"
 
@@ -30,12 +30,9 @@ def work_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
     Raises ConfigError where a build of another data set works there, or one has finished meanwhile.
     """
     with _opened(folder) as (work, lock):
-        try:  # the first one makes it ready
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if take_lock(lock.fileno(), fcntl.LOCK_EX, folder=folder):  # the first one makes it ready
             _refuse_finished(folder)
             _make_ready(folder, work, fingerprint)
-        except BlockingIOError:
-            pass
         fcntl.flock(lock, fcntl.LOCK_SH)
         _refuse_finished(folder)
         if (work / "fingerprint").read_text(encoding="utf-8") != fingerprint:

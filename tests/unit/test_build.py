@@ -1,5 +1,7 @@
 """`data build` end to end on small corpora: nothing lost, the same for any number of workers, resumed after a stop."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -152,6 +154,15 @@ def test_verify_says_how_far_it_is(corpus, tokenizer, tmp_path):
     run(corpus, tokenizer, tmp_path / "out")
     verified = CliRunner().invoke(app, ["data", "verify", str(tmp_path / "out"), "--json"])
     assert json.loads(verified.stdout) and "  verify: 0/" in verified.stderr and "(100%)" in verified.stderr
+
+
+def test_a_file_system_without_locks_is_refused_by_name(tmp_path, tokenizer, corpus, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with pytest.raises(ConfigError, match=r"out must be on a file system that has locks"):
+        build_dataset([corpus], tokenizer=tokenizer, output=tmp_path / "out", buckets=(16,))
 
 
 def test_two_workers_give_the_same_bytes(corpus, tokenizer, tmp_path):
