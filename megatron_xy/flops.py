@@ -47,10 +47,15 @@ class Shape(NamedTuple):
 
 def shape_of(model: ModelConfig) -> Shape:
     """Its sizes. Raises ConfigError where one is not given."""
-    if missing := [f"model.{key}" for key in model.missing_shape]:
-        raise ConfigError(f"{', '.join(missing)} missing: a model's cost needs its whole shape; give these keys")
-    assert model.num_layers and model.hidden_size and model.ffn_hidden_size, "checked above"
-    assert model.num_attention_heads and model.vocab_size, "checked above"
+    if not (
+        model.num_layers
+        and model.hidden_size
+        and model.ffn_hidden_size
+        and model.num_attention_heads
+        and model.vocab_size
+    ):
+        missing = ", ".join(f"model.{key}" for key in model.missing_shape)
+        raise ConfigError(f"{missing} missing: a model's cost needs its whole shape; give these keys")
     return Shape(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

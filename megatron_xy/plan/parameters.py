@@ -45,6 +45,14 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig, *, stage: int) ->
     return layers_per_chunk(shape_of(model).num_layers, num_chunks=stages * parallel.num_chunks)[stage::stages]
 
 
+def telling_stages(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """The first pipeline stage and the last one, and where the layers do not divide the second, which has as many as
+    any between."""
+    last = parallel.pipeline_model_parallel_size - 1
+    is_even = shape_of(model).num_layers % ((last + 1) * parallel.num_chunks) == 0
+    return sorted({0, last} if is_even else {0, min(1, last), last})
+
+
 def chunk_parameters(model: ModelConfig, parallel: ParallelConfig, *, stage: int, chunk: int) -> list[Parameter]:
     """One rank's parameters of a chunk of layers, in their order; with embedding and head where they belong."""
     shape = shape_of(model)

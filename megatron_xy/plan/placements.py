@@ -29,13 +29,13 @@ from megatron_xy.config import (
 from megatron_xy.plan.assumptions import Device, Efficiencies, section
 from megatron_xy.plan.job import Job, jobs
 from megatron_xy.plan.memory import Held, held_between_steps, stage_memory
+from megatron_xy.plan.parameters import telling_stages
 from megatron_xy.plan.ppo import PHASES, role_work
 from megatron_xy.ppo.placement import spelt_ranks
 
-TENSOR_SIZES, PIPELINE_SIZES = (1, 2, 4, 8), (1, 2, 4, 8, 16)
 RECOMPUTATIONS = ("none", "selective", "full")
 MOST_UNITS = 16  # into which the world is cut at first; the best splits are then moved by less
-SLACK = 1.01
+SLACK = 0.01
 FEWEST_UNITS = 8  # of less than a node each, where there are fewer nodes
 
 Group = tuple[RoleName, ...]
@@ -68,9 +68,8 @@ def placements(
     world_size = num_nodes * gpus_per_node
     all_jobs = dict(zip(role_names(config), jobs(_replica_each(config), world_size=world_size), strict=True))
     search = _Search(all_jobs, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
-    unit = gpus_per_node
-    while world_size // unit < FEWEST_UNITS and unit % 2 == 0:
-        unit //= 2
+    parts = [size for size in range(1, gpus_per_node + 1) if gpus_per_node % size == 0]
+    unit = max((size for size in parts if world_size // size >= FEWEST_UNITS), default=1)
     found = [search.best_of(groups, world_size=world_size, unit=unit) for groups in _partitions(list(all_jobs))]
     fitting = sorted((placement for placement in found if placement), key=lambda placement: placement.seconds)
     return [_placed(config, placement) for placement in fitting]
@@ -134,7 +133,8 @@ class _Search:
             if all(start % parallel.tensor_model_parallel_size == 0 for _, _, parallel in layouts)
         ]
         options = options.of(aligned)
-        return options.of(_unbeaten(options.costs[:, 2:]))
+        seconds = options.costs[:, 2:]
+        return options.of(_unbeaten(seconds, seconds * (1 + SLACK)))
 
     def _found_of_group(self, group: Group, num_ranks: int) -> _Options:
         one = self._of_role(group[0], num_ranks)
@@ -152,13 +152,22 @@ class _Search:
     def _found_of_role(self, role: RoleName, num_ranks: int) -> _Options:
         costs: list[list[float]] = []
         layouts: list[Layouts] = []
+        scored: dict[ParallelConfig, float] = {}  # which recomputation does not change
         for job in _laid_out(self._jobs[role], num_ranks=num_ranks, gpus_per_node=self._gpus_per_node):
-            held = {stage: self._held(role, job, stage) for stage in {0, job.parallel.pipeline_model_parallel_size - 1}}
+            held = {stage: self._held(role, job, stage) for stage in telling_stages(job.model, job.parallel)}
             memories = [stage_memory(job, stage=stage, held=counted) for stage, counted in held.items()]
             bytes_ = (max(m.static for m in memories), max(m.activations for m in memories))
             if not self._fit(np.array(bytes_)):
                 continue
-            work = role_work(job, gpu=self._gpu, rates=self._rates, gpus_per_node=self._gpus_per_node, held=held[0])
+            work = role_work(
+                job,
+                gpu=self._gpu,
+                rates=self._rates,
+                gpus_per_node=self._gpus_per_node,
+                held=held[0],
+                score=scored.get(job.parallel),
+            )
+            scored[job.parallel] = work["score"]
             costs.append([*bytes_, *(work[phase] for phase in PHASES)])
             layouts.append(((role, job.model, job.parallel),))
         return self._kept(np.array(costs).reshape(-1, 2 + len(PHASES)), lambda index: layouts[index])
@@ -166,7 +175,9 @@ class _Search:
     def _kept(self, costs: NDArray[np.float64], layouts_of: Callable[[int], Layouts]) -> _Options:
         """Those that fit and that nothing beats."""
         fitting = np.flatnonzero(self._fit(costs.T))
-        chosen = fitting[_unbeaten(costs[fitting])]
+        bounds = costs[fitting] * (1 + SLACK)
+        bounds[:, :2] = costs[fitting, :2] + SLACK * self._gpu.memory_bytes  # of little memory, more is no loss
+        chosen = fitting[_unbeaten(costs[fitting], bounds)]
         return _Options(costs[chosen], [layouts_of(int(index)) for index in chosen])
 
     def _fit(self, costs: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -186,22 +197,26 @@ class _Search:
         return held_between_steps(replace(self._jobs[role], parallel=parallel, dp_size=1), stage=stage)
 
 
+def sizes(*, num_ranks: int, num_layers: int, gpus_per_node: int) -> Iterator[tuple[int, int]]:
+    """(tensor, pipeline) parallel sizes that divide so many ranks; tensor parallel ranks stay in a node."""
+    for tp in range(1, gpus_per_node + 1):
+        if gpus_per_node % tp == 0 and num_ranks % tp == 0:
+            most = min(num_layers, num_ranks // tp)
+            yield from ((tp, pp) for pp in range(1, most + 1) if num_ranks // tp % pp == 0)
+
+
 def _laid_out(job: Job, *, num_ranks: int, gpus_per_node: int) -> Iterator[Job]:
     """The role on so many ranks in every layout that the rules allow."""
-    model = job.model
-    for tp, pp in itertools.product(TENSOR_SIZES, PIPELINE_SIZES):
-        if tp > gpus_per_node or num_ranks % (tp * pp) or pp > (model.num_layers or 0):
-            continue
-        is_same = pp == job.parallel.pipeline_model_parallel_size
-        sizes = {
+    model, own = job.model, job.parallel
+    for tp, pp in sizes(num_ranks=num_ranks, num_layers=model.num_layers or 0, gpus_per_node=gpus_per_node):
+        is_same = pp == own.pipeline_model_parallel_size
+        changed_sizes = {
             "tensor_model_parallel_size": tp,
             "pipeline_model_parallel_size": pp,
-            "virtual_pipeline_model_parallel_size": job.parallel.virtual_pipeline_model_parallel_size
-            if is_same
-            else None,
-            "sequence_parallel": tp > 1,
+            "virtual_pipeline_model_parallel_size": own.virtual_pipeline_model_parallel_size if is_same else None,
+            "sequence_parallel": tp > 1 or own.sequence_parallel,
         }
-        parallel = job.parallel.model_copy(update=sizes)
+        parallel = own.model_copy(update=changed_sizes)
         if any(shape_rules(model, parallel)) or any(layout_rules(parallel)):
             continue
         for recompute in RECOMPUTATIONS if job.is_trained else (model.recompute_granularity,):
@@ -209,13 +224,13 @@ def _laid_out(job: Job, *, num_ranks: int, gpus_per_node: int) -> Iterator[Job]:
             yield replace(job, model=changed, parallel=parallel).over(num_ranks // (tp * pp))
 
 
-def _unbeaten(costs: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Rows of [options, costs] beside which no other is as good, but for a hundredth, in every column."""
+def _unbeaten(costs: NDArray[np.float64], bounds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Rows of [options, costs] of which no other is within the bounds in every column."""
     left = np.argsort(costs[:, -len(PHASES) :].sum(axis=1), kind="stable")
     kept = []
     while len(left):
         kept.append(left[0])
-        is_beaten = (costs[left[0]] <= costs[left] * SLACK).all(axis=1)
+        is_beaten = (costs[left[0]] <= bounds[left]).all(axis=1)
         left = left[~is_beaten]
     return np.array(kept, dtype=np.int64)
 

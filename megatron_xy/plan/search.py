@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from megatron_xy.config import InvalidConfig, RoleConfig, RunConfig, check_world, role_names, role_sections
 from megatron_xy.flops import shape_of
 from megatron_xy.plan.assumptions import Device, Efficiencies
 from megatron_xy.plan.overview import Plan, make_plan
-from megatron_xy.plan.placements import PIPELINE_SIZES, RECOMPUTATIONS, TENSOR_SIZES, differences, placements
+from megatron_xy.plan.placements import RECOMPUTATIONS, differences, placements, sizes
 
 
 def search(config: RunConfig, *, num_nodes: int, gpus_per_node: int, gpu: Device, rates: Efficiencies) -> list[Plan]:
-    """Plans of every layout that the rules allow and that fits, by tokens/s; of PPO the best for each way to share."""
-    candidates: Iterable[RunConfig]
+    """Plans of every layout that the rules allow and that fits, by tokens/s; of PPO the best for each way to share.
+
+    The config's own is always looked at.
+    """
+    world_size = num_nodes * gpus_per_node
+    candidates = _candidates(config, world_size=world_size, gpus_per_node=gpus_per_node)
     if config.task == "ppo":
-        candidates = placements(config, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
-    else:
-        candidates = _candidates(config, world_size=num_nodes * gpus_per_node, gpus_per_node=gpus_per_node)
+        placed = placements(config, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
+        candidates = iter([config, *placed] if _problem(config, world_size=world_size) is None else placed)
     plans = [
         make_plan(candidate, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates, with_split=False)
         for candidate in candidates
     ]
-    return sorted((plan for plan in plans if plan.fits), key=lambda plan: -plan.tokens_per_second)
+    found = sorted((plan for plan in plans if plan.fits), key=lambda plan: -plan.tokens_per_second)
+    if config.task != "ppo":
+        return found
+    by_way: dict[tuple[bool, ...], Plan] = {}
+    for plan in found:
+        by_way.setdefault(_sharing(plan), plan)
+    return list(by_way.values())
+
+
+def _sharing(plan: Plan) -> tuple[bool, ...]:
+    """Of each two of PPO's roles, whether they share ranks."""
+    pairs = itertools.combinations(plan.roles, 2)
+    return tuple(not set(one.job.ranks).isdisjoint(other.job.ranks) for one, other in pairs)
 
 
 def nearest_fits(plan: Plan, found: list[Plan]) -> list[Plan]:
@@ -35,16 +50,14 @@ def nearest_fits(plan: Plan, found: list[Plan]) -> list[Plan]:
 
 
 def refusal(config: RunConfig, *, world_size: int, gpus_per_node: int) -> str | None:
-    """Why the rules allow no layout of so many ranks, by the last one that divides them; None of PPO's roles."""
+    """Why the rules allow no layout of so many ranks, by the last one looked at; None of PPO's roles."""
     told = None
-    for candidate in _layouts(config, gpus_per_node=gpus_per_node) if config.task != "ppo" else ():
-        try:
-            check_world(candidate, world_size=world_size)
-        except InvalidConfig as error:
-            if world_size % candidate.parallel.model_parallel_size == 0:
-                told = f"no layout of these ranks is allowed; with {' '.join(changes(config, candidate))}: {error}"
-        else:
+    for candidate in _layouts(config, world_size=world_size, gpus_per_node=gpus_per_node):
+        problem = _problem(candidate, world_size=world_size)
+        if config.task == "ppo" or problem is None:
             return None
+        changed = " ".join(changes(config, candidate)) or "its own"
+        told = f"no layout of these ranks is allowed; with {changed}: {problem}"
     return told
 
 
@@ -71,31 +84,39 @@ def changes(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def _candidates(config: RunConfig, *, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
-    for candidate in _layouts(config, gpus_per_node=gpus_per_node):
-        try:
-            check_world(candidate, world_size=world_size)
-        except InvalidConfig:
-            continue
-        yield candidate
+    for candidate in _layouts(config, world_size=world_size, gpus_per_node=gpus_per_node):
+        if _problem(candidate, world_size=world_size) is None:
+            for recompute in RECOMPUTATIONS:
+                model = candidate.model.model_copy(update={"recompute_granularity": recompute})
+                yield candidate.model_copy(update={"model": model})
 
 
-def _layouts(config: RunConfig, *, gpus_per_node: int) -> Iterator[RunConfig]:
+def _problem(config: RunConfig, *, world_size: int) -> InvalidConfig | None:
+    """What the rules have against it over so many ranks."""
+    try:
+        check_world(config, world_size=world_size)
+    except InvalidConfig as error:
+        return error
+    return None
+
+
+def _layouts(config: RunConfig, *, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
+    """The config's own layout, then all others; the rules have yet to be asked."""
+    own = config.parallel
+    yield config
     num_layers = shape_of(config.model).num_layers
-    for tp, pp, recompute in itertools.product(TENSOR_SIZES, PIPELINE_SIZES, RECOMPUTATIONS):
-        if tp > gpus_per_node or pp > num_layers:
-            continue
+    for tp, pp in sizes(num_ranks=world_size, num_layers=num_layers, gpus_per_node=gpus_per_node):
         layers = num_layers // pp
         for vp in (
             None,
             *(size for size in range(2, layers + 1) if pp > 1 and num_layers % (pp * size) == 0),
         ):
-            parallel = config.parallel.model_copy(
-                update={
-                    "tensor_model_parallel_size": tp,
-                    "pipeline_model_parallel_size": pp,
-                    "virtual_pipeline_model_parallel_size": vp,
-                    "sequence_parallel": tp > 1,
-                }
-            )
-            model = config.model.model_copy(update={"recompute_granularity": recompute})
-            yield config.model_copy(update={"parallel": parallel, "model": model})
+            changed = {
+                "tensor_model_parallel_size": tp,
+                "pipeline_model_parallel_size": pp,
+                "virtual_pipeline_model_parallel_size": vp,
+                "sequence_parallel": tp > 1 or own.sequence_parallel,
+            }
+            parallel = own.model_copy(update=changed)
+            if parallel != own:
+                yield config.model_copy(update={"parallel": parallel})

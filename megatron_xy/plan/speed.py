@@ -20,7 +20,7 @@ from megatron_xy.flops import (
 from megatron_xy.plan.assumptions import Device, Efficiencies
 from megatron_xy.plan.job import Job
 from megatron_xy.plan.memory import Held, held_between_steps
-from megatron_xy.plan.parameters import stage_layers
+from megatron_xy.plan.parameters import stage_layers, telling_stages
 
 # What a layer's element-wise kernels take for a token, forward and backward, as bytes at the rate of a copy: norms,
 # residual sums, RoPE and copies by hidden size, SwiGLU by ffn size. From a profile on an H200 (docs/benchmarks); were
@@ -177,13 +177,12 @@ def _micro_batch_time(
 
 def _slowest_stage(job: Job) -> tuple[float, int]:
     """(its share of the model's dense FLOPs, its layers); the first one of several."""
-    stages = job.parallel.pipeline_model_parallel_size
-    layers = [sum(stage_layers(job.model, job.parallel, stage=stage)) for stage in range(stages)]
-    shares = [
-        stage_share(job.model, num_layers=number, has_head=stage == stages - 1) for stage, number in enumerate(layers)
-    ]
-    slowest = max(range(stages), key=shares.__getitem__)
-    return shares[slowest], layers[slowest]
+    last = job.parallel.pipeline_model_parallel_size - 1
+    found = []
+    for stage in telling_stages(job.model, job.parallel):
+        layers = sum(stage_layers(job.model, job.parallel, stage=stage))
+        found.append((stage_share(job.model, num_layers=layers, has_head=stage == last), layers))
+    return max(found, key=lambda share_and_layers: share_and_layers[0])
 
 
 def _pipeline_seconds(job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> float:

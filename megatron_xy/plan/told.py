@@ -36,6 +36,9 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
 
 def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Iterator[RenderableType]:
     """The layouts of a search; what each changes, as overrides."""
+    if not found:
+        yield Text(NO_LAYOUT, style="red")
+        return
     table = _table(
         f"{len(found)} layouts fit; the fastest",
         "layout", "recompute", "GB", "tokens/s/GPU", "MFU", "days", "overrides",

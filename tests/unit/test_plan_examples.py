@@ -1,6 +1,7 @@
 """The examples of real scale: each is checked and planned, fits, and says in its header what the plan says."""
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -14,13 +15,15 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
-from megatron_xy.config import InvalidConfig, ParallelConfig, check_world, load_config
+from megatron_xy.config import InvalidConfig, ModelConfig, ParallelConfig, check_world, load_config
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.plan import verb
 from megatron_xy.plan.assumptions import device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan
+from megatron_xy.plan.parameters import stage_layers, telling_stages
 from megatron_xy.plan.picture import save_picture
+from megatron_xy.plan.placements import sizes
 from megatron_xy.plan.search import changes, nearest_fits, search
 from megatron_xy.plan.speed import step_time
 from megatron_xy.plan.verb import parsed_tokens
@@ -86,7 +89,7 @@ def test_a_model_that_is_not_here_needs_its_shape(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="num_layers, hidden_size"):
         planned("xuanyuan2_70b/sft.yaml", "model.num_layers=null", "model.hidden_size=null")
     options = {"overrides": [], "num_nodes": 1, "gpus_per_node": 4, "gpu": "h100", "tokens": None, "calibrate_by": None}
-    with pytest.raises(ConfigError, match=r"model.num_layers, .* missing"):
+    with pytest.raises(ConfigError, match=r"num_layers, .* missing"):
         verb.plan(EXAMPLES / "tiny/sft.yaml", **options, do_search=True, as_json=False)
 
 
@@ -175,12 +178,86 @@ def test_a_search_needs_no_layout_that_goes_with_the_ranks(capsys):
     load_config(path, overrides=told["overrides"], world_size=48)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "layout"),
+    [("xuanyuan_6b/pretrain.yaml", 3, (1, 3)), ("xuanyuan2_70b/pretrain.yaml", 40, (8, 10))],
+)
+def test_a_search_looks_at_all_pipelines_that_divide_the_ranks(name, num_nodes, layout):
+    config = load_config(EXAMPLES / name)
+    cluster = {"num_nodes": num_nodes, "gpus_per_node": 8, "gpu": device("h100"), "rates": efficiencies()}
+    found = search(config, **cluster)
+    fitting = {
+        (plan.config.parallel.tensor_model_parallel_size, plan.config.parallel.pipeline_model_parallel_size)
+        for plan in found
+    }
+    assert layout in fitting
+    load_config(EXAMPLES / name, overrides=changes(config, found[0].config), world_size=8 * num_nodes)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("xuanyuan_6b/pretrain.yaml", ["pipeline_model_parallel_size=4", "virtual_pipeline_model_parallel_size=3"]),
+        ("xuanyuan_6b/pretrain.yaml", ["sequence_parallel=false"]),
+        ("xuanyuan_6b/pretrain.yaml", ["tensor_model_parallel_size=16"]),
+    ],
+)
+def test_a_search_looks_at_the_config_s_own_layout(name, overrides):
+    plan = planned(name, *(f"parallel.{override}" for override in overrides))
+    assert plan.fits
+    found = search(plan.config, num_nodes=plan.num_nodes, gpus_per_node=8, gpu=plan.gpu, rates=efficiencies())
+    assert [other.step_seconds for other in found if not changes(plan.config, other.config)] == [plan.step_seconds]
+
+
+def test_a_search_looks_at_roles_that_share_a_part_of_their_ranks():
+    small = [f"{where}model.num_layers=4" for where in ("", "roles.critic.", "roles.reward.")]
+    small += [
+        f"roles.{role}.parallel.{size}_model_parallel_size=1" for role in ROLES for size in ("tensor", "pipeline")
+    ]
+    ranks = {"actor": "0-2", "critic": "2-4", "reference": "0-6", "reward": "3-6"}
+    small += [f"roles.{role}.ranks={where}" for role, where in ranks.items()]
+    config = load_config(EXAMPLES / "xuanyuan2_70b/ppo.yaml", overrides=small, world_size=7)
+    found = search(config, num_nodes=1, gpus_per_node=7, gpu=device("h200"), rates=efficiencies())
+    assert any(not changes(config, other.config) for other in found)
+
+
+def test_tensor_parallel_ranks_of_a_search_stay_within_a_node():
+    found = set(sizes(num_ranks=24, num_layers=5, gpus_per_node=6))
+    assert found == {
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (1, 4),
+        (2, 1),
+        (2, 2),
+        (2, 3),
+        (2, 4),
+        (3, 1),
+        (3, 2),
+        (3, 4),
+        (6, 1),
+        (6, 2),
+        (6, 4),
+    }
+
+
+def test_no_stage_has_more_layers_than_those_that_the_search_looks_at():
+    for num_layers, stages, chunks in itertools.product(range(1, 33), range(1, 9), range(1, 5)):
+        if stages * chunks <= num_layers:
+            model = ModelConfig(
+                num_layers=num_layers, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, vocab_size=8
+            )
+            parallel = ParallelConfig(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks)
+            layers = [sum(stage_layers(model, parallel, stage=stage)) for stage in range(stages)]
+            assert max(layers) == max(layers[stage] for stage in telling_stages(model, parallel))
+
+
 def test_a_search_says_why_no_layout_goes_with_the_ranks():
     options = {"overrides": [], "gpus_per_node": 8, "gpu": "h100", "tokens": None, "calibrate_by": None}
     with pytest.raises(
-        ConfigError, match=r"nearest: 480, 512\nno layout .* is allowed; with .*: 1 problem(?s:.*) 63 = "
+        ConfigError, match=r"nearest: 640, 672\nno layout .* is allowed; with .*: 1 problem(?s:.*) 83 = "
     ):
-        verb.plan(EXAMPLES / "xuanyuan2_70b/pretrain.yaml", **options, num_nodes=63, do_search=True, as_json=False)
+        verb.plan(EXAMPLES / "xuanyuan2_70b/pretrain.yaml", **options, num_nodes=83, do_search=True, as_json=False)
     with pytest.raises(ConfigError, match="no layout of these ranks fits; take more nodes"):
         verb.plan(EXAMPLES / "xuanyuan2_70b/pretrain.yaml", **options, num_nodes=1, do_search=True, as_json=False)
 
