@@ -22,14 +22,30 @@ def check_shape(config: RunConfig) -> None:
 
 
 def check_role_shapes(roles: Mapping[RoleName, PlacedRole]) -> None:
-    """The same of every role of PPO, once their models are complete. Raises InvalidConfig with all problems."""
+    """The same of every role of PPO, once their models are complete, and of their one vocabulary.
+
+    Raises InvalidConfig with all problems.
+    """
     problems = [
         Problem(f"roles.{name}.{key}", f"roles.{name}: {text}")
         for name, role in roles.items()
         for key, text in shape_rules(role.model, role.parallel)
     ]
+    problems += [Problem(name, text) for name, text in vocabulary_rules(roles)]
     if problems:
         raise InvalidConfig(problems)
+
+
+def vocabulary_rules(roles: Mapping[RoleName, PlacedRole]) -> Iterator[tuple[str, str]]:
+    """All roles of PPO read the same token ids, as far as their sizes are known."""
+    wanted = roles["actor"].model.vocab_size
+    for name, role in roles.items():
+        if None not in (wanted, role.model.vocab_size) and role.model.vocab_size != wanted:
+            yield (
+                f"roles.{name}.model.vocab_size",
+                f"roles.{name} has a vocabulary of {role.model.vocab_size}, the actor one of {wanted}; the roles read "
+                f"the same token ids: take models of one tokenizer",
+            )
 
 
 def data_parallel_size(parallel: ParallelConfig, *, world_size: int) -> int:

@@ -6,12 +6,24 @@ Rules yield (key, sentence) of whatever does not hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from megatron_xy.config.model_rules import layout_rules, schedule_rules, shape_rules
+from megatron_xy.config.model_rules import layout_rules, schedule_rules, shape_rules, vocabulary_rules
 from megatron_xy.config.problems import nearest_divisors, nearest_multiples
-from megatron_xy.config.roles import ROLE_NAMES, TRAINED_ROLES, merged, ranks_of_roles, role_names, role_sections
+from megatron_xy.config.roles import (
+    ROLE_NAMES,
+    TRAINED_ROLES,
+    PlacedRole,
+    merged,
+    ranks_of_roles,
+    role_names,
+    role_sections,
+    room_for_answers,
+    settled_role,
+)
 from megatron_xy.config.sections import PPOConfig, RoleName, RunConfig
+from megatron_xy.errors import ConfigError
 
 
 def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
@@ -74,6 +86,8 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             yield f"roles.{name}", f"roles.{name} is missing; task ppo has the roles {', '.join(names)}"
     for name in (name for name in names if name in roles):
         yield from _role_rules(config, name)
+    if "actor" in roles:
+        yield from _common_rules({name: settled_role(config, name) for name in names if name in roles}, ppo)
     if all(name in roles and (roles[name].ranks is None) != (roles[name].share is None) for name in names):
         yield from _placement_rules(config, world_size=world_size)
 
@@ -98,6 +112,22 @@ def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
         rules.append(("optimizer", f"the {name} is not trained; leave its optimizer out"))
     for key, text in rules:
         yield f"roles.{name}.{key}", f"roles.{name}: {text}"
+
+
+def _common_rules(roles: Mapping[RoleName, PlacedRole], ppo: PPOConfig) -> Iterator[tuple[str, str]]:
+    """What the roles' models must have in common, as far as the config tells: the rest stands beside their weights."""
+    yield from vocabulary_rules(roles)
+    try:
+        room_for_answers(map(_with_known_room, roles.values()), ppo)
+    except ConfigError as error:
+        yield "ppo.max_response_length", str(error)
+
+
+def _with_known_room(role: PlacedRole) -> PlacedRole:
+    """The role with all the context that it may have, where its weights are yet to say it."""
+    if role.model.load is None:
+        return role
+    return replace(role, model=role.model.model_copy(update={"max_position_embeddings": role.micro_batch_tokens}))
 
 
 def _placement_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:

@@ -61,17 +61,21 @@ def placed_roles(config: RunConfig, *, world_size: int) -> dict[RoleName, Placed
     """The roles of a checked config over a world of `world_size` ranks."""
     assert config.roles is not None, "the config's rules ask for roles"
     ranks = ranks_of_roles(config.roles, role_names(config), world_size=world_size)
-    return {
-        name: PlacedRole(
-            name,
-            tuple(ranks[name]),
-            *role_sections(config, name),
-            optimizer=merged(config.optimizer, config.roles[name].optimizer) if name in TRAINED_ROLES else None,
-            micro_batch_tokens=config.roles[name].micro_batch_tokens or config.training.micro_batch_tokens,
-            chat_template=config.roles[name].chat_template or config.data.chat_template,
-        )
-        for name in role_names(config)
-    }
+    return {name: settled_role(config, name, ranks=ranks[name]) for name in role_names(config)}
+
+
+def settled_role(config: RunConfig, name: RoleName, *, ranks: Sequence[int] = ()) -> PlacedRole:
+    """A role that the config has, wherever it stands."""
+    assert config.roles is not None, "the config's rules ask for roles"
+    role = config.roles[name]
+    return PlacedRole(
+        name,
+        tuple(ranks),
+        *role_sections(config, name),
+        optimizer=merged(config.optimizer, role.optimizer) if name in TRAINED_ROLES else None,
+        micro_batch_tokens=role.micro_batch_tokens or config.training.micro_batch_tokens,
+        chat_template=role.chat_template or config.data.chat_template,
+    )
 
 
 def room_for_answers(roles: Iterable[PlacedRole], ppo: PPOConfig) -> tuple[RoleName, int]:

@@ -55,7 +55,7 @@ def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Materia
     check_role_shapes(roles)
     _check_heads(roles)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    _check_vocabularies(roles, tokenizer)
+    _check_vocabulary(roles["actor"].model, tokenizer)
     _check_tokenizers(roles, tokenizer)
     check_export(tokenizer.path, hf_interval=config.checkpoint.hf_interval)
     prompts = PromptFile(ppo.prompts, seed=config.seed)
@@ -100,19 +100,11 @@ def _check_heads(roles: Mapping[RoleName, PlacedRole]) -> None:
             )
 
 
-def _check_vocabularies(roles: Mapping[RoleName, PlacedRole], tokenizer: Tokenizer) -> None:
-    """All roles read the same token ids."""
-    wanted = roles["actor"].model.vocab_size
-    for name, role in roles.items():
-        if role.model.vocab_size != wanted:
-            raise ConfigError(
-                f"roles.{name} has a vocabulary of {role.model.vocab_size}, the actor one of {wanted}; the roles read "
-                f"the same token ids: take models of one tokenizer"
-            )
-    if wanted is None or tokenizer.vocab_size > wanted:
+def _check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    if model.vocab_size is None or tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
-            f"data.tokenizer ({tokenizer.path}) has {tokenizer.vocab_size} tokens, the models {wanted}; name the "
-            f"tokenizer that they were trained with"
+            f"data.tokenizer ({tokenizer.path}) has {tokenizer.vocab_size} tokens, the models {model.vocab_size}; name "
+            f"the tokenizer that they were trained with"
         )
 
 

@@ -25,7 +25,7 @@ def config_of(tmp_path: Path, changes: dict[str, Any] | None = None, *, override
             "actor": {"ranks": "0-1", "parallel": {"tensor_model_parallel_size": 2}},
             "critic": {"ranks": "2,3", "optimizer": {"lr": 2e-3}, "model": {"num_layers": 2}},
             "reference": {"ranks": 0},
-            "reward": {"ranks": "1-2", "micro_batch_tokens": 512},
+            "reward": {"ranks": "1-2", "micro_batch_tokens": 1024},
         },
         "ppo": {"prompts": "prompts.jsonl"},
     }
@@ -54,7 +54,7 @@ def test_roles_take_what_they_leave_out_from_the_sections_of_the_run(tmp_path: P
     assert roles["reference"].optimizer is None
     assert [role.model.head for role in roles.values()] == ["language_model", "value", "language_model", "value"]
     assert (actor.model.num_layers, critic.model.num_layers, critic.model.hidden_size) == (4, 2, 64)
-    assert (actor.micro_batch_tokens, roles["reward"].micro_batch_tokens) == (2048, 512)
+    assert (actor.micro_batch_tokens, roles["reward"].micro_batch_tokens) == (2048, 1024)
 
 
 def test_a_min_lr_that_nobody_gives_is_no_higher_than_the_roles_lr(tmp_path: Path) -> None:
@@ -145,6 +145,22 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
         ({"ppo": {"temperature": 0}}, "ppo.temperature (0): must be greater than or equal to 0.0001"),
         ({"ppo": {"reward_function": "score"}}, "ppo.reward_function (score) must be FILE.py:FUNCTION"),
         ({"ppo": {"reward_function": "a.py:score"}}, "roles.reward: ppo.reward_function stands in for it"),
+        (
+            {"ppo": {"max_response_length": 1024}},
+            "ppo.max_response_length (1024) leaves no room for a prompt: the reward has 1024 tokens",
+        ),
+        (
+            {"model": {"max_position_embeddings": 512}},
+            "ppo.max_response_length (512) leaves no room for a prompt: the actor has 512 tokens",
+        ),
+        (
+            {"roles": {"critic": {"ranks": "2,3", "model": {"load": "hf:c"}, "micro_batch_tokens": 500}}},
+            "leaves no room for a prompt: the critic has 500 tokens",
+        ),
+        (
+            {"roles": {"critic": {"ranks": "2,3", "model": {"vocab_size": 90}}}},
+            "roles.critic has a vocabulary of 90, the actor one of 96; the roles read the same token ids",
+        ),
         ({"model": {"num_layers": None}}, "roles.actor.model.load is missing; name the weights that it starts from"),
     ],
 )
@@ -157,6 +173,15 @@ def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], text: s
 def test_a_horizon_of_one_step_is_taken(tmp_path: Path) -> None:
     ppo = config_of(tmp_path, {"ppo": {"prompts": "prompts.jsonl", "kl_target": 6, "kl_horizon": 64}}).ppo
     assert ppo is not None and ppo.kl_horizon == ppo.rollout_batch_size
+
+def test_what_weights_say_is_left_to_them(tmp_path: Path) -> None:
+    """Their context and vocabulary, where the config does not give these; a run's own run.yaml has the defaults."""
+    loaded = {"model": {"load": "hf:m"}, "training": {"micro_batch_tokens": 8192}, "ppo": {"max_response_length": 2048}}
+    roles = {"reward": {"ranks": "1-2", "model": {"load": "hf:r"}}}
+    config = config_of(tmp_path, {**loaded, "roles": roles})
+    again = tmp_path / "run.yaml"
+    again.write_text(dump_config(config))
+    load_config(again)
 
 
 def test_a_rank_beyond_the_world(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "value": hf_folder(folder / "value", architecture="LlamaForSequenceClassification"),
         "wide": hf_folder(folder / "wide", architecture="LlamaForSequenceClassification", vocab_size=24),
         "huge": hf_folder(folder / "huge", architecture="LlamaForCausalLM", num_hidden_layers=200, hidden_size=2**16),
+        "short": hf_folder(folder / "short", architecture="LlamaForCausalLM", max_position_embeddings=8),
         "narrow": hf_folder(folder / "narrow", architecture="LlamaForCausalLM", vocab_size=18),
     }
 
@@ -91,6 +92,7 @@ def test_a_critic_may_begin_as_a_reward_or_a_language_model(tmp_path: Path, load
         ({"critic": "wide"}, "seed=1", 78, "roles.critic has a vocabulary of 24, the actor one of 20"),
         (dict.fromkeys(("actor", "reference", "critic"), "narrow"), "seed=1", 78, "roles.reward has a vocabulary of"),
         ({}, "roles.critic.parallel.tensor_model_parallel_size=3", 78, "model.num_attention_heads (4) must be"),
+        ({"reference": "short"}, "seed=1", 78, "leaves no room for a prompt: the reference has 8 tokens"),
         ({}, "ppo.max_response_length=64", 78, "ppo.max_response_length (64) leaves no room for a prompt"),
         ({}, "roles.reward.micro_batch_tokens=24", 65, "prompts.jsonl:2: the prompt has 17 tokens, must have 1 to 16"),
         ({}, "training.train_iters=3", 65, "responses.jsonl holds 8 answers, and place 12 is drawn"),
