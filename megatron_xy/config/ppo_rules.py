@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from megatron_xy.config.model_rules import layout_rules, schedule_rules, shape_rules, vocabulary_rules
-from megatron_xy.config.problems import nearest_divisors, nearest_multiples
+from megatron_xy.config.problems import as_written, nearest_divisors, nearest_multiples
 from megatron_xy.config.roles import (
     ROLE_NAMES,
     TRAINED_ROLES,
@@ -22,7 +23,7 @@ from megatron_xy.config.roles import (
     room_for_answers,
     settled_role,
 )
-from megatron_xy.config.sections import PPOConfig, RoleName, RunConfig
+from megatron_xy.config.sections import SHAPE, ModelConfig, PPOConfig, RoleName, RunConfig
 from megatron_xy.errors import ConfigError
 
 
@@ -117,10 +118,34 @@ def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:
 def _common_rules(roles: Mapping[RoleName, PlacedRole], ppo: PPOConfig) -> Iterator[tuple[str, str]]:
     """What the roles' models must have in common, as far as the config tells: the rest stands beside their weights."""
     yield from vocabulary_rules(roles)
+    if "reference" in roles and roles["reference"].model.load is None:
+        yield from _fresh_reference_rules(roles["reference"].model, _known_shape(roles["actor"].model))
     try:
         room_for_answers(map(_with_known_room, roles.values()), ppo)
     except ConfigError as error:
         yield "ppo.max_response_length", str(error)
+
+
+def _fresh_reference_rules(reference: ModelConfig, actor: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Without weights of its own the reference is the actor as it begins."""
+    for key, value in _known_shape(reference).items():
+        if actor.get(key) not in (None, value):
+            yield (
+                f"roles.reference.model.{key}",
+                f"roles.reference.model.{key} ({as_written(value)}) must be the actor's ({as_written(actor[key])}): a "
+                f"reference that loads no weights is the actor as it begins; make them the same, or name the "
+                f"reference's weights in roles.reference.model.load",
+            )
+
+
+def _known_shape(model: ModelConfig) -> dict[str, Any]:
+    """That of the weights but for the vocabulary, as far as the config tells it."""
+    shape = {key: getattr(model, key) for key in (*SHAPE, "num_query_groups") if key != "vocab_size"}
+    if model.load is None:
+        shape["num_query_groups"] = model.num_query_groups or model.num_attention_heads
+        shape["add_qkv_bias"] = model.add_qkv_bias
+        shape["untie_embeddings_and_output_weights"] = model.untie_embeddings_and_output_weights
+    return shape
 
 
 def _with_known_room(role: PlacedRole) -> PlacedRole:

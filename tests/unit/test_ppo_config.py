@@ -161,6 +161,18 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
             {"roles": {"critic": {"ranks": "2,3", "model": {"vocab_size": 90}}}},
             "roles.critic has a vocabulary of 90, the actor one of 96; the roles read the same token ids",
         ),
+        (
+            {"roles": {"reference": {"ranks": 0, "model": {"num_layers": 3}}}},
+            "roles.reference.model.num_layers (3) must be the actor's (4): a reference that loads no weights is the",
+        ),
+        (
+            {"roles": {"reference": {"ranks": 0, "model": {"num_query_groups": 2}}}},
+            "roles.reference.model.num_query_groups (2) must be the actor's (4)",
+        ),
+        (
+            {"roles": {"actor": {"ranks": "0-1", "model": {"load": "hf:a", "num_layers": 6}}}},
+            "roles.reference.model.num_layers (4) must be the actor's (6)",
+        ),
         ({"model": {"num_layers": None}}, "roles.actor.model.load is missing; name the weights that it starts from"),
     ],
 )
@@ -173,6 +185,11 @@ def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], text: s
 def test_a_horizon_of_one_step_is_taken(tmp_path: Path) -> None:
     ppo = config_of(tmp_path, {"ppo": {"prompts": "prompts.jsonl", "kl_target": 6, "kl_horizon": 64}}).ppo
     assert ppo is not None and ppo.kl_horizon == ppo.rollout_batch_size
+
+
+def test_a_reference_with_weights_of_its_own_may_have_another_shape(tmp_path: Path) -> None:
+    config_of(tmp_path, {"roles": {"reference": {"ranks": 0, "model": {"load": "hf:r", "num_layers": 3}}}})
+
 
 def test_what_weights_say_is_left_to_them(tmp_path: Path) -> None:
     """Their context and vocabulary, where the config does not give these; a run's own run.yaml has the defaults."""
