@@ -54,6 +54,12 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             f"ppo.kl_horizon ({ppo.kl_horizon}) counts answers, and a step has {ppo.rollout_batch_size} "
             f"(rollout_batch_size): kl_coef would leap, even below 0; give at least as many, such as 10000",
         )
+    if ppo.missing_end_penalty and ppo.missing_end != "penalty":
+        yield (
+            "ppo.missing_end_penalty",
+            f"ppo.missing_end_penalty ({ppo.missing_end_penalty:g}) is of missing_end penalty, and missing_end is "
+            f"{ppo.missing_end}; set it to 0, or missing_end to penalty",
+        )
     if ppo.reward_function is not None and not re.fullmatch(r"[^\0:]+\.py:[A-Za-z_]\w*", ppo.reward_function):
         yield "ppo.reward_function", f"ppo.reward_function ({ppo.reward_function}) must be FILE.py:FUNCTION"
     if ppo.reward_function is not None and ppo.reward_normalization == "stored":

@@ -135,6 +135,10 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
         ({"runtime": {"profile": "2:3"}}, "runtime.profile: task ppo is not profiled yet; leave it out"),
         ({"ppo": {"kl_loss_coef": 0.1}}, "would count the divergence twice"),
         (
+            {"ppo": {"missing_end": "mask", "missing_end_penalty": 1}},
+            "ppo.missing_end_penalty (1) is of missing_end penalty, and missing_end is mask; set it to 0",
+        ),
+        (
             {"ppo": {"kl_target": 6, "kl_horizon": 63}},
             "ppo.kl_horizon (63) counts answers, and a step has 64 (rollout_batch_size): kl_coef would leap",
         ),
