@@ -20,7 +20,8 @@ FP32 = DTYPE_BYTES["fp32"]
 # Of a micro-batch on the device: tokens, labels, positions, sources as 64-bit integers, the loss mask in fp32.
 BATCH_BYTES_A_TOKEN = 4 * 8 + 4
 LOGPROBS_CHUNK_TOKENS = 1024  # of PPO's log-probabilities, which work on so many tokens' logits at a time
-LOGPROBS_TENSORS = 5  # fp32 tensors of a chunk's logits that live at once in their backward pass
+# fp32 tensors of a chunk's logits that live at once in their forward and backward pass, beside those of the one before.
+LOGPROBS_FORWARD, LOGPROBS_BACKWARD = 3, 5
 EXPERIENCE_TENSORS = 9  # fp32 numbers for each response token of a PPO step, on every rank
 MAX_SEQUENCES = 64  # of a replica that generate at a time
 
@@ -195,7 +196,11 @@ class _Sizes:
     @property
     def kept_by_pass(self) -> int:
         """By a chunk's forward pass: cos and sin of all positions in fp32, which its layers share."""
-        return 0 if self.model.recompute_granularity == "full" else FP32 * self.shape.head_dim * self.tokens
+        return 0 if self.model.recompute_granularity == "full" else self._positions
+
+    @property
+    def _positions(self) -> int:
+        return FP32 * self.shape.head_dim * self.tokens
 
     @property
     def kept_by_head(self) -> int:
@@ -205,21 +210,52 @@ class _Sizes:
 
     @property
     def gathered(self) -> int:
-        """megatron-core's one buffer for the hidden states of all tensor parallel ranks."""
-        return self.whole_hidden if self.is_sequence_parallel else 0
+        """megatron-core's one buffer for the hidden states of all tensor parallel ranks; frozen weights have none."""
+        return self.whole_hidden if self.is_sequence_parallel and self.job.is_trained else 0
 
     def working(self, *, is_last: bool) -> int:
         """The most that a layer's backward pass, or the head's passes, hold beside what is kept."""
         passing = 2 * self.hidden  # received and sent
         if not self.job.is_trained:
-            widest = max(self.attention, self.mlp, self.ffn + self.whole_hidden)  # the last: fc2's input and output
-            return passing + max(widest, self._head_forward if is_last else 0)
+            gathered = self.whole_hidden if self.is_sequence_parallel else 0
+            # The last two: fc1's input and output, and fc2's.
+            widest = max(self.attention, self.mlp, gathered + 2 * self.ffn, self.ffn + self.whole_hidden)
+            # Its input, residual sum and norm besides, what was received, and what goes on to the next stage.
+            layer = (4 if is_last else 5) * self.hidden + self._positions + widest
+            received = self.hidden if self.job.parallel.pipeline_model_parallel_size > 1 else 0
+            return max(layer, received + self._head_forward if is_last else 0)
         weights = self.width * self.hidden_size * self.ffn_size // self.tp
         down = self.whole_hidden + self.ffn + weights  # gradients of fc2's output, input and weight
         product = 2 * self.ffn  # of gate and up beside that of their product, which is gone itself
         up = -self.ffn + self.whole_hidden + 2 * weights  # of fc1's input and weight; gate and up are gone
         layer = self.recomputed + self.hidden + max(down, product, up)
         return passing + max(layer, self._head if is_last else 0)
+
+    @cached_property
+    def _scored(self) -> int:
+        """Tokens of a micro-batch that have log-probabilities: those of responses."""
+        answers = self.job.answers
+        return self.tokens * answers.ppo.max_response_length // answers.length if answers else self.tokens
+
+    @property
+    def _logprobs_forward(self) -> int:
+        """From logits: those of responses anew, and what a chunk makes of them, beside what the one before has left."""
+        left = self._scored > LOGPROBS_CHUNK_TOKENS and self.width < FP32  # else there is no copy in fp32
+        return self._scored_logits + (LOGPROBS_FORWARD + left) * self._chunk
+
+    @property
+    def _logprobs_backward(self) -> int:
+        """To the gradients of the responses' logits."""
+        left = self._scored > LOGPROBS_CHUNK_TOKENS
+        return 2 * self._scored_logits + (LOGPROBS_BACKWARD + left) * self._chunk
+
+    @property
+    def _scored_logits(self) -> int:
+        return self.width * self._vocabulary * self._scored
+
+    @property
+    def _chunk(self) -> int:
+        return FP32 * self._vocabulary * min(self._scored, LOGPROBS_CHUNK_TOKENS)
 
     @property
     def _vocabulary(self) -> int:
@@ -229,8 +265,7 @@ class _Sizes:
     def _head_forward(self) -> int:
         if self.model.head == "value":
             return FP32 * self.hidden_size * self.rows
-        logits = self.width * self._vocabulary * self.tokens
-        return logits + 3 * FP32 * self._vocabulary * min(self.tokens, LOGPROBS_CHUNK_TOKENS)
+        return self.width * self._vocabulary * self.tokens + self._logprobs_forward
 
     @property
     def _head(self) -> int:
@@ -240,6 +275,6 @@ class _Sizes:
         logits = self.width * self._vocabulary * self.tokens
         output_layer = logits + self.whole_hidden + self.width * self._vocabulary * self.hidden_size
         if self.job.has_logprobs:
-            chunk = LOGPROBS_TENSORS * FP32 * self._vocabulary * min(self.tokens, LOGPROBS_CHUNK_TOKENS)
-            return max(2 * logits + chunk, output_layer)
+            # At last the gradient of all logits, twice: of the whole tensor and of its one sample.
+            return max(self._head_forward, self._logprobs_backward, 2 * logits, output_layer)
         return max(2 * logits, output_layer)  # with their gradient; the loss's kernels keep nothing else
