@@ -92,7 +92,7 @@ def stage_memory(job: Job, *, stage: int, replica: int = 0, held: Held | None = 
         num_layers=sum(layers),
         **held._asdict(),
         in_flight=layers_in_flight / sum(layers),
-        kept=kept + (sizes.kept_by_head if is_last and job.is_trained else 0),
+        kept=kept,
         working=sizes.working(is_last=is_last),
         buffers=sizes.gathered + BATCH_BYTES_A_TOKEN * job.micro_batch_tokens * job.num_micro_batches + numbers,
         cache=_cache_bytes(job, answers=job.answers, num_layers=sum(layers)) if job.answers else 0,
@@ -229,7 +229,7 @@ class _Sizes:
         product = 2 * self.ffn  # of gate and up beside that of their product, which is gone itself
         up = -self.ffn + self.whole_hidden + 2 * weights  # of fc1's input and weight; gate and up are gone
         layer = self.recomputed + self.hidden + max(down, product, up)
-        return passing + max(layer, self._head if is_last else 0)
+        return passing + max(layer, self.kept_by_head + self._head if is_last else 0)
 
     @cached_property
     def _scored(self) -> int:

@@ -78,12 +78,14 @@ def check(jobs: list[tuple[tuple[RunConfig, int], list[int]]]) -> None:
 
 
 def test_plan_and_dry_run_agree() -> None:
+    deep = ("tensor_model_parallel_size=1", "pipeline_model_parallel_size=4")
     check(
         [
             (of_shape("6b", tp=2, pp=2, dp=2), [0, 7]),
             (of_shape("13b", tp=8, pp=2, recompute="full", head="value"), [0, 15]),
             (of_ppo(), [0, 104]),
             (of_ppo("model.vocab_size=152000"), [48, 104]),
+            (of_ppo(*(f"roles.critic.parallel.{size}" for size in deep)), [95]),
         ]
     )
 
