@@ -69,6 +69,13 @@ def told(material: Material, *, world_size: int) -> list[str]:
     critic = material.roles["critic"].model.load
     if critic is not None and stored_head(critic) == "language_model":
         lines.append(f"  critic: the trunk of {critic}, with a fresh value head")
+    actor = material.roles["actor"].model.load
+    fresh = [name for name, role in material.roles.items() if role.model.load is None]
+    if actor is not None and fresh:
+        lines.append(
+            f"  warning: {', '.join(fresh)}: fresh weights, though the actor starts from {actor}; name theirs in "
+            f"roles.ROLE.model.load"
+        )
     lines.append(f"  {len(material.prompts):,} prompts in {material.prompts.path}")
     return lines
 

@@ -8,7 +8,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -149,9 +148,7 @@ def test_placements_of_ppos_roles_are_found_and_their_overrides_give_them(num_no
         small = [f"{where}model.num_layers=12" for where in ("", "roles.critic.", "roles.reward.")]
         small += [f"roles.{role}.{change}" for role in ROLES for change in ("share=null", "ranks=0-7", stages)]
     plan = planned(name, *small, num_nodes=num_nodes)
-    began = time.process_time()
     found = search(plan.config, num_nodes=num_nodes, gpus_per_node=8, gpu=plan.gpu, rates=efficiencies())
-    assert time.process_time() - began < 3
     steps = [other.step_seconds for other in found]
     assert steps == sorted(steps) and all(other.fits for other in found)
     assert steps[0] < plan.step_seconds

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from megatron_xy.plan.verb import plan
 from megatron_xy.ppo.facts import facts, fingerprints
 from megatron_xy.ppo.material import look_at
 from megatron_xy.ppo.rollouts import AnswersFromFile
+from megatron_xy.ppo.run import told
 from megatron_xy.preflight import check_paths
 from tests.unit.hollow_weights import hf_folder
 from tests.unit.small_corpus import train_tokenizer
@@ -195,6 +197,20 @@ def test_other_weights_of_a_frozen_role_are_told_by_their_contents(tmp_path: Pat
         (reference / "model.safetensors").write_bytes(random.Random(seed).randbytes(3_000_001))
         found.append(fingerprints(config, material)["roles.reference.model.load"])
     assert found[0] == found[2] != found[1]
+
+
+def test_fresh_weights_beside_an_actor_that_loads_some_are_told(tmp_path: Path, loads: dict[str, str]) -> None:
+    config = load_config(written(tmp_path, loads))
+    material = look_at(config, placed_roles(config, world_size=4))
+    assert not any("warning" in line for line in told(material, world_size=4))
+    reference = material.roles["reference"]
+    fresh = replace(reference, model=reference.model.model_copy(update={"load": None}))
+    (line,) = (
+        line
+        for line in told(replace(material, roles={**material.roles, "reference": fresh}), world_size=4)
+        if "warning" in line
+    )
+    assert f"reference: fresh weights, though the actor starts from {loads['language']}" in line
 
 
 def checkpoint_of(config: RunConfig) -> list[Path]:

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import time
 
 import numpy as np
 import pytest
@@ -176,16 +175,14 @@ def test_steps_of_a_run_over_several_folders_are_those_of_all_joined(corpus, tok
         list(plan_steps(out, **alone | {"overrides": conversations}))
 
 
-def test_a_sample_of_a_large_shard_is_traced_at_once(tmp_path):
-    """Rows are mapped: the last of three million is as near as the first."""
-    count = 3_000_000
+def test_rows_are_mapped_so_that_the_last_one_is_as_near_as_the_first(tmp_path):
+    count = 1000
     prefix = tmp_path / "shard"
     with TracedWriter(prefix, dtype="u2") as writer:
         writer.add_documents(np.zeros(count, dtype="u2"), lengths=np.ones(count, dtype="i4"))
         writer.add_rows(document_rows(np.zeros(count, dtype="i4"), np.arange(count)))
-    start = time.perf_counter()
-    assert read_rows(prefix, num_sequences=count)[count - 1]["line"] == count - 1
-    assert time.perf_counter() - start < 0.05
+    rows = read_rows(prefix, num_sequences=count)
+    assert isinstance(rows, np.memmap) and rows[count - 1]["line"] == count - 1
 
 
 def test_a_damaged_trace_is_refused(corpus, tokenizer, tmp_path):
