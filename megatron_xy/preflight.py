@@ -157,7 +157,7 @@ def open_data(config: RunConfig) -> PackedDataset:
     Any number of ranks may call it at once: files of rows are built into the run folder by whichever comes first.
     """
     findings = _Findings()
-    dataset = _look_at_data(config, findings, build_into=config.run_dir / BUILT_DATA)
+    dataset = _look_at_data(config, findings, build_into=config.run_dir / BUILT_DATA, looked_at=_share())
     findings.end()
     assert dataset is not None, "what keeps it from being opened was raised"
     return dataset
@@ -170,7 +170,9 @@ def open_held_out(config: RunConfig, dataset: PackedDataset) -> PackedDataset | 
     """
     findings = _Findings()
     into = config.run_dir / BUILT_DATA
-    held_out: PackedDataset | None = findings.of("data.eval_path", lambda: _held_out(config, dataset, build_into=into))
+    held_out: PackedDataset | None = findings.of(
+        "data.eval_path", lambda: _held_out(config, dataset, build_into=into, looked_at=_share())
+    )
     findings.end()
     return held_out
 
@@ -182,9 +184,11 @@ def _look_at_run_dir(config: RunConfig, findings: _Findings, *, data_fingerprint
         findings.of("checkpoint.resume", lambda: check_resume(config, {"": now}))
 
 
-def _look_at_data(config: RunConfig, findings: _Findings, *, build_into: Path) -> PackedDataset | None:
+def _look_at_data(
+    config: RunConfig, findings: _Findings, *, build_into: Path, looked_at: slice = slice(None)
+) -> PackedDataset | None:
     def opened() -> PackedDataset:
-        return PackedDataset(data_folders(config, config.data.paths, into=build_into), looked_at=_share())
+        return PackedDataset(data_folders(config, config.data.paths, into=build_into), looked_at=looked_at)
 
     dataset: PackedDataset | None = findings.of("data.path", opened)
     if dataset is not None:
@@ -216,7 +220,9 @@ def _check_epochs(config: RunConfig, dataset: PackedDataset, sampler: BucketSamp
     check_epochs(planned, sampler)
 
 
-def _held_out(config: RunConfig, dataset: PackedDataset | None, *, build_into: Path) -> PackedDataset | None:
+def _held_out(
+    config: RunConfig, dataset: PackedDataset | None, *, build_into: Path, looked_at: slice = slice(None)
+) -> PackedDataset | None:
     if config.data.eval_path is None or not config.training.eval_interval:
         return None
     if not is_file_of_rows(config.data.eval_path) and not config.data.eval_path.is_dir():
@@ -224,7 +230,7 @@ def _held_out(config: RunConfig, dataset: PackedDataset | None, *, build_into: P
             f"data.eval_path ({config.data.eval_path}): there is no such folder; name the held_out folder that "
             f"`data build --held-out` wrote, or any other that `data build` wrote"
         )
-    held_out = PackedDataset(data_folders(config, [config.data.eval_path], into=build_into), looked_at=_share())
+    held_out = PackedDataset(data_folders(config, [config.data.eval_path], into=build_into), looked_at=looked_at)
     if not any(stream.num_samples for stream in held_out.streams):
         raise DataError(f"data.eval_path ({config.data.eval_path}) holds no samples; build it from more documents")
     if dataset is not None and held_out.tokenizer_sha256 != dataset.tokenizer_sha256:

@@ -32,7 +32,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 record = None
             if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
                 raise DataError(
-                    f"{path}:{number}: not a record of a step (an object with its iteration); delete the line"
+                    f"{path}:{number}: not a record of a step (an object with its iteration); unless a run is at "
+                    "work there, delete the line"
                 )
             records.append(record)
     return records

@@ -17,7 +17,10 @@ from typing import Any
 from megatron_xy.errors import ConfigError, DataError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
-_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# Another try would meet these again: there is no file of that name, or none for this user.
+_NO_FILE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
+)  # fmt: skip
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 

@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; name the YAML file in it") from None
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and not (is_no_file(error) or isinstance(error, PermissionError)):
+        if isinstance(error, OSError) and not is_no_file(error):
             raise read_error(path, error) from None
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     values, node = _parse_yaml(text, lambda line: f"{path}:{line}")

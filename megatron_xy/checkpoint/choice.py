@@ -73,7 +73,7 @@ def shared_problem(folder: Path, groups: Groups) -> str | None:
             files.verify_coverage(folder, manifest)
     except (ConfigError, DataError) as error:
         problem = str(error)
-    except StorageError as error:
+    except (StorageError, OSError) as error:
         unread = str(error)
     problems, unreads = zip(*gathered_values([problem, unread], groups.all_ranks), strict=True)
     if any(unreads) and not any(problems):

@@ -88,8 +88,14 @@ def run_dir_of(path: Path, *, overrides: Sequence[str] = ()) -> Path | None:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The whole config as YAML, defaults included: what RUN/run.yaml holds."""
-    return yaml.safe_dump(json.loads(config.model_dump_json(exclude_none=False)), sort_keys=False, allow_unicode=True)
+    """The whole config as YAML, defaults included: what RUN/run.yaml holds.
+
+    But not those of PPO's model section, which each role completes from weights of its own.
+    """
+    values = json.loads(config.model_dump_json(exclude_none=False))
+    if config.task == "ppo":
+        values["model"] = config.model.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _let_overrides_place_roles(values: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -54,12 +54,6 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             f"ppo.kl_horizon ({ppo.kl_horizon}) counts answers, and a step has {ppo.rollout_batch_size} "
             f"(rollout_batch_size): kl_coef would leap, even below 0; give at least as many, such as 10000",
         )
-    if ppo.missing_end_penalty and ppo.missing_end != "penalty":
-        yield (
-            "ppo.missing_end_penalty",
-            f"ppo.missing_end_penalty ({ppo.missing_end_penalty:g}) is of missing_end penalty, and missing_end is "
-            f"{ppo.missing_end}; set it to 0, or missing_end to penalty",
-        )
     if ppo.reward_function is not None and not re.fullmatch(r"[^\0:]+\.py:[A-Za-z_]\w*", ppo.reward_function):
         yield "ppo.reward_function", f"ppo.reward_function ({ppo.reward_function}) must be FILE.py:FUNCTION"
     if ppo.reward_function is not None and ppo.reward_normalization == "stored":
@@ -139,7 +133,7 @@ def _fresh_reference_rules(reference: ModelConfig, actor: Mapping[str, Any]) -> 
             yield (
                 f"roles.reference.model.{key}",
                 f"roles.reference.model.{key} ({as_written(value)}) must be the actor's ({as_written(actor[key])}): a "
-                f"reference that loads no weights is the actor as it begins; make them the same, or name the "
+                f"reference that loads no weights stands for the actor as it begins; make them the same, or name the "
                 f"reference's weights in roles.reference.model.load",
             )
 

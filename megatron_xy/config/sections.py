@@ -44,7 +44,10 @@ class ModelConfig(Section):
         2048, ge=1, description="tokens; no sample, and no answer with its prompt, may be longer"
     )
     rotary_base: float = Field(10000, gt=0, description="of RoPE; HF's rope_theta")
-    rope_scaling: dict[str, Any] | None = Field(None, description="HF's dict; kinds: linear, llama3")
+    rope_scaling: dict[str, Any] | None = Field(
+        None,
+        description="HF's dict; kinds: linear, llama3; null: none, also where the weights that are loaded have one",
+    )
     norm_epsilon: float = Field(1e-5, gt=0, description="of RMSNorm")
     untie_embeddings_and_output_weights: bool = Field(True, description="false: the embedding is the output layer, too")
     add_qkv_bias: bool = Field(False, description="queries, keys and values with a bias, as Qwen2 has")

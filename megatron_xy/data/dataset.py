@@ -111,6 +111,7 @@ class PackedDataset:
                     self._shards.setdefault((source, int(bucket)), []).extend(shards)
         for shard in [shard for shards in self._shards.values() for shard in shards][looked_at]:
             shard.check_files()
+            read_header(idx_path(shard.prefix))
         self._opened = lru_cache(maxsize=most_open_shards())(_OpenShard)
         # The first sample of each shard and, last, the number of samples.
         self._starts = {
@@ -203,7 +204,7 @@ class _Shard:
             self._sizes[mask_path(self.prefix)] = entry.mask.size
 
     def check_files(self) -> None:
-        """That its files are there, as large as they should be, and an index: before the first step."""
+        """That its files are there, and as large as they should be."""
         for path, expected in self._sizes.items():
             if not path.is_file():
                 raise DataError(f"{path} is missing though the manifest lists it; copy the folder or build it again")
@@ -212,7 +213,6 @@ class _Shard:
                     f"{path} has {size} bytes where the manifest lists {expected}: it was cut, grown or replaced; "
                     "copy the folder or build it again"
                 )
-        read_header(idx_path(self.prefix))
 
     def damaged(self, reason: str) -> DataError:
         """The error for what its contents break."""

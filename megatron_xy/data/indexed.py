@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import replace, storage_error, temporary_name
+from megatron_xy.storage import read_error, replace, storage_error, temporary_name
 
 Tokens = NDArray[Any]
 
@@ -209,7 +209,7 @@ class IndexedReader:
         return _map(self._bin_path).view(self.dtype)
 
     def document(self, index: int) -> list[Tokens]:
-        """The pieces of document `index`, each [length], read-only."""
+        """The pieces of document `index`, each [length]."""
         tokens, lengths = self.document_tokens(index)
         return np.split(tokens, np.cumsum(lengths[:-1])) if len(lengths) else []
 
@@ -218,9 +218,10 @@ class IndexedReader:
         return int(self._offsets[int(self.document_indices[index])]) // self.dtype.itemsize
 
     def document_tokens(self, index: int) -> tuple[Tokens, NDArray[np.int32]]:
-        """(tokens [sum of lengths], read-only; piece lengths [pieces]) of document `index`.
+        """(tokens [sum of lengths]; piece lengths [pieces]) of document `index`.
 
-        Raises DataError where the index contradicts itself, IndexError outside 0..num_documents.
+        Raises DataError where the index contradicts itself, StorageError where the disk does not answer, IndexError
+        outside 0..num_documents.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
@@ -246,11 +247,13 @@ class IndexedReader:
         tokens = np.empty(num_tokens, dtype=self.dtype)
         rest = tokens.data.cast("B")
         while rest:  # Linux gives at most 2 GiB at a time
-            num_read = os.preadv(self._descriptor, [rest], start + tokens.nbytes - len(rest))
+            try:
+                num_read = os.preadv(self._descriptor, [rest], start + tokens.nbytes - len(rest))
+            except OSError as error:
+                raise read_error(self._bin_path, error) from None
             if not num_read:
                 raise DataError(f"{self._bin_path} ends before byte {start + tokens.nbytes}: it was cut")
             rest = rest[num_read:]
-        tokens.flags.writeable = False
         return tokens
 
     @cached_property

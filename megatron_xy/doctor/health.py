@@ -91,7 +91,8 @@ def _advisories() -> Iterator[Finding]:
 
 
 def _limits(*, has_gpu: bool) -> Iterator[Finding]:
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)  # as far as a rank raises its own
+    files = OPEN_FILES if files == resource.RLIM_INFINITY else files
     remedy = "" if files >= OPEN_FILES else f"ulimit -n {OPEN_FILES}, or LimitNOFILE of the scheduler's service"
     yield Finding("ok" if not remedy else "warn" if files >= 1024 else "fail", "open files", str(files), remedy)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -152,7 +152,6 @@ class _Search:
     def _found_of_role(self, role: RoleName, num_ranks: int) -> _Options:
         costs: list[list[float]] = []
         layouts: list[Layouts] = []
-        scored: dict[ParallelConfig, float] = {}  # which recomputation does not change
         for job in _laid_out(self._jobs[role], num_ranks=num_ranks, gpus_per_node=self._gpus_per_node):
             held = {stage: self._held(role, job, stage) for stage in telling_stages(job.model, job.parallel)}
             memories = [stage_memory(job, stage=stage, held=counted) for stage, counted in held.items()]
@@ -165,9 +164,7 @@ class _Search:
                 rates=self._rates,
                 gpus_per_node=self._gpus_per_node,
                 held=held[0],
-                score=scored.get(job.parallel),
             )
-            scored[job.parallel] = work["score"]
             costs.append([*bytes_, *(work[phase] for phase in PHASES)])
             layouts.append(((role, job.model, job.parallel),))
         return self._kept(np.array(costs).reshape(-1, 2 + len(PHASES)), lambda index: layouts[index])

