@@ -23,18 +23,16 @@ from megatron_xy import run_folder
 from megatron_xy.errors import EXIT_PEER_LOST, MegatronXYError
 from megatron_xy.runtime import hang_report, orphans
 from megatron_xy.runtime.liveness import SIGNS
+from megatron_xy.runtime.progress import PATIENCE, Progress
 from megatron_xy.runtime.signals import StopRequest
 
 END = "end"  # the phase of a rank that is about to leave by itself
 WRITING_PHASES = ("save", "finish", "profile", END)
 # In start-up, in the first time of every phase, in which kernels are compiled, and always in these, work that nobody
-# counts is progress, too.
+# counts is progress, too, for `PATIENCE` times `timeout_seconds`.
 LOOSE_PHASES = (*WRITING_PHASES, "reward.function")
-PATIENCE = 10  # for how many times `timeout_seconds` it is
 HOLDING_PHASE = "profile"  # holds the interpreter, so that for long its rank tells nothing, which is no hang yet:
 HOLDING_SECONDS = 1200.0  # beyond `timeout_seconds`
-WORK_BYTES = 4 * 2**20  # read or written within `timeout_seconds`: a rank that works
-WORK_SHARE = 0.1  # of one core within `timeout_seconds`: likewise
 BEATS_A_SECOND = 200  # of all ranks together, as each is a new file on a shared file system
 LATE_SECONDS = 2.0  # a tick later than this shows that the process did not run; the time is not held against it
 GONE_SECONDS = 5.0  # after which a rank that stands still looks whether another one has failed, or died beside it
@@ -73,7 +71,7 @@ class Watchdog:
         self._last_beat = self._last_look_around = float("-inf")
         self._told_entered = 0
         self._fails = False  # whether the run folder refused the last look
-        self._progress = _Progress(timeout_seconds)
+        self._progress = Progress(timeout_seconds)
         self._others: dict[int, _Seen] = {}
         self._siblings: dict[int, int] | None = None  # of this machine, once all are there: {rank: process id}
         self._wake = threading.Event()
@@ -326,72 +324,6 @@ class _Seen:
         self.progress_time = progress_time
         self.seconds = seconds
         self.granted = 0.0  # seconds more, where it holds the interpreter
-
-
-class _Progress:
-    """When something last went forward in this process: marks, phases, and, where it counts, unannounced work."""
-
-    def __init__(self, timeout_seconds: float) -> None:
-        self._timeout = timeout_seconds
-        self._marks = (-1, -1)
-        self._marked = self._seconds = time.monotonic()
-        self._work = _Work.now()
-
-    def look(self, now: float, *, place: int, counts_work: bool, counts_disks: bool) -> None:
-        """Takes in what has happened since the last look. counts_disks: whose writes count, if work does."""
-        marks = (SIGNS.marks, place)
-        if marks != self._marks:
-            self._marks, self._marked, self._seconds = marks, now, now
-            self._work = _Work.now()
-        elif counts_work and now - self._marked < PATIENCE * self._timeout:
-            work = _Work.now()
-            if work.is_work_since(self._work, timeout_seconds=self._timeout, counts_disks=counts_disks):
-                self._work, self._seconds = work, now
-
-    def stalled_seconds(self, now: float) -> float:
-        """Since something last went forward."""
-        return now - self._seconds
-
-    def forgive(self, seconds: float) -> None:
-        """Time in which the process did not run, stopped and continued by somebody, or on a machine that slept."""
-        self._seconds += seconds
-        self._marked += seconds
-
-
-class _Work:
-    """What the kernel counts of this process's work; of the disks' work the whole machine's, for waits in fsync."""
-
-    def __init__(self, cpu_seconds: float, io_bytes: int, disk_bytes: int) -> None:
-        self.cpu_seconds, self.io_bytes, self.disk_bytes = cpu_seconds, io_bytes, disk_bytes
-
-    @classmethod
-    def now(cls) -> _Work:
-        """As it stands."""
-        return cls(
-            time.process_time(),
-            sum(_counters(Path("/proc/self/io"), ("rchar:", "wchar:", "read_bytes:", "write_bytes:"))),
-            sum(_counters(Path("/proc/vmstat"), ("nr_written",))) * os.sysconf("SC_PAGE_SIZE"),
-        )
-
-    def is_work_since(self, before: _Work, *, timeout_seconds: float, counts_disks: bool) -> bool:
-        """Whether it is enough, within `timeout_seconds`, for a process that works rather than hangs.
-
-        counts_disks: whether this process may be waiting for what it has written.
-        """
-        return (
-            self.cpu_seconds - before.cpu_seconds > WORK_SHARE * timeout_seconds
-            or self.io_bytes - before.io_bytes > WORK_BYTES
-            or (counts_disks and self.disk_bytes - before.disk_bytes > WORK_BYTES)
-        )
-
-
-def _counters(path: Path, names: tuple[str, ...]) -> list[int]:
-    """Numbers of a file of `NAME NUMBER` lines; none where the kernel does not show it."""
-    try:
-        pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
-    except OSError:
-        return []
-    return [int(pair[1]) for pair in pairs if pair[0] in names]
 
 
 def _kill(pid: int | None) -> None:

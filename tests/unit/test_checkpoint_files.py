@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load, load_file, save_file
 
-from megatron_xy import parallel
 from megatron_xy.checkpoint import files
 from megatron_xy.checkpoint.choice import shared_problem
 from megatron_xy.checkpoint.files import Manifest, Piece, TensorEntry
-from megatron_xy.config import ParallelConfig
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.tensors.block_reader import BlockReader, tensor_hashes
 from megatron_xy.tensors.files import bits_of, dtype_name, write_tensors
@@ -333,16 +330,6 @@ def test_flat_parts_that_leave_or_repeat_something_are_refused(checkpoint, parts
             files.verify_coverage(checkpoint, manifest)
     with pytest.raises(DataError, match=r"embedding\.weight do not make up its shape \[10, 3\]"):
         files.verify_coverage(checkpoint, manifest)
-
-
-@pytest.fixture
-def alone():
-    started = not dist.is_initialized()
-    if started:
-        parallel.start_alone()
-    yield parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=60)
-    if started:
-        dist.destroy_process_group()
 
 
 def test_who_goes_on_alone_looks_at_every_file_and_every_piece(checkpoint, alone):

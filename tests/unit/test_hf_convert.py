@@ -436,17 +436,20 @@ def test_a_command_killed_in_its_last_step_has_done_its_work(tmp_path, monkeypat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".conversion.json", "file"]
 
 
-def test_what_another_conversion_has_left_is_not_gone_on_with(tmp_path, monkeypatch):
-    """Interrupted once the weights are written; then the same folder in another type."""
-    folder = hf_folder(tmp_path / "hf")
-
+def interrupt_once_weights_are_written(folder, target, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_manifest", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            hf_to_checkpoint(folder, tmp_path / "ckpt")
+            hf_to_checkpoint(folder, target)
+
+
+def test_what_another_conversion_has_left_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Interrupted once the weights are written; then the same folder in another type."""
+    folder = hf_folder(tmp_path / "hf")
+    interrupt_once_weights_are_written(folder, tmp_path / "ckpt", monkeypatch)
     assert len(list((tmp_path / ".tmp-ckpt").glob("*.receipt.json"))) == 1
     hf_to_checkpoint(folder, tmp_path / "ckpt", dtype="bf16")
     manifest = files.read_manifest(tmp_path / "ckpt")
@@ -459,14 +462,7 @@ def test_what_another_conversion_has_left_is_not_gone_on_with(tmp_path, monkeypa
 def test_a_file_that_has_not_reached_the_disk_whole_is_written_anew(tmp_path, monkeypatch):
     """As a power cut leaves it: with its receipt."""
     folder = hf_folder(tmp_path / "hf")
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write_manifest", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            hf_to_checkpoint(folder, tmp_path / "ckpt")
+    interrupt_once_weights_are_written(folder, tmp_path / "ckpt", monkeypatch)
     (shard,) = (tmp_path / ".tmp-ckpt").glob("*.safetensors")
     os.truncate(shard, 1000)
     hf_to_checkpoint(folder, tmp_path / "ckpt")

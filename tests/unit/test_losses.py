@@ -2,22 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_xy import losses as losses_module
-from megatron_xy import parallel
 from megatron_xy.losses import _CompiledCrossEntropy, token_cross_entropy
-
-
-@pytest.fixture(scope="module")
-def alone():
-    started = not dist.is_initialized()
-    if started:
-        parallel.start_alone()
-    yield dist.group.WORLD
-    if started:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(params=["as on a CPU", "as on a GPU"], autouse=True)
@@ -48,7 +36,7 @@ def test_losses_and_gradients_are_those_of_the_true_vocabulary(alone, columns, v
     want, want_gradient = expected(logits, labels, weights.double(), vocab_size=vocab_size)
     logits.requires_grad_()
     before = logits.detach().clone()
-    losses = token_cross_entropy(logits, labels, vocab_size=vocab_size, tp_group=alone)
+    losses = token_cross_entropy(logits, labels, vocab_size=vocab_size, tp_group=alone.collection.tp)
     (losses * weights).sum().backward()
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.detach().double(), want, rtol=1e-6, atol=1e-5)
@@ -63,7 +51,7 @@ def test_first_and_last_label_of_the_vocabulary_and_large_logits(alone):
     logits[0, 1, 4] = 1e4
     logits[0, 2, :5] = -3e38
     labels = torch.tensor([[0, 0, 4]])
-    losses = token_cross_entropy(logits, labels, vocab_size=5, tp_group=alone)
+    losses = token_cross_entropy(logits, labels, vocab_size=5, tp_group=alone.collection.tp)
     torch.testing.assert_close(losses, torch.tensor([[0.0, 1e4, torch.log(torch.tensor(5.0))]]))
 
 
@@ -74,7 +62,7 @@ def test_bf16_logits_are_reduced_in_fp32_and_get_a_bf16_gradient(alone):
     weights = torch.ones(2, 9)
     want, want_gradient = expected(logits, labels, weights.double(), vocab_size=250)
     logits.requires_grad_()
-    losses = token_cross_entropy(logits, labels, vocab_size=250, tp_group=alone)
+    losses = token_cross_entropy(logits, labels, vocab_size=250, tp_group=alone.collection.tp)
     losses.sum().backward()
     torch.testing.assert_close(losses.detach().double(), want, rtol=1e-6, atol=1e-5)
     assert logits.grad.dtype == torch.bfloat16

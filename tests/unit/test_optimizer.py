@@ -5,25 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from megatron_xy import parallel
 from megatron_xy.config import OptimizerConfig, ParallelConfig
 from megatron_xy.optimizer import apply_gradients, torch_optimizers
 from megatron_xy.role import build_role
 from megatron_xy.tensors.names import EMBEDDING
 from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
 from tests.distributed import models
-
-
-@pytest.fixture(scope="module")
-def alone():
-    started = not dist.is_initialized()
-    if started:
-        parallel.start_alone()
-    yield parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=60)
-    if started:
-        dist.destroy_process_group()
 
 
 def gradients(role, step):

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_xy.run_folder import new_beat, prepare, read_exit, read_heartbeats, write_beat
 from megatron_xy.runtime import hang_report
-from megatron_xy.runtime.watchdog import HOLDING_PHASE, WORK_BYTES, Watchdog, _Work
+from megatron_xy.runtime.progress import WORK_BYTES, Work
+from megatron_xy.runtime.watchdog import HOLDING_PHASE, Watchdog
 
 TIMEOUT_SECONDS = 0.5
 
@@ -44,7 +45,7 @@ def test_a_phase_of_some_ranks_alone_is_told_and_not_counted_with_those_of_all(t
 
 
 def test_what_the_machines_disks_do_is_progress_where_this_process_may_wait_for_them():
-    before, after = _Work(0.0, 0, 0), _Work(0.0, 0, WORK_BYTES + 1)
+    before, after = Work(0.0, 0, 0), Work(0.0, 0, WORK_BYTES + 1)
     assert after.is_work_since(before, timeout_seconds=1.0, counts_disks=True)
     assert not after.is_work_since(before, timeout_seconds=1.0, counts_disks=False)
 
