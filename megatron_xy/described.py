@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_xy.config import RunConfig, data_parallel_size, placed_roles
-from megatron_xy.data.phases import sampler_phases, total_tokens
+from megatron_xy.data.draws.phases import sampler_phases, total_tokens
 from megatron_xy.flops import num_parameters
 from megatron_xy.ppo.placement import drawn
 

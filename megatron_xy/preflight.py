@@ -24,10 +24,10 @@ from megatron_xy.config import (
     role_sections,
 )
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.phases import check_epochs, run_sampler, with_epochs
+from megatron_xy.data.draws.phases import check_epochs, run_sampler, with_epochs
+from megatron_xy.data.draws.sampler import BucketSampler
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.run_data import data_folders
-from megatron_xy.data.sampler import BucketSampler
-from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.tokenizer import check_export
 from megatron_xy.model.source import check_head, resolve_model

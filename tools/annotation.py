@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.data.conversations import BadConversation, parse_prompt
-from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
+from megatron_xy.data.chat.conversations import BadConversation, parse_prompt
+from megatron_xy.data.corpus.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, write_text
 

@@ -22,8 +22,8 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.best_fit import Engine, EngineName, start_engine
-from megatron_xy.data.packing import (
+from megatron_xy.data.packing.best_fit import Engine, EngineName, start_engine
+from megatron_xy.data.packing.pack import (
     LARGEST_DOCUMENT,
     WINDOW_DOCUMENTS,
     Overflow,
@@ -32,7 +32,7 @@ from megatron_xy.data.packing import (
     check_policy,
     pack,
 )
-from megatron_xy.data.sample_plan import Plan
+from megatron_xy.data.packing.sample_plan import Plan
 from megatron_xy.errors import ConfigError, DataError, with_exit_code
 
 Lengths = NDArray[np.integer[Any]]

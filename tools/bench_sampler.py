@@ -18,8 +18,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.data.phase_draws import SamplerPhase
-from megatron_xy.data.sampler import BucketSampler, Stream
+from megatron_xy.data.draws.phase_draws import SamplerPhase
+from megatron_xy.data.draws.sampler import BucketSampler, Stream
 
 BUCKETS = (2048, 4096, 8192, 16384)
 # As many samples a bucket as 23 : 9 : 2 : 0.6, what a report of a model of this kind gives.

@@ -29,8 +29,8 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_xy.data.row_contents import RowFields
-from megatron_xy.data.sentencepiece_json import parse_model, tokenizer_json
+from megatron_xy.data.corpus.row_contents import RowFields
+from megatron_xy.data.encoding.sentencepiece_json import parse_model, tokenizer_json
 
 MEGABYTE = 1024 * 1024
 
@@ -139,11 +139,11 @@ def timed(kind: str, inputs: Path, output: Path, options: argparse.Namespace) ->
 
 def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
     """Scan, choice of the engine and token shards, as in `data build` with --append-eod."""
-    from megatron_xy.data.engine_choice import choose_engine
-    from megatron_xy.data.inputs import find_inputs
-    from megatron_xy.data.loaded import load_anew, load_engines
-    from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
-    from megatron_xy.data.workers import Workers
+    from megatron_xy.data.building.engine_choice import choose_engine
+    from megatron_xy.data.building.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
+    from megatron_xy.data.building.workers import Workers
+    from megatron_xy.data.corpus.inputs import find_inputs
+    from megatron_xy.data.encoding.loaded import load_anew, load_engines
 
     files, loaded = find_inputs([inputs]), load_anew(tokenizer)
     total = sum(file.stat().st_size for file in files)
@@ -165,7 +165,7 @@ def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
 
 def scan_one(path: Path, advance: Any, *, part_bytes: int) -> Any:
     """Checksum and parts of one input file."""
-    from megatron_xy.data.inputs import scan_file
+    from megatron_xy.data.corpus.inputs import scan_file
 
     return scan_file(path, part_bytes=part_bytes, advance=advance)
 

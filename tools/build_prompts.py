@@ -25,9 +25,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_xy.data.conversations import BadConversation, parse_prompt
-from megatron_xy.data.renderer import PROMPT_FIELDS
-from megatron_xy.data.rows import BadRow, read_rows
+from megatron_xy.data.chat.conversations import BadConversation, parse_prompt
+from megatron_xy.data.chat.renderer import PROMPT_FIELDS
+from megatron_xy.data.corpus.rows import BadRow, read_rows
 from megatron_xy.errors import UsageError, with_exit_code
 from megatron_xy.reward.split import clusters_of
 from megatron_xy.storage import write_json, write_text

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_xy.data.vocabulary import HAN
+from megatron_xy.data.encoding.vocabulary import HAN
 from megatron_xy.errors import with_exit_code
 from megatron_xy.storage import write_text
 

@@ -41,7 +41,7 @@ from annotation import (
     write_sheet,
 )
 
-from megatron_xy.data.rows import BadRow, read_rows
+from megatron_xy.data.corpus.rows import BadRow, read_rows
 from megatron_xy.errors import DataError, UsageError, with_exit_code
 from megatron_xy.storage import write_text
 

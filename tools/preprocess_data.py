@@ -15,15 +15,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_xy.data.documents import LineReport
-from megatron_xy.data.engine_choice import choose_engine
+from megatron_xy.data.building.engine_choice import choose_engine
+from megatron_xy.data.building.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
+from megatron_xy.data.building.workers import Workers
+from megatron_xy.data.corpus.documents import LineReport
+from megatron_xy.data.corpus.inputs import find_inputs, input_size, scan_file
+from megatron_xy.data.corpus.row_contents import RowFields
+from megatron_xy.data.encoding.loaded import load_anew, load_engines
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, dtype_for
-from megatron_xy.data.inputs import find_inputs, input_size, scan_file
-from megatron_xy.data.loaded import load_anew, load_engines
-from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.row_contents import RowFields
-from megatron_xy.data.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
-from megatron_xy.data.workers import Workers
+from megatron_xy.data.inspection.progress import showing_progress
 from megatron_xy.errors import ConfigError, with_exit_code
 
 TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPTSentencePieceTokenizer", "HuggingFaceTokenizer")

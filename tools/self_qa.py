@@ -34,9 +34,9 @@ from chat_endpoint import ChatEndpoint, endpoint_of, keep_results
 from rich.console import Console
 from rich.table import Table
 
-from megatron_xy.data.documents import Document
-from megatron_xy.data.inputs import read_documents
-from megatron_xy.data.rows import read_rows
+from megatron_xy.data.corpus.documents import Document
+from megatron_xy.data.corpus.inputs import read_documents
+from megatron_xy.data.corpus.rows import read_rows
 from megatron_xy.errors import ConfigError, DataError, UsageError, with_exit_code
 from megatron_xy.reward.split import clusters_of
 from megatron_xy.storage import file_sha256, write_json, write_text

@@ -47,7 +47,7 @@ from annotation import (
     write_sheet,
 )
 
-from megatron_xy.data.rows import read_rows
+from megatron_xy.data.corpus.rows import read_rows
 from megatron_xy.errors import ConfigError, DataError, UsageError, with_exit_code
 from megatron_xy.storage import write_text
 

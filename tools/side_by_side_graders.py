@@ -12,7 +12,7 @@ from annotation import asked_in, lines_of, shown_prompt
 from chat_endpoint import endpoint_of, keep_results
 from side_by_side_verdict import verdict_of
 
-from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
+from megatron_xy.data.corpus.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.storage import file_sha256, write_text
 

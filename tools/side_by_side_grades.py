@@ -9,7 +9,7 @@ from typing import Any
 
 from annotation import edited_texts, pair_shown, read_sheet
 
-from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, read_rows
+from megatron_xy.data.corpus.rows import SHOWN_PROBLEMS, BadRow, read_rows
 from megatron_xy.errors import DataError
 
 GRADES = ("good", "same", "bad")

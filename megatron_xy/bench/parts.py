@@ -23,7 +23,7 @@ import yaml
 from megatron_xy.bench.baseline import train_plainly
 from megatron_xy.bench.cases import CPU, CPU_TINY, GPU_ONE_B, GPU_SEVEN_B, SMALL, TINY, Case
 from megatron_xy.config import ModelConfig, OptimizerConfig
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.run_folder import read_heartbeats

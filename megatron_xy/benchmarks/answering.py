@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.rows import read_rows
-from megatron_xy.data.tokenizer import Tokenizer
-from megatron_xy.data.workers import Progress
+from megatron_xy.data.building.workers import Progress
+from megatron_xy.data.corpus.rows import read_rows
+from megatron_xy.data.encoding.tokenizer import Tokenizer
+from megatron_xy.data.inspection.progress import showing_progress
 from megatron_xy.inference.answers import find_tokenizer, identity_of
 from megatron_xy.inference.model_job import ModelJob, run_job
 from megatron_xy.inference.model_ranks import complete_options, joined

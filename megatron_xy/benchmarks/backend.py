@@ -19,7 +19,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_xy.benchmarks.answering import Model, Prompt
-from megatron_xy.data.chat_template import ANSWER_BEGINS, ANSWER_ENDS
+from megatron_xy.data.chat.template import ANSWER_BEGINS, ANSWER_ENDS
 from megatron_xy.errors import ConfigError
 from megatron_xy.inference.answers import Chats, find_tokenizer
 from megatron_xy.inference.model_job import ModelJob

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_xy.benchmarks.backend import MegatronXYLM
 from megatron_xy.benchmarks.suite import DIGEST_LENGTH, Benchmarks, Metrics
-from megatron_xy.data.tokenizer import tokenizer_file
+from megatron_xy.data.encoding.tokenizer import tokenizer_file
 from megatron_xy.storage import file_sha256
 
 

@@ -98,9 +98,9 @@ def data_build(
     """
     # A process with threads cannot be forked, and numpy would start some, of which a build has no use.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from megatron_xy.data.build import DEFAULT_BUCKETS, build_dataset
-    from megatron_xy.data.build_folder import Share
-    from megatron_xy.data.progress import showing_progress
+    from megatron_xy.data.building.build import DEFAULT_BUCKETS, build_dataset
+    from megatron_xy.data.building.build_folder import Share
+    from megatron_xy.data.inspection.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
         raise UsageError("--packing concatenate and --seq-length go together; give both, or neither")
@@ -151,10 +151,10 @@ def data_stats(
     """Documents, tokens, samples, shares and the three ratios of a data folder, beside samples of fixed length; what of
     the corpus was left out.
     """
-    from megatron_xy.data.examine import dataset_stats
+    from megatron_xy.data.inspection.examine import dataset_stats
 
     if pictures is not None:
-        from megatron_xy.data.pictures import draw_statistics
+        from megatron_xy.data.inspection.pictures import draw_statistics
 
         for path in draw_statistics(directory, pictures):
             say(f"wrote {path}")
@@ -171,7 +171,7 @@ def data_show(
     as_json: AsJson = False,
 ) -> None:
     """Samples as text: a colour a document, a bar between two, tokens that the loss leaves out reversed or dim."""
-    from megatron_xy.data.show import shown_samples
+    from megatron_xy.data.inspection.show import shown_samples
 
     samples = shown_samples(directory, source=source, bucket=bucket, index=index, count=count)
     if as_json:
@@ -187,8 +187,8 @@ def data_show(
 @data_app.command("verify")
 def data_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """Checks sizes, checksums, sample lengths and token ids of a data folder."""
-    from megatron_xy.data.examine import verify_dataset
-    from megatron_xy.data.progress import showing_progress
+    from megatron_xy.data.inspection.examine import verify_dataset
+    from megatron_xy.data.inspection.progress import showing_progress
 
     with showing_progress() as progress:
         verify_dataset(directory, progress=progress)
@@ -205,7 +205,7 @@ def data_plan_steps(
     overrides: Overrides = None,
 ) -> None:
     """Which samples a data parallel rank draws at which step: JSON lines, one a (step, source)."""
-    from megatron_xy.data.plan_steps import plan_steps
+    from megatron_xy.data.inspection.plan_steps import plan_steps
 
     rows = plan_steps(
         directory,
@@ -227,7 +227,7 @@ def data_trace(
     overrides: Overrides = None,
 ) -> None:
     """The documents (file, line) that were drawn at these steps: JSON lines, one a sample."""
-    from megatron_xy.data.trace import trace_steps
+    from megatron_xy.data.inspection.trace import trace_steps
 
     for row in trace_steps(directory, config_path=config, overrides=overrides or [], steps=_steps(steps)):
         print(json.dumps(row))
@@ -250,7 +250,7 @@ def _numbers(text: str, *, option: str) -> list[int]:
 
 
 def _show_stats(stats: Any, directory: Path, *, as_json: bool) -> None:
-    from megatron_xy.data.progress import left_out, ratios_table, stats_table
+    from megatron_xy.data.inspection.progress import left_out, ratios_table, stats_table
 
     lines = left_out(stats, directory=directory)
     if as_json:

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xy.data.draws.sampler import Batch, BucketSampler, SampleId, Stream
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path, read_header
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
 from megatron_xy.data.origins import Rows, mask_path, read_mask, read_rows
-from megatron_xy.data.sampler import Batch, BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 
 MOST_OPEN_SHARDS = 8192  # Linux gives a process 65,530 maps, if nobody has raised it

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_xy.config import RunConfig
 from megatron_xy.data.dataset import MicroBatch, PackedDataset, collate, samples_of_rank
-from megatron_xy.data.phases import epoch_ends, run_sampler
+from megatron_xy.data.draws.phases import epoch_ends, run_sampler
 from megatron_xy.data.prefetcher import Prefetcher
 
 

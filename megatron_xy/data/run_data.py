@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.build import WORK_FORMAT, build_dataset
-from megatron_xy.data.chat_template import OF_TOKENIZER, load_chat_template
+from megatron_xy.data.building.build import WORK_FORMAT, build_dataset
+from megatron_xy.data.chat.template import OF_TOKENIZER, load_chat_template
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
+from megatron_xy.data.inspection.progress import showing_progress
 from megatron_xy.data.manifest import read_manifest
-from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError
 from megatron_xy.rows_files import is_file_of_rows
 from megatron_xy.storage import file_sha256

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from megatron_xy.data import vocabulary
-from megatron_xy.data.engines import TOKENIZER_CONFIG
-from megatron_xy.data.sentencepiece_json import inexact_reasons, parse_model
-from megatron_xy.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from megatron_xy.data.encoding import vocabulary
+from megatron_xy.data.encoding.engines import TOKENIZER_CONFIG
+from megatron_xy.data.encoding.sentencepiece_json import inexact_reasons, parse_model
+from megatron_xy.data.encoding.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import CHECKSUMS

@@ -10,10 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_xy import __version__
-from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import template_of_run
-from megatron_xy.data.engines import TOKENIZER_CONFIG
-from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, load_tokenizer
+from megatron_xy.data.chat.encode import Chat
+from megatron_xy.data.chat.template import template_of_run
+from megatron_xy.data.encoding.engines import TOKENIZER_CONFIG
+from megatron_xy.data.encoding.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON, load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.kept import GENERATION_CONFIG, end_ids

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.checkpoint.files import Manifest
-from megatron_xy.data.claims import claim
+from megatron_xy.data.building.claims import claim
 from megatron_xy.errors import ConfigError, StorageError
 from megatron_xy.runtime.liveness import went_forward
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, temporary_name, write_json

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.config import InvalidConfig, Problem
-from megatron_xy.data.engines import TOKENIZER_CONFIG
+from megatron_xy.data.encoding.engines import TOKENIZER_CONFIG
+from megatron_xy.data.encoding.sentencepiece_json import CONTROL, UNKNOWN, inexact_reasons, parse_model, tokenizer_json
+from megatron_xy.data.encoding.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_xy.data.manifest import read_manifest
-from megatron_xy.data.sentencepiece_json import CONTROL, UNKNOWN, inexact_reasons, parse_model, tokenizer_json
-from megatron_xy.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import write_json
 

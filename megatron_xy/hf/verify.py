@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from megatron_xy import parallel
 from megatron_xy.config import ModelConfig, ParallelConfig
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.flops import num_parameters
 from megatron_xy.hf.config import CONFIG

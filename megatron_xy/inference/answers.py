@@ -20,13 +20,13 @@ from typing import Any
 
 from megatron_xy.checkpoint import files
 from megatron_xy.config import RunConfig
-from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import load_chat_template, template_of_run, template_of_tokenizer
-from megatron_xy.data.conversations import BadConversation, parse_prompt
-from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.renderer import PROMPT_FIELDS
-from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
-from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.data.chat.conversations import BadConversation, parse_prompt
+from megatron_xy.data.chat.encode import Chat
+from megatron_xy.data.chat.renderer import PROMPT_FIELDS
+from megatron_xy.data.chat.template import load_chat_template, template_of_run, template_of_tokenizer
+from megatron_xy.data.corpus.rows import BadRow, Row, check_json, read_rows
+from megatron_xy.data.encoding.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.data.inspection.progress import showing_progress
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.inference.model_job import ModelJob

@@ -17,7 +17,7 @@ import torch
 
 from megatron_xy.checkpoint.files import METADATA
 from megatron_xy.config import RunConfig
-from megatron_xy.data.rows import BadRow, read_rows
+from megatron_xy.data.corpus.rows import BadRow, read_rows
 from megatron_xy.inference.answers import identity_of
 from megatron_xy.inference.model_job import ModelJob
 from megatron_xy.inference.model_ranks import complete_options, joined

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.chat import answer_tokens
-from megatron_xy.data.conversations import BadConversation, parse_prompt
-from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.rows import BadRow, Row, check_json, read_rows
-from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.data.chat.conversations import BadConversation, parse_prompt
+from megatron_xy.data.chat.encode import answer_tokens
+from megatron_xy.data.corpus.rows import BadRow, Row, check_json, read_rows
+from megatron_xy.data.encoding.tokenizer import Tokenizer
+from megatron_xy.data.inspection.progress import showing_progress
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.inference.answers import Chats, find_tokenizer, identity_of, prompt_tokens
 from megatron_xy.inference.model_job import ModelJob

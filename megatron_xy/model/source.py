@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_xy.checkpoint import files
 from megatron_xy.config import Head, ModelConfig, RunConfig, role_names, role_sections
-from megatron_xy.data.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON
+from megatron_xy.data.encoding.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON
 from megatron_xy.errors import ConfigError
 from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.hf.source import open_source

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_xy.config import RunConfig
+from megatron_xy.data.draws.phase_draws import stream_shares
 from megatron_xy.data.manifest import MANIFEST_NAME, read_manifest
-from megatron_xy.data.phase_draws import stream_shares
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import checkpoint_bytes, num_parameters, shape_of
 from megatron_xy.plan.assumptions import Device, Efficiencies, section

@@ -18,8 +18,8 @@ from megatron_xy.config import (
     check_role_shapes,
     room_for_answers,
 )
-from megatron_xy.data.renderer import Renderer
-from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.data.chat.renderer import Renderer
+from megatron_xy.data.encoding.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.hf.tokenizer import check_export

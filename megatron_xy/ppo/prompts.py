@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_xy.data.conversations import BadConversation, parse_prompt
-from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
-from megatron_xy.data.renderer import Renderer
-from megatron_xy.data.rows import BadRow, Row, read_rows
+from megatron_xy.data.chat.conversations import BadConversation, parse_prompt
+from megatron_xy.data.chat.renderer import Renderer
+from megatron_xy.data.corpus.rows import BadRow, Row, read_rows
+from megatron_xy.data.draws.permutation import PERMUTATION_ROUNDS, permute
 from megatron_xy.errors import DataError
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_xy import device
-from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.data.encoding.tokenizer import Tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.prompts import PromptFile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_xy.data.renderer import Renderer
+from megatron_xy.data.chat.renderer import Renderer
 from megatron_xy.ppo import functional
 from megatron_xy.ppo.experience import Experience
 from megatron_xy.ppo.prompts import PromptFile

@@ -17,7 +17,7 @@ from megatron_xy import device
 from megatron_xy.checkpoint import course
 from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.config import RunConfig
-from megatron_xy.data.renderer import Renderer
+from megatron_xy.data.chat.renderer import Renderer
 from megatron_xy.log import RunLog
 from megatron_xy.parallel import max_over, sum_over
 from megatron_xy.peak import peak_rate

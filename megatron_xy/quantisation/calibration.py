@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import ChatTemplate, template_of_tokenizer
-from megatron_xy.data.conversations import BadConversation, parse_messages
+from megatron_xy.data.chat.conversations import BadConversation, parse_messages
+from megatron_xy.data.chat.encode import Chat
+from megatron_xy.data.chat.template import ChatTemplate, template_of_tokenizer
+from megatron_xy.data.corpus.rows import BadRow, read_rows
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.data.sampler import SampleId
-from megatron_xy.data.tokenizer import Tokenizer
+from megatron_xy.data.draws.sampler import SampleId
+from megatron_xy.data.encoding.tokenizer import Tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.tokenizer import check_tokenizers
 

@@ -25,10 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from megatron_xy import __version__
+from megatron_xy.data.building.workers import Progress
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.progress import showing_progress
-from megatron_xy.data.sampler import SampleId
-from megatron_xy.data.workers import Progress
+from megatron_xy.data.draws.sampler import SampleId
+from megatron_xy.data.inspection.progress import showing_progress
 from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.release import MODEL_CARD

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.chat_template import ChatTemplate, load_chat_template, template_of_run
-from megatron_xy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_xy.data.chat.template import ChatTemplate, load_chat_template, template_of_run
+from megatron_xy.data.encoding.tokenizer import Tokenizer, load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import CONFIG
 from megatron_xy.hf.convert import to_hf, write_index

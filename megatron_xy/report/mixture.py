@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.phases import sampler_phases
+from megatron_xy.data.draws.phases import sampler_phases
 from megatron_xy.report.axes import colour_of, finish
 from megatron_xy.report.numbers import number
 from megatron_xy.report.records import Metrics

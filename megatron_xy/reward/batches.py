@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers
 from megatron_xy.data.dataset import MicroBatch, PairIndex
-from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
+from megatron_xy.data.draws.permutation import PERMUTATION_ROUNDS, permute
 from megatron_xy.reward.pairs import Pair, first_difference
 
 PairLoss = Literal["token", "sentence"]

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data import conversations
-from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.conversations import BadConversation, Message
-from megatron_xy.data.renderer import Renderer
-from megatron_xy.data.rows import BadRow, read_rows
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.chat import conversations
+from megatron_xy.data.chat.conversations import BadConversation, Message
+from megatron_xy.data.chat.renderer import Renderer
+from megatron_xy.data.chat.template import load_chat_template
+from megatron_xy.data.corpus.rows import BadRow, read_rows
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.reward.split import clusters_of, split_by_cluster
 from megatron_xy.storage import file_sha256

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xy.data.permutation import mixed
+from megatron_xy.data.draws.permutation import mixed
 
 RUN_LENGTH = 4  # characters
 SIMILARITY = 0.8  # Jaccard, from which on prompts are alike

@@ -19,8 +19,8 @@ import torch
 from megatron_xy import device
 from megatron_xy.config import RunConfig
 from megatron_xy.data.dataset import MicroBatch, PackedDataset, collate
+from megatron_xy.data.draws.sampler import SampleId
 from megatron_xy.data.prefetcher import Prefetcher
-from megatron_xy.data.sampler import SampleId
 from megatron_xy.log import RunLog
 from megatron_xy.losses import token_cross_entropy
 from megatron_xy.parallel import Groups, sum_over

@@ -13,8 +13,8 @@ import platform
 from megatron_xy import device, mcore, parallel
 from megatron_xy.config import RunConfig, check_shape, check_world
 from megatron_xy.data.dataset import PackedDataset
+from megatron_xy.data.draws.phases import describe_epochs, run_sampler, with_epochs
 from megatron_xy.data.loader import StepLoader
-from megatron_xy.data.phases import describe_epochs, run_sampler, with_epochs
 from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers

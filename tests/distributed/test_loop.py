@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megatron_xy.checkpoint import writer
 from megatron_xy.checkpoint.files import read_manifest, verify_files
 from megatron_xy.config import dump_config
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset, collate
-from megatron_xy.data.sampler import SampleId
-from megatron_xy.data.trace import trace_steps
+from megatron_xy.data.draws.sampler import SampleId
+from megatron_xy.data.inspection.trace import trace_steps
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.losses import token_cross_entropy

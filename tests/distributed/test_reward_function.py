@@ -52,7 +52,7 @@ def scored(folder: Path, name: str) -> dict[str, Any]:
     """What becomes of two answers on one rank: their scores, or the error; the phases told, the rows afterwards."""
     import torch
 
-    from megatron_xy.data.tokenizer import load_tokenizer
+    from megatron_xy.data.encoding.tokenizer import load_tokenizer
     from megatron_xy.errors import DataError
     from megatron_xy.ppo.experience import Rollout
     from megatron_xy.ppo.prompts import DrawnPrompt, PromptFile

@@ -8,8 +8,8 @@ Its last word is its peak memory in bytes.
 import argparse
 from pathlib import Path
 
-from megatron_xy.data import build, deduplicate, pack_shards, tokenize
-from megatron_xy.data.build_folder import Share
+from megatron_xy.data.building import build, deduplicate, pack_shards, tokenize
+from megatron_xy.data.building.build_folder import Share
 
 
 def main():

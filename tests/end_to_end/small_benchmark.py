@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.chat.template import load_chat_template
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.names import global_names, hf_shards
 from megatron_xy.hf.tokenizer import write_hf_tokenizer

@@ -12,8 +12,8 @@ import pytest
 from megatron_xy.bench.baseline import train_plainly
 from megatron_xy.config import RunConfig, load_config
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.phase_draws import SamplerPhase
-from megatron_xy.data.sampler import BucketSampler
+from megatron_xy.data.draws.phase_draws import SamplerPhase
+from megatron_xy.data.draws.sampler import BucketSampler
 from tests.end_to_end import tiny_run
 
 STEPS, WARMUP, LR = 100, 10, 1e-3

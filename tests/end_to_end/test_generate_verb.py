@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from megatron_xy.checkpoint.files import amend_state
 from megatron_xy.cli import app
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.convert import to_checkpoint

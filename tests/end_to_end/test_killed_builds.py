@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from megatron_xy.data.work_folder import WORK_FOLDER
+from megatron_xy.data.building.work_folder import WORK_FOLDER
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_xy.data import build, tokenize
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building import build, tokenize
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.report.verb import make_report
 from megatron_xy.run_folder import read_exit, read_heartbeats
 from tests.end_to_end.tiny_run import (

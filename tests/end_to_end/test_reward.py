@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from megatron_xy.checkpoint.files import read_manifest
 from megatron_xy.cli import app
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.inference.model_job import ModelJob
 from megatron_xy.inference.partial_results import PartialResults

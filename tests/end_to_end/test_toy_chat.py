@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.chat.encode import Chat
+from megatron_xy.data.chat.template import load_chat_template
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from tests.end_to_end.tiny_run import run_command, started, wait_for_end
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,7 +3,7 @@
 import sys
 import threading
 
-from megatron_xy.data.workers import Workers
+from megatron_xy.data.building.workers import Workers
 
 loaded = []
 

@@ -11,14 +11,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_xy.data import build, tokenize, workers
-from megatron_xy.data.build import build_dataset
-from megatron_xy.data.build_folder import Share
+from megatron_xy.data.building import build, tokenize, workers
+from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.building.build_folder import Share
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.examine import verify_dataset
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import HEADER, MAGIC, IndexedReader, IndexedWriter, bin_path, idx_path
+from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
-from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 

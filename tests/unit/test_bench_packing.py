@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_xy.data.packing import WINDOW_DOCUMENTS, pack
+from megatron_xy.data.packing.pack import WINDOW_DOCUMENTS, pack
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import bench_packing

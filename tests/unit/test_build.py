@@ -13,12 +13,12 @@ import sentencepiece
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
-from megatron_xy.data import build, build_folder, tokenize, workers
-from megatron_xy.data.build import build_dataset
-from megatron_xy.data.examine import dataset_stats, verify_dataset
+from megatron_xy.data.building import build, build_folder, tokenize, workers
+from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
+from megatron_xy.data.inspection.examine import dataset_stats, verify_dataset
 from megatron_xy.data.manifest import read_manifest
-from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import EXIT_STOPPED, ConfigError, DataError, UsageError
 from megatron_xy.runtime.signals import STOP_SIGNALS, cleaned_up_on_signals
 from tests.unit.small_corpus import content, train_tokenizer, write_rows

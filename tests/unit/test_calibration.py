@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tokenizers
 
-from megatron_xy.data.build import build_dataset
-from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.chat.template import load_chat_template
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.quantisation.calibration import Calibration, read_calibration
 from tests.unit.small_corpus import train_tokenizer, write_rows

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import BUILT_IN, ChatTemplate, load_chat_template
-from megatron_xy.data.conversations import BadConversation
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.chat.conversations import BadConversation
+from megatron_xy.data.chat.encode import Chat
+from megatron_xy.data.chat.template import BUILT_IN, ChatTemplate, load_chat_template
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.inference.answers import Chats

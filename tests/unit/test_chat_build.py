@@ -8,19 +8,20 @@ from typer.testing import CliRunner
 
 from megatron_xy.cli import app
 from megatron_xy.config import DataConfig, RunConfig, TrainingConfig
-from megatron_xy.data import build, pack_shards, run_data, tokenize
-from megatron_xy.data.build import build_dataset
-from megatron_xy.data.chat import Chat
-from megatron_xy.data.chat_template import load_chat_template
-from megatron_xy.data.conversations import BadConversation, parse_conversation
+from megatron_xy.data import run_data
+from megatron_xy.data.building import build, pack_shards, tokenize
+from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.chat.conversations import BadConversation, parse_conversation
+from megatron_xy.data.chat.encode import Chat
+from megatron_xy.data.chat.template import load_chat_template
 from megatron_xy.data.dataset import NO_LABEL, PackedDataset, collate
-from megatron_xy.data.examine import verify_dataset
+from megatron_xy.data.draws.sampler import SampleId
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
+from megatron_xy.data.inspection.examine import verify_dataset
+from megatron_xy.data.inspection.show import shown_samples
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.origins import read_mask
 from megatron_xy.data.run_data import data_folders
-from megatron_xy.data.sampler import SampleId
-from megatron_xy.data.show import shown_samples
-from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.quantisation import compare as comparing

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_xy.data import dataset as data_set
 from megatron_xy.data.dataset import PackedDataset, Sample, collate, samples_of_rank
+from megatron_xy.data.draws.phase_draws import SamplerPhase
+from megatron_xy.data.draws.sampler import BucketSampler, SampleId, Stream
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.manifest import (
     BucketEntry,
@@ -25,9 +27,7 @@ from megatron_xy.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_xy.data.phase_draws import SamplerPhase
 from megatron_xy.data.prefetcher import Prefetcher
-from megatron_xy.data.sampler import BucketSampler, SampleId, Stream
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import file_sha256
 

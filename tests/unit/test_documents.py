@@ -11,10 +11,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.data import row_contents
-from megatron_xy.data.documents import LineReport, read_part
-from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
-from megatron_xy.data.row_contents import RowFields
+from megatron_xy.data.corpus import row_contents
+from megatron_xy.data.corpus.documents import LineReport, read_part
+from megatron_xy.data.corpus.inputs import find_inputs, read_documents, scan_file
+from megatron_xy.data.corpus.row_contents import RowFields
 from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import write_rows
 

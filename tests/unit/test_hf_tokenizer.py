@@ -11,7 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.tokenizer import check_tokenizers, write_hf_tokenizer

@@ -5,15 +5,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_xy.data import tokenize
-from megatron_xy.data.build import build_dataset
-from megatron_xy.data.documents import LineReport, read_part
-from megatron_xy.data.examine import verify_dataset
+from megatron_xy.data.building import tokenize
+from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.corpus.documents import LineReport, read_part
+from megatron_xy.data.corpus.inputs import find_inputs, read_documents, scan_file
+from megatron_xy.data.corpus.row_contents import RowFields
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
-from megatron_xy.data.inputs import find_inputs, read_documents, scan_file
+from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
-from megatron_xy.data.row_contents import RowFields
-from megatron_xy.data.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 

@@ -13,10 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import megatron_xy
-from megatron_xy.data.best_fit import best_fit, start_engine
-from megatron_xy.data.indexed import IndexedReader
-from megatron_xy.data.origins import TracedWriter, document_rows
-from megatron_xy.data.pack_shards import (
+from megatron_xy.data.building.pack_shards import (
     MOST_SHARDS,
     SHARD_TOKENS,
     Range,
@@ -26,7 +23,10 @@ from megatron_xy.data.pack_shards import (
     task_tokens_for,
     windows_of,
 )
-from megatron_xy.data.packing import WINDOW_DOCUMENTS, check_buckets, check_policy, pack
+from megatron_xy.data.indexed import IndexedReader
+from megatron_xy.data.origins import TracedWriter, document_rows
+from megatron_xy.data.packing.best_fit import best_fit, start_engine
+from megatron_xy.data.packing.pack import WINDOW_DOCUMENTS, check_buckets, check_policy, pack
 from megatron_xy.errors import ConfigError, UsageError
 
 ENGINES = ("auto", "python")
@@ -315,8 +315,8 @@ def test_without_numba_python_packs_and_says_so():
 import sys
 sys.modules["numba"] = None  # as Python marks what is not there
 import numpy
-from megatron_xy.data.best_fit import start_engine
-from megatron_xy.data.packing import pack
+from megatron_xy.data.packing.best_fit import start_engine
+from megatron_xy.data.packing.pack import pack
 from megatron_xy.errors import ConfigError
 print(pack(numpy.array([5, 3, 2, 9]), buckets=[4, 8]).piece_document.tolist())
 print(start_engine())
@@ -332,7 +332,7 @@ except ConfigError as error:
 
 
 def test_importing_packing_does_not_import_numba():
-    print_it = "import sys, megatron_xy.data.packing; print('numba' in sys.modules)"
+    print_it = "import sys, megatron_xy.data.packing.pack; print('numba' in sys.modules)"
     assert run_python(print_it) == "False\n"
 
 
@@ -349,7 +349,7 @@ def test_the_compiled_core_is_kept_where_it_can_be_written_and_does_without(tmp_
         Path(megatron_xy.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "model", "hf")
     )
     (package / "data" / "__pycache__").write_text("a file, where numba would like a folder")
-    start = "from megatron_xy.data.best_fit import start_engine as s; print(s('numba'))"
+    start = "from megatron_xy.data.packing.best_fit import start_engine as s; print(s('numba'))"
     where = {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": ""}
     nowhere = where | {"XDG_CACHE_HOME": "/dev/null", "HOME": "/dev/null"}
     home = where | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}

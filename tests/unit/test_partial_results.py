@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_xy.data.rows import BadRow, read_rows
+from megatron_xy.data.corpus.rows import BadRow, read_rows
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.inference.partial_results import PartialResults
 from megatron_xy.model.generate import Request, share_of

@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_xy.config import DataConfig, Phase, RunConfig, TrainingConfig, load_config
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.phase_draws import SamplerPhase
-from megatron_xy.data.phases import (
+from megatron_xy.data.draws.phase_draws import SamplerPhase
+from megatron_xy.data.draws.phases import (
     check_epochs,
     describe_epochs,
     epoch_ends,
@@ -21,9 +21,9 @@ from megatron_xy.data.phases import (
     sampler_phases,
     with_epochs,
 )
-from megatron_xy.data.plan_steps import plan_steps
-from megatron_xy.data.sampler import BucketSampler, Stream
-from megatron_xy.data.trace import trace_steps
+from megatron_xy.data.draws.sampler import BucketSampler, Stream
+from megatron_xy.data.inspection.plan_steps import plan_steps
+from megatron_xy.data.inspection.trace import trace_steps
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.preflight import check_paths
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.phases import run_sampler
+from megatron_xy.data.draws.phases import run_sampler
 from megatron_xy.plan.assumptions import efficiencies
 from megatron_xy.plan.memory import stage_memory
 from megatron_xy.plan.overview import buckets_of

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_xy.data.renderer import Renderer
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.chat.renderer import Renderer
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.inference.answers import Chats, prompt_tokens
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile

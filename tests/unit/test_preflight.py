@@ -13,7 +13,7 @@ from megatron_xy.checkpoint.continuation import facts
 from megatron_xy.checkpoint.files import Manifest, write_manifest
 from megatron_xy.checkpoint.folders import iteration_folder
 from megatron_xy.config import InvalidConfig, load_config
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.hf.convert import to_checkpoint

@@ -1,4 +1,4 @@
-"""megatron_xy/data/rows.py: the rows of a jsonl file, and what is said of bad ones."""
+"""megatron_xy/data/corpus/rows.py: the rows of a jsonl file, and what is said of bad ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_xy.data.rows import SHOWN_PROBLEMS, BadRow, check_json, read_rows
+from megatron_xy.data.corpus.rows import SHOWN_PROBLEMS, BadRow, check_json, read_rows
 from megatron_xy.errors import ConfigError, DataError
 
 

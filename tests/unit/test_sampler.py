@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.data.apportionment import Apportionment
-from megatron_xy.data.permutation import PERMUTATION_ROUNDS, permute
-from megatron_xy.data.phase_draws import SamplerPhase
-from megatron_xy.data.sampler import BucketSampler, Stream
+from megatron_xy.data.draws.apportionment import Apportionment
+from megatron_xy.data.draws.permutation import PERMUTATION_ROUNDS, permute
+from megatron_xy.data.draws.phase_draws import SamplerPhase
+from megatron_xy.data.draws.sampler import BucketSampler, Stream
 from megatron_xy.errors import ConfigError, DataError
 
 STREAMS = [

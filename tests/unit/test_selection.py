@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from megatron_xy.data import build, deduplicate, tokenize, workers
-from megatron_xy.data.build import Share, build_dataset
+from megatron_xy.data.building import build, deduplicate, tokenize, workers
+from megatron_xy.data.building.build import Share, build_dataset
+from megatron_xy.data.building.deduplicate import HashTask, RangeTask, hash_documents, search_range
+from megatron_xy.data.corpus.documents import Part
+from megatron_xy.data.corpus.row_contents import RowFields
+from megatron_xy.data.corpus.selection import LINE_BITS, is_held_out
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.deduplicate import HashTask, RangeTask, hash_documents, search_range
-from megatron_xy.data.documents import Part
-from megatron_xy.data.examine import verify_dataset
+from megatron_xy.data.draws.sampler import SampleId
 from megatron_xy.data.indexed import IndexedWriter
+from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
-from megatron_xy.data.row_contents import RowFields
-from megatron_xy.data.sampler import SampleId
-from megatron_xy.data.selection import LINE_BITS, is_held_out
 from megatron_xy.errors import ConfigError, DataError
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 

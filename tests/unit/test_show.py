@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron_xy.data.build import build_dataset
-from megatron_xy.data.show import shown_samples
+from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.inspection.show import shown_samples
 from megatron_xy.errors import ConfigError
 from tests.unit.small_corpus import train_tokenizer
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_xy.data import engine_choice, tokenize
-from megatron_xy.data.documents import LineReport, Part
-from megatron_xy.data.engine_choice import choose_engine
-from megatron_xy.data.fast_engine import FastTokenizer, awkward_texts, chosen_texts
+from megatron_xy.data.building import engine_choice, tokenize
+from megatron_xy.data.building.engine_choice import choose_engine
+from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, read_receipt, tokenize_shard
+from megatron_xy.data.building.workers import Workers
+from megatron_xy.data.corpus.documents import LineReport, Part
+from megatron_xy.data.corpus.row_contents import RowFields
+from megatron_xy.data.encoding.fast_engine import FastTokenizer, awkward_texts, chosen_texts
+from megatron_xy.data.encoding.sentencepiece_json import NORMAL, parse_model
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import IndexedReader
-from megatron_xy.data.row_contents import RowFields
-from megatron_xy.data.sentencepiece_json import NORMAL, parse_model
-from megatron_xy.data.tokenize import TokenizeTask, TokenShard, read_receipt, tokenize_shard
-from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.data.workers import Workers
 from megatron_xy.errors import ConfigError, DataError, PeerLost
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 from tests.unit.test_tokenizer import trained
@@ -267,7 +267,7 @@ def test_a_script_that_does_not_guard_its_code_is_told_so(tmp_path):
     script = tmp_path / "builds.py"
     script.write_text(
         "import threading, time\n"
-        "from megatron_xy.data.workers import Workers\n"
+        "from megatron_xy.data.building.workers import Workers\n"
         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # so that workers are spawned\n"
         "with Workers(2, progress=None) as pool:\n"
         "    list(pool.run('round', round, [1, 2], total=2, unit='tasks'))\n"

@@ -12,8 +12,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.data.engines import TokenBatch
-from megatron_xy.data.fast_engine import (
+from megatron_xy.data.encoding.engines import TokenBatch
+from megatron_xy.data.encoding.fast_engine import (
     CHECKED_SHARE,
     FastTokenizer,
     awkward_texts,
@@ -21,8 +21,8 @@ from megatron_xy.data.fast_engine import (
     disagreement,
     unsuitable,
 )
-from megatron_xy.data.sentencepiece_json import inexact_reasons, parse_model, tokenizer_json
-from megatron_xy.data.tokenizer import load_tokenizer
+from megatron_xy.data.encoding.sentencepiece_json import inexact_reasons, parse_model, tokenizer_json
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 
 ASCII = " ".join(chr(code) for code in range(33, 127))  # a model of the world has pieces for all of them

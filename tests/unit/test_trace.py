@@ -10,18 +10,18 @@ from typer.testing import CliRunner
 
 from megatron_xy.cli import app
 from megatron_xy.config import load_config
-from megatron_xy.data import build, tokenize
-from megatron_xy.data.build import build_dataset
+from megatron_xy.data.building import build, tokenize
+from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.examine import verify_dataset
+from megatron_xy.data.draws.phases import run_sampler
+from megatron_xy.data.draws.sampler import SampleId
+from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import IndexedWriter
+from megatron_xy.data.inspection.examine import verify_dataset
+from megatron_xy.data.inspection.plan_steps import plan_steps
+from megatron_xy.data.inspection.trace import trace_steps
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.origins import TracedWriter, document_rows, read_rows, trace_path
-from megatron_xy.data.phases import run_sampler
-from megatron_xy.data.plan_steps import plan_steps
-from megatron_xy.data.sampler import SampleId
-from megatron_xy.data.tokenizer import load_tokenizer
-from megatron_xy.data.trace import trace_steps
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from megatron_xy.data import vocabulary
-from megatron_xy.data.sentencepiece_json import SPACE, parse_model, tokenizer_json
+from megatron_xy.data.encoding import vocabulary
+from megatron_xy.data.encoding.sentencepiece_json import SPACE, parse_model, tokenizer_json
 from megatron_xy.errors import ConfigError, DataError
 from tools.train_tokenizer import train
 

@@ -1,0 +1,161 @@
+"""Token shards -> packed sources, each packed by itself, and what the manifest says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_xy.data.building.claims import CLAIMS_FOLDER
+from megatron_xy.data.building.pack_shards import PackReceipt, pack_shard, pack_tasks, task_tokens_for, windows_of
+from megatron_xy.data.building.tokenize import MOST_SOURCES, TokenShard, mixed_source
+from megatron_xy.data.building.workers import Workers
+from megatron_xy.data.corpus.documents import LineReport
+from megatron_xy.data.encoding.tokenizer import Tokenizer
+from megatron_xy.data.indexed import IndexedReader
+from megatron_xy.data.inspection.alternatives import profile_lengths
+from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry, file_entry
+from megatron_xy.data.origins import mask_path
+from megatron_xy.data.packing.pack import Overflow, Packing
+from megatron_xy.errors import ConfigError, DataError
+
+FEW_DOCUMENTS = 200_000  # packed by plain Python before numba would be ready
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What an overflow policy left out, over all sources."""
+
+    documents: int
+    tokens: int
+
+
+def pack_sources(
+    pool: Workers,
+    tokenized: Sequence[TokenShard],
+    *,
+    work: Path,
+    buckets: tuple[int, ...],
+    packing: Packing,
+    overflow: Overflow,
+    chat_overflow: Overflow,
+    window_documents: int,
+) -> tuple[dict[str, SourceEntry], Dropped]:
+    """Pack each source by itself, in the order of the names; a source of which nothing is left has no entry.
+
+    chat_overflow: of sources that hold conversations. Raises DataError where nothing is left, or a source holds both.
+    """
+    names = sorted({name for shard in tokenized for name in shard.documents})
+    assert names, "there is something to pack"
+    if len(names) > MOST_SOURCES:
+        raise ConfigError(
+            f"source_field names {len(names)} sources, at most {MOST_SOURCES} can be told apart; name another"
+        )
+    prefixes = {name: [shard.folder / name for shard in tokenized if name in shard.documents] for name in names}
+    total = sum(sum(shard.documents.values()) for shard in tokenized)
+    masked = {name: _is_masked(name, prefixes[name]) for name in names}
+    windows = {name: windows_of(prefixes[name], window_documents=window_documents) for name in names}
+    task_tokens = task_tokens_for(sum(window.tokens for of_source in windows.values() for window in of_source))
+    tasks = [
+        task
+        for name in names
+        for task in pack_tasks(
+            name,
+            windows[name],
+            task_tokens=task_tokens,
+            folder=work / "packed",
+            buckets=buckets,
+            packing=packing,
+            overflow=chat_overflow if masked[name] else overflow,
+            masked=masked[name],
+            engine="python" if total < FEW_DOCUMENTS else "auto",
+        )
+    ]
+    receipts: dict[str, list[PackReceipt]] = {name: [] for name in names}
+    claims = [work / CLAIMS_FOLDER / f"pack-{task.receipt.stem}" for task in tasks]
+    packed = pool.run("pack", pack_shard, tasks, total=total, unit="documents", claims=claims)
+    for task, receipt in zip(tasks, packed, strict=True):
+        receipts[task.source].append(receipt)
+    entries = {name: _source_entry(of_source, buckets, prefixes[name]) for name, of_source in receipts.items()}
+    sources = {name: entry for name, entry in entries.items() if entry is not None}
+    if not sources:
+        raise DataError(
+            f"overflow ({overflow}) leaves nothing: every document is longer than {buckets[-1]} tokens; "
+            f"give a larger bucket, or another overflow"
+        )
+    every = [receipt for of_source in receipts.values() for receipt in of_source]
+    dropped = Dropped(
+        documents=sum(receipt.dropped_documents for receipt in every),
+        tokens=sum(receipt.tokens_lost for receipt in every),
+    )
+    return sources, dropped
+
+
+def _is_masked(source: str, prefixes: Sequence[Path]) -> bool:
+    """Whether a source holds conversations. Raises DataError where it holds texts, too."""
+    kinds = {mask_path(prefix).is_file() for prefix in prefixes}
+    if len(kinds) > 1:
+        raise DataError(mixed_source(source))
+    return kinds.pop()
+
+
+def _source_entry(
+    receipts: Sequence[PackReceipt], buckets: Sequence[int], prefixes: Sequence[Path]
+) -> SourceEntry | None:
+    entries: dict[str, BucketEntry] = {}
+    for size in (str(bucket) for bucket in buckets):
+        shards = [receipt.shards[size] for receipt in receipts if size in receipt.shards]
+        if shards:
+            samples, tokens = sum(shard.samples for shard in shards), sum(shard.tokens for shard in shards)
+            entries[size] = BucketEntry(samples=samples, tokens=tokens, shards=shards)
+    if not entries:
+        return None
+    return SourceEntry(
+        documents=sum(receipt.documents for receipt in receipts),
+        truncated_documents=sum(receipt.truncated_documents for receipt in receipts),
+        dropped_documents=sum(receipt.dropped_documents for receipt in receipts),
+        tokens=sum(receipt.tokens for receipt in receipts),
+        tokens_lost=sum(receipt.tokens_lost for receipt in receipts),
+        tokens_learned=_sum_of_known(receipt.tokens_learned for receipt in receipts),
+        buckets=entries,
+        lengths=profile_lengths((IndexedReader(prefix).sequence_lengths for prefix in prefixes), sizes=buckets),
+    )
+
+
+def _sum_of_known(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    """What a manifest keeps of the tokenizer."""
+    return TokenizerEntry(
+        file=tokenizer.file_name,
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        config=file_entry(config, folder=config.parent) if (config := tokenizer.config_path) is not None else None,
+    )
+
+
+def statistics_entry(sources: dict[str, SourceEntry], report: LineReport, *, dropped: Dropped) -> Statistics:
+    """The sums over all sources, and what reading left out."""
+    documents = sum(source.documents for source in sources.values())
+    tokens = sum(source.tokens for source in sources.values())
+    samples = sum(source.samples for source in sources.values())
+    return Statistics(
+        documents=documents,
+        tokens=tokens,
+        samples=samples,
+        padding_ratio=1 - tokens / sum(source.packed_length for source in sources.values()),
+        truncation_ratio=sum(source.truncated_documents for source in sources.values()) / documents,
+        concatenation_ratio=documents / samples,
+        dropped_documents=dropped.documents,
+        tokens_lost=dropped.tokens,
+        skipped_empty=report.skipped_empty,
+        duplicates=report.duplicates,
+        held_out_documents=report.held_out,
+        bad_lines=report.bad_lines,
+        lines=report.lines,
+    )

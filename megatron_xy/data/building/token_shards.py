@@ -1,0 +1,58 @@
+"""Parts of the inputs -> token shards, from text and Megatron's .bin/.idx alike; bad lines are judged and listed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_xy.data.building.claims import CLAIMS_FOLDER
+from megatron_xy.data.building.prefixes import copy_documents
+from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, tokenize_shard
+from megatron_xy.data.building.workers import Advance, Workers
+from megatron_xy.data.corpus.documents import BadLinePolicy, LineReport
+from megatron_xy.data.corpus.inputs import is_prefix
+from megatron_xy.storage import storage_errors
+
+
+def make_token_shards(
+    pool: Workers, tasks: list[TokenizeTask], *, total: int, most_lines: int | None, listing: Path, work: Path
+) -> tuple[list[TokenShard], LineReport]:
+    """Run all tasks, but for what other builds do; bad lines are listed in the file `listing`.
+
+    most_lines: that all inputs have, of which `tasks` may be a share. Raises DataError, with those seen, at the end of
+    the file from which on the policy surely does not allow them.
+    """
+    shards: list[TokenShard] = []
+    report = LineReport()
+    last_task = {part.path: index for index, task in enumerate(tasks) for part in task.parts}
+    claims = [work / CLAIMS_FOLDER / f"tokenize-{task.folder.name}" for task in tasks]
+    made = pool.run("tokenize", _make_shard, tasks, total=total, unit="bytes", claims=claims)
+    judged_after = len(tasks) - 1  # the task that ends the first file with bad lines
+    with storage_errors(listing), listing.open("w", encoding="utf-8") as stream:
+        for index, shard in enumerate(made):
+            shards.append(shard)
+            if shard.report.bad_lines and not report.bad_lines:
+                judged_after = min(last_task[path] for path in _bad_files(tasks[index], shard.report))
+            report.add(shard.report)
+            stream.writelines(f"{line}\n" for line in shard.report.listed)
+            if more := shard.report.bad_lines - len(shard.report.listed):
+                stream.write(f"{tasks[index].parts[-1].path}: {more} more\n")
+            if index >= judged_after:
+                _judge(report, policy=tasks[index].bad_lines, most_lines=most_lines)
+    return shards, report
+
+
+def _make_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
+    return copy_documents(task, advance) if is_prefix(task.parts[0].path) else tokenize_shard(task, advance)
+
+
+def _bad_files(task: TokenizeTask, report: LineReport) -> list[str]:
+    """The files of one task that have bad lines."""
+    return [path for path in {part.path for part in task.parts} if any(x.startswith(f"{path}:") for x in report.listed)]
+
+
+def _judge(report: LineReport, *, policy: BadLinePolicy, most_lines: int | None) -> None:
+    """Raises DataError where what is known so far breaks the policy."""
+    if policy == "fail":
+        report.raise_if_bad()
+    if policy == "limit" and most_lines is not None:
+        report.raise_if_too_bad(most_lines=most_lines)
