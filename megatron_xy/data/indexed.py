@@ -17,13 +17,13 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.storage import read_error, replace, storage_error, temporary_name
+from megatron_xy.storage import read_error, replace, storage_errors, temporary_name
 
 Tokens = NDArray[Any]
 
@@ -60,6 +60,41 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
+class GrowingFile:
+    """A flat file that stands under a temporary name until it is finished. Raises StorageError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, path.with_name(temporary_name(path.name))
+        self._stream: BinaryIO | None = None
+        self.num_items = 0
+
+    def open(self) -> None:
+        """Begins the file."""
+        with storage_errors(self._path):
+            self._stream = self._temporary.open("wb", buffering=1024 * 1024)
+
+    def write(self, items: NDArray[Any]) -> None:
+        """Appends a flat array."""
+        assert self._stream is not None, "the writer is used inside its with block"
+        with storage_errors(self._path):
+            self._stream.write(np.ascontiguousarray(items).data)
+        self.num_items += len(items)
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        assert self._stream is not None, "the writer is used inside its with block"
+        with storage_errors(self._path):
+            self._stream.close()
+        replace(self._temporary, self._path)
+
+    def take_back(self) -> None:
+        """Removes what has not got its name."""
+        if self._stream is not None:
+            with suppress(OSError):  # a full disk refuses the last buffered bytes too; the first refusal is reported
+                self._stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+
 class IndexedWriter:
     """Streams documents into PREFIX.bin and PREFIX.idx; a context manager.
 
@@ -71,24 +106,26 @@ class IndexedWriter:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         assert self.dtype in CODES, f"{self.dtype} has no code in Megatron's format"
-        self.num_tokens = 0
         self._sequence_lengths = array("i")
         self._document_indices = array("q", [0])
-        self._temporary = self.prefix.with_name(temporary_name(self.prefix.name))
-        self._temporary_bin, self._temporary_idx = bin_path(self._temporary), idx_path(self._temporary)
-        self._bin: BinaryIO | None = None
+        self._bin, self._idx = GrowingFile(bin_path(self.prefix)), GrowingFile(idx_path(self.prefix))
+        self._files = [self._bin]  # that grow with the documents
 
     @property
     def num_documents(self) -> int:
         """Documents written so far."""
         return len(self._document_indices) - 1
 
-    def __enter__(self) -> IndexedWriter:
-        try:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return self._bin.num_items
+
+    def __enter__(self) -> Self:
+        with storage_errors(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._temporary_bin.open("wb", buffering=1024 * 1024)
-        except OSError as error:
-            raise storage_error(self._temporary_bin, error) from error
+        for file in self._files:
+            file.open()
         return self
 
     def __exit__(
@@ -98,8 +135,8 @@ class IndexedWriter:
             if kind is None:
                 self._finish()
         finally:
-            if self._bin is not None:
-                self._abort()
+            for file in (*self._files, self._idx):
+                file.take_back()
 
     def add_document(self, pieces: Sequence[Tokens]) -> None:
         """Append one document whose sequences are `pieces` (each [length] token ids)."""
@@ -124,42 +161,23 @@ class IndexedWriter:
         self._document_indices.frombytes((ends + first).astype("<i8").tobytes())
 
     def _write(self, tokens: Tokens) -> None:
-        assert self._bin is not None, "the writer is used inside its with block"
         assert tokens.ndim == 1, "a piece is a flat array of token ids"
         if tokens.dtype != self.dtype and tokens.size:
             limits = np.iinfo(self.dtype)
             assert limits.min <= tokens.min() and tokens.max() <= limits.max, f"token ids must fit in {self.dtype}"
-        try:
-            self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        except OSError as error:
-            raise storage_error(bin_path(self.prefix), error) from error
-        self.num_tokens += len(tokens)
+        self._bin.write(tokens.astype(self.dtype, copy=False))
 
     def _finish(self) -> None:
-        assert self._bin is not None, "the writer is used inside its with block"
         lengths = np.frombuffer(self._sequence_lengths, dtype="<i4")
         documents = np.frombuffer(self._document_indices, dtype="<i8")
-        try:
-            self._bin.close()
-            with self._temporary_idx.open("wb") as stream:
-                stream.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(documents)))
-                stream.write(lengths.data)
-                stream.write(_offsets(lengths, self.dtype.itemsize).data)
-                stream.write(documents.data)
+        header = HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(documents))
+        self._idx.open()
+        for part in (np.frombuffer(header, np.uint8), lengths, _offsets(lengths, self.dtype.itemsize), documents):
+            self._idx.write(part)
+        with storage_errors(self.prefix):
             idx_path(self.prefix).unlink(missing_ok=True)  # a new .bin must never stand beside an old .idx
-        except OSError as error:
-            raise storage_error(self.prefix, error) from error
-        replace(self._temporary_bin, bin_path(self.prefix))
-        replace(self._temporary_idx, idx_path(self.prefix))
-        self._bin = None
-
-    def _abort(self) -> None:
-        assert self._bin is not None, "there is something to take back"
-        with suppress(OSError):  # a full disk refuses the last buffered bytes too; the first refusal is reported
-            self._bin.close()
-        self._bin = None
-        self._temporary_bin.unlink(missing_ok=True)
-        self._temporary_idx.unlink(missing_ok=True)
+        self._bin.finish()
+        self._idx.finish()
 
 
 def _offsets(lengths: NDArray[np.int32], itemsize: int) -> NDArray[np.int64]:
@@ -191,7 +209,7 @@ class IndexedReader:
                 raise ConfigError(f"{path} does not exist; an indexed dataset is PREFIX.bin and PREFIX.idx")
         code, self.num_sequences, num_indices = read_header(self._idx_path)
         self.dtype, self.num_documents = DTYPES[code], num_indices - 1
-        index = _map(self._idx_path)
+        index = mapped(self._idx_path, np.uint8)
         offset = HEADER.size
         self.sequence_lengths: NDArray[np.int32] = np.frombuffer(index, "<i4", self.num_sequences, offset)
         offset += self.sequence_lengths.nbytes
@@ -206,7 +224,7 @@ class IndexedReader:
     @cached_property
     def tokens(self) -> Tokens:
         """[num_tokens], all of `.bin`, mapped: for those who read it from one end to the other."""
-        return _map(self._bin_path).view(self.dtype)
+        return mapped(self._bin_path, self.dtype)
 
     def document(self, index: int) -> list[Tokens]:
         """The pieces of document `index`, each [length]."""
@@ -346,8 +364,6 @@ def read_header(path: Path) -> tuple[int, int, int]:
     return code, num_sequences, num_indices
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
-    """The file's bytes, mapped read-only; an empty file cannot be mapped."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r")
+def mapped(path: Path, dtype: DTypeLike) -> NDArray[Any]:
+    """The file's items, mapped read-only; an empty file cannot be mapped."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)

@@ -5,6 +5,7 @@ token shards' parts -> FOLDER/hashes/000000.rows (sorted by hash) -> FOLDER/dupl
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from megatron_xy.data.building.workers import Advance, Workers
 from megatron_xy.data.corpus.documents import LineReport, Part, read_part
 from megatron_xy.data.corpus.row_contents import RowFields
 from megatron_xy.data.corpus.selection import document_key, text_hash
-from megatron_xy.storage import replace, storage_errors, temporary_name
+from megatron_xy.data.indexed import mapped
+from megatron_xy.storage import storage_errors, write_bytes
 
 # A document: its hash as two numbers, and its key.
 ROW = np.dtype([("high", ">u8"), ("low", ">u8"), ("key", "<u8")])
@@ -28,31 +30,21 @@ DUPLICATES_FOLDER = "duplicates"
 
 @dataclass(frozen=True)
 class HashTask:
-    """Hash the documents of `parts` into FOLDER.rows."""
+    """Hash the documents of `parts` into the file `rows`."""
 
-    folder: Path
+    rows: Path
     parts: tuple[Part, ...]
     fields: RowFields
-
-    @property
-    def rows(self) -> Path:
-        """What it writes."""
-        return self.folder.with_name(self.folder.name + ".rows")
 
 
 @dataclass(frozen=True)
 class RangeTask:
-    """Find the duplicates among the hashes `index`/`count` of all, in files of rows, into FOLDER.keys."""
+    """Find the duplicates among the hashes `index`/`count` of all, in files of rows, into the file `keys`."""
 
-    folder: Path
+    keys: Path
     rows: tuple[Path, ...]
     index: int
     count: int
-
-    @property
-    def keys(self) -> Path:
-        """What it writes."""
-        return self.folder.with_name(self.folder.name + ".keys")
 
 
 def find_duplicates(
@@ -67,17 +59,18 @@ def find_duplicates(
     What was hashed and found before is kept. Builds that run at the same time share the work.
     """
     claims = work / CLAIMS_FOLDER
-    hashing = [HashTask(work / "hashes" / f"{index:06d}", parts, fields) for index, parts in enumerate(groups)]
+    hashing = [HashTask(work / "hashes" / f"{index:06d}.rows", parts, fields) for index, parts in enumerate(groups)]
     total = sum(part.stop - part.start for parts in groups for part in parts)
-    claimed = [claims / f"hash-{task.folder.name}" for task in hashing]
+    claimed = [claims / f"hash-{task.rows.stem}" for task in hashing]
     num_documents = sum(pool.run("hash", hash_documents, hashing, total=total, unit="bytes", claims=claimed))
     ranges = max(1, -(-num_documents // ROWS_IN_MEMORY))
     rows = tuple(task.rows for task in hashing)
-    searching = [RangeTask(work / DUPLICATES_FOLDER / f"{index:05d}", rows, index, ranges) for index in range(ranges)]
-    claimed = [claims / f"deduplicate-{task.folder.name}" for task in searching]
+    searching = [
+        RangeTask(work / DUPLICATES_FOLDER / f"{index:05d}.keys", rows, index, ranges) for index in range(ranges)
+    ]
+    claimed = [claims / f"deduplicate-{task.keys.stem}" for task in searching]
     found = pool.run("deduplicate", search_range, searching, total=num_documents, unit="documents", claims=claimed)
-    num_duplicates = sum(found)
-    assert num_duplicates < max(1, num_documents), "the first document of a corpus is no duplicate"
+    assert sum(found) < max(1, num_documents), "the first document of a corpus is no duplicate"
 
 
 def hash_documents(task: HashTask, advance: Advance) -> int:
@@ -113,26 +106,14 @@ def search_range(task: RangeTask, advance: Advance) -> int:
 
 
 def _in_range(path: Path, first: int, last: int) -> NDArray[Any]:
-    """The rows of a file whose hash begins with a number from `first` to below `last`."""
-    if not path.stat().st_size:
-        return np.zeros(0, dtype=ROW)
-    rows = np.memmap(path, dtype=ROW, mode="r")
-    low = _first_at_least(rows, first)
-    return np.array(rows[low : _first_at_least(rows, last) if last < 2**64 else len(rows)])
-
-
-def _first_at_least(rows: NDArray[Any], value: int) -> int:
-    """Where in rows sorted by hash the hashes from `value` on begin; by halving, so that few of them are read."""
-    low, high = 0, len(rows)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if int(rows["high"][middle]) < value else (low, middle)
-    return low
+    """The rows of a file, sorted by hash, whose hash begins with a number from `first` to below `last`."""
+    rows = mapped(path, ROW)
+    # numpy's search would read all of them: their numbers stand neither side by side nor in its byte order.
+    low, high = (bisect.bisect_left(rows["high"], number, key=int) for number in (first, last))
+    return np.array(rows[low:high])
 
 
 def _write(path: Path, rows: NDArray[Any]) -> None:
-    temporary = path.with_name(temporary_name(path.name))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(rows.tobytes())
-    replace(temporary, path)
+    write_bytes(path, rows.tobytes())

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xy.data.indexed import mapped
+
 HASH_BYTES = 16
 LINE_BITS = 40  # of a key; the bits above are the number of the file
 MOST_FILES = 1 << 23
@@ -61,8 +63,6 @@ class Duplicates:
 
 
 def _between(path: Path, first: int, end: int) -> NDArray[Any]:
-    if not path.stat().st_size:
-        return np.zeros(0, dtype="<u8")
-    keys = np.memmap(path, dtype="<u8", mode="r")
+    keys = mapped(path, "<u8")
     low, high = np.searchsorted(keys, np.array([first, end], dtype="<u8"))
     return np.array(keys[low:high])
