@@ -140,9 +140,9 @@ def timed(kind: str, inputs: Path, output: Path, options: argparse.Namespace) ->
 def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
     """Scan, choice of the engine and token shards, as in `data build` with --append-eod."""
     from megatron_xy.data.building.engine_choice import choose_engine
-    from megatron_xy.data.building.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
+    from megatron_xy.data.building.tokenize import TokenizeTask, tokenize_shard
     from megatron_xy.data.building.workers import Workers
-    from megatron_xy.data.corpus.inputs import find_inputs
+    from megatron_xy.data.corpus.inputs import find_inputs, group_parts, part_bytes_for
     from megatron_xy.data.encoding.loaded import load_anew, load_engines
 
     files, loaded = find_inputs([inputs]), load_anew(tokenizer)

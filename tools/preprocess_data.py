@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 from megatron_xy.data.building.engine_choice import choose_engine
-from megatron_xy.data.building.tokenize import TokenizeTask, group_parts, part_bytes_for, tokenize_shard
+from megatron_xy.data.building.tokenize import TokenizeTask, tokenize_shard
 from megatron_xy.data.building.workers import Workers
 from megatron_xy.data.corpus.documents import LineReport
-from megatron_xy.data.corpus.inputs import find_inputs, input_size, scan_file
+from megatron_xy.data.corpus.inputs import find_inputs, group_parts, input_size, part_bytes_for, scan_file
 from megatron_xy.data.corpus.row_contents import RowFields
 from megatron_xy.data.encoding.loaded import load_anew, load_engines
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, dtype_for

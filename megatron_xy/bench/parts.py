@@ -24,6 +24,7 @@ from megatron_xy.bench.baseline import train_plainly
 from megatron_xy.bench.cases import CPU, CPU_TINY, GPU_ONE_B, GPU_SEVEN_B, SMALL, TINY, Case
 from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.building.options import BuildOptions
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.run_folder import read_heartbeats
@@ -275,7 +276,8 @@ def _small_run(folder: Path, *, steps: int) -> Path:
             sentence_iterator=iter(texts), model_writer=target, model_type="bpe", vocab_size=400, byte_fallback=True,
             pad_id=-1, num_threads=1, minloglevel=2,
         )  # fmt: skip
-    build_dataset([corpus], tokenizer=folder / "tokenizer.model", output=folder / "data", buckets=(64, 128, 256))
+    options = BuildOptions(buckets=(64, 128, 256))
+    build_dataset([corpus], tokenizer=folder / "tokenizer.model", output=folder / "data", options=options)
     config = {
         "task": "pretrain",
         "model": {**TINY, "max_position_embeddings": 256},

@@ -98,8 +98,8 @@ def data_build(
     """
     # A process with threads cannot be forked, and numpy would start some, of which a build has no use.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from megatron_xy.data.building.build import DEFAULT_BUCKETS, build_dataset
-    from megatron_xy.data.building.build_folder import Share
+    from megatron_xy.data.building.build import build_dataset
+    from megatron_xy.data.building.options import DEFAULT_BUCKETS, BuildOptions, Share
     from megatron_xy.data.inspection.progress import showing_progress
 
     if (packing == "concatenate") != (seq_length is not None):
@@ -107,29 +107,30 @@ def data_build(
     if seq_length is not None and buckets is not None:
         raise UsageError("--seq-length gives samples of one length; leave --buckets off")
     sizes: Sequence[int] = DEFAULT_BUCKETS if buckets is None else _numbers(buckets, option="--buckets")
-    if seq_length is not None:
-        sizes = [seq_length]
+    options = BuildOptions(
+        buckets=sizes if seq_length is None else [seq_length],
+        source=source,
+        source_field=source_field,
+        text_field=text_field,
+        append_eod=append_eod,
+        bad_lines=bad_lines,
+        packing=packing,
+        overflow=overflow,
+        deduplicate=deduplicate,
+        held_out=held_out,
+        chat_template=chat_template,
+        chat_overflow=chat_overflow,
+        last_turn_only=last_turn_only,
+    )
     with showing_progress() as progress, cleaned_up_on_signals("; the same command goes on where it was"):
         stats = build_dataset(
             [*inputs, *(more_inputs or [])],
             tokenizer=tokenizer,
             output=output,
-            buckets=sizes,
-            source=source,
-            source_field=source_field,
-            text_field=text_field,
-            append_eod=append_eod,
+            options=options,
             workers=workers,
-            bad_lines=bad_lines,
-            packing=packing,
-            overflow=overflow,
-            deduplicate=deduplicate,
-            held_out=held_out,
-            chat_template=chat_template,
-            chat_overflow=chat_overflow,
-            last_turn_only=last_turn_only,
-            shard=Share.parse(shard) if shard is not None else None,
             executor=executor,
+            shard=Share.parse(shard) if shard is not None else None,
             progress=progress,
         )
     if stats["finished"]:

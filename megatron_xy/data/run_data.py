@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.building.build import WORK_FORMAT, build_dataset
+from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.building.build_folder import WORK_FORMAT
+from megatron_xy.data.building.options import BuildOptions
 from megatron_xy.data.chat.template import OF_TOKENIZER, load_chat_template
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.inspection.progress import showing_progress
@@ -52,18 +54,21 @@ def _built(config: RunConfig, file: Path, *, into: Path) -> Path:
     ]
     digest = hashlib.sha256(json.dumps(settled).encode()).hexdigest()
     folder = into / f"{file.name.partition('.')[0]}-{digest[:12]}"
+    options = BuildOptions(
+        buckets=buckets,
+        source_field=SOURCE_FIELD,
+        source_optional=True,
+        bad_lines="fail",
+        chat_template=name,
+        chat_overflow=data.chat_overflow,
+        last_turn_only=data.last_turn_only,
+    )
     with showing_progress() as progress:
         build_dataset(
             [file],
             tokenizer=data.tokenizer,
             output=folder,
-            buckets=buckets,
-            source_field=SOURCE_FIELD,
-            source_optional=True,
-            bad_lines="fail",
-            chat_template=name,
-            chat_overflow=data.chat_overflow,
-            last_turn_only=data.last_turn_only,
+            options=options,
             progress=progress if not folder.is_dir() else None,
         )
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xy.data.building.build import build_dataset
+from tests.building import build_dataset
 from tests.unit.small_corpus import train_tokenizer
 
 ROOT = Path(__file__).parents[2]

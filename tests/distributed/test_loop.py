@@ -18,7 +18,6 @@ import torch.distributed as dist
 from megatron_xy.checkpoint import writer
 from megatron_xy.checkpoint.files import read_manifest, verify_files
 from megatron_xy.config import dump_config
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset, collate
 from megatron_xy.data.draws.sampler import SampleId
 from megatron_xy.data.inspection.trace import trace_steps
@@ -27,6 +26,7 @@ from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.losses import token_cross_entropy
 from megatron_xy.training import evaluation
 from megatron_xy.training.train_step import forward_pass, on_device
+from tests.building import build_dataset
 from tests.distributed import loop, models
 from tests.distributed.spawn import run_ranks
 from tests.end_to_end.tiny_run import BUCKETS, hash_of, make_data, metrics_of, without_clock

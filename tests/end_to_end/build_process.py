@@ -8,8 +8,10 @@ Its last word is its peak memory in bytes.
 import argparse
 from pathlib import Path
 
-from megatron_xy.data.building import build, deduplicate, pack_shards, tokenize
-from megatron_xy.data.building.build_folder import Share
+from megatron_xy.data.building import build_folder, deduplicate, pack_shards
+from megatron_xy.data.building.options import Share
+from megatron_xy.data.corpus import inputs
+from tests.building import build_dataset
 
 
 def main():
@@ -22,10 +24,10 @@ def main():
     parser.add_argument("--deduplicate", action="store_true")
     parser.add_argument("--chat", action="store_true")
     options = parser.parse_args()
-    tokenize.PART_BYTES, build.WINDOW_DOCUMENTS, pack_shards.SHARD_TOKENS = 20_000, 100, 2000
+    inputs.PART_BYTES, build_folder.WINDOW_DOCUMENTS, pack_shards.SHARD_TOKENS = 20_000, 100, 2000
     deduplicate.ROWS_IN_MEMORY = 200
     print("begins", flush=True)
-    result = build.build_dataset(
+    result = build_dataset(
         [options.corpus],
         tokenizer=options.tokenizer,
         output=options.output,

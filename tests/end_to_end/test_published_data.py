@@ -18,7 +18,7 @@ import pytest
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megatron_xy.data.building.build import build_dataset
+from tests.building import build_dataset
 from tests.end_to_end.small_benchmark import MODEL, evaluate, needs_lm_eval, write_financeiq, write_model
 from tests.unit.small_corpus import WORDS
 

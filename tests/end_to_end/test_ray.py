@@ -2,9 +2,8 @@
 
 import pytest
 
-from megatron_xy.data.building import build, tokenize
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.errors import ConfigError, DataError
+from tests.building import build_dataset
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 ray = pytest.importorskip("ray")
@@ -20,8 +19,8 @@ def cluster():
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize, "PART_BYTES", 5000)
-    monkeypatch.setattr(build, "WINDOW_DOCUMENTS", 100)
+    monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 5000)
+    monkeypatch.setattr("megatron_xy.data.building.build_folder.WINDOW_DOCUMENTS", 100)
     rows = [{"text": text, "src": "ab"[number % 2]} for number, text in enumerate(texts(400))]
     return write_rows(tmp_path / "corpus/a.jsonl", rows), train_tokenizer(tmp_path / "tokenizer.model")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.report.verb import make_report
 from megatron_xy.run_folder import read_exit, read_heartbeats
+from tests.building import build_dataset
 from tests.end_to_end.tiny_run import (
     BUCKETS,
     ONE_RANK,

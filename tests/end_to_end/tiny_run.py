@@ -17,9 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.run_folder import read_heartbeats
 from megatron_xy.runtime.orphans import is_running
+from tests.building import build_dataset
 
 BUCKETS = (32, 64, 128, 256)
 VOCAB_SIZE = 400

@@ -11,15 +11,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_xy.data.building import build, tokenize, workers
-from megatron_xy.data.building.build import build_dataset
-from megatron_xy.data.building.build_folder import Share
+from megatron_xy.data.building import build, workers
+from megatron_xy.data.building.options import Share
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import HEADER, MAGIC, IndexedReader, IndexedWriter, bin_path, idx_path
 from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import DataError
+from tests.building import build_dataset
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 BUCKETS = (64, 128)
@@ -32,7 +32,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(tokenize, "PART_BYTES", 5000)
+    monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 5000)
 
 
 def run(corpus, tokenizer, output, **options):

@@ -13,14 +13,14 @@ import sentencepiece
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
-from megatron_xy.data.building import build, build_folder, tokenize, workers
-from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.building import build, build_folder, workers
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.inspection.examine import dataset_stats, verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import EXIT_STOPPED, ConfigError, DataError, UsageError
 from megatron_xy.runtime.signals import STOP_SIGNALS, cleaned_up_on_signals
+from tests.building import build_dataset
 from tests.unit.small_corpus import content, train_tokenizer, write_rows
 
 BUCKETS = (16, 32, 64)
@@ -50,8 +50,8 @@ def corpus(tmp_path):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Many shards and windows from a small corpus."""
-    monkeypatch.setattr(tokenize, "PART_BYTES", 2000)
-    monkeypatch.setattr(build, "WINDOW_DOCUMENTS", 30)
+    monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 2000)
+    monkeypatch.setattr("megatron_xy.data.building.build_folder.WINDOW_DOCUMENTS", 30)
 
 
 def run(corpus, tokenizer, output, **options):

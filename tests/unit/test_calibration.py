@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import tokenizers
 
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.chat.template import load_chat_template
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.quantisation.calibration import Calibration, read_calibration
+from tests.building import build_dataset
 from tests.unit.small_corpus import train_tokenizer, write_rows
 from tools.train_tokenizer import train
 

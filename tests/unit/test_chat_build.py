@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from megatron_xy.cli import app
 from megatron_xy.config import DataConfig, RunConfig, TrainingConfig
 from megatron_xy.data import run_data
-from megatron_xy.data.building import build, pack_shards, tokenize
-from megatron_xy.data.building.build import build_dataset
+from megatron_xy.data.building import build_folder, pack_shards, tokenize
+from megatron_xy.data.building.options import Share
 from megatron_xy.data.chat.conversations import BadConversation, parse_conversation
 from megatron_xy.data.chat.encode import Chat
 from megatron_xy.data.chat.template import load_chat_template
@@ -24,6 +24,7 @@ from megatron_xy.data.origins import read_mask
 from megatron_xy.data.run_data import data_folders
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
+from tests.building import build_dataset
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 BUCKETS = [64, 256]
@@ -148,9 +149,9 @@ def test_a_micro_batch_has_labels_for_what_is_learned_alone(folder):
 
 def test_the_same_bytes_for_any_number_of_workers_and_shards_of_work(tmp_path, tokenizer, monkeypatch):
     given = rows(150, seed=1)
-    monkeypatch.setattr(tokenize, "PART_BYTES", 3000)
+    monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 3000)
     monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(build, "WINDOW_DOCUMENTS", 40)
+    monkeypatch.setattr("megatron_xy.data.building.build_folder.WINDOW_DOCUMENTS", 40)
     monkeypatch.setattr(pack_shards, "SHARD_TOKENS", 500)
     one = built(tmp_path / "one", given, tokenizer, deduplicate=True)
     assert len(list(one.glob("general/*/*.mask"))) > 2, "otherwise this shows little"
@@ -163,7 +164,7 @@ def test_the_same_bytes_for_any_number_of_workers_and_shards_of_work(tmp_path, t
             tokenizer=tokenizer,
             output=tmp_path / "two/data",
             buckets=BUCKETS,
-            shard=build.Share(index, 2),
+            shard=Share(index, 2),
             **options,
         )
     two = content(tmp_path / "two/data")
@@ -310,7 +311,7 @@ def test_a_source_holds_texts_or_conversations(tmp_path, tokenizer, monkeypatch)
     mixed = [{**row, "source": "one"} for row in rows(20)]
     with pytest.raises(DataError, match="source one holds texts and conversations; give them sources of their own"):
         built(tmp_path / "near", mixed, tokenizer)
-    monkeypatch.setattr(tokenize, "PART_BYTES", 1000)
+    monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 1000)
     apart = sorted(mixed, key=lambda row: "text" in row)
     with pytest.raises(DataError, match="source one holds texts and conversations"):
         built(tmp_path / "apart", apart, tokenizer)
@@ -363,8 +364,8 @@ def test_what_makes_a_run_s_file_other_data_gives_it_another_folder(tmp_path, to
     made = [folder(), folder(str(template))]
     beside.write_text(beside.read_text() + "\n")
     made.append(folder())
-    for module in (build, run_data):
-        monkeypatch.setattr(module, "WORK_FORMAT", build.WORK_FORMAT + 1)
+    for module in (build_folder, run_data):
+        monkeypatch.setattr(module, "WORK_FORMAT", build_folder.WORK_FORMAT + 1)
     made.append(folder())
     assert len(set(made)) == 4
 

@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_xy.cli import app
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.quantisation import compare as comparing
 from megatron_xy.quantisation.compare import Document, _measured, _uneven_layers, compare, rows_of, write_cards
+from tests.building import build_dataset
 from tests.end_to_end.random_model import write_random_model
 from tests.unit.small_corpus import WORDS, texts, train_tokenizer, write_rows
 from tools.train_tokenizer import train

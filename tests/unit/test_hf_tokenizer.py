@@ -11,10 +11,10 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
 from megatron_xy.config import ModelConfig
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.errors import DataError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.hf.tokenizer import check_tokenizers, write_hf_tokenizer
+from tests.building import build_dataset
 from tests.unit.small_corpus import train_tokenizer, write_rows
 from tools.train_tokenizer import train
 

@@ -5,8 +5,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_xy.data.building import tokenize
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.corpus.documents import LineReport, read_part
 from megatron_xy.data.corpus.inputs import find_inputs, read_documents, scan_file
 from megatron_xy.data.corpus.row_contents import RowFields
@@ -15,6 +13,7 @@ from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import ConfigError, DataError
+from tests.building import build_dataset
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
@@ -27,7 +26,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(tokenize, "PART_BYTES", 2000)
+    monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 2000)
 
 
 def build(inputs, tokenizer, output, **options):

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.draws.phases import sampler_phases, total_tokens
 from megatron_xy.data.loader import StepLoader
+from tests.building import build_dataset
 from tests.unit import small_corpus
 
 

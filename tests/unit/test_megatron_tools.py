@@ -11,9 +11,9 @@ import pytest
 import sentencepiece
 import torch
 
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.inspection.examine import verify_dataset
+from tests.building import build_dataset
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 TOOLS = Path(__file__).parents[2] / "tools"

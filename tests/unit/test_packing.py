@@ -16,10 +16,11 @@ import megatron_xy
 from megatron_xy.data.building.pack_shards import (
     MOST_SHARDS,
     SHARD_TOKENS,
+    PackTask,
     Range,
     Window,
+    group_windows,
     pack_shard,
-    pack_tasks,
     task_tokens_for,
     windows_of,
 )
@@ -254,15 +255,8 @@ def test_shards_hold_what_the_policy_keeps(tmp_path, packing, overflow, kept):
     with TracedWriter(tmp_path / "tokens", dtype=np.dtype(np.uint16)) as writer:
         writer.add_documents(np.concatenate(texts).astype(np.uint16), lengths=np.array(lengths))
         writer.add_rows(document_rows([0] * len(lengths), range(1, len(lengths) + 1)))
-    tasks = pack_tasks(
-        "wiki",
-        windows_of([tmp_path / "tokens"], window_documents=4),
-        task_tokens=10,
-        folder=tmp_path,
-        buckets=(8,),
-        packing=packing,
-        overflow=overflow,
-    )
+    groups = group_windows(windows_of([tmp_path / "tokens"], window_documents=4), task_tokens=10)
+    tasks = [PackTask(tmp_path, "wiki", index, (8,), group, packing, overflow) for index, group in enumerate(groups)]
     advanced = []
     receipts = [pack_shard(task, advanced.append) for task in tasks]
     again = [pack_shard(task, advanced.append) for task in tasks]
@@ -281,18 +275,15 @@ def test_a_large_corpus_gets_larger_shards_and_not_more_of_them_than_a_run_keeps
     task_tokens = task_tokens_for(sum(sizes.values()))
     most = 10**7
     tasks = {
-        name: pack_tasks(
-            name,
+        name: group_windows(
             [Window((Range(tmp_path, 0, 1),), tokens=min(most, size))] * math.ceil(size / most),
             task_tokens=task_tokens,
-            folder=tmp_path,
-            buckets=(8,),
         )
         for name, size in sizes.items()
     }
     assert sum(map(len, tasks.values())) <= MOST_SHARDS + len(sizes)
     assert [len(of_source) for of_source in tasks.values()][:10] == [1] * 10
-    assert sum(len(task.windows) for task in tasks["source12"]) == 10**5
+    assert sum(map(len, tasks["source12"])) == 10**5
     assert task_tokens_for(10**9) == SHARD_TOKENS, "a small one has shards of one size"
 
 

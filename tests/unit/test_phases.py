@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_xy.config import DataConfig, Phase, RunConfig, TrainingConfig, load_config
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.draws.phase_draws import SamplerPhase
 from megatron_xy.data.draws.phases import (
@@ -26,6 +25,7 @@ from megatron_xy.data.inspection.plan_steps import plan_steps
 from megatron_xy.data.inspection.trace import trace_steps
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.preflight import check_paths
+from tests.building import build_dataset
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 BUCKETS = (256, 512, 1024, 2048)

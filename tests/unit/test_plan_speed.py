@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from megatron_xy.config import RunConfig
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.draws.phases import run_sampler
 from megatron_xy.plan.assumptions import efficiencies
 from megatron_xy.plan.memory import stage_memory
 from megatron_xy.plan.overview import buckets_of
+from tests.building import build_dataset
 from tests.unit.published_runs import RUNS, fitted_matmul, megatron_lm, others, our_jobs, ours, xuanyuan2
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 

@@ -13,13 +13,13 @@ from megatron_xy.checkpoint.continuation import facts
 from megatron_xy.checkpoint.files import Manifest, write_manifest
 from megatron_xy.checkpoint.folders import iteration_folder
 from megatron_xy.config import InvalidConfig, load_config
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.hf.convert import to_checkpoint
 from megatron_xy.hf.source import open_source
 from megatron_xy.preflight import check_paths, open_data
 from megatron_xy.run_dir import check_space
+from tests.building import build_dataset
 from tests.unit.hollow_weights import hf_folder
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 

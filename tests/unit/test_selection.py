@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from megatron_xy.data.building import build, deduplicate, tokenize, workers
-from megatron_xy.data.building.build import Share, build_dataset
+from megatron_xy.data.building import deduplicate, workers
 from megatron_xy.data.building.deduplicate import HashTask, RangeTask, hash_documents, search_range
+from megatron_xy.data.building.options import Share
 from megatron_xy.data.corpus.documents import Part
 from megatron_xy.data.corpus.row_contents import RowFields
 from megatron_xy.data.corpus.selection import LINE_BITS, is_held_out
@@ -18,6 +18,7 @@ from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import ConfigError, DataError
+from tests.building import build_dataset
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
@@ -30,8 +31,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(tokenize, "PART_BYTES", 2000)
-    monkeypatch.setattr(build, "WINDOW_DOCUMENTS", 30)
+    monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 2000)
+    monkeypatch.setattr("megatron_xy.data.building.build_folder.WINDOW_DOCUMENTS", 30)
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from megatron_xy.data.building.build import build_dataset
-from megatron_xy.data.building.build_folder import Share
+from megatron_xy.data.building.options import Share
 from megatron_xy.data.building.work_folder import WORK_FOLDER
 from megatron_xy.errors import ConfigError, UsageError
+from tests.building import build_dataset
 from tests.unit.small_corpus import content, texts, train_tokenizer
 
 BUCKETS = [64, 128]
@@ -26,7 +26,7 @@ def corpus(tmp_path_factory):
 
 def build(corpus, output, monkeypatch, **options):
     base, tokenizer = corpus
-    monkeypatch.setattr("megatron_xy.data.building.tokenize.PART_BYTES", 1000)  # several shards of a small corpus
+    monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 1000)  # several shards of a small corpus
     inputs = [base / "a.jsonl", base / "b.jsonl"]
     return build_dataset(inputs, tokenizer=tokenizer, output=output, buckets=BUCKETS, **options)
 

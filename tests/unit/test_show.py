@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.inspection.show import shown_samples
 from megatron_xy.errors import ConfigError
+from tests.building import build_dataset
 from tests.unit.small_corpus import train_tokenizer
 
 TEXTS = ["the first document is here", "a second one", "and a third"]

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_xy.cli.data import _show_stats, data_stats
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.inspection import progress
 from megatron_xy.data.inspection.alternatives import BIN_STARTS, fixed_length_alternatives, profile_lengths
 from megatron_xy.data.inspection.examine import dataset_stats, verify_dataset
@@ -17,6 +16,7 @@ from megatron_xy.data.inspection.progress import left_out
 from megatron_xy.data.inspection.show import shown_samples
 from megatron_xy.data.manifest import read_manifest, write_manifest
 from megatron_xy.errors import ConfigError
+from tests.building import build_dataset
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)

@@ -10,8 +10,6 @@ from typer.testing import CliRunner
 
 from megatron_xy.cli import app
 from megatron_xy.config import load_config
-from megatron_xy.data.building import build, tokenize
-from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.dataset import PackedDataset
 from megatron_xy.data.draws.phases import run_sampler
 from megatron_xy.data.draws.sampler import SampleId
@@ -23,6 +21,7 @@ from megatron_xy.data.inspection.trace import trace_steps
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.origins import TracedWriter, document_rows, read_rows, trace_path
 from megatron_xy.errors import ConfigError, DataError, UsageError
+from tests.building import build_dataset
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
@@ -76,8 +75,8 @@ def run(corpus, tokenizer, output, **options):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_piece_is_the_named_part_of_the_named_line(corpus, tokenizer, tmp_path, monkeypatch, workers):
     if workers == 1:  # many shards and windows
-        monkeypatch.setattr(tokenize, "PART_BYTES", 2000)
-        monkeypatch.setattr(build, "WINDOW_DOCUMENTS", 30)
+        monkeypatch.setattr("megatron_xy.data.corpus.inputs.PART_BYTES", 2000)
+        monkeypatch.setattr("megatron_xy.data.building.build_folder.WINDOW_DOCUMENTS", 30)
     expected, folder = corpus
     run(folder, tokenizer, tmp_path / "out", workers=workers)
     verify_dataset(tmp_path / "out")

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 from megatron_xy.data.building.claims import CLAIMS_FOLDER, claim
 from megatron_xy.data.building.deduplicate import DUPLICATES_FOLDER, find_duplicates
 from megatron_xy.data.building.engine_choice import EngineChoice, choose_engine
+from megatron_xy.data.building.options import BuildOptions, Share
 from megatron_xy.data.building.pack_sources import pack_sources, statistics_entry, tokenizer_entry
 from megatron_xy.data.building.token_shards import make_token_shards
 from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, read_receipt
 from megatron_xy.data.building.work_folder import WORK_FOLDER, sweep, work_folder
 from megatron_xy.data.building.workers import Workers
 from megatron_xy.data.chat.encode import ChatOptions
-from megatron_xy.data.corpus.documents import BAD_LINES_LIMIT, BadLinePolicy, LineReport, Part, ScannedFile
+from megatron_xy.data.corpus.documents import BAD_LINES_LIMIT, LineReport, Part, ScannedFile
 from megatron_xy.data.corpus.inputs import is_prefix
 from megatron_xy.data.corpus.row_contents import DEFAULT_SOURCE, RowFields
 from megatron_xy.data.corpus.selection import Selection
@@ -43,7 +44,8 @@ from megatron_xy.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_xy.errors import ConfigError, DataError, MegatronXYError, UsageError
+from megatron_xy.data.packing.pack import WINDOW_DOCUMENTS
+from megatron_xy.errors import ConfigError, DataError, MegatronXYError
 from megatron_xy.storage import (
     TEMPORARY_PREFIX,
     file_sha256,
@@ -54,21 +56,7 @@ from megatron_xy.storage import (
     write_text,
 )
 
-
-@dataclass(frozen=True)
-class Share:
-    """One of `count` shares of the work of tokenising, numbered from 0."""
-
-    index: int
-    count: int
-
-    @staticmethod
-    def parse(text: str) -> Share:
-        """I/N with I from 0 to N - 1, or from 1 to N: either way of counting covers all shares. Raises UsageError."""
-        index, _, count = text.partition("/")
-        if not (index.isdecimal() and count.isdecimal() and int(count) >= 1 and int(index) <= int(count)):
-            raise UsageError(f"--shard ({text}) must be I/N, such as 0/8 to 7/8")
-        return Share(int(index) % int(count), int(count))
+WORK_FORMAT = 2  # of what an unfinished build leaves there: another version starts over
 
 
 @dataclass(frozen=True)
@@ -78,29 +66,44 @@ class FolderBuild:
     folder: Path
     scanned: list[ScannedFile]
     tokenizer: Tokenizer
-    options: dict[str, Any]
-    selection: Selection
-    bad_lines: BadLinePolicy
+    options: BuildOptions
     chat: ChatOptions | None
-    source_optional: bool  # no part of the fingerprint: it decides, as bad_lines does, whether a line is left out
+    selection: Selection
 
     @property
     def fields(self) -> RowFields:
         """Where rows hold what."""
         return RowFields(
-            text=self.options["text_field"],
-            source=self.options["source_field"],
-            source_optional=self.source_optional,
+            text=self.options.text_field,
+            source=self.options.source_field,
+            source_optional=self.options.source_optional,
             conversations=self.chat is not None,
-            default_source=self.options.get("source", DEFAULT_SOURCE),
+            default_source=self.options.source,
         )
 
     @property
     def fingerprint(self) -> str:
-        """Equal where the result would be: over contents and kinds of the inputs in order, tokenizer and options."""
+        """Equal where the result would be: over contents and kinds of the inputs in order, tokenizer and options.
+
+        Without bad_lines and source_optional, which decide whether a line is left out: it is known which were.
+        """
         kinds = [Path(file.path).suffixes[-1:] for file in self.scanned]
         content = [[kind, file.size, file.sha256] for kind, file in zip(kinds, self.scanned, strict=True)]
-        settled: list[Any] = [content, self.tokenizer.sha256, self.tokenizer.eos_id, self.options]
+        options = {
+            "buckets": list(self.options.buckets),
+            "append_eod": self.options.append_eod,
+            "text_field": self.options.text_field,
+            "source_field": self.options.source_field,
+            "window_documents": WINDOW_DOCUMENTS,
+            "packing": self.options.packing,
+            "overflow": self.options.overflow,
+            "deduplicate": self.options.deduplicate,
+            "work_format": WORK_FORMAT,
+            "selection": asdict(self.selection),
+            **({} if self.options.source == DEFAULT_SOURCE else {"source": self.options.source}),
+            **({} if self.chat is None else {"chat": asdict(self.chat)}),
+        }
+        settled: list[Any] = [content, self.tokenizer.sha256, self.tokenizer.eos_id, options]
         if self.tokenizer.config_path is not None:
             settled.append(file_sha256(self.tokenizer.config_path))
         return hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()
@@ -122,7 +125,7 @@ def build_folder(
         tasks = [replace_fields(task, fast=engine.fast) for task in tasks]
     try:
         with work_folder(build.folder, build.fingerprint) as work:
-            if build.options["deduplicate"]:
+            if build.options.deduplicate:
                 find_duplicates(pool, groups, work=work, fields=build.fields)
             if shard is not None and (missing := _tokenize_share(pool, tasks, shard=shard, build=build, work=work)):
                 return {"finished": False, "missing": missing}
@@ -141,7 +144,7 @@ def _is_finished(folder: Path) -> bool:
 def _tokenize_tasks(groups: Sequence[tuple[Part, ...]], *, build: FolderBuild) -> list[TokenizeTask]:
     """One task a token shard, its parts told which documents to take."""
     work, options, selection = build.folder / WORK_FOLDER, build.options, build.selection
-    if options["deduplicate"]:
+    if options.deduplicate:
         selection = replace_fields(selection, duplicates=str(work / DUPLICATES_FOLDER))
     taken = None if selection == Selection() else selection
     return [
@@ -150,8 +153,8 @@ def _tokenize_tasks(groups: Sequence[tuple[Part, ...]], *, build: FolderBuild) -
             parts=tuple(replace_fields(part, selection=taken) for part in parts),
             tokenizer=build.tokenizer.path,
             fields=build.fields,
-            append_eod=options["append_eod"],
-            bad_lines=build.bad_lines,
+            append_eod=options.append_eod,
+            bad_lines=options.bad_lines,
             chat=build.chat,
         )
         for index, parts in enumerate(groups)
@@ -172,31 +175,22 @@ def _finish(
     """
     options, tokenizer, chat = build.options, build.tokenizer, build.chat
     tokenized, report, listing = _make_token_shards(pool, tasks, build=build, work=work)
-    if build.bad_lines == "limit":
+    if options.bad_lines == "limit":
         report.raise_if_too_bad()
     if not any(shard.documents for shard in tokenized):
         shutil.rmtree(work, ignore_errors=True)
         with suppress(OSError):  # where there was more in it before
             build.folder.rmdir()
         raise DataError("no document with text is left; check the text field, the files and held_out")
-    sources, dropped = pack_sources(
-        pool,
-        tokenized,
-        work=work,
-        buckets=tuple(options["buckets"]),
-        packing=options["packing"],
-        overflow=options["overflow"],
-        chat_overflow="truncate_left" if chat is not None and chat.overflow == "truncate_left" else "split",
-        window_documents=options["window_documents"],
-    )
+    sources, dropped = pack_sources(pool, tokenized, work=work, options=options, window_documents=WINDOW_DOCUMENTS)
     manifest = Manifest(
         fingerprint=build.fingerprint,
-        buckets=options["buckets"],
-        append_eod=options["append_eod"],
-        text_field=options["text_field"],
-        source_field=options["source_field"],
-        packing=options["packing"],
-        overflow=options["overflow"],
+        buckets=list(options.buckets),
+        append_eod=options.append_eod,
+        text_field=options.text_field,
+        source_field=options.source_field,
+        packing=options.packing,
+        overflow=options.overflow,
         chat=_chat_entry(chat) if chat is not None else None,
         tokenizer=tokenizer_entry(tokenizer),
         engine=EngineEntry(**engine.entry(tokenized)) if engine is not None else None,
@@ -240,7 +234,7 @@ def _listing_entry(listing: Path) -> FileEntry:
 
 
 def _reuse(build: FolderBuild) -> dict[str, Any]:
-    folder, bad_lines = build.folder, build.bad_lines
+    folder = build.folder
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)  # of no more use, whosever it is
     manifest = read_manifest(folder)
     if manifest.fingerprint != build.fingerprint:
@@ -249,7 +243,7 @@ def _reuse(build: FolderBuild) -> dict[str, Any]:
         )
     statistics = manifest.statistics
     most = {"fail": 0.0, "limit": BAD_LINES_LIMIT * statistics.lines, "skip": float(statistics.lines)}
-    if statistics.bad_lines > most[bad_lines]:
+    if statistics.bad_lines > most[build.options.bad_lines]:
         raise DataError(
             f"output ({folder}) was built without {statistics.bad_lines} bad line(s) of {statistics.lines}, listed in "
             f"{BAD_LINES_NAME}; accept that with --bad-lines skip, or mend them and build anew"

@@ -51,9 +51,9 @@ class PackTask:
     index: int
     buckets: tuple[int, ...]
     windows: tuple[tuple[Range, ...], ...]
-    packing: Packing
-    overflow: Overflow
-    engine: EngineName
+    packing: Packing = "best_fit"
+    overflow: Overflow = "split"
+    engine: EngineName = "auto"
     masked: bool = False  # every token shard says which of its tokens are learned
 
     @property
@@ -100,41 +100,17 @@ def task_tokens_for(total: int) -> int:
     return max(SHARD_TOKENS, total // MOST_SHARDS)
 
 
-def pack_tasks(
-    source: str,
-    windows: Sequence[Window],
-    *,
-    task_tokens: int,
-    folder: Path,
-    buckets: tuple[int, ...],
-    packing: Packing = "best_fit",
-    overflow: Overflow = "split",
-    engine: EngineName = "auto",
-    masked: bool = False,
-) -> list[PackTask]:
-    """How the windows of one source fall into shards."""
-    shards: list[list[tuple[Range, ...]]] = []
-    room = 0  # tokens that the last shard still takes
+def group_windows(windows: Sequence[Window], *, task_tokens: int) -> list[tuple[tuple[Range, ...], ...]]:
+    """The windows of one source, in order, as many together as go into one shard of each bucket."""
+    groups: list[list[tuple[Range, ...]]] = []
+    room = 0  # tokens that the last group still takes
     for window in windows:
         if room <= 0:
-            shards.append([])
+            groups.append([])
             room = task_tokens
-        shards[-1].append(window.ranges)
+        groups[-1].append(window.ranges)
         room -= window.tokens
-    return [
-        PackTask(
-            folder,
-            source,
-            index,
-            buckets,
-            tuple(ranges),
-            packing=packing,
-            overflow=overflow,
-            engine=engine,
-            masked=masked,
-        )
-        for index, ranges in enumerate(shards)
-    ]
+    return [tuple(group) for group in groups]
 
 
 def pack_shard(task: PackTask, advance: Callable[[int], None]) -> PackReceipt:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_xy.data.building.claims import CLAIMS_FOLDER
-from megatron_xy.data.building.pack_shards import PackReceipt, pack_shard, pack_tasks, task_tokens_for, windows_of
+from megatron_xy.data.building.options import BuildOptions
+from megatron_xy.data.building.pack_shards import (
+    PackReceipt,
+    PackTask,
+    group_windows,
+    pack_shard,
+    task_tokens_for,
+    windows_of,
+)
 from megatron_xy.data.building.tokenize import MOST_SOURCES, TokenShard, mixed_source
 from megatron_xy.data.building.workers import Workers
 from megatron_xy.data.corpus.documents import LineReport
@@ -16,7 +24,7 @@ from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.inspection.alternatives import profile_lengths
 from megatron_xy.data.manifest import BucketEntry, SourceEntry, Statistics, TokenizerEntry, file_entry
 from megatron_xy.data.origins import mask_path
-from megatron_xy.data.packing.pack import Overflow, Packing
+from megatron_xy.data.packing.pack import Overflow
 from megatron_xy.errors import ConfigError, DataError
 
 FEW_DOCUMENTS = 200_000  # packed by plain Python before numba would be ready
@@ -35,16 +43,15 @@ def pack_sources(
     tokenized: Sequence[TokenShard],
     *,
     work: Path,
-    buckets: tuple[int, ...],
-    packing: Packing,
-    overflow: Overflow,
-    chat_overflow: Overflow,
+    options: BuildOptions,
     window_documents: int,
 ) -> tuple[dict[str, SourceEntry], Dropped]:
     """Pack each source by itself, in the order of the names; a source of which nothing is left has no entry.
 
-    chat_overflow: of sources that hold conversations. Raises DataError where nothing is left, or a source holds both.
+    Raises DataError where nothing is left, or a source holds texts and conversations; ConfigError for too many sources.
     """
+    buckets = tuple(options.buckets)
+    chat_overflow: Overflow = "truncate_left" if options.chat_overflow == "truncate_left" else "split"
     names = sorted({name for shard in tokenized for name in shard.documents})
     assert names, "there is something to pack"
     if len(names) > MOST_SOURCES:
@@ -57,19 +64,19 @@ def pack_sources(
     windows = {name: windows_of(prefixes[name], window_documents=window_documents) for name in names}
     task_tokens = task_tokens_for(sum(window.tokens for of_source in windows.values() for window in of_source))
     tasks = [
-        task
-        for name in names
-        for task in pack_tasks(
-            name,
-            windows[name],
-            task_tokens=task_tokens,
+        PackTask(
             folder=work / "packed",
+            source=name,
+            index=index,
             buckets=buckets,
-            packing=packing,
-            overflow=chat_overflow if masked[name] else overflow,
+            windows=ranges,
+            packing=options.packing,
+            overflow=chat_overflow if masked[name] else options.overflow,
             masked=masked[name],
             engine="python" if total < FEW_DOCUMENTS else "auto",
         )
+        for name in names
+        for index, ranges in enumerate(group_windows(windows[name], task_tokens=task_tokens))
     ]
     receipts: dict[str, list[PackReceipt]] = {name: [] for name in names}
     claims = [work / CLAIMS_FOLDER / f"pack-{task.receipt.stem}" for task in tasks]
@@ -80,7 +87,7 @@ def pack_sources(
     sources = {name: entry for name, entry in entries.items() if entry is not None}
     if not sources:
         raise DataError(
-            f"overflow ({overflow}) leaves nothing: every document is longer than {buckets[-1]} tokens; "
+            f"overflow ({options.overflow}) leaves nothing: every document is longer than {buckets[-1]} tokens; "
             f"give a larger bucket, or another overflow"
         )
     every = [receipt for of_source in receipts.values() for receipt in of_source]

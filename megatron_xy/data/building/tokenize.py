@@ -9,7 +9,7 @@ knows where in the text each token stands.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as replace_fields
@@ -25,7 +25,7 @@ from megatron_xy.data.building.workers import Advance
 from megatron_xy.data.chat.conversations import BadConversation
 from megatron_xy.data.chat.encode import Chat, ChatOptions, ChatTokens
 from megatron_xy.data.chat.template import ChatTemplate
-from megatron_xy.data.corpus.documents import BadLinePolicy, Document, LineReport, Part, ScannedFile, read_part
+from megatron_xy.data.corpus.documents import BadLinePolicy, Document, LineReport, Part, read_part
 from megatron_xy.data.corpus.row_contents import RowFields
 from megatron_xy.data.encoding.engines import TokenBatch
 from megatron_xy.data.encoding.fast_engine import FAST_ENGINE, FastTokenizer, chosen_texts
@@ -36,8 +36,6 @@ from megatron_xy.data.origins import TracedWriter, document_rows, trace_path
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import write_text
 
-PART_BYTES = 8 * 1024 * 1024
-MOST_SHARDS = 10_000  # beyond 80 GB of text the parts grow instead
 BATCH_CHARACTERS = 1_000_000  # handed to the tokenizer at a time
 MOST_SOURCES = 256  # each has files of its own open while a shard is written
 
@@ -70,25 +68,6 @@ class TokenShard:
     def receipt(folder: Path) -> Path:
         """FOLDER.json"""
         return folder.with_name(folder.name + ".json")
-
-
-def part_bytes_for(total_bytes: int) -> int:
-    """How many bytes a part has in a corpus of `total_bytes`."""
-    return max(PART_BYTES, total_bytes // MOST_SHARDS)
-
-
-def group_parts(files: Sequence[ScannedFile], *, part_bytes: int) -> list[tuple[Part, ...]]:
-    """All parts in order, small neighbours together until they have `part_bytes`."""
-    groups: list[tuple[Part, ...]] = []
-    group: list[Part] = []
-    size = 0
-    for part in (part for file in files for part in file.parts):
-        group.append(part)
-        size += part.stop - part.start
-        if size >= part_bytes:
-            groups.append(tuple(group))
-            group, size = [], 0
-    return [*groups, tuple(group)] if group else groups
 
 
 def tokenize_shard(task: TokenizeTask, advance: Advance) -> TokenShard:

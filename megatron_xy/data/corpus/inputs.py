@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_xy.errors import ConfigError
 
 SUPPORTED = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet", ".bin")
+PART_BYTES = 8 * 1024 * 1024
+MOST_SHARDS = 10_000  # beyond 80 GB of text the parts grow instead
 SCAN_BLOCK = 1024 * 1024  # bytes: they stay in the processor's cache while they are looked at
 
 
@@ -85,6 +88,29 @@ def scan_file(
     with reading_unchanged(Part(str(path), 0, 0, 1, stamp=stamp)):
         scanned = _scan(path, part_bytes=part_bytes, file=file, advance=advance)
     return replace(scanned, parts=[replace(part, stamp=stamp) for part in scanned.parts])
+
+
+def part_bytes_for(total_bytes: int) -> int:
+    """How many bytes a part has in a corpus of `total_bytes`."""
+    return max(PART_BYTES, total_bytes // MOST_SHARDS)
+
+
+def group_parts(files: Sequence[ScannedFile], *, part_bytes: int) -> list[tuple[Part, ...]]:
+    """All parts in order, small neighbours together until they have `part_bytes`: what becomes one token shard each.
+
+    Texts and Megatron datasets never come together.
+    """
+    groups: list[tuple[Part, ...]] = []
+    for _, run in itertools.groupby(files, key=lambda file: is_prefix(file.path)):
+        group, size = list[Part](), 0
+        for part in (part for file in run for part in file.parts):
+            group.append(part)
+            size += part.stop - part.start
+            if size >= part_bytes:
+                groups.append(tuple(group))
+                group, size = [], 0
+        groups += [tuple(group)] if group else []
+    return groups
 
 
 def read_documents(
