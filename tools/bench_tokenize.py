@@ -140,7 +140,8 @@ def timed(kind: str, inputs: Path, output: Path, options: argparse.Namespace) ->
 def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
     """Scan, choice of the engine and token shards, as in `data build` with --append-eod."""
     from megatron_xy.data.building.engine_choice import choose_engine
-    from megatron_xy.data.building.tokenize import TokenizeTask, tokenize_shard
+    from megatron_xy.data.building.token_shards import make_token_shard
+    from megatron_xy.data.building.tokenize import TokenizeTask
     from megatron_xy.data.building.workers import Workers
     from megatron_xy.data.corpus.inputs import find_inputs, group_parts, part_bytes_for
     from megatron_xy.data.encoding.loaded import load_anew, load_engines
@@ -158,7 +159,7 @@ def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
         ]
         choice = choose_engine(loaded, tasks)
         fast = [replace(task, fast=choice.fast) for task in tasks]
-        shards = list(pool.run("tokenize", tokenize_shard, fast, total=total, unit="bytes"))
+        shards = list(pool.run("tokenize", make_token_shard, fast, total=total, unit="bytes"))
         written = digest([shard.folder / "default.bin" for shard in shards])
         return {**written, "engine": choice.entry(shards)}
 

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from megatron_xy.data.building.engine_choice import choose_engine
-from megatron_xy.data.building.tokenize import TokenizeTask, tokenize_shard
+from megatron_xy.data.building.token_shards import make_token_shard
+from megatron_xy.data.building.tokenize import TokenizeTask
 from megatron_xy.data.building.workers import Workers
 from megatron_xy.data.corpus.documents import LineReport
 from megatron_xy.data.corpus.inputs import find_inputs, group_parts, input_size, part_bytes_for, scan_file
@@ -80,7 +81,7 @@ def preprocess(
             tasks = [replace(task, fast=fast) for task in tasks]
             report = LineReport()
             with IndexedWriter(prefix, dtype=dtype_for(loaded.vocab_size)) as writer:
-                for shard in pool.run("tokenize", tokenize_shard, tasks, total=total, unit="bytes"):
+                for shard in pool.run("tokenize", make_token_shard, tasks, total=total, unit="bytes"):
                     report.add(shard.report)
                     report.raise_if_bad(remedy="mend them: nothing of this data set was written")
                     if SHARD in shard.documents:

@@ -14,7 +14,8 @@ import sentencepiece
 
 from megatron_xy.data.building import engine_choice, tokenize
 from megatron_xy.data.building.engine_choice import choose_engine
-from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, read_receipt, tokenize_shard
+from megatron_xy.data.building.token_shards import make_token_shard
+from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, read_receipt
 from megatron_xy.data.building.workers import Workers
 from megatron_xy.data.corpus.documents import LineReport, Part
 from megatron_xy.data.corpus.row_contents import RowFields
@@ -54,7 +55,7 @@ def task_for(folder, rows, tokenizer, **options):
 
 
 def run(task):
-    return tokenize_shard(task, lambda size: None)
+    return make_token_shard(task, lambda size: None)
 
 
 def documents(folder):
@@ -114,7 +115,7 @@ def test_a_shard_that_another_build_makes_meanwhile_is_left_as_it_is(tmp_path, r
         if not made:
             made.extend([run(task), (task.folder / "code.idx").stat().st_ino])
 
-    assert [tokenize_shard(task, other), (task.folder / "code.idx").stat().st_ino] == made
+    assert [make_token_shard(task, other), (task.folder / "code.idx").stat().st_ino] == made
     assert not list(task.folder.glob(".tmp-*"))
 
 

@@ -22,11 +22,11 @@ from megatron_xy.data.building.engine_choice import EngineChoice, choose_engine
 from megatron_xy.data.building.options import BuildOptions, Share
 from megatron_xy.data.building.pack_sources import pack_sources, statistics_entry, tokenizer_entry
 from megatron_xy.data.building.token_shards import make_token_shards
-from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, read_receipt
+from megatron_xy.data.building.tokenize import TokenizeTask, read_receipt
 from megatron_xy.data.building.work_folder import WORK_FOLDER, sweep, work_folder
 from megatron_xy.data.building.workers import Workers
 from megatron_xy.data.chat.encode import ChatOptions
-from megatron_xy.data.corpus.documents import BAD_LINES_LIMIT, LineReport, Part, ScannedFile
+from megatron_xy.data.corpus.documents import BAD_LINES_LIMIT, Part, ScannedFile
 from megatron_xy.data.corpus.inputs import is_prefix
 from megatron_xy.data.corpus.row_contents import DEFAULT_SOURCE, RowFields
 from megatron_xy.data.corpus.selection import Selection
@@ -52,7 +52,6 @@ from megatron_xy.storage import (
     replace,
     storage_error,
     storage_errors,
-    temporary_name,
     write_text,
 )
 
@@ -80,6 +79,12 @@ class FolderBuild:
             conversations=self.chat is not None,
             default_source=self.options.source,
         )
+
+    @property
+    def most_lines(self) -> int | None:
+        """At most so many lines are there in all; None: it is not known before they are read."""
+        lines = [file.most_lines for file in self.scanned]
+        return None if None in lines else sum(count or 0 for count in lines)
 
     @property
     def fingerprint(self) -> str:
@@ -127,8 +132,11 @@ def build_folder(
         with work_folder(build.folder, build.fingerprint) as work:
             if build.options.deduplicate:
                 find_duplicates(pool, groups, work=work, fields=build.fields)
-            if shard is not None and (missing := _tokenize_share(pool, tasks, shard=shard, build=build, work=work)):
-                return {"finished": False, "missing": missing}
+            if shard is not None:
+                mine = tasks[shard.index :: shard.count]
+                make_token_shards(pool, mine, most_lines=build.most_lines, work=work)
+                if missing := sum(read_receipt(task.folder) is None for task in tasks):
+                    return {"finished": False, "missing": missing}
             reused = not _finish(pool, tasks, build=build, engine=engine, work=work)
     except (MegatronXYError, FileNotFoundError):
         if not _is_finished(build.folder):
@@ -161,12 +169,6 @@ def _tokenize_tasks(groups: Sequence[tuple[Part, ...]], *, build: FolderBuild) -
     ]
 
 
-def _tokenize_share(pool: Workers, tasks: list[TokenizeTask], *, shard: Share, build: FolderBuild, work: Path) -> int:
-    """Make the token shards of one share; returns how many of all are not there yet."""
-    _make_token_shards(pool, tasks[shard.index :: shard.count], build=build, work=work)
-    return sum(read_receipt(task.folder) is None for task in tasks)
-
-
 def _finish(
     pool: Workers, tasks: list[TokenizeTask], *, build: FolderBuild, engine: EngineChoice | None, work: Path
 ) -> bool:
@@ -174,7 +176,7 @@ def _finish(
     whether it was not another build that did the last step.
     """
     options, tokenizer, chat = build.options, build.tokenizer, build.chat
-    tokenized, report, listing = _make_token_shards(pool, tasks, build=build, work=work)
+    tokenized, report, listing = make_token_shards(pool, tasks, most_lines=build.most_lines, work=work)
     if options.bad_lines == "limit":
         report.raise_if_too_bad()
     if not any(shard.documents for shard in tokenized):
@@ -205,23 +207,6 @@ def _finish(
             return False
         _publish(build.folder, work=work, manifest=manifest, tokenizer=tokenizer, listing=listing)
         return True
-
-
-def _make_token_shards(
-    pool: Workers, tasks: list[TokenizeTask], *, build: FolderBuild, work: Path
-) -> tuple[list[TokenShard], LineReport, Path]:
-    """The token shards of `tasks`, what was read for them, and the list of bad lines: a file of this build's own."""
-    listing = work / temporary_name(BAD_LINES_NAME)
-    lines = [0 if is_prefix(file.path) else file.most_lines for file in build.scanned]
-    shards, report = make_token_shards(
-        pool,
-        tasks,
-        total=sum(part.stop - part.start for task in tasks for part in task.parts),
-        most_lines=None if None in lines else sum(count or 0 for count in lines),
-        listing=listing,
-        work=work,
-    )
-    return shards, report, listing
 
 
 def _chat_entry(chat: ChatOptions) -> ChatEntry:

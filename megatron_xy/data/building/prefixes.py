@@ -6,14 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_xy.data.building.tokenize import (
-    MadeMeanwhile,
-    TokenizeTask,
-    TokenShard,
-    leave_alone_if_made,
-    read_receipt,
-    write_receipt,
-)
+from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, leave_alone_if_made
 from megatron_xy.data.building.workers import Advance
 from megatron_xy.data.corpus.documents import LineReport, Part, changed, reading_unchanged
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
@@ -25,28 +18,18 @@ COPY_TOKENS = 1 << 22  # held in memory at a time, or one document
 
 
 def copy_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
-    """One token shard from parts of Megatron datasets, unless its receipt says that it is done.
+    """One token shard of Megatron datasets: documents as they lie; those without a token are left out and counted.
 
-    Documents are taken as they lie; those without a token are left out and counted.
     Raises DataError where a dataset is damaged or an id lies outside the tokenizer's vocabulary.
     """
-    done = read_receipt(task.folder)
-    if done is not None:
-        advance(sum(part.stop - part.start for part in task.parts))
-        return done
     vocab_size = load_tokenizer(task.tokenizer).vocab_size
     report, source = LineReport(), task.fields.default_source
-    try:
-        with TracedWriter(task.folder / source, dtype=dtype_for(vocab_size)) as writer:
-            for part in task.parts:
-                with reading_unchanged(part):
-                    _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
-            leave_alone_if_made(task.folder)
-    except MadeMeanwhile:
-        return copy_documents(task, lambda size: None)
-    shard = TokenShard(task.folder, {source: writer.num_documents} if writer.num_documents else {}, report)
-    write_receipt(shard)
-    return shard
+    with TracedWriter(task.folder / source, dtype=dtype_for(vocab_size)) as writer:
+        for part in task.parts:
+            with reading_unchanged(part):
+                _copy(part, writer, vocab_size=vocab_size, report=report, advance=advance)
+        leave_alone_if_made(task.folder)
+    return TokenShard(task.folder, {source: writer.num_documents} if writer.num_documents else {}, report)
 
 
 def _copy(part: Part, writer: TracedWriter, *, vocab_size: int, report: LineReport, advance: Advance) -> None:

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_fields
 from pathlib import Path
 
 from megatron_xy.data.building.claims import CLAIMS_FOLDER
 from megatron_xy.data.building.prefixes import copy_documents
-from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, tokenize_shard
+from megatron_xy.data.building.tokenize import (
+    MadeMeanwhile,
+    TokenizeTask,
+    TokenShard,
+    read_receipt,
+    tokenize_documents,
+    write_receipt,
+)
 from megatron_xy.data.building.workers import Advance, Workers
 from megatron_xy.data.corpus.documents import BadLinePolicy, LineReport
 from megatron_xy.data.corpus.inputs import is_prefix
-from megatron_xy.storage import storage_errors
+from megatron_xy.data.encoding.fast_engine import FAST_ENGINE
+from megatron_xy.data.manifest import BAD_LINES_NAME
+from megatron_xy.storage import storage_errors, temporary_name
 
 
 def make_token_shards(
-    pool: Workers, tasks: list[TokenizeTask], *, total: int, most_lines: int | None, listing: Path, work: Path
-) -> tuple[list[TokenShard], LineReport]:
-    """Run all tasks, but for what other builds do; bad lines are listed in the file `listing`.
+    pool: Workers, tasks: list[TokenizeTask], *, most_lines: int | None, work: Path
+) -> tuple[list[TokenShard], LineReport, Path]:
+    """Run all tasks, but for what other builds do; last comes the list of bad lines: a file of this build's own.
 
     most_lines: that all inputs have, of which `tasks` may be a share. Raises DataError, with those seen, at the end of
     the file from which on the policy surely does not allow them.
     """
+    listing = work / temporary_name(BAD_LINES_NAME)
     shards: list[TokenShard] = []
     report = LineReport()
     last_task = {part.path: index for index, task in enumerate(tasks) for part in task.parts}
     claims = [work / CLAIMS_FOLDER / f"tokenize-{task.folder.name}" for task in tasks]
-    made = pool.run("tokenize", _make_shard, tasks, total=total, unit="bytes", claims=claims)
+    total = sum(part.stop - part.start for task in tasks for part in task.parts)
+    made = pool.run("tokenize", make_token_shard, tasks, total=total, unit="bytes", claims=claims)
     judged_after = len(tasks) - 1  # the task that ends the first file with bad lines
     with storage_errors(listing), listing.open("w", encoding="utf-8") as stream:
         for index, shard in enumerate(made):
@@ -38,11 +50,35 @@ def make_token_shards(
                 stream.write(f"{tasks[index].parts[-1].path}: {more} more\n")
             if index >= judged_after:
                 _judge(report, policy=tasks[index].bad_lines, most_lines=most_lines)
-    return shards, report
+    return shards, report, listing
 
 
-def _make_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
-    return copy_documents(task, advance) if is_prefix(task.parts[0].path) else tokenize_shard(task, advance)
+def make_token_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
+    """One token shard, unless its receipt says that it is done.
+
+    Raises as `tokenize_documents` and `copy_documents`; a shard with bad lines is not done where they are an error.
+    """
+    task = _in_its_folder(task)
+    done = read_receipt(task.folder)
+    if done is not None:
+        advance(sum(part.stop - part.start for part in task.parts))
+        return done
+    make = copy_documents if is_prefix(task.parts[0].path) else tokenize_documents
+    try:
+        shard = make(task, advance)
+    except MadeMeanwhile:
+        return make_token_shard(task, lambda size: None)
+    if not (shard.report.bad_lines and task.bad_lines == "fail"):
+        write_receipt(shard)
+    return shard
+
+
+def _in_its_folder(task: TokenizeTask) -> TokenizeTask:
+    """In another one where fastokens has made the shard, which this build does not trust, and others may be reading."""
+    done = read_receipt(task.folder)
+    if task.fast or done is None or not done.engine.startswith(FAST_ENGINE):
+        return task
+    return replace_fields(task, folder=task.folder.with_name(f"{task.folder.name}-reference"))
 
 
 def _bad_files(task: TokenizeTask, report: LineReport) -> list[str]:

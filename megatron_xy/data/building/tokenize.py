@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from dataclasses import replace as replace_fields
 from functools import lru_cache, partial
 from itertools import groupby
 from operator import attrgetter
@@ -28,7 +27,7 @@ from megatron_xy.data.chat.template import ChatTemplate
 from megatron_xy.data.corpus.documents import BadLinePolicy, Document, LineReport, Part, read_part
 from megatron_xy.data.corpus.row_contents import RowFields
 from megatron_xy.data.encoding.engines import TokenBatch
-from megatron_xy.data.encoding.fast_engine import FAST_ENGINE, FastTokenizer, chosen_texts
+from megatron_xy.data.encoding.fast_engine import FastTokenizer, chosen_texts
 from megatron_xy.data.encoding.loaded import loaded_fast_tokenizer, loaded_tokenizer
 from megatron_xy.data.encoding.tokenizer import Tokenizer
 from megatron_xy.data.indexed import bin_path, dtype_for, idx_path
@@ -70,23 +69,6 @@ class TokenShard:
         return folder.with_name(folder.name + ".json")
 
 
-def tokenize_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
-    """Tokenise one shard, unless its receipt says that it is done. Memory: one batch of text and one document.
-
-    Under "fail" nothing is encoded after the first bad line; all bad lines of the shard are in the report.
-    Raises DataError (a damaged file; fastokens differs from the reference), ConfigError (too many sources).
-    """
-    task = _in_its_folder(task)
-    done = read_receipt(task.folder)
-    if done is not None:
-        advance(sum(part.stop - part.start for part in task.parts))
-        return done
-    try:
-        return _tokenize(task, advance)
-    except MadeMeanwhile:
-        return tokenize_shard(task, lambda size: None)
-
-
 class MadeMeanwhile(Exception):
     """Another build, whose claims do not reach this machine, has made the shard, and may be reading it."""
 
@@ -97,15 +79,12 @@ def leave_alone_if_made(folder: Path) -> None:
         raise MadeMeanwhile
 
 
-def _in_its_folder(task: TokenizeTask) -> TokenizeTask:
-    """In another one where fastokens has made the shard, which this build does not trust, and others may be reading."""
-    done = read_receipt(task.folder)
-    if task.fast or done is None or not done.engine.startswith(FAST_ENGINE):
-        return task
-    return replace_fields(task, folder=task.folder.with_name(f"{task.folder.name}-reference"))
+def tokenize_documents(task: TokenizeTask, advance: Advance) -> TokenShard:
+    """One token shard of texts and conversations. Memory: one batch of text and one document.
 
-
-def _tokenize(task: TokenizeTask, advance: Advance) -> TokenShard:
+    Under "fail" nothing is encoded after the first bad line; all bad lines of the shard are in the report.
+    Raises DataError (a damaged file; fastokens differs from the reference), ConfigError (too many sources).
+    """
     tokenizer = loaded_tokenizer(task.tokenizer)
     fast = loaded_fast_tokenizer(task.tokenizer) if task.fast else None
     report, num_checked = LineReport(), 0
@@ -129,10 +108,7 @@ def _tokenize(task: TokenizeTask, advance: Advance) -> TokenShard:
     counts = {name: writers[name].num_documents for name in sorted(writers)}
     documents = {name: count for name, count in counts.items() if count}
     name = tokenizer.engine.name if fast is None else fast.name
-    shard = TokenShard(task.folder, documents, report, engine=name, checked_documents=num_checked)
-    if not (report.bad_lines and task.bad_lines == "fail"):
-        write_receipt(shard)
-    return shard
+    return TokenShard(task.folder, documents, report, engine=name, checked_documents=num_checked)
 
 
 def write_receipt(shard: TokenShard) -> None:
