@@ -47,7 +47,7 @@ def merge(folder: Path, *, prefix: Path) -> tuple[int, int]:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with IndexedWriter(prefix, dtype=readers[0].dtype) as writer:
         for reader in readers:
-            ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
+            ends = reader.tokens_before()
             for first, last in _spans(reader):
                 sequences = reader.document_indices[first : last + 1].astype(np.int64)
                 writer.add_documents(

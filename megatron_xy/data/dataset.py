@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_xy.data.draws.sampler import Batch, BucketSampler, SampleId, Stream
 from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path, read_header
 from megatron_xy.data.manifest import Manifest, ShardEntry, read_manifest
-from megatron_xy.data.origins import Rows, mask_path, read_mask, read_rows
+from megatron_xy.data.origins import Rows, read_mask, read_rows
 from megatron_xy.errors import ConfigError, DataError
 
 MOST_OPEN_SHARDS = 8192  # Linux gives a process 65,530 maps, if nobody has raised it
@@ -105,10 +105,8 @@ class PackedDataset:
         self._shards: dict[tuple[str, int], list[_Shard]] = {}
         for path, manifest in zip(self.paths, manifests, strict=True):
             corpus_files = [entry.path for entry in manifest.inputs]
-            for source, entry in sorted(manifest.sources.items()):
-                for bucket, samples in entry.buckets.items():
-                    shards = [_Shard(path, shard, corpus_files) for shard in samples.shards]
-                    self._shards.setdefault((source, int(bucket)), []).extend(shards)
+            for source, bucket, entry in manifest.shards:
+                self._shards.setdefault((source, bucket), []).append(_Shard(path, entry, corpus_files))
         for shard in [shard for shards in self._shards.values() for shard in shards][looked_at]:
             shard.check_files()
             read_header(idx_path(shard.prefix))
@@ -199,9 +197,8 @@ class _Shard:
         self.num_samples = entry.samples
         self.is_masked = entry.mask is not None
         self.corpus_files = corpus_files
-        self._sizes = {bin_path(self.prefix): entry.bin_bytes, idx_path(self.prefix): entry.idx_bytes}
-        if entry.mask is not None:
-            self._sizes[mask_path(self.prefix)] = entry.mask.size
+        files = [*entry.pair, *([] if entry.mask is None else [entry.mask])]
+        self._sizes = {folder / file.name: file.size for file in files}
 
     def check_files(self) -> None:
         """That its files are there, and as large as they should be."""

@@ -226,6 +226,10 @@ class IndexedReader:
         """[num_tokens], all of `.bin`, mapped: for those who read it from one end to the other."""
         return mapped(self._bin_path, self.dtype)
 
+    def tokens_before(self) -> NDArray[np.int64]:
+        """[S + 1]: the tokens before each sequence and, last, all; from the lengths, made anew at each call."""
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.sequence_lengths, dtype=np.int64)])
+
     def document(self, index: int) -> list[Tokens]:
         """The pieces of document `index`, each [length]."""
         tokens, lengths = self.document_tokens(index)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +56,19 @@ class ShardEntry(Entry):
     idx_sha256: str
     trace: FileEntry | None = Field(default=None, description="PREFIX.trace: where each piece comes from")
     mask: FileEntry | None = Field(default=None, description="PREFIX.mask: which tokens are learned; None: all")
+
+    @property
+    def pair(self) -> tuple[FileEntry, FileEntry]:
+        """PREFIX.bin and PREFIX.idx."""
+        return (
+            FileEntry(name=f"{self.name}.bin", size=self.bin_bytes, sha256=self.bin_sha256),
+            FileEntry(name=f"{self.name}.idx", size=self.idx_bytes, sha256=self.idx_sha256),
+        )
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """All of its files."""
+        return [*self.pair, *(entry for entry in (self.trace, self.mask) if entry is not None)]
 
 
 class BucketEntry(Entry):
@@ -183,6 +197,14 @@ class Manifest(Entry):
     sources: dict[str, SourceEntry]
     statistics: Statistics
     bad_lines: FileEntry | None = Field(default=None, description="the list of the lines left out, if there are any")
+
+    @property
+    def shards(self) -> Iterator[tuple[str, int, ShardEntry]]:
+        """(source, bucket, shard) of every shard."""
+        for name, source in self.sources.items():
+            for size, bucket in source.buckets.items():
+                for shard in bucket.shards:
+                    yield name, int(size), shard
 
     @model_validator(mode="after")
     def _sums_agree(self) -> Manifest:

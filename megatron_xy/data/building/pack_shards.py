@@ -164,16 +164,17 @@ def _pack_window(
     with tempfile.TemporaryFile(dir=task.folder) as scratch, tempfile.TemporaryFile(dir=task.folder) as mask_scratch:
         for part in window:
             reader = IndexedReader(part.prefix)
-            ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
+            borders = reader.tokens_before()
+            first, last = borders[part.first], borders[part.last]
             lengths.append(np.array(reader.sequence_lengths[part.first : part.last]))
             rows = read_rows(part.prefix, num_sequences=reader.num_sequences)
             document_rows.append(np.array(rows[part.first : part.last]))
             try:
-                scratch.write(reader.tokens[ends[part.first] : ends[part.last]].data)
+                scratch.write(reader.tokens[first:last].data)
                 scratch.flush()
                 if task.masked:
                     mask = read_mask(part.prefix, num_tokens=reader.num_tokens)
-                    mask_scratch.write(mask[ends[part.first] : ends[part.last]].data)
+                    mask_scratch.write(mask[first:last].data)
                     mask_scratch.flush()
             except OSError as error:
                 raise storage_error(task.folder, error) from error

@@ -36,8 +36,7 @@ def _copy(part: Part, writer: TracedWriter, *, vocab_size: int, report: LineRepo
     reader = IndexedReader(Path(part.path).with_suffix(""))
     itemsize = reader.dtype.itemsize
     # [documents of this part + 1]: tokens of the dataset before each of its documents.
-    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
-    ends = ends[reader.document_indices[part.first_line - 1 :]]
+    ends = reader.tokens_before()[reader.document_indices[part.first_line - 1 :]]
     ends = ends[: int(np.searchsorted(ends, part.stop // itemsize, side="right"))]
     if not len(ends) or int(ends[0]) * itemsize != part.start or int(ends[-1]) * itemsize != part.stop:
         raise changed(part.path)

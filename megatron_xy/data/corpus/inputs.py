@@ -236,8 +236,7 @@ def _join_pairs(files: list[Path]) -> list[Path]:
 def _document_parts(path: Path, *, part_bytes: int, file: int) -> list[Part]:
     """A Megatron dataset cut at document borders."""
     reader = IndexedReader(path.with_suffix(""))
-    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
-    borders = ends[reader.document_indices] * reader.dtype.itemsize
+    borders = reader.tokens_before()[reader.document_indices] * reader.dtype.itemsize
     parts: list[Part] = []
     first = 0
     while first < reader.num_documents:

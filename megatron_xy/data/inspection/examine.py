@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from megatron_xy.data.building.workers import Progress
-from megatron_xy.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.data.inspection.alternatives import fixed_length_alternatives
-from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME, Manifest, ShardEntry, read_manifest
-from megatron_xy.data.origins import mask_path, read_mask, read_rows
+from megatron_xy.data.manifest import HELD_OUT_NAME, MANIFEST_NAME, FileEntry, Manifest, ShardEntry, read_manifest
+from megatron_xy.data.origins import mask_path, read_mask, read_rows, trace_path
 from megatron_xy.errors import DataError
 from megatron_xy.storage import TEMPORARY_PREFIX, file_sha256
 
@@ -67,35 +67,24 @@ def verify_dataset(directory: Path | str, *, progress: Progress | None = None) -
     tokenizer = folder / manifest.tokenizer.file
     if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
         raise DataError(f"{tokenizer} is missing or not the tokenizer of the manifest; copy the right one there")
-    for further in (manifest.bad_lines, manifest.tokenizer.config):
-        if further is not None:
-            _verify_file(folder / further.name, size=further.size, sha256=further.sha256)
-    _verify_listed(folder, manifest)
-    shards = [
-        (shard, int(size))
-        for source in manifest.sources.values()
-        for size, bucket in source.buckets.items()
-        for shard in bucket.shards
-    ]
-    done, total = 0, sum(shard.bin_bytes + shard.idx_bytes for shard, _ in shards)
-    for shard, size in shards:
+    further = [entry for entry in (manifest.bad_lines, manifest.tokenizer.config) if entry is not None]
+    for entry in further:
+        _verify_file(folder, entry)
+    of_shards = [entry.name for _, _, shard in manifest.shards for entry in shard.files]
+    listed = {MANIFEST_NAME, manifest.tokenizer.file, *(entry.name for entry in further), *of_shards}
+    _verify_nothing_else(folder, listed)
+    done, total = 0, sum(shard.bin_bytes + shard.idx_bytes for _, _, shard in manifest.shards)
+    for _, bucket, shard in manifest.shards:
         if progress is not None:
             progress("verify", done, total, "bytes")
-        _verify_shard(folder, shard, bucket=size, manifest=manifest)
+        _verify_shard(folder, shard, bucket=bucket, manifest=manifest)
         done += shard.bin_bytes + shard.idx_bytes
     if progress is not None:
         progress("verify", total, total, "bytes")
 
 
-def _verify_listed(folder: Path, manifest: Manifest) -> None:
-    """Nothing lies in the folder but what the manifest lists, and the held-out part."""
-    listed = {MANIFEST_NAME, manifest.tokenizer.file}
-    listed |= {entry.name for entry in (manifest.bad_lines, manifest.tokenizer.config) if entry is not None}
-    for shard in (
-        shard for source in manifest.sources.values() for bucket in source.buckets.values() for shard in bucket.shards
-    ):
-        listed |= {f"{shard.name}.bin", f"{shard.name}.idx"}
-        listed |= {entry.name for entry in (shard.trace, shard.mask) if entry is not None}
+def _verify_nothing_else(folder: Path, listed: set[str]) -> None:
+    """Nothing lies in the folder but the files `listed`, and the held-out part."""
     folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - folders - listed
     unlisted = sorted(name for name in found if PurePosixPath(name).parts[0] != HELD_OUT_NAME)
@@ -106,22 +95,18 @@ def _verify_listed(folder: Path, manifest: Manifest) -> None:
 
 
 def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Manifest) -> None:
+    for entry in shard.files:
+        _verify_file(folder, entry)
     prefix = folder / shard.name
-    _verify_file(bin_path(prefix), size=shard.bin_bytes, sha256=shard.bin_sha256)
-    _verify_file(idx_path(prefix), size=shard.idx_bytes, sha256=shard.idx_sha256)
     reader = IndexedReader(prefix)
     if shard.trace is not None:
-        _verify_file(folder / shard.trace.name, size=shard.trace.size, sha256=shard.trace.sha256)
         files = read_rows(prefix, num_sequences=reader.num_sequences)["file"]
         if files.min() < 0 or files.max() >= len(manifest.inputs):
-            raise DataError(f"{folder / shard.trace.name} names inputs that the manifest does not list; build it again")
-    if shard.mask is not None:
-        _verify_file(mask_path(prefix), size=shard.mask.size, sha256=shard.mask.sha256)
-        if read_mask(prefix, num_tokens=reader.num_tokens).max(initial=0) > 1:
-            raise DataError(f"{mask_path(prefix)} holds other bytes than 0 and 1; build it again")
+            raise DataError(f"{trace_path(prefix)} names inputs that the manifest does not list; build it again")
+    if shard.mask is not None and read_mask(prefix, num_tokens=reader.num_tokens).max(initial=0) > 1:
+        raise DataError(f"{mask_path(prefix)} holds other bytes than 0 and 1; build it again")
     reader.verify(vocab_size=manifest.tokenizer.vocab_size)
-    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(reader.sequence_lengths, dtype=np.int64)])
-    lengths = np.diff(ends[reader.document_indices])
+    lengths = np.diff(reader.tokens_before()[reader.document_indices])
     if (reader.dtype.name, reader.num_documents, reader.num_tokens) != (manifest.dtype, shard.samples, shard.tokens):
         raise DataError(f"{prefix} holds other counts or another type of ids than the manifest says; build it again")
     if lengths.min() < 1 or lengths.max() > bucket:
@@ -130,10 +115,11 @@ def _verify_shard(folder: Path, shard: ShardEntry, *, bucket: int, manifest: Man
         )
 
 
-def _verify_file(path: Path, *, size: int, sha256: str) -> None:
+def _verify_file(folder: Path, entry: FileEntry) -> None:
+    path = folder / entry.name
     if not path.is_file():
         raise DataError(f"{path} is missing; copy or build it again")
-    if path.stat().st_size != size:
-        raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}; copy or build it again")
-    if file_sha256(path) != sha256:
+    if (size := path.stat().st_size) != entry.size:
+        raise DataError(f"{path} has {size} bytes, the manifest says {entry.size}; copy or build it again")
+    if file_sha256(path) != entry.sha256:
         raise DataError(f"{path} is damaged: its checksum is not the manifest's; copy or build it again")
