@@ -154,11 +154,10 @@ def _tokenize_tasks(groups: Sequence[tuple[Part, ...]], *, build: FolderBuild) -
     work, options, selection = build.folder / WORK_FOLDER, build.options, build.selection
     if options.deduplicate:
         selection = replace_fields(selection, duplicates=str(work / DUPLICATES_FOLDER))
-    taken = None if selection == Selection() else selection
     return [
         TokenizeTask(
             folder=work / "tokens" / f"{index:06d}",
-            parts=tuple(replace_fields(part, selection=taken) for part in parts),
+            parts=tuple(replace_fields(part, selection=selection) for part in parts),
             tokenizer=build.tokenizer.path,
             fields=build.fields,
             append_eod=options.append_eod,

@@ -1,28 +1,39 @@
-"""Compressed files (.gz, .zst) -> a stream of their bytes that never passes a cut file off as a shorter one."""
+"""Lines of files, plain or compressed (.gz, .zst); a cut compressed file is never passed off as a shorter one."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
+from megatron_xy.errors import DataError
+from megatron_xy.rows_files import BYTE_ORDER_MARK
+
 COMPRESSED = (".gz", ".zst")
-# What reading such a stream raises where the file is cut or damaged.
-DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 COMPRESSED_BLOCK = 8 * 1024  # bytes given to the decompressor at a time; what comes out of one lies in memory
 LARGEST_WINDOW = 1 << 31  # files written with `zstd --long=31` too
 
 
-def open_compressed(path: Path, stream: io.BufferedReader[Any]) -> io.BufferedIOBase | gzip.GzipFile:
-    """The decompressed bytes of `stream`, an open .gz or .zst file named `path`; this and reading raise one of DAMAGE.
-
-    A file without a byte is a cut one: what compresses nothing still writes a header.
+def numbered_lines(path: Path, stream: io.BufferedReader[Any], *, first_line: int = 1) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each line of `stream`, the open file `path`, from where it stands: there line `first_line`
+    begins. Raises DataError where a compressed file is cut or damaged.
     """
-    if not stream.peek(1):
+    line = first_line - 1
+    try:
+        lines = _decompressed(path, stream) if path.name.endswith(COMPRESSED) else stream
+        for line, raw in enumerate(lines, start=first_line):
+            yield line, raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"{path}: damaged after line {line}: {error}; copy it again") from error
+
+
+def _decompressed(path: Path, stream: io.BufferedReader[Any]) -> io.BufferedIOBase | gzip.GzipFile:
+    if not stream.peek(1):  # a cut file: what compresses nothing still writes a header
         raise EOFError("the file has no bytes")
     if path.name.endswith(".gz"):
         return gzip.GzipFile(fileobj=stream)

@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Literal, NamedTuple
 
 from megatron_xy.data.chat.conversations import Conversation
-from megatron_xy.data.corpus.compressed import COMPRESSED, DAMAGE, open_compressed
+from megatron_xy.data.corpus.compressed import COMPRESSED, numbered_lines
 from megatron_xy.data.corpus.row_contents import BadLine, Contents, RowFields, RowOrBad, checked, parse
-from megatron_xy.data.corpus.selection import Duplicates, Selection, is_held_out
+from megatron_xy.data.corpus.selection import EVERY_DOCUMENT, Duplicates, Selection, is_held_out
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.rows_files import BYTE_ORDER_MARK, FILES_OF_ROWS
 
@@ -59,7 +59,7 @@ class Part:
     stop: int
     first_line: int
     file: int = 0  # number of the input, from 0
-    selection: Selection | None = None  # None: every document is taken
+    selection: Selection = EVERY_DOCUMENT
     stamp: tuple[int, ...] = ()  # `file_stamp` of the file when it was scanned; (): not known
 
 
@@ -148,7 +148,7 @@ def read_part(
                 report.bad(part.path, line, str(row))
             elif not row.text:
                 report.skipped_empty += 1
-            elif part.selection is None or _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
+            elif _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
                 yield Document(row.text, row.source, part.path, line, part.file, row.conversation)
     if not part.path.endswith(JSON_LINES):
         advance(part.stop - part.start)
@@ -198,7 +198,7 @@ def parquet_reader() -> ModuleType:
 
 
 def _duplicates(part: Part) -> Duplicates | None:
-    if part.selection is None or part.selection.duplicates is None:
+    if part.selection.duplicates is None:
         return None
     # A line of plain text has a byte at least; compressed files are one part.
     most_lines = part.stop - part.start if part.path.endswith(".jsonl") else None
@@ -234,39 +234,25 @@ def _read_row_groups(part: Part, fields: RowFields) -> Iterator[tuple[int, RowOr
 
 
 def _read_lines(part: Part, advance: Callable[[int], None], fields: RowFields) -> Iterator[tuple[int, RowOrBad]]:
-    """(line number, its contents) of every line that has some."""
-    for line, raw in _lines(part, advance):
-        if not raw or raw.isspace():
-            continue
-        try:
-            yield line, parse(raw, fields)
-        except BadLine as error:
-            yield line, error
-
-
-def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of every line of a part of a jsonl file, plain or compressed."""
-    zipped = part.path.endswith(COMPRESSED)
-    line, told = part.first_line, part.start
+    """(line number, its contents) of every line that has some, of a jsonl file, plain or compressed."""
+    is_plain = not part.path.endswith(COMPRESSED)
+    told = part.start
     with io.BufferedReader(Path(part.path).open("rb", buffering=0), READ_BUFFER) as stream:
         stream.seek(part.start)
-        position = part.start
-        try:
-            lines = open_compressed(Path(part.path), stream) if zipped else stream
-            while zipped or position < part.stop:
-                raw = lines.readline()
-                if not raw:
-                    break
-                position = stream.tell() if zipped else position + len(raw)
-                yield line, raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
-                line += 1
-                if position - told >= 65536:
-                    advance(position - told)
-                    told = position
-        except DAMAGE as error:
-            raise DataError(f"{part.path}: damaged after line {line - 1}: {error}; copy it again") from error
-    if not zipped and position != part.stop:
-        raise changed(part.path)
+        for line, raw in numbered_lines(Path(part.path), stream, first_line=part.first_line):
+            if raw and not raw.isspace():
+                try:
+                    yield line, parse(raw, fields)
+                except BadLine as error:
+                    yield line, error
+            position = stream.tell()
+            if position - told >= 65536:
+                advance(position - told)
+                told = position
+            if is_plain and position >= part.stop:
+                break
+        if is_plain and stream.tell() != part.stop:
+            raise changed(part.path)
     advance(part.stop - told)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from megatron_xy.data.corpus.compressed import COMPRESSED, DAMAGE, open_compressed
+from megatron_xy.data.corpus.compressed import numbered_lines
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.rows_files import BYTE_ORDER_MARK
 
 Parsed = TypeVar("Parsed")
 SHOWN_PROBLEMS = 20
@@ -40,13 +39,14 @@ def read_rows(path: Path, *, option: str, parse: Callable[[dict[str, Any]], Pars
         raise ConfigError(f"{option} ({path}): there is no such file; name a jsonl file, one object a line")
     rows: list[Row[Parsed]] = []
     problems: list[str] = []
-    for line, raw in _lines(path):
-        if not raw.strip():
-            continue
-        try:
-            rows.append(Row(line, parse(_object(raw))))
-        except BadRow as problem:
-            problems.append(f"{path}:{line}: {problem}")
+    with path.open("rb") as stream:
+        for line, raw in numbered_lines(path, stream):
+            if not raw.strip():
+                continue
+            try:
+                rows.append(Row(line, parse(_object(raw))))
+            except BadRow as problem:
+                problems.append(f"{path}:{line}: {problem}")
     if problems:
         more = f"\n... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         raise DataError("\n".join(problems[:SHOWN_PROBLEMS]) + more)
@@ -61,17 +61,6 @@ def check_json(value: Any) -> None:
         json.dumps(value, allow_nan=False)
     except ValueError:
         raise BadRow("a number is NaN or infinite, or too large for 64 bits, such as 1e400; write another") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    line = 0
-    with path.open("rb") as stream:
-        try:
-            lines = open_compressed(path, stream) if path.name.endswith(COMPRESSED) else stream
-            for line, raw in enumerate(lines, start=1):
-                yield line, raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
-        except DAMAGE as error:
-            raise DataError(f"{path}: damaged after line {line}: {error}; copy it again") from error
 
 
 def _object(raw: bytes) -> dict[str, Any]:

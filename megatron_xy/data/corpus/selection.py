@@ -29,6 +29,9 @@ class Selection:
     duplicates: str | None = None
 
 
+EVERY_DOCUMENT = Selection()
+
+
 def text_hash(text: str) -> bytes:
     """HASH_BYTES bytes that stand for a text."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=HASH_BYTES).digest()
