@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_xy.config import RunConfig, data_parallel_size, placed_roles
-from megatron_xy.data.draws.phases import sampler_phases, total_tokens
+from megatron_xy.data.draws.phase_draws import total_tokens
+from megatron_xy.data.draws.phases import sampler_phases
 from megatron_xy.flops import num_parameters
 from megatron_xy.ppo.placement import drawn
 
@@ -42,7 +43,7 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
         ):
             size = phase.global_batch_tokens
             sizes_of_steps += f", {size} from step {phase.from_step} on" if phase.from_step else str(size)
-    all_tokens = total_tokens(phases, train_iters=training.train_iters)
+    all_tokens = total_tokens(phases, num_steps=training.train_iters)
     length = f"{training.train_iters} steps of {sizes_of_steps} tokens ({all_tokens / 1e6:,.1f} M in all)"
     if training.epochs is not None:
         length = f"{training.epochs} epoch(s) in steps of {sizes_of_steps} tokens"

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_xy.config import RunConfig
 from megatron_xy.data.dataset import PackedDataset
-from megatron_xy.data.draws.phases import sampler_phases, total_tokens
+from megatron_xy.data.draws.phase_draws import total_tokens
+from megatron_xy.data.draws.phases import sampler_phases
 from megatron_xy.data.loader import StepLoader
 from tests.building import build_dataset
 from tests.unit import small_corpus
@@ -29,7 +30,7 @@ def test_the_tokens_of_a_run_follow_its_phases():
     phases = sampler_phases(RunConfig.model_validate({"training": {"global_batch_tokens": 256, "phases": PHASES}}))
     for train_iters in (1, 6, 10, 11, 40):
         want = sum(256 if step < 10 else 512 for step in range(train_iters))
-        assert total_tokens(phases, train_iters=train_iters) == want
+        assert total_tokens(phases, num_steps=train_iters) == want
 
 
 def test_batches_shares_and_tokens_follow_the_phases(data):

@@ -196,6 +196,15 @@ class PhaseDraws:
         return worst
 
 
+def total_tokens(phases: Sequence[SamplerPhase | PhaseDraws], *, num_steps: int) -> int:
+    """Tokens, padding included, of the first `num_steps` steps."""
+    ends = [*(phase.from_step for phase in phases[1:]), num_steps]
+    return sum(
+        phase.global_batch_tokens * max(0, min(end, num_steps) - phase.from_step)
+        for phase, end in zip(phases, ends, strict=True)
+    )
+
+
 def stream_shares(
     weights: Mapping[str, float] | None, sizes: Mapping[tuple[str, int], int], *, key: str
 ) -> dict[tuple[str, int], float]:

@@ -86,12 +86,3 @@ def describe_epochs(config: RunConfig, sampler: BucketSampler) -> str:
         most[source] = max(most.get(source, 0.0), times)
     of_sources = ", ".join(f"{source} {times:.3g}" for source, times in most.items())
     return f"epochs after {config.training.train_iters} steps: {of_sources}"
-
-
-def total_tokens(phases: Sequence[SamplerPhase], *, train_iters: int) -> int:
-    """Tokens, padding included, of `train_iters` steps."""
-    ends = [*(phase.from_step for phase in phases[1:]), train_iters]
-    return sum(
-        phase.global_batch_tokens * max(0, min(end, train_iters) - phase.from_step)
-        for phase, end in zip(phases, ends, strict=True)
-    )

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.data.draws.permutation import PERMUTATION_ROUNDS, digest, mixed, permute
-from megatron_xy.data.draws.phase_draws import PhaseDraws, SamplerPhase
+from megatron_xy.data.draws.phase_draws import PhaseDraws, SamplerPhase, total_tokens
 from megatron_xy.errors import ConfigError, DataError
 
 
@@ -139,11 +139,7 @@ class BucketSampler:
 
     def consumed_tokens(self, data_step: int) -> int:
         """Tokens, padding included, of all steps before `data_step`."""
-        ends = [*self._starts[1:], data_step]
-        return sum(
-            max(0, min(data_step, end) - phase.from_step) * phase.global_batch_tokens
-            for phase, end in zip(self._phases, ends, strict=True)
-        )
+        return total_tokens(self._phases, num_steps=data_step)
 
     def _phase_of(self, data_step: int) -> PhaseDraws:
         assert data_step >= 0, "data steps count from 0"
