@@ -228,7 +228,7 @@ def data_trace(
     overrides: Overrides = None,
 ) -> None:
     """The documents (file, line) that were drawn at these steps: JSON lines, one a sample."""
-    from megatron_xy.data.inspection.trace import trace_steps
+    from megatron_xy.data.inspection.plan_steps import trace_steps
 
     for row in trace_steps(directory, config_path=config, overrides=overrides or [], steps=_steps(steps)):
         print(json.dumps(row))

@@ -20,7 +20,7 @@ from megatron_xy.checkpoint.files import read_manifest, verify_files
 from megatron_xy.config import dump_config
 from megatron_xy.data.dataset import PackedDataset, collate
 from megatron_xy.data.draws.sampler import SampleId
-from megatron_xy.data.inspection.trace import trace_steps
+from megatron_xy.data.inspection.plan_steps import trace_steps
 from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import tensors_agree
 from megatron_xy.losses import token_cross_entropy

@@ -21,8 +21,7 @@ from megatron_xy.data.draws.phases import (
     with_epochs,
 )
 from megatron_xy.data.draws.sampler import BucketSampler, Stream
-from megatron_xy.data.inspection.plan_steps import plan_steps
-from megatron_xy.data.inspection.trace import trace_steps
+from megatron_xy.data.inspection.plan_steps import plan_steps, trace_steps
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.preflight import check_paths
 from tests.building import build_dataset

@@ -16,8 +16,7 @@ from megatron_xy.data.draws.sampler import SampleId
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.inspection.examine import verify_dataset
-from megatron_xy.data.inspection.plan_steps import plan_steps
-from megatron_xy.data.inspection.trace import trace_steps
+from megatron_xy.data.inspection.plan_steps import plan_steps, trace_steps
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.origins import TracedWriter, document_rows, read_rows, trace_path
 from megatron_xy.errors import ConfigError, DataError, UsageError

@@ -13,8 +13,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_xy.data.corpus.json_kind import json_kind
-
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_ROLES = {  # ShareGPT's words
     "human": "user",
@@ -157,3 +155,10 @@ def _tools(tools: Any) -> list[Any] | None:
 
 def _kind(value: object) -> str:
     return "missing" if value is None else json_kind(value)
+
+
+def json_kind(value: object) -> str:
+    """What a JSON value is, in the words of messages: "an object", "a list", "a string", "a boolean", "null" or "a
+    number"."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from megatron_xy.data.chat.conversations import BadConversation, Conversation, holds_conversation, parse_conversation
-from megatron_xy.data.corpus.json_kind import json_kind
+from megatron_xy.data.chat.conversations import (
+    BadConversation,
+    Conversation,
+    holds_conversation,
+    json_kind,
+    parse_conversation,
+)
 from megatron_xy.data.manifest import RESERVED_NAMES, SOURCE_RULE, is_source_name
 
 orjson: Any

@@ -1,4 +1,4 @@
-"""`data plan-steps`: which samples a data parallel rank draws at which step, by the sampler that training uses."""
+"""`data plan-steps` and `data trace`: what is drawn at which step, by the sampler that training uses, and whence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from megatron_xy.config import RunConfig, load_config
 from megatron_xy.data.dataset import PackedDataset, samples_of_rank
 from megatron_xy.data.draws.phases import run_sampler
+from megatron_xy.data.draws.sampler import SampleId
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.rows_files import is_file_of_rows
 
@@ -32,13 +33,27 @@ def plan_steps(
             f"--data-parallel-rank ({data_parallel_rank}) must be below --data-parallel-size ({data_parallel_size})"
         )
     config = load_config(config_path, overrides=overrides)
-    yield from planned_steps(
-        config,
-        PackedDataset(run_folders(config, directory)),
-        steps=steps,
-        data_parallel_size=data_parallel_size,
-        data_parallel_rank=data_parallel_rank,
+    dataset = PackedDataset(run_folders(config, directory))
+    yield from _planned(
+        config, dataset, steps=steps, data_parallel_size=data_parallel_size, data_parallel_rank=data_parallel_rank
     )
+
+
+def trace_steps(
+    directory: Path, *, config_path: Path, overrides: Sequence[str], steps: range
+) -> Iterator[dict[str, Any]]:
+    """One row a sample drawn in `steps`: {data_step, bucket, source, sample: index within (source, bucket), documents}.
+
+    documents: [{file, line, start, length}], the pieces of the sample in order: `length` tokens from token `start` on
+    of the document at FILE:LINE. In time proportional to the batch. Raises ConfigError, DataError as `plan_steps`, and
+    DataError where a trace is damaged.
+    """
+    config = load_config(config_path, overrides=overrides)
+    dataset = PackedDataset(run_folders(config, directory))
+    for row in _planned(config, dataset, steps=steps, data_parallel_size=1, data_parallel_rank=0):
+        for index in row.pop("samples"):
+            documents = dataset.documents(SampleId(row["source"], row["bucket"], index))
+            yield {**row, "sample": index, "documents": documents}
 
 
 def run_folders(config: RunConfig, directory: Path) -> list[Path]:
@@ -66,10 +81,9 @@ def run_folders(config: RunConfig, directory: Path) -> list[Path]:
     return paths
 
 
-def planned_steps(
+def _planned(
     config: RunConfig, dataset: PackedDataset, *, steps: range, data_parallel_size: int, data_parallel_rank: int
 ) -> Iterator[dict[str, Any]]:
-    """The rows of `plan_steps` for a run over `dataset`."""
     sampler = run_sampler(config, dataset.streams)
     for step in steps:
         batch, mine = samples_of_rank(
