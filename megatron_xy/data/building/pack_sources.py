@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,21 +117,17 @@ def _source_entry(
             entries[size] = BucketEntry(samples=samples, tokens=tokens, shards=shards)
     if not entries:
         return None
+    learned = [receipt.tokens_learned for receipt in receipts if receipt.tokens_learned is not None]
     return SourceEntry(
         documents=sum(receipt.documents for receipt in receipts),
         truncated_documents=sum(receipt.truncated_documents for receipt in receipts),
         dropped_documents=sum(receipt.dropped_documents for receipt in receipts),
         tokens=sum(receipt.tokens for receipt in receipts),
         tokens_lost=sum(receipt.tokens_lost for receipt in receipts),
-        tokens_learned=_sum_of_known(receipt.tokens_learned for receipt in receipts),
+        tokens_learned=sum(learned) if learned else None,
         buckets=entries,
         lengths=profile_lengths((IndexedReader(prefix).sequence_lengths for prefix in prefixes), sizes=buckets),
     )
-
-
-def _sum_of_known(counts: Iterable[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:

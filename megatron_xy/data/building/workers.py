@@ -173,7 +173,7 @@ class Workers:
         if self._executor is not None:
             return self._executor.submit(_call, function, task, path)
         future: Future[_Outcome[Result]] = Future()
-        future.set_result(_claim_and_call(function, task, path, report.advance, lambda: 0))
+        future.set_result(_call(function, task, path, report.advance))
         return future
 
 
@@ -195,19 +195,6 @@ class _Ticker:
         if self._progress is not None and (force or now - self._last >= PROGRESS_SECONDS):
             self._progress(self._phase, done, self._total, self._unit)
             self._last = now
-
-
-def _claim_and_call(
-    function: Callable[[Task, Advance], Result],
-    task: Task,
-    path: Path | None,
-    advance: Advance,
-    amount: Callable[[], int],
-) -> _Outcome[Result]:
-    if path is None:
-        return _Outcome(function(task, advance), amount())
-    with claim(path) as is_ours:
-        return _Outcome(function(task, advance), amount()) if is_ours else _Outcome(None, 0)
 
 
 _shared_done: Any = None  # this worker process's handle on the counter that all workers add to, if it has one
@@ -236,12 +223,17 @@ def _leave_with_parent() -> None:
     os._exit(EXIT_PEER_LOST)
 
 
-def _call(function: Callable[[Task, Advance], Result], task: Task, path: Path | None) -> _Outcome[Result]:
-    """Runs in a worker process."""
-    if _shared_done is not None:
-        return _claim_and_call(function, task, path, _advance_shared, lambda: 0)
+def _call(
+    function: Callable[[Task, Advance], Result], task: Task, path: Path | None, advance: Advance | None = None
+) -> _Outcome[Result]:
+    """Runs in a worker process, or with `advance` in the build's own."""
     amounts: list[int] = []
-    return _claim_and_call(function, task, path, amounts.append, lambda: sum(amounts))
+    if advance is None:
+        advance = amounts.append if _shared_done is None else _advance_shared
+    if path is None:
+        return _Outcome(function(task, advance), sum(amounts))
+    with claim(path) as is_ours:
+        return _Outcome(function(task, advance) if is_ours else None, sum(amounts))
 
 
 def _advance_shared(amount: int) -> None:
