@@ -12,7 +12,6 @@ import os
 import struct
 import weakref
 from array import array
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -138,13 +137,6 @@ class IndexedWriter:
             for file in (*self._files, self._idx):
                 file.take_back()
 
-    def add_document(self, pieces: Sequence[Tokens]) -> None:
-        """Append one document whose sequences are `pieces` (each [length] token ids)."""
-        for piece in pieces:
-            self._write(piece)
-            self._sequence_lengths.append(len(piece))
-        self._document_indices.append(len(self._sequence_lengths))
-
     def add_documents(
         self, tokens: Tokens, *, lengths: NDArray[np.integer[Any]], num_pieces: NDArray[np.integer[Any]] | None = None
     ) -> None:
@@ -229,11 +221,6 @@ class IndexedReader:
     def tokens_before(self) -> NDArray[np.int64]:
         """[S + 1]: the tokens before each sequence and, last, all; from the lengths, made anew at each call."""
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.sequence_lengths, dtype=np.int64)])
-
-    def document(self, index: int) -> list[Tokens]:
-        """The pieces of document `index`, each [length]."""
-        tokens, lengths = self.document_tokens(index)
-        return np.split(tokens, np.cumsum(lengths[:-1])) if len(lengths) else []
 
     def first_token(self, index: int) -> int:
         """Where in `tokens` document `index`, which is not empty, begins."""

@@ -19,7 +19,7 @@ from megatron_xy.data.indexed import HEADER, MAGIC, IndexedReader, IndexedWriter
 from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import DataError
-from tests.building import build_dataset
+from tests.building import build_dataset, pieces_of
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 BUCKETS = (64, 128)
@@ -53,7 +53,7 @@ def all_tokens(output):
         for shard in bucket.shards
         for reader in [IndexedReader(output / shard.name)]
         for index in range(reader.num_documents)
-        for piece in reader.document(index)
+        for piece in pieces_of(reader, index)
     )
 
 

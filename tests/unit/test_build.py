@@ -20,7 +20,7 @@ from megatron_xy.data.inspection.examine import dataset_stats, verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import EXIT_STOPPED, ConfigError, DataError, UsageError
 from megatron_xy.runtime.signals import STOP_SIGNALS, cleaned_up_on_signals
-from tests.building import build_dataset
+from tests.building import add_document, build_dataset, pieces_of
 from tests.unit.small_corpus import content, train_tokenizer, write_rows
 
 BUCKETS = (16, 32, 64)
@@ -68,7 +68,7 @@ def pieces_by_source(output):
             for shard in bucket.shards
             for reader in [IndexedReader(output / shard.name)]
             for index in range(reader.num_documents)
-            for piece in reader.document(index)
+            for piece in pieces_of(reader, index)
         )
         for name, source in manifest.sources.items()
     }
@@ -107,7 +107,7 @@ def test_every_token_of_the_corpus_is_there_once_in_its_source(corpus, tokenizer
 def test_what_has_no_field_of_a_source_has_the_one_that_is_given(corpus, tokenizer, tmp_path):
     (tmp_path / "plain.txt").write_text("the quick brown fox")
     with IndexedWriter(tmp_path / "tokens", dtype=np.dtype(np.uint16)) as writer:
-        writer.add_document([np.array([3, 4, 5])])
+        add_document(writer, [np.array([3, 4, 5])])
     inputs = [corpus / "a.jsonl", tmp_path / "plain.txt", tmp_path / "tokens"]
     options = {"tokenizer": tokenizer, "buckets": BUCKETS, "source_field": "src"}
     build_dataset(inputs, output=tmp_path / "out", source="books", **options)

@@ -30,6 +30,7 @@ from megatron_xy.data.manifest import (
 from megatron_xy.data.prefetcher import Prefetcher
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.storage import file_sha256
+from tests.building import add_document
 
 VOCAB_SIZE = 1000
 
@@ -83,7 +84,7 @@ def write_shard(folder, name, samples):
     prefix = folder / name
     with IndexedWriter(prefix, dtype=np.uint16) as writer:
         for pieces in samples:
-            writer.add_document([np.array(piece) for piece in pieces])
+            add_document(writer, [np.array(piece) for piece in pieces])
     files = {kind: prefix.with_name(prefix.name + f".{kind}") for kind in ("bin", "idx")}
     return ShardEntry(
         name=name,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_xy.data import indexed
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, bin_path, dtype_for, idx_path
 from megatron_xy.errors import ConfigError, DataError, StorageError
+from tests.building import add_document, pieces_of
 
 DOCUMENTS = [[[1, 2, 3]], [[4], [5, 6]], [[7, 8, 9, 10], [11]], [[12]]]
 
@@ -18,13 +19,13 @@ DOCUMENTS = [[[1, 2, 3]], [[4], [5, 6]], [[7, 8, 9, 10], [11]], [[12]]]
 def write(prefix, documents, vocab_size=1000):
     with IndexedWriter(prefix, dtype=dtype_for(vocab_size)) as writer:
         for pieces in documents:
-            writer.add_document([np.array(piece, dtype=np.int64) for piece in pieces])
+            add_document(writer, [np.array(piece, dtype=np.int64) for piece in pieces])
     return prefix
 
 
 def read(prefix):
     reader = IndexedReader(prefix)
-    return [[piece.tolist() for piece in reader.document(index)] for index in range(reader.num_documents)]
+    return [[piece.tolist() for piece in pieces_of(reader, index)] for index in range(reader.num_documents)]
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 65499, 65500, 200_000])
@@ -76,7 +77,7 @@ def test_document_tokens_are_flat_with_piece_lengths(tmp_path):
 def test_an_exception_leaves_nothing_and_the_older_files_whole(tmp_path):
     write(tmp_path / "a", DOCUMENTS)
     with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "a", dtype=np.uint16) as writer:
-        writer.add_document([np.array([1])])
+        add_document(writer, [np.array([1])])
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
     assert read(tmp_path / "a") == DOCUMENTS
@@ -99,7 +100,7 @@ def test_a_writer_killed_between_its_two_files_leaves_no_old_index_beside_new_to
 def test_ids_that_do_not_fit_are_never_wrapped(tmp_path):
     for token in (65536, -1):
         with pytest.raises(AssertionError, match="must fit"), IndexedWriter(tmp_path / "a", dtype=np.uint16) as writer:
-            writer.add_document([np.array([token])])
+            add_document(writer, [np.array([token])])
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,7 @@ from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import ConfigError, DataError
-from tests.building import build_dataset
+from tests.building import add_document, build_dataset, pieces_of
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
@@ -108,7 +108,7 @@ def test_bad_rows_of_parquet_are_listed_and_bad_files_refused(tmp_path):
 def write_prefix(prefix, documents, *, pieces=1, dtype="u2"):
     with IndexedWriter(prefix, dtype=dtype) as writer:
         for document in documents:
-            writer.add_document(np.array_split(np.asarray(document, dtype=dtype), pieces))
+            add_document(writer, np.array_split(np.asarray(document, dtype=dtype), pieces))
     return prefix
 
 
@@ -136,7 +136,7 @@ def test_a_megatron_dataset_is_found_by_prefix_file_or_folder_and_joins_text(tmp
     assert [path.name for path in find_inputs([folder])] == ["a.v1.bin", "b.jsonl", "c.jsonl"]
     build([folder], tokenizer, tmp_path / "out")
     shard = read_manifest(tmp_path / "out").sources["default"].buckets["16"].shards[0].name
-    words = [load_tokenizer(tokenizer).decode(piece) for piece in IndexedReader(tmp_path / "out" / shard).document(0)]
+    words = [load_tokenizer(tokenizer).decode(piece) for piece in pieces_of(IndexedReader(tmp_path / "out" / shard), 0)]
     assert sorted(words) == ["dog", "fox", "quick"]
     with pytest.raises(ConfigError, match="named twice"):
         find_inputs([folder / "a.v1", folder])

@@ -13,7 +13,7 @@ import torch
 
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter
 from megatron_xy.data.inspection.examine import verify_dataset
-from tests.building import build_dataset
+from tests.building import add_document, build_dataset, pieces_of
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -77,11 +77,11 @@ def test_merge_datasets_joins_pairs_in_the_order_of_their_names(tmp_path):
         (tmp_path / "in").mkdir(exist_ok=True)
         with IndexedWriter(tmp_path / "in" / name, dtype=np.uint16) as writer:
             for pieces in contents:
-                writer.add_document([np.array(piece) for piece in pieces])
+                add_document(writer, [np.array(piece) for piece in pieces])
     answer = run("merge_datasets", "--input", tmp_path / "in", "--output-prefix", tmp_path / "merged")
     assert answer.returncode == 0, answer.stderr
     reader = IndexedReader(tmp_path / "merged")
-    merged = [[piece.tolist() for piece in reader.document(index)] for index in range(reader.num_documents)]
+    merged = [[piece.tolist() for piece in pieces_of(reader, index)] for index in range(reader.num_documents)]
     assert merged == documents["a"] + documents["b"]
     assert run("merge_datasets", "--input", tmp_path / "none", "--output-prefix", tmp_path / "x").returncode == 78
 
@@ -90,7 +90,7 @@ def test_an_output_that_cannot_be_made_is_an_error_of_storage(corpus, tmp_path):
     file, tokenizer, _ = corpus
     (tmp_path / "in").mkdir()
     with IndexedWriter(tmp_path / "in" / "a", dtype=np.uint16) as writer:
-        writer.add_document([np.array([1, 2])])
+        add_document(writer, [np.array([1, 2])])
     prompts, below = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "hello"}]), file / "below" / "x"
     for tool, *flags in (
         ("preprocess_data", "--input", file, "--output-prefix", below, "--tokenizer-model", tokenizer),

@@ -18,7 +18,7 @@ from megatron_xy.data.indexed import IndexedWriter
 from megatron_xy.data.inspection.examine import verify_dataset
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.errors import ConfigError, DataError
-from tests.building import build_dataset
+from tests.building import add_document, build_dataset
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
@@ -179,7 +179,7 @@ def test_hashes_are_searched_in_ranges_that_cover_all(tmp_path):
 def test_what_cannot_be_selected_from_is_refused(tokenizer, tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"text": "fox"}])
     with IndexedWriter(tmp_path / "given", dtype="u2") as writer:
-        writer.add_document([np.array([1, 2], dtype="u2")])
+        add_document(writer, [np.array([1, 2], dtype="u2")])
     for options in ({"deduplicate": True}, {"held_out": 0.5}):
         with pytest.raises(ConfigError, match=r"given\.bin\) holds tokens"):
             run(tmp_path / "given", tokenizer, tmp_path / "out", **options)

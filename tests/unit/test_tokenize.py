@@ -24,6 +24,7 @@ from megatron_xy.data.encoding.sentencepiece_json import NORMAL, parse_model
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.data.indexed import IndexedReader
 from megatron_xy.errors import ConfigError, DataError, PeerLost
+from tests.building import each_text, pieces_of
 from tests.unit.small_corpus import content, texts, train_tokenizer, write_rows
 from tests.unit.test_tokenizer import trained
 
@@ -60,7 +61,7 @@ def run(task):
 
 def documents(folder):
     reader = IndexedReader(folder)
-    return [np.concatenate(reader.document(index)).tolist() for index in range(reader.num_documents)]
+    return [np.concatenate(pieces_of(reader, index)).tolist() for index in range(reader.num_documents)]
 
 
 needs_fastokens = pytest.mark.parametrize("fast", [False, pytest.param(True, id="fastokens")])
@@ -182,7 +183,7 @@ def test_a_difference_while_fastokens_runs_stops_the_build_and_names_the_documen
     fast = FastTokenizer(reference)
     normal = [piece.piece for piece in model.pieces if piece.type == NORMAL]
     awkward = awkward_texts(normal, normal)
-    expected, found = reference.encode_flat(awkward).split(), fast.encode_flat(awkward).split()
+    expected, found = each_text(reference.encode_flat(awkward)), each_text(fast.encode_flat(awkward))
     different = next(text for text, a, b in zip(awkward, expected, found, strict=True) if a.tolist() != b.tolist())
     checked = next(text for number in range(5000) if chosen_texts([text := f"{different} {number}"]))
     task = task_for(tmp_path, [{"text": text, "src": "prose"} for text in ("the", checked)], reference.path, fast=True)

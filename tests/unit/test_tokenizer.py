@@ -24,6 +24,7 @@ from megatron_xy.data.encoding.fast_engine import (
 from megatron_xy.data.encoding.sentencepiece_json import inexact_reasons, parse_model, tokenizer_json
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import ConfigError, DataError
+from tests.building import each_text
 
 ASCII = " ".join(chr(code) for code in range(33, 127))  # a model of the world has pieces for all of them
 LINES = ["the quick brown fox jumps over the lazy dog", "<s> and </s> are text", "aaaa    ----  ere there"] * 20
@@ -84,11 +85,11 @@ TEXTS = [
 
 def test_control_looking_text_stays_text_and_comes_back(folder):
     tokenizer = load_tokenizer(folder)
-    for text, ids in zip(TEXTS, tokenizer.encode_flat(TEXTS).split(), strict=True):
+    for text, ids in zip(TEXTS, each_text(tokenizer.encode_flat(TEXTS)), strict=True):
         assert not {0, 1, 2} & set(ids.tolist()), text
         assert tokenizer.decode(ids) == text
         assert ids.tolist() == tokenizer.encode(text).tolist()
-    assert tokenizer.encode_flat([]).split() == []
+    assert each_text(tokenizer.encode_flat([])) == []
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
@@ -96,7 +97,7 @@ def test_control_looking_text_stays_text_and_comes_back(folder):
 def test_ids_are_sentencepiece_s_and_decode_to_the_text(folder, texts):
     tokenizer = load_tokenizer(folder)
     plain = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    encoded = [ids.tolist() for ids in tokenizer.encode_flat(texts).split()]
+    encoded = [ids.tolist() for ids in each_text(tokenizer.encode_flat(texts))]
     assert encoded == [plain.encode(text, out_type=int) for text in texts]
     # "▁" is SentencePiece's own mark for a blank: the one character that a model cannot give back.
     assert [tokenizer.decode(ids) for ids in encoded] == [text.replace("▁", " ") for text in texts]
@@ -170,7 +171,7 @@ def test_a_tokenizer_json_gives_whole_texts_without_control_ids(tmp_path):
     assert tokenizer.file_name == "tokenizer.json"
     assert tokenizer.sha256 == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
     texts = ["<|begin|>", "a<|end|>b", "the quick brown fox jumps over the lazy dog " * 9, "", "<think>", *TEXTS]
-    encoded = tokenizer.encode_flat(texts).split()
+    encoded = each_text(tokenizer.encode_flat(texts))
     for text, ids in zip(texts, encoded, strict=True):
         assert not {0, 1} & set(ids.tolist())
         assert tokenizer.decode(ids) == text
@@ -221,7 +222,7 @@ def test_the_conversion_is_exact_by_the_tokenizers_library_too(folder):
     contents = tokenizer_json(parse_model((folder / "tokenizer.model").read_bytes()))
     converted = tokenizers.Tokenizer.from_str(json.dumps(contents))
     texts = [*TEXTS, *random.Random(1).sample(awkward(folder), 2000)]
-    expected = load_tokenizer(folder).encode_flat(texts).split()
+    expected = each_text(load_tokenizer(folder).encode_flat(texts))
     assert [encoding.ids for encoding in converted.encode_batch(texts)] == [ids.tolist() for ids in expected]
     assert contents["added_tokens"] == []
 

@@ -20,7 +20,7 @@ from megatron_xy.data.inspection.plan_steps import plan_steps, trace_steps
 from megatron_xy.data.manifest import read_manifest
 from megatron_xy.data.origins import TracedWriter, document_rows, read_rows, trace_path
 from megatron_xy.errors import ConfigError, DataError, UsageError
-from tests.building import build_dataset
+from tests.building import add_document, build_dataset
 from tests.unit.small_corpus import texts, train_tokenizer, write_rows
 
 BUCKETS = (16, 64)
@@ -53,7 +53,7 @@ def corpus(tmp_path, tokenizer):
     with IndexedWriter(folder / "d", dtype="u2") as writer:
         for number, text in enumerate(["", *texts(50, seed=2)], start=1):
             ids = load_tokenizer(tokenizer).encode(text)
-            writer.add_document(np.array_split(ids.astype("u2"), 2))
+            add_document(writer, np.array_split(ids.astype("u2"), 2))
             if text:
                 expected[str(folder / "d.bin"), number] = text
     return expected, folder

@@ -47,10 +47,6 @@ class TokenBatch:
         lengths = np.fromiter((len(ids) for ids in arrays), dtype=np.int64, count=len(arrays))
         return TokenBatch(np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32), lengths)
 
-    def split(self) -> list[NDArray[np.int32]]:
-        """The ids of each text, [length] each."""
-        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
-
 
 @dataclass(frozen=True)
 class PlacedTokens:

@@ -53,18 +53,6 @@ class Plan:
         """Tokens in the samples, padding included."""
         return int(np.asarray(self.buckets, dtype=np.int64)[self.sample_bucket].sum())
 
-    def padding_ratio(self) -> float:
-        """Padding tokens / all tokens of all samples."""
-        return 1.0 - self.num_tokens / self.packed_length if self.num_samples else 0.0
-
-    def truncation_ratio(self) -> float:
-        """Documents cut into two or more pieces, or cut short / documents."""
-        return self.truncated_documents / self.num_documents if self.num_documents else 0.0
-
-    def concatenation_ratio(self) -> float:
-        """Documents per sample."""
-        return self.num_documents / self.num_samples if self.num_samples else 0.0
-
 
 def write_samples(
     plan: Plan,
