@@ -139,7 +139,7 @@ def timed(kind: str, inputs: Path, output: Path, options: argparse.Namespace) ->
 
 def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
     """Scan, choice of the engine and token shards, as in `data build` with --append-eod."""
-    from megatron_xy.data.building.engine_choice import choose_engine
+    from megatron_xy.data.building.engine_choice import choose_engine, with_checked
     from megatron_xy.data.building.token_shards import make_token_shard
     from megatron_xy.data.building.tokenize import TokenizeTask
     from megatron_xy.data.building.workers import Workers
@@ -158,10 +158,10 @@ def ours(inputs: Path, tokenizer: Path, *, workers: int) -> dict[str, Any]:
             for index, parts in enumerate(group_parts(scanned, part_bytes=part_bytes))
         ]
         choice = choose_engine(loaded, tasks)
-        fast = [replace(task, fast=choice.fast) for task in tasks]
+        fast = [replace(task, fast=choice.is_fast) for task in tasks]
         shards = list(pool.run("tokenize", make_token_shard, fast, total=total, unit="bytes"))
         written = digest([shard.folder / "default.bin" for shard in shards])
-        return {**written, "engine": choice.entry(shards)}
+        return {**written, "engine": with_checked(choice, shards).model_dump()}
 
 
 def scan_one(path: Path, advance: Any, *, part_bytes: int) -> Any:

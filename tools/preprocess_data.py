@@ -77,7 +77,7 @@ def preprocess(
                 TokenizeTask(scratch / f"{index:06d}", parts, loaded.path, RowFields(key), append_eod, "fail")
                 for index, parts in enumerate(group_parts(scanned, part_bytes=part_bytes))
             ]
-            fast = choose_engine(loaded, tasks).fast
+            fast = choose_engine(loaded, tasks).is_fast
             tasks = [replace(task, fast=fast) for task in tasks]
             report = LineReport()
             with IndexedWriter(prefix, dtype=dtype_for(loaded.vocab_size)) as writer:

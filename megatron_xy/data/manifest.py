@@ -148,7 +148,12 @@ class EngineEntry(Entry):
     name: str
     reference: str
     conversion_sha256: str | None = Field(description="of the tokenizer.json that the engine was given")
-    checked_documents: int = Field(ge=0, description="compared with the reference during the build")
+    checked_documents: int = Field(default=0, ge=0, description="compared with the reference during the build")
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether another engine than the reference encodes."""
+        return self.name != self.reference
 
 
 class InputEntry(Entry):
@@ -260,9 +265,9 @@ def is_source_name(name: str) -> bool:
     return is_name and len(name.encode()) <= SOURCE_BYTES and unicodedata.is_normalized("NFC", name)
 
 
-def file_entry(path: Path, *, folder: Path) -> FileEntry:
-    """The entry of a file in `folder`, which is read for it."""
-    return FileEntry(name=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=file_sha256(path))
+def file_entry(path: Path, *, name: str) -> FileEntry:
+    """The entry under `name` of a file, which is read for it."""
+    return FileEntry(name=name, size=path.stat().st_size, sha256=file_sha256(path))
 
 
 def bucket_folder(bucket: int) -> str:

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from megatron_xy.data.building import engine_choice, tokenize
-from megatron_xy.data.building.engine_choice import choose_engine
+from megatron_xy.data.building.engine_choice import choose_engine, with_checked
 from megatron_xy.data.building.token_shards import make_token_shard
 from megatron_xy.data.building.tokenize import TokenizeTask, TokenShard, read_receipt
 from megatron_xy.data.building.workers import Workers
@@ -208,21 +208,20 @@ def test_fastokens_is_chosen_where_it_agrees_and_the_entry_says_so(tmp_path, row
     task = task_for(tmp_path, rows, model.path)
     said = []
     choice = choose_engine(model, [task], say=said.append)
-    assert choice.fast and said == []
-    shard = run(replace(task, fast=choice.fast))
-    entry = choice.entry([shard, shard])
-    assert json.loads(json.dumps(entry)) == entry
-    assert entry["name"] == shard.engine and entry["reference"] == model.engine.name
-    assert entry["checked_documents"] == 2 * shard.checked_documents > 0
-    assert len(entry["conversion_sha256"]) == 64
+    assert choice.is_fast and said == []
+    shard = run(replace(task, fast=True))
+    entry = with_checked(choice, [shard, shard])
+    assert entry.name == shard.engine and entry.reference == model.engine.name
+    assert entry.checked_documents == 2 * shard.checked_documents > 0
+    assert len(entry.conversion_sha256) == 64
 
 
 def test_without_fastokens_one_clear_line_and_sentencepiece(tmp_path, rows, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     model = world_model(tmp_path)
     choice = choose_engine(model, [task_for(tmp_path, rows, model.path)])
-    assert not choice.fast and choice.name == choice.reference == model.engine.name
-    assert choice.entry([])["conversion_sha256"] is None
+    assert not choice.is_fast and choice.name == choice.reference == model.engine.name
+    assert choice.conversion_sha256 is None
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and "sentencepiece" in said[0] and "pip install 'megatron-xy[fast]'" in said[0]
 

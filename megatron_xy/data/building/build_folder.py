@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_xy.data.building.claims import CLAIMS_FOLDER, claim
 from megatron_xy.data.building.deduplicate import DUPLICATES_FOLDER, find_duplicates
-from megatron_xy.data.building.engine_choice import EngineChoice, choose_engine
+from megatron_xy.data.building.engine_choice import choose_engine, with_checked
 from megatron_xy.data.building.options import BuildOptions, Share
 from megatron_xy.data.building.pack_sources import pack_sources, statistics_entry, tokenizer_entry
 from megatron_xy.data.building.token_shards import make_token_shards
@@ -38,9 +38,9 @@ from megatron_xy.data.manifest import (
     MANIFEST_NAME,
     ChatEntry,
     EngineEntry,
-    FileEntry,
     InputEntry,
     Manifest,
+    file_entry,
     read_manifest,
     write_manifest,
 )
@@ -127,7 +127,7 @@ def build_folder(
     texts = [task for task in tasks if not is_prefix(task.parts[0].path)]
     engine = choose_engine(build.tokenizer, texts) if texts else None
     if engine is not None:
-        tasks = [replace_fields(task, fast=engine.fast) for task in tasks]
+        tasks = [replace_fields(task, fast=engine.is_fast) for task in tasks]
     try:
         with work_folder(build.folder, build.fingerprint) as work:
             if build.options.deduplicate:
@@ -169,7 +169,7 @@ def _tokenize_tasks(groups: Sequence[tuple[Part, ...]], *, build: FolderBuild) -
 
 
 def _finish(
-    pool: Workers, tasks: list[TokenizeTask], *, build: FolderBuild, engine: EngineChoice | None, work: Path
+    pool: Workers, tasks: list[TokenizeTask], *, build: FolderBuild, engine: EngineEntry | None, work: Path
 ) -> bool:
     """Make the token shards that are missing, pack, and give the data folder its contents, the manifest last; returns
     whether it was not another build that did the last step.
@@ -183,7 +183,7 @@ def _finish(
         with suppress(OSError):  # where there was more in it before
             build.folder.rmdir()
         raise DataError("no document with text is left; check the text field, the files and held_out")
-    sources, dropped = pack_sources(pool, tokenized, work=work, options=options, window_documents=WINDOW_DOCUMENTS)
+    sources, receipts = pack_sources(pool, tokenized, work=work, options=options, window_documents=WINDOW_DOCUMENTS)
     manifest = Manifest(
         fingerprint=build.fingerprint,
         buckets=list(options.buckets),
@@ -192,29 +192,20 @@ def _finish(
         source_field=options.source_field,
         packing=options.packing,
         overflow=options.overflow,
-        chat=_chat_entry(chat) if chat is not None else None,
+        chat=ChatEntry.model_validate(chat, from_attributes=True) if chat is not None else None,
         tokenizer=tokenizer_entry(tokenizer),
-        engine=EngineEntry(**engine.entry(tokenized)) if engine is not None else None,
+        engine=with_checked(engine, tokenized) if engine is not None else None,
         dtype="uint16" if dtype_for(tokenizer.vocab_size).itemsize == 2 else "int32",
-        inputs=[InputEntry(path=file.path, size=file.size, sha256=file.sha256) for file in build.scanned],
+        inputs=[InputEntry.model_validate(file, from_attributes=True) for file in build.scanned],
         sources=sources,
-        statistics=statistics_entry(sources, report, dropped=dropped),
-        bad_lines=_listing_entry(listing) if report.bad_lines else None,
+        statistics=statistics_entry(sources, report, receipts),
+        bad_lines=file_entry(listing, name=BAD_LINES_NAME) if report.bad_lines else None,
     )
     with claim(work / CLAIMS_FOLDER / "publish", wait=True):
         if _is_finished(build.folder):
             return False
         _publish(build.folder, work=work, manifest=manifest, tokenizer=tokenizer, listing=listing)
         return True
-
-
-def _chat_entry(chat: ChatOptions) -> ChatEntry:
-    return ChatEntry(name=chat.name, template=chat.template, overflow=chat.overflow, last_turn_only=chat.last_turn_only)
-
-
-def _listing_entry(listing: Path) -> FileEntry:
-    """As it will stand in the data folder."""
-    return FileEntry(name=BAD_LINES_NAME, size=listing.stat().st_size, sha256=file_sha256(listing))
 
 
 def _reuse(build: FolderBuild) -> dict[str, Any]:

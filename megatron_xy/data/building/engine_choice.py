@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from megatron_xy.data.building.tokenize import BATCH_CHARACTERS, TokenizeTask, TokenShard
 from megatron_xy.data.corpus.documents import LineReport, read_part
@@ -13,30 +11,10 @@ from megatron_xy.data.encoding.engines import SentencePieceEngine
 from megatron_xy.data.encoding.fast_engine import disagreement, unsuitable
 from megatron_xy.data.encoding.loaded import loaded_fast_tokenizer
 from megatron_xy.data.encoding.tokenizer import Tokenizer
+from megatron_xy.data.manifest import EngineEntry
 
 # Compared before fastokens is used: so many documents of the corpus, or so much of it if that is less.
 GATE_DOCUMENTS, GATE_CHARACTERS = 1000, 8_000_000
-
-
-@dataclass(frozen=True)
-class EngineChoice:
-    """What encodes a corpus; `fast`: fastokens does. conversion_sha256: of the tokenizer.json that it is given."""
-
-    fast: bool
-    name: str
-    reference: str
-    conversion_sha256: str | None
-
-    def entry(self, shards: Sequence[TokenShard]) -> dict[str, Any]:
-        """What a manifest keeps: name, reference (each with its version), hash, and how many documents were compared
-        with the reference while the corpus was encoded."""
-        checked = sum(shard.checked_documents for shard in shards)
-        return {
-            "name": self.name,
-            "reference": self.reference,
-            "conversion_sha256": self.conversion_sha256,
-            "checked_documents": checked,
-        }
 
 
 def choose_engine(
@@ -44,22 +22,28 @@ def choose_engine(
     tasks: Sequence[TokenizeTask],
     *,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-) -> EngineChoice:
+) -> EngineEntry:
     """The engine for `tasks`, which hold text; about one CPU second. `say` is told where it is not the fast one.
 
     Raises DataError where a file that holds the first documents is damaged.
     """
     reference = tokenizer.engine.name
+    own_library = EngineEntry(name=reference, reference=reference, conversion_sha256=None)
     if not isinstance(tokenizer.engine, SentencePieceEngine):
-        return EngineChoice(False, reference, reference, None)
+        return own_library
     why_not = unsuitable(tokenizer)
     if why_not is None:
         fast = loaded_fast_tokenizer(tokenizer.path)
         why_not = disagreement(fast, _first_texts(tasks))
         if why_not is None:
-            return EngineChoice(True, fast.name, reference, fast.conversion_sha256)
+            return EngineEntry(name=fast.name, reference=reference, conversion_sha256=fast.conversion_sha256)
     say(f"encoding with {reference}, several times slower than fastokens: {why_not}")
-    return EngineChoice(False, reference, reference, None)
+    return own_library
+
+
+def with_checked(engine: EngineEntry, shards: Sequence[TokenShard]) -> EngineEntry:
+    """The entry, and how many documents of `shards` were compared with the reference while they were encoded."""
+    return engine.model_copy(update={"checked_documents": sum(shard.checked_documents for shard in shards)})
 
 
 def _first_texts(tasks: Sequence[TokenizeTask]) -> Iterator[list[str]]:

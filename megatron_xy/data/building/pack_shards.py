@@ -204,15 +204,15 @@ def _pack_window(
 
 
 def _shard_entry(folder: Path, writer: TracedWriter) -> ShardEntry:
-    files = bin_path(writer.prefix), idx_path(writer.prefix)
+    prefix, name = writer.prefix, writer.prefix.relative_to(folder).as_posix()
     return ShardEntry(
-        name=writer.prefix.relative_to(folder).as_posix(),
+        name=name,
         samples=writer.num_documents,
         tokens=writer.num_tokens,
-        bin_bytes=files[0].stat().st_size,
-        idx_bytes=files[1].stat().st_size,
-        bin_sha256=file_sha256(files[0]),
-        idx_sha256=file_sha256(files[1]),
-        trace=file_entry(trace_path(writer.prefix), folder=folder),
-        mask=file_entry(mask_path(writer.prefix), folder=folder) if writer.masked else None,
+        bin_bytes=bin_path(prefix).stat().st_size,
+        idx_bytes=idx_path(prefix).stat().st_size,
+        bin_sha256=file_sha256(bin_path(prefix)),
+        idx_sha256=file_sha256(idx_path(prefix)),
+        trace=file_entry(trace_path(prefix), name=f"{name}.trace"),
+        mask=file_entry(mask_path(prefix), name=f"{name}.mask") if writer.masked else None,
     )

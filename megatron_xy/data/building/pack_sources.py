@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_xy.data.building.claims import CLAIMS_FOLDER
@@ -30,14 +29,6 @@ from megatron_xy.errors import ConfigError, DataError
 FEW_DOCUMENTS = 200_000  # packed by plain Python before numba would be ready
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """What an overflow policy left out, over all sources."""
-
-    documents: int
-    tokens: int
-
-
 def pack_sources(
     pool: Workers,
     tokenized: Sequence[TokenShard],
@@ -45,8 +36,9 @@ def pack_sources(
     work: Path,
     options: BuildOptions,
     window_documents: int,
-) -> tuple[dict[str, SourceEntry], Dropped]:
-    """Pack each source by itself, in the order of the names; a source of which nothing is left has no entry.
+) -> tuple[dict[str, SourceEntry], list[PackReceipt]]:
+    """Pack each source by itself, in the order of the names; a source of which nothing is left has no entry. Also
+    returns what became of each task.
 
     Raises DataError where nothing is left, or a source holds texts and conversations; ConfigError for too many sources.
     """
@@ -90,12 +82,7 @@ def pack_sources(
             f"overflow ({options.overflow}) leaves nothing: every document is longer than {buckets[-1]} tokens; "
             f"give a larger bucket, or another overflow"
         )
-    every = [receipt for of_source in receipts.values() for receipt in of_source]
-    dropped = Dropped(
-        documents=sum(receipt.dropped_documents for receipt in every),
-        tokens=sum(receipt.tokens_lost for receipt in every),
-    )
-    return sources, dropped
+    return sources, [receipt for of_source in receipts.values() for receipt in of_source]
 
 
 def _is_masked(source: str, prefixes: Sequence[Path]) -> bool:
@@ -138,12 +125,14 @@ def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        config=file_entry(config, folder=config.parent) if (config := tokenizer.config_path) is not None else None,
+        config=file_entry(config, name=config.name) if (config := tokenizer.config_path) is not None else None,
     )
 
 
-def statistics_entry(sources: dict[str, SourceEntry], report: LineReport, *, dropped: Dropped) -> Statistics:
-    """The sums over all sources, and what reading left out."""
+def statistics_entry(
+    sources: dict[str, SourceEntry], report: LineReport, receipts: Sequence[PackReceipt]
+) -> Statistics:
+    """The sums over all sources, and what reading and packing left out, of sources without an entry too."""
     documents = sum(source.documents for source in sources.values())
     tokens = sum(source.tokens for source in sources.values())
     samples = sum(source.samples for source in sources.values())
@@ -154,8 +143,8 @@ def statistics_entry(sources: dict[str, SourceEntry], report: LineReport, *, dro
         padding_ratio=1 - tokens / sum(source.packed_length for source in sources.values()),
         truncation_ratio=sum(source.truncated_documents for source in sources.values()) / documents,
         concatenation_ratio=documents / samples,
-        dropped_documents=dropped.documents,
-        tokens_lost=dropped.tokens,
+        dropped_documents=sum(receipt.dropped_documents for receipt in receipts),
+        tokens_lost=sum(receipt.tokens_lost for receipt in receipts),
         skipped_empty=report.skipped_empty,
         duplicates=report.duplicates,
         held_out_documents=report.held_out,

@@ -126,10 +126,8 @@ def read_documents(
     for path in find_inputs(inputs):
         if is_prefix(path):
             raise ConfigError(f"input ({path}) holds tokens, not text; name text files here")
-        report = LineReport()
         whole = Part(str(path), 0, path.stat().st_size, 1, stamp=file_stamp(path))
-        yield from read_part(whole, RowFields(text_field, source_field), report=report)
-        total.add(report)
+        yield from read_part(whole, RowFields(text_field, source_field), report=total)
     total.raise_if_too_bad()
 
 
