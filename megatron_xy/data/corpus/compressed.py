@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 import zstandard
 
 from megatron_xy.errors import DataError
-from megatron_xy.rows_files import BYTE_ORDER_MARK
 
 COMPRESSED = (".gz", ".zst")
 COMPRESSED_BLOCK = 8 * 1024  # bytes given to the decompressor at a time; what comes out of one lies in memory
@@ -21,13 +20,13 @@ LARGEST_WINDOW = 1 << 31  # files written with `zstd --long=31` too
 
 def numbered_lines(path: Path, stream: io.BufferedReader[Any], *, first_line: int = 1) -> Iterator[tuple[int, bytes]]:
     """(number, bytes) of each line of `stream`, the open file `path`, from where it stands: there line `first_line`
-    begins. Raises DataError where a compressed file is cut or damaged.
+    begins. A byte order mark stays in the first one. Raises DataError where a compressed file is cut or damaged.
     """
     line = first_line - 1
     try:
         lines = _decompressed(path, stream) if path.name.endswith(COMPRESSED) else stream
         for line, raw in enumerate(lines, start=first_line):
-            yield line, raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
+            yield line, raw
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path}: damaged after line {line}: {error}; copy it again") from error
 

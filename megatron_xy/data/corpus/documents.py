@@ -236,23 +236,25 @@ def _read_row_groups(part: Part, fields: RowFields) -> Iterator[tuple[int, RowOr
 def _read_lines(part: Part, advance: Callable[[int], None], fields: RowFields) -> Iterator[tuple[int, RowOrBad]]:
     """(line number, its contents) of every line that has some, of a jsonl file, plain or compressed."""
     is_plain = not part.path.endswith(COMPRESSED)
-    told = part.start
+    position = told = part.start
     with io.BufferedReader(Path(part.path).open("rb", buffering=0), READ_BUFFER) as stream:
         stream.seek(part.start)
         for line, raw in numbered_lines(Path(part.path), stream, first_line=part.first_line):
+            position = position + len(raw) if is_plain else stream.tell()
+            if line == 1:
+                raw = raw.removeprefix(BYTE_ORDER_MARK)
             if raw and not raw.isspace():
                 try:
                     yield line, parse(raw, fields)
                 except BadLine as error:
                     yield line, error
-            position = stream.tell()
             if position - told >= 65536:
                 advance(position - told)
                 told = position
             if is_plain and position >= part.stop:
                 break
-        if is_plain and stream.tell() != part.stop:
-            raise changed(part.path)
+    if is_plain and position != part.stop:
+        raise changed(part.path)
     advance(part.stop - told)
 
 

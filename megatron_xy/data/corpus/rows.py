@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from megatron_xy.data.corpus.compressed import numbered_lines
 from megatron_xy.errors import ConfigError, DataError
+from megatron_xy.rows_files import BYTE_ORDER_MARK
 
 Parsed = TypeVar("Parsed")
 SHOWN_PROBLEMS = 20
@@ -41,10 +42,11 @@ def read_rows(path: Path, *, option: str, parse: Callable[[dict[str, Any]], Pars
     problems: list[str] = []
     with path.open("rb") as stream:
         for line, raw in numbered_lines(path, stream):
-            if not raw.strip():
+            text = raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
+            if not text.strip():
                 continue
             try:
-                rows.append(Row(line, parse(_object(raw))))
+                rows.append(Row(line, parse(_object(text))))
             except BadRow as problem:
                 problems.append(f"{path}:{line}: {problem}")
     if problems:
