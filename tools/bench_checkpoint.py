@@ -152,7 +152,6 @@ def made_up_batch(seed: int) -> MicroBatch:
     return collate(
         [Sample(tokens, np.array([SEQUENCE]))],
         source_indices=[0],
-        num_sources=1,
         bucket=SEQUENCE,
         micro_batch_tokens=SEQUENCE,
         split_documents=True,

@@ -89,7 +89,6 @@ def made_up_batch(seed: int) -> MicroBatch:
     return collate(
         [sample],
         source_indices=[0],
-        num_sources=1,
         bucket=SEQUENCE,
         micro_batch_tokens=SEQUENCE,
         split_documents=True,

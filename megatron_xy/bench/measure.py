@@ -103,7 +103,6 @@ def measure_losses(request: dict[str, Any]) -> dict[str, Any]:
         batch = collate(
             [Sample(tokens.astype(np.int64), lengths)],
             source_indices=[0],
-            num_sources=1,
             bucket=width,
             micro_batch_tokens=width,
             split_documents=True,
@@ -194,7 +193,6 @@ def _full_samples(request: dict[str, Any], bucket: int, seed: int) -> Any:
     return collate(
         [Sample(row, np.array([bucket])) for row in tokens],
         source_indices=[0] * count,
-        num_sources=1,
         bucket=bucket,
         micro_batch_tokens=request["micro_batch_tokens"],
         split_documents=True,

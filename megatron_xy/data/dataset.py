@@ -264,11 +264,9 @@ def collate(
     samples: Sequence[Sample],
     *,
     source_indices: Sequence[int],
-    num_sources: int,
     bucket: int,
     micro_batch_tokens: int,
     split_documents: bool,
-    pad_id: int = 0,
 ) -> MicroBatch:
     """One micro-batch of micro_batch_tokens // bucket samples; `source_indices` gives each sample's source.
 
@@ -277,8 +275,7 @@ def collate(
     """
     assert len(samples) * bucket == micro_batch_tokens, "a micro-batch is filled by whole samples of one bucket"
     assert len(source_indices) == len(samples), "every sample has its source"
-    assert all(0 <= index < num_sources for index in source_indices), "sources count from 0"
-    tokens = np.full(micro_batch_tokens, pad_id, dtype=np.int64)
+    tokens = np.zeros(micro_batch_tokens, dtype=np.int64)
     loss_mask = np.zeros(micro_batch_tokens, dtype=np.float32)
     borders: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
     num_real_tokens = sum_squared_lengths = 0

@@ -90,7 +90,6 @@ class StepLoader:
             collate(
                 [self._dataset.sample(sample) for sample in mine[first : first + per_micro_batch]],
                 source_indices=[self.sources.index(sample.source) for sample in mine[first : first + per_micro_batch]],
-                num_sources=len(self.sources),
                 bucket=batch.bucket,
                 micro_batch_tokens=micro_batch_tokens,
                 split_documents=self._config.data.split_documents,

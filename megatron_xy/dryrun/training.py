@@ -72,7 +72,6 @@ def micro_batches(config: RunConfig, *, dp_size: int, bucket: int) -> list[Micro
     batch = collate(
         [sample] * per_micro_batch,
         source_indices=[0] * per_micro_batch,
-        num_sources=1,
         bucket=bucket,
         micro_batch_tokens=training.micro_batch_tokens,
         split_documents=config.data.split_documents,

@@ -61,7 +61,6 @@ class HeldOut:
         batch = collate(
             [self.dataset.sample(sample) for sample in filled],
             source_indices=[sources.index(sample.source) for sample in filled],
-            num_sources=len(sources),
             bucket=bucket,
             micro_batch_tokens=self.micro_batch_tokens,
             split_documents=self.split_documents,

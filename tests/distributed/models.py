@@ -97,7 +97,6 @@ def micro_batches(step: int, *, dp_size: int, dp_rank: int, split_documents: boo
         collate(
             [sample for sample, _ in mine[first : first + per_micro_batch]],
             source_indices=[source for _, source in mine[first : first + per_micro_batch]],
-            num_sources=2,
             bucket=BUCKET,
             micro_batch_tokens=MICRO_BATCH_TOKENS,
             split_documents=split_documents,

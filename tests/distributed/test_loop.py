@@ -357,7 +357,7 @@ def evaluated_twice(folder: Path) -> tuple[Any, Any]:
     for stream in streams:
         for index in range(stream.num_samples):
             sample = data.sample(SampleId(stream.source, stream.bucket, index))
-            alone = {"source_indices": [0], "num_sources": 1, "split_documents": True}
+            alone = {"source_indices": [0], "split_documents": True}
             batch = on_device(collate([sample], bucket=stream.bucket, micro_batch_tokens=stream.bucket, **alone))
             (found,) = forward_pass(role, [batch], losses)
             columns = found["losses"][0], batch.loss_mask[0], batch.packed.position_ids

@@ -39,17 +39,15 @@ def documents() -> list[tuple[int, int, np.ndarray]]:
     return found
 
 
-def pack(chosen: list[Sample], *, split_documents: bool, micro_batch_tokens: int, pad_id: int = 0) -> list[MicroBatch]:
+def pack(chosen: list[Sample], *, split_documents: bool, micro_batch_tokens: int) -> list[MicroBatch]:
     per_micro_batch = micro_batch_tokens // BUCKET
     return [
         collate(
             chosen[first : first + per_micro_batch],
             source_indices=[0] * per_micro_batch,
-            num_sources=2,
             bucket=BUCKET,
             micro_batch_tokens=micro_batch_tokens,
             split_documents=split_documents,
-            pad_id=pad_id,
         )
         for first in range(0, len(chosen), per_micro_batch)
     ]
@@ -160,9 +158,10 @@ def gradients(layout: Layout, split_documents: bool) -> list[dict[str, np.ndarra
     other = [
         dataclasses.replace(
             batch,
+            tokens=np.where(batch.tokens > 0, batch.tokens, 77),  # of samples none is 0
             labels=np.where(batch.loss_mask > 0, batch.labels, generator.integers(0, VOCAB_SIZE, len(batch.labels))),
         )
-        for batch in pack(samples(), pad_id=77, **options)
+        for batch in plain
     ]
     changed = [dataclasses.replace(batch, labels=batch.labels.copy()) for batch in plain]
     changed[1].labels[3] = (changed[1].labels[3] + 1) % VOCAB_SIZE

@@ -69,7 +69,6 @@ def micro_batches(
         collate(
             mine[first : first + each],
             source_indices=[int(source) for source in sources[first : first + each]],
-            num_sources=2,
             bucket=BUCKET,
             micro_batch_tokens=tokens,
             split_documents=split,

@@ -129,7 +129,6 @@ def test_a_micro_batch_has_labels_for_what_is_learned_alone(folder):
         batch = collate(
             samples[:4],
             source_indices=[0, 1, 0, 1],
-            num_sources=2,
             bucket=64,
             micro_batch_tokens=256,
             split_documents=split,

@@ -220,14 +220,14 @@ def make_sample(*pieces):
 
 def collate_two(split_documents):
     samples = [make_sample([11, 12, 13], [21, 22]), make_sample([31, 32, 33, 34], [41], [51, 52, 53])]
-    options = {"bucket": 8, "micro_batch_tokens": 16, "split_documents": split_documents, "pad_id": 9}
-    return collate(samples, source_indices=[2, 0], num_sources=3, **options)
+    options = {"bucket": 8, "micro_batch_tokens": 16, "split_documents": split_documents}
+    return collate(samples, source_indices=[2, 0], **options)
 
 
 @pytest.mark.parametrize("split_documents", [True, False])
 def test_collate_lays_samples_in_a_row_and_masks_the_ends_of_pieces_and_the_padding(split_documents):
     batch = collate_two(split_documents)
-    assert batch.tokens.tolist() == [11, 12, 13, 21, 22, 9, 9, 9, 31, 32, 33, 34, 41, 51, 52, 53]
+    assert batch.tokens.tolist() == [11, 12, 13, 21, 22, 0, 0, 0, 31, 32, 33, 34, 41, 51, 52, 53]
     assert batch.labels.tolist() == [12, 13, 0, 22, 0, 0, 0, 0, 32, 33, 34, 0, 0, 52, 53, 0]
     assert batch.loss_mask.tolist() == [1, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0]
     assert batch.source_ids.tolist() == [2] * 8 + [0] * 8
@@ -257,7 +257,6 @@ def test_collate_against_a_loop_over_tokens(lengths, split_documents):
     batch = collate(
         samples,
         source_indices=[0] * len(samples),
-        num_sources=1,
         bucket=12,
         micro_batch_tokens=12 * len(samples),
         split_documents=split_documents,
@@ -297,7 +296,7 @@ def test_from_folder_to_micro_batches_every_token_of_an_epoch_is_seen_once(tmp_p
         for first in range(0, len(batch.samples), 16 // batch.bucket):
             row = [dataset.sample(sample) for sample in batch.samples[first : first + 16 // batch.bucket]]
             options = {"bucket": batch.bucket, "micro_batch_tokens": 16, "split_documents": True}
-            micro_batch = collate(row, source_indices=[0] * len(row), num_sources=1, **options)
+            micro_batch = collate(row, source_indices=[0] * len(row), **options)
             seen += micro_batch.tokens[micro_batch.tokens > 0].tolist()
     assert len(seen) == len(set(seen)) > 100
     assert data_step >= 5 and set(seen) <= set(range(1, next(token)))

@@ -105,9 +105,7 @@ def test_angles_restart_with_every_document():
         Sample(np.arange(1, 31), np.array([10, 20])),
         Sample(np.arange(1, 33), np.array([32])),
     ]
-    batch = on_device(
-        collate(samples, source_indices=[0, 0], num_sources=1, bucket=32, micro_batch_tokens=64, split_documents=True)
-    )
+    batch = on_device(collate(samples, source_indices=[0, 0], bucket=32, micro_batch_tokens=64, split_documents=True))
     model = model_of(10000.0, 16, None)
     packed, alone = angles_of(model, batch.packed.position_ids), angles_of(model, torch.arange(32))
     for start, stop in ((0, 10), (10, 30), (30, 32), (32, 64)):
