@@ -99,7 +99,8 @@ def _pack(
     labels = np.zeros(width, dtype=np.int64)
     mask = np.zeros(width, dtype=np.float32)
     positions = np.zeros(width, dtype=np.int64)
-    borders, before, rows, columns = [0], [], [], []
+    none = np.zeros(0, dtype=np.int64)
+    borders, before, rows, columns = [0], [none], [none], [none]
     for answer in answers:
         prompt, response = prompts[answer], responses[answer]
         start, end = borders[-1], borders[-1] + len(prompt) + len(response)
@@ -127,11 +128,7 @@ def _pack(
         num_padding_tokens=width - used,
         sum_squared_lengths=int((lengths[: len(answers)].astype(np.int64) ** 2).sum()),
     )
-    return AnswerBatch(micro_batch, _joined(before), _joined(rows), _joined(columns))
-
-
-def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+    return AnswerBatch(micro_batch, np.concatenate(before), np.concatenate(rows), np.concatenate(columns))
 
 
 def width_of(plan: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], *, multiple: int) -> int:

@@ -23,10 +23,12 @@ from megatron_xy.data.encoding.sentencepiece_json import NORMAL, SPACE, parse_mo
 from megatron_xy.errors import ConfigError, DataError
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+_HAN_CHARACTER, _HAN_RUN = re.compile(f"[{HAN}]"), re.compile(f"[{HAN}]{{2,}}")
 CHINESE_SHARE = 0.3  # of its characters: from here on a document counts as Chinese
 LONGEST_PIECE = 8  # characters of a piece taken from a corpus
 MOST_RUNS = 5_000_000  # of Chinese characters that pieces are learned from, drawn from the corpus at random
 MOST_REPORTED_CHARACTERS = 20_000_000
+BATCH_CHARACTERS = 1_000_000  # encoded at a time
 _SAID_EVERY = 1_000_000_000
 Say = Callable[[str], None]
 
@@ -64,8 +66,7 @@ def frequent_characters(corpus: str, *, say: Say) -> list[str]:
     counts: Counter[str] = Counter()
     for text in _texts(corpus, say=say):
         counts.update(text)
-    is_han = re.compile(f"[{HAN}]")
-    return sorted(filter(is_han.match, counts), key=lambda character: (-counts[character], character))
+    return sorted(filter(_HAN_CHARACTER.match, counts), key=lambda character: (-counts[character], character))
 
 
 def frequent_pieces(corpus: str, *, number: int, say: Say) -> list[str]:
@@ -161,7 +162,6 @@ def compare(before: bytes, after: bytes, corpus: str, *, say: Say) -> dict[str, 
     Raises DataError where a text does not come back the same.
     """
     old, new = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (before, after))
-    is_han = re.compile(f"[{HAN}]")
     tallies = {"all documents": Tally(), "Chinese documents": Tally()}
     for texts in _batches(_texts(corpus, say=say)):
         olds, news = (model.encode(texts, num_threads=os.cpu_count() or 1) for model in (old, new))
@@ -170,7 +170,7 @@ def compare(before: bytes, after: bytes, corpus: str, *, say: Say) -> dict[str, 
                 raise DataError(f"the extended tokenizer gives another text than the old one for {text[:80]!r}")
             counts = (len(text), len(one), len(other))
             tallies["all documents"] = tallies["all documents"].add(*counts)
-            if len(is_han.findall(text)) >= CHINESE_SHARE * len(text):
+            if len(_HAN_CHARACTER.findall(text)) >= CHINESE_SHARE * len(text):
                 tallies["Chinese documents"] = tallies["Chinese documents"].add(*counts)
         if tallies["all documents"].characters >= MOST_REPORTED_CHARACTERS:
             break
@@ -199,18 +199,17 @@ def _texts(corpus: str, *, say: Say) -> Iterator[str]:
 
 def _han_runs(corpus: str, *, say: Say) -> Iterator[str]:
     """Every run of Chinese characters side by side."""
-    runs = re.compile(f"[{HAN}]{{2,}}")
     for text in _texts(corpus, say=say):
-        yield from runs.findall(text)
+        yield from _HAN_RUN.findall(text)
 
 
-def _batches(texts: Iterator[str], *, characters: int = 1_000_000) -> Iterator[list[str]]:
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     held = 0
     for text in texts:
         batch.append(text)
         held += len(text)
-        if held >= characters:
+        if held >= BATCH_CHARACTERS:
             yield batch
             batch, held = [], 0
     if batch:
