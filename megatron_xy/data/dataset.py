@@ -83,9 +83,9 @@ class PackedDataset:
     """
 
     def __init__(self, paths: Sequence[Path], *, looked_at: slice = slice(None)) -> None:
-        """looked_at: the shards whose files are looked at now, where the ranks of a job share them out; the others are
-        when they are opened. Raises ConfigError (no such folder, the same one twice) or DataError (damaged, or not to
-        be joined).
+        """looked_at: the shards whose files are checked now, as the ranks of a job share them out; the others are
+        checked when they are opened. Raises ConfigError (no such folder, the same one twice) or DataError (damaged, or
+        not to be joined).
         """
         if not paths:
             raise ConfigError("data.path is empty; name at least one folder that `data build` wrote")

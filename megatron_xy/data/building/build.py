@@ -63,11 +63,11 @@ def build_dataset(
         part_bytes = part_bytes_for(total)
         to_scan = [(file, index, part_bytes) for index, file in enumerate(files)]
         scanned = list(pool.run("scan", _scan, to_scan, total=total, unit="bytes"))
-        build = partial(FolderBuild, scanned=scanned, tokenizer=loaded, options=options, chat=chat)
-        builds = [build(folder, selection=Selection(held_out_fraction=options.held_out))]
+        of_folder = partial(FolderBuild, scanned=scanned, tokenizer=loaded, options=options, chat=chat)
+        builds = [of_folder(folder, selection=Selection(held_out_fraction=options.held_out))]
         if options.held_out:  # the held-out data first, so that a finished data set has its held-out part
             held_out = Selection(held_out_fraction=options.held_out, held_out=True)
-            builds.insert(0, build(folder / HELD_OUT_NAME, selection=held_out))
+            builds.insert(0, of_folder(folder / HELD_OUT_NAME, selection=held_out))
         groups = group_parts(scanned, part_bytes=part_bytes)
         results = [build_folder(pool, groups, build=build, shard=shard) for build in builds]
     if not all(result["finished"] for result in results):

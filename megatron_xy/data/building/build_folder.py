@@ -172,7 +172,7 @@ def _finish(
     pool: Workers, tasks: list[TokenizeTask], *, build: FolderBuild, engine: EngineEntry | None, work: Path
 ) -> bool:
     """Make the token shards that are missing, pack, and give the data folder its contents, the manifest last; returns
-    whether it was not another build that did the last step.
+    whether it was this build that did the last step.
     """
     options, tokenizer, chat = build.options, build.tokenizer, build.chat
     tokenized, report, listing = make_token_shards(pool, tasks, most_lines=build.most_lines, work=work)

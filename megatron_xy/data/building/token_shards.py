@@ -28,8 +28,8 @@ def make_token_shards(
 ) -> tuple[list[TokenShard], LineReport, Path]:
     """Run all tasks, but for what other builds do; last comes the list of bad lines: a file of this build's own.
 
-    most_lines: that all inputs have, of which `tasks` may be a share. Raises DataError, with those seen, at the end of
-    the file from which on the policy surely does not allow them.
+    most_lines: as many as all inputs have at most, also where `tasks` are a share of them. Raises DataError with the
+    bad lines seen so far, at the end of the first file after which the policy is sure to be broken.
     """
     listing = work / temporary_name(BAD_LINES_NAME)
     shards: list[TokenShard] = []
@@ -74,7 +74,7 @@ def make_token_shard(task: TokenizeTask, advance: Advance) -> TokenShard:
 
 
 def _in_its_folder(task: TokenizeTask) -> TokenizeTask:
-    """In another one where fastokens has made the shard, which this build does not trust, and others may be reading."""
+    """In another folder where fastokens made the shard and this build does not trust it: others may be reading it."""
     done = read_receipt(task.folder)
     if task.fast or done is None or not done.engine.startswith(FAST_ENGINE):
         return task

@@ -24,8 +24,8 @@ WORK_FOLDER = ".tmp-tokens"
 
 @contextmanager
 def work_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
-    """The work folder of `folder`, together with all other builds of the same data set; a leftover of another is
-    cleared away.
+    """The work folder of `folder`, shared with all builds of the same data set; what a build of another one left there
+    is cleared away first.
 
     Raises ConfigError where a build of another data set works there, or one has finished meanwhile.
     """

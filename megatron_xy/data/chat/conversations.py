@@ -40,7 +40,7 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """One text for one conversation, however its row was laid out: what it is known by among others."""
+        """The same for the same conversation, however its row is laid out: what is hashed to tell it from others."""
         return json.dumps([self.messages, self.tools], ensure_ascii=False, sort_keys=True)
 
 

@@ -126,13 +126,13 @@ def load_chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def template_of_run(state: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
-    """That of the conversations that a checkpoint has learned, by its manifest's state; None where it has none."""
+    """The template of the conversations that a checkpoint has learned, from its manifest's state; None: of none."""
     source = state.get("chat_template")
     return None if source is None else ChatTemplate(source, name="of the checkpoint's run", tokenizer=tokenizer)
 
 
 def template_of_tokenizer(tokenizer: Tokenizer) -> ChatTemplate:
-    """OF_TOKENIZER, for a verb that takes --chat-template, which the ConfigError of a tokenizer without one names."""
+    """The tokenizer's own, for verbs with --chat-template; where there is none, the ConfigError names that option."""
     try:
         return load_chat_template(OF_TOKENIZER, tokenizer)
     except ConfigError as error:

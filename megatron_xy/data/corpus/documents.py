@@ -36,7 +36,7 @@ READ_BUFFER = 128 * 1024  # bytes
 class Document(NamedTuple):
     """One text and where it stands; `line` counts from 1, `file` is the number of the input, from 0.
 
-    Of a conversation, `text` is what it is known by.
+    Of a conversation, `text` is what stands for it where texts are hashed.
     """
 
     text: str
@@ -168,7 +168,7 @@ def file_stamp(path: Path) -> tuple[int, ...]:
 
 @contextmanager
 def reading_unchanged(part: Part) -> Iterator[None]:
-    """Around what reads a part. Raises DataError where the file is not, or no more, what was scanned."""
+    """Around a block that reads a part. Raises DataError where the file is not, or no longer, as it was scanned."""
     path = Path(part.path)
 
     def check() -> None:

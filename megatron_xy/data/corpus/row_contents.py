@@ -83,7 +83,7 @@ def _load_json(raw: bytes, fields: RowFields) -> Any:
 
 
 def _load_plainly(raw: bytes, fields: RowFields) -> Any:
-    """By `json`, which takes lone surrogates: what no encoder takes. Raises BadLine where a field has one."""
+    """By `json`, which lets lone surrogates pass; no tokenizer does: BadLine where a field has one."""
     row = json.loads(raw.decode("utf-8"))
     for name in (fields.text, fields.source):
         value = row.get(name) if isinstance(row, dict) else None

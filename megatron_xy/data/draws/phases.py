@@ -62,7 +62,7 @@ def epoch_ends(config: RunConfig, streams: Sequence[Stream], *, conversation_sou
 def check_epochs(config: RunConfig, sampler: BucketSampler) -> None:
     """Raises ConfigError where the planned steps draw a (source, bucket) more often than `data.max_epochs` allows.
 
-    Of a run that counts in epochs the last step, which completes them, is let go beyond.
+    In a run that counts in epochs the last step, which completes them, may go beyond.
     """
     steps, limit = config.training.train_iters, config.data.max_epochs
     if limit is None:

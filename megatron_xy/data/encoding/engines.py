@@ -52,7 +52,7 @@ class TokenBatch:
 class PlacedTokens:
     """The ids [tokens] of a text, and of what each was made: characters begins[i] to ends[i] of it, [tokens] each.
 
-    Where several make up one character, those before the last may be said to be made of nothing.
+    Where several tokens make up one character, all but the last may have an empty span.
     """
 
     ids: NDArray[np.int32]

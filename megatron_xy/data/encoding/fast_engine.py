@@ -124,7 +124,7 @@ def chosen_texts(texts: Sequence[str]) -> list[int]:
 
 
 def _spelt_by_pieces(model: Any) -> bool:
-    """Whether all characters of byte pieces are pieces. fastokens finds a piece that is not so made by its name."""
+    """Whether each character of "<0x00>" to "<0xFF>" is a piece; else a text that spells such a name gives the byte."""
     pieces = pieces_by_type(model)
     return {*"".join(pieces[BYTE])} <= {*pieces[NORMAL]}
 
