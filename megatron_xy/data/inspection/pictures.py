@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_xy.data.inspection.alternatives import BIN_STARTS, fixed_length_al
 from megatron_xy.data.manifest import Manifest, read_manifest
 from megatron_xy.errors import ConfigError
 from megatron_xy.fonts import fonts_for_names
-from megatron_xy.storage import TEMPORARY_PREFIX, replace, storage_errors
+from megatron_xy.storage import storage_errors, write_bytes
 
 RATIOS = {
     "padding_ratio": "padding / all tokens",
@@ -103,8 +104,7 @@ def _figure(title: str) -> tuple[Figure, Any]:
 
 
 def _write(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    with storage_errors(path):
-        figure.savefig(temporary, dpi=120, format="png", metadata={"Software": None})
-    replace(temporary, path, durable=False)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png", metadata={"Software": None})
+    write_bytes(path, content.getvalue(), durable=False)
     return path
