@@ -342,7 +342,7 @@ def test_the_compiled_core_is_kept_where_it_can_be_written_and_does_without(tmp_
     shutil.copytree(
         Path(megatron_xy.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "model", "hf")
     )
-    (package / "data" / "__pycache__").write_text("a file, where numba would like a folder")
+    (package / "data" / "packing" / "__pycache__").write_text("a file, where numba would like a folder")
     start = "from megatron_xy.data.packing.best_fit import start_engine as s; print(s('numba'))"
     where = {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": ""}
     nowhere = where | {"XDG_CACHE_HOME": "/dev/null", "HOME": "/dev/null"}
