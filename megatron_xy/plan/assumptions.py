@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,27 @@ def device(name: str) -> Device:
 def efficiencies() -> Efficiencies:
     """Those of the file."""
     return Efficiencies(**section("efficiencies"))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of one kind of GPU, and what of its peaks is reached."""
+
+    gpu: Device
+    rates: Efficiencies = field(default_factory=efficiencies)
+    gpus_per_node: int = 8
+    num_nodes: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """GPUs."""
+        return self.num_nodes * self.gpus_per_node
+
+    def link(self, *, num_ranks: int) -> float:
+        """Bytes a second, one way, between ranks that stand side by side: within a node where they fit into one."""
+        if num_ranks <= self.gpus_per_node:
+            return self.gpu.node_bandwidth * self.rates.node_network
+        return self.gpu.network_bandwidth * self.rates.network
 
 
 def section(name: str) -> dict[Any, float]:

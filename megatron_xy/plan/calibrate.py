@@ -16,7 +16,7 @@ import numpy
 
 from megatron_xy.config import load_config
 from megatron_xy.errors import ConfigError, DataError
-from megatron_xy.plan.assumptions import Device, Efficiencies
+from megatron_xy.plan.assumptions import Cluster, Efficiencies
 from megatron_xy.plan.job import jobs
 from megatron_xy.plan.speed import step_time
 from megatron_xy.report.records import read_metrics
@@ -44,7 +44,7 @@ class Calibration:
     speeds: tuple[BucketSpeed, ...]
 
 
-def calibrate(run_dir: Path, *, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> Calibration:
+def calibrate(run_dir: Path, cluster: Cluster) -> Calibration:
     """Fits to what RUN/run.yaml, env.json and metrics.jsonl tell. Raises ConfigError, DataError."""
     world_size = _world_size(run_dir)
     config = load_config(run_dir / "run.yaml", world_size=world_size)
@@ -63,11 +63,10 @@ def calibrate(run_dir: Path, *, gpu: Device, rates: Efficiencies, gpus_per_node:
         raise DataError(f"{run_dir / 'metrics.jsonl'} holds no step after the first {FIRST_STEPS}; let the run go on")
 
     def predicted(scaled: Efficiencies) -> dict[int, float]:
-        return {
-            bucket: step_time(job, bucket=bucket, gpu=gpu, rates=scaled, gpus_per_node=gpus_per_node).tokens_per_second
-            for bucket in measured
-        }
+        reached = dataclasses.replace(cluster, rates=scaled)
+        return {bucket: step_time(job, reached, bucket=bucket).tokens_per_second for bucket in measured}
 
+    rates = cluster.rates
     before = predicted(rates)
     # Time goes with the inverse of a common factor: it is the geometric mean of the buckets' ratios.
     logs = [number * math.log(value / before[bucket]) for bucket, (number, value) in measured.items()]

@@ -23,6 +23,7 @@ LOGPROBS_CHUNK_TOKENS = 1024  # of PPO's log-probabilities, which work on so man
 # fp32 tensors of a chunk's logits that live at once in their forward and backward pass, beside those of the one before.
 LOGPROBS_FORWARD, LOGPROBS_BACKWARD = 3, 5
 EXPERIENCE_TENSORS = 9  # fp32 numbers for each response token of a PPO step, on every rank
+RECOMPUTATIONS = ("none", "selective", "full")
 MAX_SEQUENCES = 64  # of a replica that generate at a time
 
 

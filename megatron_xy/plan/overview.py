@@ -1,4 +1,4 @@
-"""A whole plan of a run: from a checked config, nodes and a GPU to sizes, memory, speed, days and reliability.
+"""A whole plan of a run: from a checked config and a cluster to sizes, memory, speed, days and reliability.
 
 Everything that `megatron-xy plan` tells and draws stands in a `Plan`; `to_json` gives it to programs.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,15 @@ from megatron_xy.data.draws.phase_draws import stream_shares
 from megatron_xy.data.manifest import MANIFEST_NAME, read_manifest
 from megatron_xy.errors import ConfigError
 from megatron_xy.flops import checkpoint_bytes, num_parameters, shape_of
-from megatron_xy.plan.assumptions import Device, Efficiencies, section
+from megatron_xy.plan.assumptions import Cluster, section
 from megatron_xy.plan.job import Job, jobs
-from megatron_xy.plan.memory import RoleMemory, stage_memory
+from megatron_xy.plan.memory import RECOMPUTATIONS, RoleMemory, stage_memory
 from megatron_xy.plan.ppo import Split, TimeLine, answer_length, best_split, time_line, useful_flops
 from megatron_xy.plan.quantising import Quantising, quantising
 from megatron_xy.plan.speed import StepTime, Traffic, step_time, traffic
 from megatron_xy.stages import padded_vocab_size
 
 DAY = 86_400
-RECOMPUTE_MODES = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class RolePlan:
                 dataclasses.replace(self.job, model=self.job.model.model_copy(update={"recompute_granularity": mode})),
                 stage=stage,
             ).total
-            for mode in RECOMPUTE_MODES
+            for mode in RECOMPUTATIONS
         }
 
     @property
@@ -77,9 +75,7 @@ class Plan:
     """What is known of a run before it starts."""
 
     config: RunConfig
-    gpu: Device
-    num_nodes: int
-    gpus_per_node: int
+    cluster: Cluster
     roles: tuple[RolePlan, ...]
     bucket_shares: dict[int, float]  # of the steps
     worst_rank: int
@@ -96,22 +92,17 @@ class Plan:
     quantising: tuple[Quantising, ...]  # of the model that is released; none of a reward model
 
     @property
-    def world_size(self) -> int:
-        """GPUs."""
-        return self.num_nodes * self.gpus_per_node
-
-    @property
     def fits(self) -> bool:
         """Whether the worst rank has room."""
-        return self.worst_bytes <= self.gpu.memory_bytes
+        return self.worst_bytes <= self.cluster.gpu.memory_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; bytes, seconds, tokens."""
         return {
             "task": self.config.task,
-            "gpu": dataclasses.asdict(self.gpu),
-            "num_nodes": self.num_nodes,
-            "world_size": self.world_size,
+            "gpu": dataclasses.asdict(self.cluster.gpu),
+            "num_nodes": self.cluster.num_nodes,
+            "world_size": self.cluster.world_size,
             "fits": self.fits,
             "worst_rank": self.worst_rank,
             "worst_bytes": self.worst_bytes,
@@ -122,7 +113,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "num_tokens": self.num_tokens,
             "days": self.days,
-            "gpu_hours": None if self.days is None else self.days * 24 * self.world_size,
+            "gpu_hours": None if self.days is None else self.days * 24 * self.cluster.world_size,
             "reliability": dataclasses.asdict(self.reliability),
             "time_line": self.time_line
             and dataclasses.asdict(self.time_line) | {"idle_shares": self.time_line.idle_shares},
@@ -153,29 +144,23 @@ class Plan:
 
 def make_plan(
     config: RunConfig,
+    cluster: Cluster,
     *,
-    num_nodes: int,
-    gpus_per_node: int,
-    gpu: Device,
-    rates: Efficiencies,
     num_tokens: float | None = None,
-    bucket_shares: Mapping[int, float] | None = None,
     with_split: bool = True,
 ) -> Plan:
     """The plan of a checked config. Raises ConfigError where a model's shape is not known.
 
-    num_tokens: of the whole run; what the config's train_iters come to unless given. bucket_shares: of the steps; those
-    of `buckets_of` unless given. with_split: also the best split of the nodes over PPO's roles.
+    num_tokens: of the whole run; what the config's train_iters come to unless given. with_split: also the best split of
+    the nodes over PPO's roles.
     """
-    world_size = num_nodes * gpus_per_node
+    world_size = cluster.world_size
     all_jobs = jobs(config, world_size=world_size)
     for job in all_jobs:
         _check_shape_is_known(job)
     first = all_jobs[0].answers
-    shares = dict(bucket_shares or ({answer_length(first): 1.0} if first else buckets_of(config)))
-    roles = tuple(
-        _role_plan(job, buckets=tuple(shares), gpu=gpu, rates=rates, gpus_per_node=gpus_per_node) for job in all_jobs
-    )
+    shares = {answer_length(first): 1.0} if first else buckets_of(config)
+    roles = tuple(_role_plan(job, cluster, buckets=tuple(shares)) for job in all_jobs)
     worst_rank, worst, margin = _worst(roles, world_size=world_size)
     main = roles[0]
     mix = sum(shares.values())
@@ -184,18 +169,16 @@ def make_plan(
     mfu = sum(shares[step.bucket] / mix * step.seconds * step.mfu for step in main.steps) / step_seconds
     line = split = None
     if first is not None:
-        line = time_line(all_jobs, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+        line = time_line(all_jobs, cluster)
         if with_split:
-            split = best_split(all_jobs, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
+            split = best_split(all_jobs, cluster)
         step_seconds, tokens = line.seconds, first.ppo.rollout_batch_size * answer_length(first)
-        mfu = useful_flops(all_jobs) / (step_seconds * world_size * gpu.peak_flops)
+        mfu = useful_flops(all_jobs) / (step_seconds * world_size * cluster.gpu.peak_flops)
     if num_tokens is None and config.training.epochs is None:
         num_tokens = float(config.training.train_iters * tokens)
     return Plan(
         config=config,
-        gpu=gpu,
-        num_nodes=num_nodes,
-        gpus_per_node=gpus_per_node,
+        cluster=cluster,
         roles=roles,
         bucket_shares={bucket: share / mix for bucket, share in shares.items()},
         worst_rank=worst_rank,
@@ -206,10 +189,10 @@ def make_plan(
         step_seconds=step_seconds,
         num_tokens=num_tokens,
         days=None if num_tokens is None else num_tokens / tokens * step_seconds / DAY,
-        reliability=_reliability(config, roles, step_seconds=step_seconds, num_nodes=num_nodes, world_size=world_size),
+        reliability=_reliability(config, cluster, roles, step_seconds=step_seconds),
         time_line=line,
         best_split=split,
-        quantising=quantising(main.job.model, gpu=gpu, rates=rates) if main.job.model.head == "language_model" else (),
+        quantising=quantising(main.job.model, cluster) if main.job.model.head == "language_model" else (),
     )
 
 
@@ -240,7 +223,7 @@ def _check_shape_is_known(job: Job) -> None:
         )
 
 
-def _role_plan(job: Job, *, buckets: tuple[int, ...], gpu: Device, rates: Efficiencies, gpus_per_node: int) -> RolePlan:
+def _role_plan(job: Job, cluster: Cluster, *, buckets: tuple[int, ...]) -> RolePlan:
     tp = job.parallel.tensor_model_parallel_size
     return RolePlan(
         job,
@@ -248,7 +231,7 @@ def _role_plan(job: Job, *, buckets: tuple[int, ...], gpu: Device, rates: Effici
         padded_vocab_size(shape_of(job.model).vocab_size, tensor_model_parallel_size=tp),
         tuple(stage_memory(job, stage=stage) for stage in range(job.parallel.pipeline_model_parallel_size)),
         traffic(job),
-        tuple(step_time(job, bucket=bucket, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node) for bucket in buckets),
+        tuple(step_time(job, cluster, bucket=bucket) for bucket in buckets),
     )
 
 
@@ -272,16 +255,16 @@ def _worst(roles: tuple[RolePlan, ...], *, world_size: int) -> tuple[int, float,
 
 
 def _reliability(
-    config: RunConfig, roles: tuple[RolePlan, ...], *, step_seconds: float, num_nodes: int, world_size: int
+    config: RunConfig, cluster: Cluster, roles: tuple[RolePlan, ...], *, step_seconds: float
 ) -> Reliability:
     """ETTR = 1 / (1 + c/D + (D/2 + R)/M); the best D is sqrt(2 c M), and no less than a write takes."""
     given = section("reliability")
     trained = [role for role in roles if role.job.is_trained]
     size = sum(checkpoint_bytes(role.job.model) for role in trained)
-    write = size / (given["storage_bandwidth"] * num_nodes)
+    write = size / (given["storage_bandwidth"] * cluster.num_nodes)
     copied = max(memory.weights + memory.optimizer for role in trained for memory in role.stages)
     stall = copied / given["host_copy_bandwidth"] + (0 if config.checkpoint.async_save else write)
-    between = given["gpu_hours_between_stops"] * 3600 / world_size
+    between = given["gpu_hours_between_stops"] * 3600 / cluster.world_size
     best = max(math.sqrt(2 * stall * between), write)
 
     def ettr(interval: float) -> float:

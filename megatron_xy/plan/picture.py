@@ -26,10 +26,11 @@ def draw_plan(plan: Plan) -> Figure:
         for place, rank in enumerate(role.job.ranks):
             colour = COLOURS[(place // per_stage) % len(COLOURS)]
             above.add_patch(Rectangle((rank, row + 0.1), 1, 0.8, color=colour, linewidth=0))
-    above.set_xlim(0, plan.world_size)
+    cluster = plan.cluster
+    above.set_xlim(0, cluster.world_size)
     above.set_ylim(len(plan.roles), 0)
     above.set_yticks([row + 0.5 for row in range(len(plan.roles))], [role.job.role for role in plan.roles])
-    above.set_xlabel(f"rank ({plan.num_nodes} nodes of {plan.gpus_per_node}); a colour a pipeline stage")
+    above.set_xlabel(f"rank ({cluster.num_nodes} nodes of {cluster.gpus_per_node}); a colour a pipeline stage")
     stages = [(role, memory) for role in plan.roles for memory in role.stages]
     for number, (_, memory) in enumerate(stages):
         left = 0.0
@@ -38,7 +39,7 @@ def draw_plan(plan: Plan) -> Figure:
             label = part if number == 0 else None
             below.barh(number, value, left=left, color=COLOURS[index % len(COLOURS)], label=label)
             left += value
-    below.axvline(plan.gpu.memory_bytes / GB, color="black", linestyle="--", label=f"{plan.gpu.name}")
+    below.axvline(cluster.gpu.memory_bytes / GB, color="black", linestyle="--", label=cluster.gpu.name)
     below.set_yticks(range(len(stages)), [f"{role.job.role} stage {memory.stage}" for role, memory in stages])
     below.invert_yaxis()
     below.set_xlabel("memory of a rank at the peak of a step (GB), margin not drawn")

@@ -26,14 +26,13 @@ from megatron_xy.config import (
     role_sections,
     shape_rules,
 )
-from megatron_xy.plan.assumptions import Device, Efficiencies, section
+from megatron_xy.plan.assumptions import Cluster, section
 from megatron_xy.plan.job import Job, jobs
-from megatron_xy.plan.memory import Held, held_between_steps, stage_memory
+from megatron_xy.plan.memory import RECOMPUTATIONS, Held, held_between_steps, stage_memory
 from megatron_xy.plan.parameters import telling_stages
 from megatron_xy.plan.ppo import PHASES, role_work
 from megatron_xy.ppo.placement import spelt_ranks
 
-RECOMPUTATIONS = ("none", "selective", "full")
 MOST_UNITS = 16  # into which the world is cut at first; the best splits are then moved by less
 SLACK = 0.01
 FEWEST_UNITS = 8  # of less than a node each, where there are fewer nodes
@@ -61,13 +60,11 @@ class _Placement(NamedTuple):
     layouts: tuple[Layouts, ...]
 
 
-def placements(
-    config: RunConfig, *, num_nodes: int, gpus_per_node: int, gpu: Device, rates: Efficiencies
-) -> list[RunConfig]:
+def placements(config: RunConfig, cluster: Cluster) -> list[RunConfig]:
     """For each way in which roles could share ranks the config with the shortest step that fits; that first."""
-    world_size = num_nodes * gpus_per_node
+    world_size, gpus_per_node = cluster.world_size, cluster.gpus_per_node
     all_jobs = dict(zip(role_names(config), jobs(_replica_each(config), world_size=world_size), strict=True))
-    search = _Search(all_jobs, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
+    search = _Search(all_jobs, cluster)
     parts = [size for size in range(1, gpus_per_node + 1) if gpus_per_node % size == 0]
     unit = max((size for size in parts if world_size // size >= FEWEST_UNITS), default=1)
     found = [search.best_of(groups, world_size=world_size, unit=unit) for groups in _partitions(list(all_jobs))]
@@ -78,10 +75,8 @@ def placements(
 class _Search:
     """Splits of the world, and what each group of roles can do with its part; each question is answered once."""
 
-    def __init__(
-        self, all_jobs: Mapping[RoleName, Job], *, gpus_per_node: int, gpu: Device, rates: Efficiencies
-    ) -> None:
-        self._jobs, self._gpus_per_node, self._gpu, self._rates = all_jobs, gpus_per_node, gpu, rates
+    def __init__(self, all_jobs: Mapping[RoleName, Job], cluster: Cluster) -> None:
+        self._jobs, self._cluster = all_jobs, cluster
         self._memory = section("memory")
         self._of_role = cache(self._found_of_role)
         self._of_group = cache(self._found_of_group)
@@ -112,7 +107,7 @@ class _Search:
         """The better one of `best` and what groups of these sizes can do."""
         start, parts = 0, []
         for group, size in zip(groups, sizes, strict=True):
-            parts.append(self._fastest(group, size, start % self._gpus_per_node))
+            parts.append(self._fastest(group, size, start % self._cluster.gpus_per_node))
             start += size
         # Every choice of an option a group along a dimension each, phases along the last one.
         shapes = [[-1 if axis == place else 1 for axis in range(len(parts))] for place in range(len(parts))]
@@ -152,19 +147,13 @@ class _Search:
     def _found_of_role(self, role: RoleName, num_ranks: int) -> _Options:
         costs: list[list[float]] = []
         layouts: list[Layouts] = []
-        for job in _laid_out(self._jobs[role], num_ranks=num_ranks, gpus_per_node=self._gpus_per_node):
+        for job in _laid_out(self._jobs[role], num_ranks=num_ranks, gpus_per_node=self._cluster.gpus_per_node):
             held = {stage: self._held(role, job, stage) for stage in telling_stages(job.model, job.parallel)}
             memories = [stage_memory(job, stage=stage, held=counted) for stage, counted in held.items()]
             bytes_ = (max(m.static for m in memories), max(m.activations for m in memories))
             if not self._fit(np.array(bytes_)):
                 continue
-            work = role_work(
-                job,
-                gpu=self._gpu,
-                rates=self._rates,
-                gpus_per_node=self._gpus_per_node,
-                held=held[0],
-            )
+            work = role_work(job, self._cluster, held=held[0])
             costs.append([*bytes_, *(work[phase] for phase in PHASES)])
             layouts.append(((role, job.model, job.parallel),))
         return self._kept(np.array(costs).reshape(-1, 2 + len(PHASES)), lambda index: layouts[index])
@@ -173,7 +162,7 @@ class _Search:
         """Those that fit and that nothing beats."""
         fitting = np.flatnonzero(self._fit(costs.T))
         bounds = costs[fitting] * (1 + SLACK)
-        bounds[:, :2] = costs[fitting, :2] + SLACK * self._gpu.memory_bytes  # of little memory, more is no loss
+        bounds[:, :2] = costs[fitting, :2] + SLACK * self._cluster.gpu.memory_bytes  # of little memory, more is no loss
         chosen = fitting[_unbeaten(costs[fitting], bounds)]
         return _Options(costs[chosen], [layouts_of(int(index)) for index in chosen])
 
@@ -181,7 +170,7 @@ class _Search:
         """[2 or more, options] or [2]: bytes held and besides."""
         held, besides = costs[0], costs[1]
         margin = self._memory["context_bytes"] + self._memory["fragmentation"] * besides
-        fits: NDArray[np.bool_] = held + besides + margin <= self._gpu.memory_bytes
+        fits: NDArray[np.bool_] = held + besides + margin <= self._cluster.gpu.memory_bytes
         return fits
 
     def _held(self, role: RoleName, job: Job, stage: int) -> Held:

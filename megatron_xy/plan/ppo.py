@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xy.flops import DTYPE_BYTES, FORWARD_SHARE, flops_per_token, num_parameters, shape_of
-from megatron_xy.plan.assumptions import Device, Efficiencies, section
+from megatron_xy.plan.assumptions import Cluster, section
 from megatron_xy.plan.job import Answers, Job
 from megatron_xy.plan.memory import MAX_SEQUENCES, Held, held_between_steps
 from megatron_xy.plan.speed import step_time
@@ -46,10 +46,10 @@ class Split:
     seconds: float
 
 
-def time_line(jobs: Iterable[Job], *, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> TimeLine:
+def time_line(jobs: Iterable[Job], cluster: Cluster) -> TimeLine:
     """Of the roles where they stand."""
     placed = list(jobs)
-    work = {job.role: role_work(job, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node) for job in placed}
+    work = {job.role: role_work(job, cluster) for job in placed}
     phases = {}
     for phase in PHASES:
         by_rank: dict[int, float] = {}
@@ -60,14 +60,7 @@ def time_line(jobs: Iterable[Job], *, gpu: Device, rates: Efficiencies, gpus_per
     return TimeLine(phases, work, sum(phases.values()))
 
 
-def role_work(
-    job: Job,
-    *,
-    gpu: Device,
-    rates: Efficiencies,
-    gpus_per_node: int,
-    held: Held | None = None,
-) -> dict[str, float]:
+def role_work(job: Job, cluster: Cluster, *, held: Held | None = None) -> dict[str, float]:
     """{phase: seconds} of one role in a step. held: of a rank of its first stage, where it is known already."""
     assert job.answers is not None, "a role of PPO has them"
     ppo, length = job.answers.ppo, answer_length(job.answers)
@@ -78,11 +71,11 @@ def role_work(
         # A pass that only scores keeps nothing, and so makes nothing anew.
         model = job.model if is_trained else job.model.model_copy(update={"recompute_granularity": "none"})
         part = replace(job, model=model, num_micro_batches=batches, micro_batch_tokens=tokens, is_trained=is_trained)
-        return step_time(part, bucket=length, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node, held=held).seconds
+        return step_time(part, cluster, bucket=length, held=held).seconds
 
     updates = ppo.ppo_epochs * ppo.rollout_batch_size // ppo.mini_batch_size
     return {
-        "generate": _generation(job, job.answers, gpu=gpu, rates=rates) if job.role == "actor" else 0.0,
+        "generate": _generation(job, job.answers, cluster) if job.role == "actor" else 0.0,
         "score": FORWARD_SHARE * seconds(ppo.rollout_batch_size, is_trained=False),
         "update": updates * seconds(ppo.mini_batch_size, is_trained=True) if job.is_trained else 0.0,
     }
@@ -104,11 +97,10 @@ def answer_length(answers: Answers) -> int:
     return min(2 * answers.ppo.max_response_length, answers.room)
 
 
-def best_split(
-    jobs: Iterable[Job], *, num_nodes: int, gpus_per_node: int, gpu: Device, rates: Efficiencies
-) -> Split | None:
+def best_split(jobs: Iterable[Job], cluster: Cluster) -> Split | None:
     """The nodes of each role, all on ranks of their own, with the shortest step; None where they don't go round."""
     placed = list(jobs)
+    num_nodes, gpus_per_node = cluster.num_nodes, cluster.gpus_per_node
     units = [math.ceil(job.parallel.model_parallel_size / gpus_per_node) for job in placed]
 
     def table(job: Job) -> NDArray[np.float64]:
@@ -118,7 +110,7 @@ def best_split(
         for nodes in range(num_nodes + 1):
             dp_size, rest = divmod(nodes * gpus_per_node, job.parallel.model_parallel_size)
             if dp_size and not rest:
-                work = role_work(job.over(dp_size), gpu=gpu, rates=rates, gpus_per_node=gpus_per_node, held=held)
+                work = role_work(job.over(dp_size), cluster, held=held)
                 rows[nodes] = [work[phase] for phase in PHASES]
         return rows
 
@@ -140,10 +132,11 @@ def best_split(
     return best
 
 
-def _generation(job: Job, answers: Answers, *, gpu: Device, rates: Efficiencies) -> float:
+def _generation(job: Job, answers: Answers, cluster: Cluster) -> float:
     """The answers of a replica token by token, so many at once; each token reads all weights, and the keys and values
     of what came before, half of the answers on average."""
     model, ppo, tp = job.model, answers.ppo, job.parallel.tensor_model_parallel_size
+    gpu, rates = cluster.gpu, cluster.rates
     weights, width = num_parameters(model), DTYPE_BYTES[model.params_dtype]
     number = -(-ppo.rollout_batch_size // job.dp_size)
     rounds = -(-number // MAX_SEQUENCES)

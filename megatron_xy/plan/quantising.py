@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.flops import num_parameters, shape_of
-from megatron_xy.plan.assumptions import Device, Efficiencies, section
+from megatron_xy.plan.assumptions import Cluster, section
 
 BF16 = 2  # bytes
 FP32 = 4
@@ -35,10 +35,10 @@ class Quantising:
     hours: float
 
 
-def quantising(model: ModelConfig, *, gpu: Device, rates: Efficiencies) -> tuple[Quantising, ...]:
+def quantising(model: ModelConfig, cluster: Cluster) -> tuple[Quantising, ...]:
     """Every scheme, the output layer left as it is. The model's shape is complete."""
     return tuple(
-        _by_bitsandbytes(model, scheme) if scheme in BITSANDBYTES else _by_gptq(model, scheme, gpu=gpu, rates=rates)
+        _by_bitsandbytes(model, scheme) if scheme in BITSANDBYTES else _by_gptq(model, scheme, cluster)
         for scheme in WEIGHT_BYTES
     )
 
@@ -57,9 +57,10 @@ def _by_bitsandbytes(model: ModelConfig, scheme: str) -> Quantising:
     )
 
 
-def _by_gptq(model: ModelConfig, scheme: str, *, gpu: Device, rates: Efficiencies) -> Quantising:
+def _by_gptq(model: ModelConfig, scheme: str, cluster: Cluster) -> Quantising:
     """Of each linear layer: a Hessian of its inputs, its inverse, then column after column of the weight."""
     shape = shape_of(model)
+    gpu, rates = cluster.gpu, cluster.rates
     given, linears = section("quantising"), _linears(model)
     layer = sum(columns * rows for columns, rows in linears)
     tokens = given["calibration_samples"] * min(given["calibration_tokens"], model.max_position_embeddings)

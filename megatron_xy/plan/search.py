@@ -7,26 +7,23 @@ from collections.abc import Iterator
 
 from megatron_xy.config import InvalidConfig, RoleConfig, RunConfig, check_world, role_names, role_sections
 from megatron_xy.flops import shape_of
-from megatron_xy.plan.assumptions import Device, Efficiencies
+from megatron_xy.plan.assumptions import Cluster
+from megatron_xy.plan.memory import RECOMPUTATIONS
 from megatron_xy.plan.overview import Plan, make_plan
-from megatron_xy.plan.placements import RECOMPUTATIONS, differences, placements, sizes
+from megatron_xy.plan.placements import differences, placements, sizes
 
 
-def search(config: RunConfig, *, num_nodes: int, gpus_per_node: int, gpu: Device, rates: Efficiencies) -> list[Plan]:
+def search(config: RunConfig, cluster: Cluster) -> list[Plan]:
     """Plans of every layout that the rules allow and that fits, by tokens/s; of PPO the best for each way to share.
 
     The config's own is always looked at; of others those whose virtual stages divide the layers: the rest, hardly
     slower each than the next, would fill the list.
     """
-    world_size = num_nodes * gpus_per_node
-    candidates = _candidates(config, world_size=world_size, gpus_per_node=gpus_per_node)
+    candidates = _candidates(config, cluster)
     if config.task == "ppo":
-        placed = placements(config, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates)
-        candidates = iter([config, *placed] if _problem(config, world_size=world_size) is None else placed)
-    plans = [
-        make_plan(candidate, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=gpu, rates=rates, with_split=False)
-        for candidate in candidates
-    ]
+        placed = placements(config, cluster)
+        candidates = iter([config, *placed] if _problem(config, cluster) is None else placed)
+    plans = [make_plan(candidate, cluster, with_split=False) for candidate in candidates]
     found = sorted((plan for plan in plans if plan.fits), key=lambda plan: -plan.tokens_per_second)
     if config.task != "ppo":
         return found
@@ -50,11 +47,11 @@ def nearest_fits(plan: Plan, found: list[Plan]) -> list[Plan]:
     return [by_changes[number] for number in sorted(by_changes) if number][:3]
 
 
-def refusal(config: RunConfig, *, world_size: int, gpus_per_node: int) -> str | None:
+def refusal(config: RunConfig, cluster: Cluster) -> str | None:
     """Why the rules allow no layout of so many ranks, by the last one looked at; None of PPO's roles."""
     told = None
-    for candidate in _layouts(config, world_size=world_size, gpus_per_node=gpus_per_node):
-        problem = _problem(candidate, world_size=world_size)
+    for candidate in _layouts(config, cluster):
+        problem = _problem(candidate, cluster)
         if config.task == "ppo" or problem is None:
             return None
         changed = " ".join(changes(config, candidate)) or "its own"
@@ -84,29 +81,29 @@ def changes(before: RunConfig, after: RunConfig) -> list[str]:
     ]
 
 
-def _candidates(config: RunConfig, *, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
-    for candidate in _layouts(config, world_size=world_size, gpus_per_node=gpus_per_node):
-        if _problem(candidate, world_size=world_size) is None:
+def _candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
+    for candidate in _layouts(config, cluster):
+        if _problem(candidate, cluster) is None:
             for recompute in RECOMPUTATIONS:
                 model = candidate.model.model_copy(update={"recompute_granularity": recompute})
                 yield candidate.model_copy(update={"model": model})
 
 
-def _problem(config: RunConfig, *, world_size: int) -> InvalidConfig | None:
+def _problem(config: RunConfig, cluster: Cluster) -> InvalidConfig | None:
     """What the rules have against it over so many ranks."""
     try:
-        check_world(config, world_size=world_size)
+        check_world(config, world_size=cluster.world_size)
     except InvalidConfig as error:
         return error
     return None
 
 
-def _layouts(config: RunConfig, *, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
+def _layouts(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
     """The config's own layout, then all others; the rules have yet to be asked."""
     own = config.parallel
     yield config
     num_layers = shape_of(config.model).num_layers
-    for tp, pp in sizes(num_ranks=world_size, num_layers=num_layers, gpus_per_node=gpus_per_node):
+    for tp, pp in sizes(num_ranks=cluster.world_size, num_layers=num_layers, gpus_per_node=cluster.gpus_per_node):
         layers = num_layers // pp
         for vp in (
             None,

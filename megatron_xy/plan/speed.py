@@ -1,4 +1,4 @@
-"""How long a step takes and what it sends: from a job, a device and efficiencies to seconds by part, bytes, MFU.
+"""How long a step takes and what it sends: from a job and a cluster to seconds by part, bytes, MFU.
 
 A micro-batch's time on a stage is that of its matrix products, attention, element-wise kernels and of the tensor
 parallel communication that nothing hides; the slowest stage sets the pace of the pipeline.
@@ -17,7 +17,7 @@ from megatron_xy.flops import (
     stage_share,
     step_flops,
 )
-from megatron_xy.plan.assumptions import Device, Efficiencies
+from megatron_xy.plan.assumptions import Cluster
 from megatron_xy.plan.job import Job
 from megatron_xy.plan.memory import Held, held_between_steps
 from megatron_xy.plan.parameters import stage_layers, telling_stages
@@ -84,35 +84,29 @@ def traffic(job: Job) -> Traffic:
 
 
 def step_time(
-    job: Job,
-    *,
-    bucket: int,
-    gpu: Device,
-    rates: Efficiencies,
-    gpus_per_node: int = 8,
-    held: Held | None = None,
-    adds_gradients: bool = True,
+    job: Job, cluster: Cluster, *, bucket: int, held: Held | None = None, adds_gradients: bool = True
 ) -> StepTime:
     """A step whose samples are documents of `bucket` tokens, attention over the whole of each.
 
     held: what a rank of the first stage does, where it is known already. adds_gradients: a micro-batch's gradients are
     added to the sums by kernels of their own, as here; not within the matrix products, as others do.
     """
-    parallel, model = job.parallel, job.model
+    parallel, model, gpu = job.parallel, job.model, cluster.gpu
     tp, stages, chunks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_chunks
     batches = job.num_micro_batches
-    held = held or (held_between_steps(job, stage=0) if job.is_trained else None)
-    summed = held.parameters if held is not None and job.is_trained and adds_gradients else 0
-    one = _micro_batch_time(job, bucket=bucket, summed=summed, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+    if not job.is_trained:
+        held = None
+    elif held is None:
+        held = held_between_steps(job, stage=0)
+    summed = held.parameters if held is not None and adds_gradients else 0
+    one = _micro_batch_time(job, cluster, bucket=bucket, summed=summed)
     bubble = one.seconds * (stages - 1) / chunks
-    pipeline = _pipeline_seconds(job, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node)
+    pipeline = _pipeline_seconds(job, cluster)
     data_parallel = optimizer = 0.0
-    if job.is_trained and held is not None:
-        data_parallel = _exposed_data_parallel(
-            job, held, one=one.seconds, gpu=gpu, rates=rates, gpus_per_node=gpus_per_node
-        )
+    if held is not None:
+        data_parallel = _exposed_data_parallel(job, cluster, held, one=one.seconds)
         owned = held.parameters / (job.dp_size if parallel.use_distributed_optimizer else 1)
-        optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * rates.memory)
+        optimizer = owned * OPTIMIZER_BYTES / (gpu.memory_bandwidth * cluster.rates.memory)
     seconds = batches * one.seconds + bubble + pipeline + data_parallel + optimizer
     num_gpus = tp * stages * job.dp_size
     per_second = job.micro_batch_tokens * batches * job.dp_size / seconds / num_gpus
@@ -149,13 +143,11 @@ class _MicroBatchTime:
         return self.matmul + self.attention + self.elementwise + self.tensor_parallel
 
 
-def _micro_batch_time(
-    job: Job, *, bucket: int, summed: int, gpu: Device, rates: Efficiencies, gpus_per_node: int
-) -> _MicroBatchTime:
+def _micro_batch_time(job: Job, cluster: Cluster, *, bucket: int, summed: int) -> _MicroBatchTime:
     """summed: parameters whose gradients are added up by kernels of their own."""
-    parallel, model = job.parallel, job.model
+    model, gpu, rates = job.model, cluster.gpu, cluster.rates
     shape = shape_of(model)
-    tp, tokens = parallel.tensor_model_parallel_size, job.micro_batch_tokens
+    tp, tokens = job.parallel.tensor_model_parallel_size, job.micro_batch_tokens
     share, layers = _slowest_stage(job)
     layer_share = layers / shape.num_layers
     dense = step_flops(model, num_tokens=tokens, sum_squared_lengths=0)
@@ -165,12 +157,11 @@ def _micro_batch_time(
     gathers, scatters = _layer_collectives(model.recompute_granularity)
     state = DTYPE_BYTES[model.params_dtype] * shape.hidden_size * tokens
     sent = layers * (gathers + scatters) * state * (tp - 1) / tp
-    link = _link(gpu, rates, is_in_node=tp <= gpus_per_node)
     return _MicroBatchTime(
         matmul=(dense * share + again_dense * layer_share) / tp / (gpu.peak_flops * rates.matmul),
         attention=(whole - dense + again - again_dense) * layer_share / tp / (gpu.peak_flops * rates.attention),
         elementwise=_moved_bytes(job, layers=layers, summed=summed) / (gpu.memory_bandwidth * rates.memory),
-        tensor_parallel=sent / link * rates.exposed_tensor_parallel,
+        tensor_parallel=sent / cluster.link(num_ranks=tp) * rates.exposed_tensor_parallel,
         recomputed_flops=again,
     )
 
@@ -185,7 +176,7 @@ def _slowest_stage(job: Job) -> tuple[float, int]:
     return max(found, key=lambda share_and_layers: share_and_layers[0])
 
 
-def _pipeline_seconds(job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_node: int) -> float:
+def _pipeline_seconds(job: Job, cluster: Cluster) -> float:
     """1F1B waits for what it sends and receives; the interleaved schedule sends while it computes."""
     parallel, model = job.parallel, job.model
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -193,8 +184,8 @@ def _pipeline_seconds(job: Job, *, gpu: Device, rates: Efficiencies, gpus_per_no
         return 0.0
     hidden = shape_of(model).hidden_size / (tp if parallel.sequence_parallel else 1)
     waits = 2 * job.num_micro_batches if parallel.num_chunks == 1 else 2 * (stages - 1)
-    wire = _link(gpu, rates, is_in_node=stages * tp * job.dp_size <= gpus_per_node)
-    return waits * DTYPE_BYTES[model.params_dtype] * hidden * job.micro_batch_tokens / wire
+    link = cluster.link(num_ranks=stages * tp * job.dp_size)
+    return waits * DTYPE_BYTES[model.params_dtype] * hidden * job.micro_batch_tokens / link
 
 
 def _moved_bytes(job: Job, *, layers: int, summed: int) -> float:
@@ -215,15 +206,13 @@ def _layer_collectives(granularity: str) -> tuple[int, int]:
     return 6 + again[0], 4 + again[1]
 
 
-def _exposed_data_parallel(
-    job: Job, held: Held, *, one: float, gpu: Device, rates: Efficiencies, gpus_per_node: int
-) -> float:
+def _exposed_data_parallel(job: Job, cluster: Cluster, held: Held, *, one: float) -> float:
     """What is left of reducing gradients and gathering weights beside the last backward and the first forward pass."""
     if job.dp_size == 1:
         return 0.0
     parallel = job.parallel
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    link = _link(gpu, rates, is_in_node=tp * stages * job.dp_size <= gpus_per_node)
+    link = cluster.link(num_ranks=tp * stages * job.dp_size)
     ring = (job.dp_size - 1) / job.dp_size
     reduce = held.gradients * ring / link
     if not parallel.use_distributed_optimizer:
@@ -237,10 +226,3 @@ def _exposed_data_parallel(
     if parallel.overlap_param_gather:
         gather = max(0.0, gather - one * FORWARD_SHARE)
     return reduce + gather
-
-
-def _link(gpu: Device, rates: Efficiencies, *, is_in_node: bool) -> float:
-    """Bytes a second, one way."""
-    if is_in_node:
-        return gpu.node_bandwidth * rates.node_network
-    return gpu.network_bandwidth * rates.network

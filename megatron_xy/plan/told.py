@@ -11,7 +11,8 @@ from rich.text import Text
 
 from megatron_xy.config import RunConfig
 from megatron_xy.plan.calibrate import Calibration
-from megatron_xy.plan.overview import RECOMPUTE_MODES, Plan, RolePlan
+from megatron_xy.plan.memory import RECOMPUTATIONS
+from megatron_xy.plan.overview import Plan, RolePlan
 from megatron_xy.plan.ppo import TimeLine
 from megatron_xy.plan.search import changes
 from megatron_xy.ppo.placement import spelt_ranks
@@ -109,12 +110,11 @@ def calibrated(calibration: Calibration) -> RenderableType:
 
 
 def _headline(plan: Plan) -> RenderableType:
-    verdict = "fits" if plan.fits else "does NOT fit"
-    text = Text()
-    text.append(f"task {plan.config.task} on {plan.num_nodes} nodes x {plan.gpus_per_node} {plan.gpu.name}: ")
-    text.append(verdict, style="green" if plan.fits else "bold red")
+    cluster, text = plan.cluster, Text()
+    text.append(f"task {plan.config.task} on {cluster.num_nodes} nodes x {cluster.gpus_per_node} {cluster.gpu.name}: ")
+    text.append(*("fits", "green") if plan.fits else ("does NOT fit", "bold red"))
     text.append(
-        f"; rank {plan.worst_rank} holds most, {plan.worst_bytes / GB:.1f} of {plan.gpu.memory_bytes / GB:.1f} GB "
+        f"; rank {plan.worst_rank} holds most, {plan.worst_bytes / GB:.1f} of {cluster.gpu.memory_bytes / GB:.1f} GB "
         f"({plan.margin_bytes / GB:.1f} of it for fragmentation and CUDA itself, which the table leaves out)"
     )
     return text
@@ -159,7 +159,7 @@ def _sizes(role: RolePlan) -> str:
 def _memory(plan: Plan) -> RenderableType:
     headings = (
         "role", "stage", "weights", "gradients", "optimizer", "activations", "of micro-batches", "buffers",
-        *(["generation"] if plan.time_line else []), "total", *(f"if {mode}" for mode in RECOMPUTE_MODES),
+        *(["generation"] if plan.time_line else []), "total", *(f"if {mode}" for mode in RECOMPUTATIONS),
     )  # fmt: skip
     largest = max(role.worst.total for role in plan.roles)
     unit, name = (GB, "GB") if largest >= GB else (1e6, "MB")
@@ -211,7 +211,7 @@ def _whole_run(plan: Plan) -> str:
         return (
             f"{plan.config.training.epochs} epoch(s) of the data: give their tokens (--tokens 162M, say) for its time"
         )
-    gpu_hours = plan.days * 24 * plan.world_size
+    gpu_hours = plan.days * 24 * plan.cluster.world_size
     with_stops = _duration(plan.days / plan.reliability.ettr)
     return (
         f"{_number(plan.num_tokens)} tokens: {_duration(plan.days)}, "
@@ -246,7 +246,7 @@ def _costs(plan: Plan) -> RenderableType:
 
 
 def _quantising(plan: Plan) -> RenderableType:
-    title = f"quantize: int8, nf4 on a CPU core, else one {plan.gpu.name}"
+    title = f"quantize: int8, nf4 on a CPU core, else one {plan.cluster.gpu.name}"
     table = _table(title, "scheme", "result GB", "disk GB", "memory GB", "GPU GB", "hours")
     for form in plan.quantising:
         table.add_row(
@@ -271,7 +271,7 @@ def _time_line(plan: Plan, line: TimeLine) -> RenderableType:
         table.add_row(role, *(f"{s:.1f}" for s in work.values()), f"{100 * line.idle_shares[role]:.0f} %", bar)
     if plan.best_split is not None:
         nodes = ", ".join(f"{role} {number}" for role, number in plan.best_split.nodes.items())
-        table.caption = f"best split of {plan.num_nodes} nodes: {nodes}; {plan.best_split.seconds:.0f} s a step"
+        table.caption = f"best split of {plan.cluster.num_nodes} nodes: {nodes}; {plan.best_split.seconds:.0f} s a step"
     return table
 
 

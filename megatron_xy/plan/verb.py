@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from megatron_xy.config import InvalidConfig, check_world, load_config
+from megatron_xy.config import InvalidConfig, RunConfig, check_world, load_config
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.model.source import with_shapes
-from megatron_xy.plan.assumptions import device, efficiencies
+from megatron_xy.plan.assumptions import Cluster, device
 from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan
 from megatron_xy.plan.search import changes, nearest_fits, refusal, search
@@ -40,60 +40,58 @@ def plan(
     do_search: ranks layouts too; a config whose own does not go with so many ranks is planned in the fastest of them.
     calibrate_by: a run's folder, whose speeds set the efficiencies. picture: a file to draw ranks and memory into.
     """
-    chosen, rates = device(gpu), efficiencies()
+    cluster = Cluster(device(gpu), gpus_per_node=gpus_per_node, num_nodes=num_nodes)
     refused = None
     try:
-        given = with_shapes(load_config(path, overrides=overrides, world_size=num_nodes * gpus_per_node))
-        check_world(given, world_size=num_nodes * gpus_per_node)
+        given = with_shapes(load_config(path, overrides=overrides, world_size=cluster.world_size))
+        check_world(given, world_size=cluster.world_size)
     except InvalidConfig as error:
         if not do_search:
             raise
         given, refused = with_shapes(load_config(path, overrides=overrides)), error
     calibration = None
     if calibrate_by is not None:
-        calibration = calibrate(calibrate_by, gpu=chosen, rates=rates, gpus_per_node=gpus_per_node)
-        rates = calibration.rates
-    find = partial(search, given, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=chosen, rates=rates)
-    found = find() if do_search else []
+        calibration = calibrate(calibrate_by, cluster)
+        cluster = dataclasses.replace(cluster, rates=calibration.rates)
+    found = search(given, cluster) if do_search else None
     if refused and not found:
-        why = refusal(given, world_size=num_nodes * gpus_per_node, gpus_per_node=gpus_per_node)
-        raise ConfigError(f"{refused}\n{why or NO_LAYOUT}")
+        raise ConfigError(f"{refused}\n{refusal(given, cluster) or NO_LAYOUT}")
     made = make_plan(
-        found[0].config if refused else given,
-        num_nodes=num_nodes,
-        gpus_per_node=gpus_per_node,
-        gpu=chosen,
-        rates=rates,
+        found[0].config if refused and found else given,
+        cluster,
         num_tokens=None if tokens is None else parsed_tokens(tokens),
     )
-    looked = do_search or not made.fits
-    if looked and not do_search:
-        found = find()
+    if found is None and not made.fits:
+        found = search(given, cluster)
     if picture is not None:
         from megatron_xy.plan.picture import save_picture  # and with it matplotlib, a good part of a second
 
         save_picture(made, picture)
     if as_json:
-        result = made.to_json() | {"overrides": changes(given, made.config)}
-        if looked:
-            result["layouts"] = [other.to_json() | {"overrides": changes(given, other.config)} for other in found[:20]]
+        result = _document(made, given)
+        if found is not None:
+            result["layouts"] = [_document(other, given) for other in found[:20]]
         if calibration is not None:
             result["calibration"] = dataclasses.asdict(calibration)
         print(json.dumps(result))
         return made
-    console = Console(width=max(Console().width, 150), highlight=False)
-    if calibration is not None:
-        console.print(calibrated(calibration))
+    shown: list[RenderableType] = [] if calibration is None else [calibrated(calibration)]
     if refused:
-        console.print(f"{refused}\nPlanned in the fastest layout that the search below finds.")
-    for table in tables(made):
-        console.print(table)
+        shown.append(f"{refused}\nPlanned in the fastest layout that the search below finds.")
+    shown += tables(made)
     if do_search:
-        for part in layouts(given, found) if given.ppo is None else placements(given, found):
-            console.print(part)
-    elif looked:
-        console.print(remedies(made, nearest_fits(made, found)))
+        shown += (layouts if given.ppo is None else placements)(given, found or [])
+    elif found is not None:
+        shown.append(remedies(made, nearest_fits(made, found)))
+    console = Console(width=max(Console().width, 150), highlight=False)
+    for part in shown:
+        console.print(part)
     return made
+
+
+def _document(made: Plan, given: RunConfig) -> dict[str, Any]:
+    """With what differs from the config that was given."""
+    return made.to_json() | {"overrides": changes(given, made.config)}
 
 
 def parsed_tokens(text: str) -> float:

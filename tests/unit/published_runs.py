@@ -14,7 +14,7 @@ import yaml
 
 from megatron_xy.config import ModelConfig, ParallelConfig
 from megatron_xy.flops import flops_per_token
-from megatron_xy.plan.assumptions import Efficiencies, device, efficiencies
+from megatron_xy.plan.assumptions import Cluster, Efficiencies, device, efficiencies
 from megatron_xy.plan.job import Job
 from megatron_xy.plan.speed import step_time
 
@@ -65,7 +65,7 @@ def megatron_lm(rates: Efficiencies | None = None) -> list[Comparison]:
         dp_size, sequences = table["data_parallel_size"], SEQUENCES_A_MICRO_BATCH.get(pp, 1)
         job = Job("model", model, parallel, dp_size, SEQUENCE * sequences, batch // dp_size // sequences)
         predicted = step_time(
-            job, bucket=SEQUENCE, gpu=device("h100"), rates=rates, adds_gradients=False
+            job, Cluster(device("h100"), rates), bucket=SEQUENCE, adds_gradients=False
         ).tokens_per_second
         reached = teraflops * 1e12 / flops_per_token(model, attention_length=2 * SEQUENCE)
         comparisons.append(Comparison(name, f"tp {tp} x pp {pp} x dp {dp_size}", reached, predicted))
@@ -96,7 +96,7 @@ def xuanyuan2() -> list[Comparison]:
     )
     job = Job("model", model, parallel, 16, 16384, 16)
     speeds = {
-        bucket: step_time(job, bucket=bucket, gpu=device("a800"), rates=efficiencies()).tokens_per_second
+        bucket: step_time(job, Cluster(device("a800")), bucket=bucket).tokens_per_second
         for bucket in RUNS["published"]["xuanyuan2"]
     }
     reached = {bucket: float(value) for bucket, value in RUNS["published"]["xuanyuan2"].items()}
@@ -127,7 +127,7 @@ def others() -> list[Comparison]:
         job = Job("model", model, parallel, dp_size, sequence * micro, run["batch"] // dp_size // micro)
         per_second = run.get("teraflops", 0) * 1e12 or run.get("mfu", 0) * gpu.peak_flops
         reached = run.get("tokens") or per_second / flops_per_token(model, attention_length=sequence)
-        predicted = step_time(job, bucket=sequence, gpu=gpu, rates=efficiencies()).tokens_per_second
+        predicted = step_time(job, Cluster(gpu), bucket=sequence).tokens_per_second
         layout = f"tp {tp} x pp {pp}{f' (vp {vp})' if vp else ''} x dp {dp_size}"
         comparisons.append(Comparison(run["name"], f"{gpu.name}, {layout}", reached, predicted, run["why"]))
     return comparisons
@@ -141,7 +141,7 @@ def ours() -> list[Comparison]:
             f"{entry['name']}, {bucket}",
             "H200",
             tokens,
-            step_time(jobs[entry["name"]], bucket=bucket, gpu=device("h200"), rates=efficiencies()).tokens_per_second,
+            step_time(jobs[entry["name"]], Cluster(device("h200")), bucket=bucket).tokens_per_second,
         )
         for entry in RUNS["measured"]["models"]
         for bucket, tokens in entry["tokens"].items()

@@ -17,7 +17,7 @@ from megatron_xy.cli import app
 from megatron_xy.config import InvalidConfig, ModelConfig, ParallelConfig, check_world, load_config
 from megatron_xy.errors import ConfigError, UsageError
 from megatron_xy.plan import verb
-from megatron_xy.plan.assumptions import device, efficiencies
+from megatron_xy.plan.assumptions import Cluster, device, efficiencies
 from megatron_xy.plan.calibrate import calibrate
 from megatron_xy.plan.overview import Plan, make_plan
 from megatron_xy.plan.parameters import stage_layers, telling_stages
@@ -41,7 +41,7 @@ NODES = {
 def planned(name: str, *overrides: str, num_nodes: int | None = None) -> Plan:
     nodes = num_nodes or NODES[name]
     config = load_config(EXAMPLES / name, overrides=overrides, world_size=8 * nodes)
-    return make_plan(config, num_nodes=nodes, gpus_per_node=8, gpu=device("h100"), rates=efficiencies())
+    return make_plan(config, Cluster(device("h100"), num_nodes=nodes))
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_said_with_the_nearest_changes_that_do():
         name, "parallel.pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model_parallel_size=null"
     )
     assert not plan.fits
-    found = search(plan.config, num_nodes=64, gpus_per_node=8, gpu=plan.gpu, rates=efficiencies())
+    found = search(plan.config, plan.cluster)
     speeds = [other.tokens_per_second for other in found]
     assert speeds == sorted(speeds, reverse=True) and all(other.fits for other in found)
     near = nearest_fits(plan, found)
@@ -148,7 +148,7 @@ def test_placements_of_ppos_roles_are_found_and_their_overrides_give_them(num_no
         small = [f"{where}model.num_layers=12" for where in ("", "roles.critic.", "roles.reward.")]
         small += [f"roles.{role}.{change}" for role in ROLES for change in ("share=null", "ranks=0-7", stages)]
     plan = planned(name, *small, num_nodes=num_nodes)
-    found = search(plan.config, num_nodes=num_nodes, gpus_per_node=8, gpu=plan.gpu, rates=efficiencies())
+    found = search(plan.config, plan.cluster)
     steps = [other.step_seconds for other in found]
     assert steps == sorted(steps) and all(other.fits for other in found)
     assert steps[0] < plan.step_seconds
@@ -170,7 +170,7 @@ def test_a_search_needs_no_layout_that_goes_with_the_ranks(capsys):
         verb.plan(path, **options, do_search=False, as_json=False)
     made = verb.plan(path, **options, do_search=True, as_json=True)
     told = json.loads(capsys.readouterr().out)
-    assert made.world_size == 48 and made.fits
+    assert made.cluster.world_size == 48 and made.fits
     assert told["overrides"] == told["layouts"][0]["overrides"]
     load_config(path, overrides=told["overrides"], world_size=48)
 
@@ -181,8 +181,7 @@ def test_a_search_needs_no_layout_that_goes_with_the_ranks(capsys):
 )
 def test_a_search_looks_at_all_pipelines_that_divide_the_ranks(name, num_nodes, layout):
     config = load_config(EXAMPLES / name)
-    cluster = {"num_nodes": num_nodes, "gpus_per_node": 8, "gpu": device("h100"), "rates": efficiencies()}
-    found = search(config, **cluster)
+    found = search(config, Cluster(device("h100"), num_nodes=num_nodes))
     fitting = {
         (plan.config.parallel.tensor_model_parallel_size, plan.config.parallel.pipeline_model_parallel_size)
         for plan in found
@@ -202,7 +201,7 @@ def test_a_search_looks_at_all_pipelines_that_divide_the_ranks(name, num_nodes, 
 def test_a_search_looks_at_the_config_s_own_layout(name, overrides):
     plan = planned(name, *(f"parallel.{override}" for override in overrides))
     assert plan.fits
-    found = search(plan.config, num_nodes=plan.num_nodes, gpus_per_node=8, gpu=plan.gpu, rates=efficiencies())
+    found = search(plan.config, plan.cluster)
     assert [other.step_seconds for other in found if not changes(plan.config, other.config)] == [plan.step_seconds]
 
 
@@ -214,7 +213,7 @@ def test_a_search_looks_at_roles_that_share_a_part_of_their_ranks():
     ranks = {"actor": "0-2", "critic": "2-4", "reference": "0-6", "reward": "3-6"}
     small += [f"roles.{role}.ranks={where}" for role, where in ranks.items()]
     config = load_config(EXAMPLES / "xuanyuan2_70b/ppo.yaml", overrides=small, world_size=7)
-    found = search(config, num_nodes=1, gpus_per_node=7, gpu=device("h200"), rates=efficiencies())
+    found = search(config, Cluster(device("h200"), gpus_per_node=7))
     assert any(not changes(config, other.config) for other in found)
 
 
@@ -262,8 +261,7 @@ def test_a_search_says_why_no_layout_goes_with_the_ranks():
 def test_no_placement_drawn_at_random_is_faster_than_the_best_one_found():
     draw = random.Random(7)
     plan = planned("xuanyuan2_70b/ppo.yaml", num_nodes=16)
-    cluster = {"num_nodes": 16, "gpus_per_node": 8, "gpu": plan.gpu, "rates": efficiencies()}
-    best = search(plan.config, **cluster)[0].step_seconds
+    best = search(plan.config, plan.cluster)[0].step_seconds
     num_fitting = 0
     for _ in range(120):
         borders = sorted(draw.sample(range(1, 16), 2))
@@ -288,7 +286,7 @@ def test_no_placement_drawn_at_random_is_faster_than_the_best_one_found():
             check_world(config, world_size=128)
         except InvalidConfig:
             continue
-        drawn = make_plan(config, **cluster, with_split=False)
+        drawn = make_plan(config, plan.cluster, with_split=False)
         num_fitting += drawn.fits
         assert not drawn.fits or drawn.step_seconds > 0.98 * best
     assert num_fitting > 5
@@ -323,13 +321,13 @@ def test_a_calibration_finds_how_much_slower_a_run_was(tmp_path):
         **{name: 0.8 * getattr(efficiencies(), name) for name in ("matmul", "attention", "memory", "node_network")},
         network=0.8 * efficiencies().network,
     )
-    step = step_time(plan.roles[0].job, bucket=2048, gpu=plan.gpu, rates=slower)
+    step = step_time(plan.roles[0].job, dataclasses.replace(plan.cluster, rates=slower), bucket=2048)
     rows = [
         {"iteration": number, "bucket": 2048, "tokens_per_second": 32 * step.tokens_per_second} for number in (3, 4)
     ]
     rows.insert(0, {"iteration": 1, "bucket": 2048, "tokens_per_second": 1.0})  # the first steps do not count
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = calibrate(tmp_path, gpu=plan.gpu, rates=efficiencies(), gpus_per_node=8)
+    found = calibrate(tmp_path, plan.cluster)
     assert found.factor == pytest.approx(0.8, abs=0.01)
     assert found.speeds[0].predicted == pytest.approx(found.speeds[0].measured, rel=0.01)
     assert found.speeds[0].before > found.speeds[0].measured

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.hf.names import global_names, global_shape
-from megatron_xy.plan.assumptions import device, efficiencies
+from megatron_xy.plan.assumptions import Cluster, device
 from megatron_xy.plan.quantising import WEIGHT_BYTES, quantising
 from megatron_xy.quantisation.verb import quantize
 from tests.end_to_end.random_model import SHAPE, write_random_model
@@ -21,7 +21,7 @@ MODEL = ModelConfig(
 
 
 def planned(model: ModelConfig = MODEL):
-    return {form.scheme: form for form in quantising(model, gpu=device("h100"), rates=efficiencies())}
+    return {form.scheme: form for form in quantising(model, Cluster(device("h100")))}
 
 
 def test_a_result_is_the_layers_in_few_bits_and_the_rest_in_bf16():
