@@ -15,21 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.config import RunConfig
-from megatron_xy.data.building.workers import Progress
 from megatron_xy.data.corpus.rows import read_rows
 from megatron_xy.data.encoding.tokenizer import Tokenizer
 from megatron_xy.data.inspection.progress import showing_progress
 from megatron_xy.inference.answers import find_tokenizer, identity_of
 from megatron_xy.inference.model_job import ModelJob, run_job
-from megatron_xy.inference.model_ranks import complete_options, joined
-from megatron_xy.inference.partial_results import PartialResults, ResultWriter
+from megatron_xy.inference.model_ranks import complete_options, joined, replica_writer
+from megatron_xy.inference.partial_results import PartialResults
 from megatron_xy.model.generate import Answer, Request, generate_share
 from megatron_xy.model.likelihood import Likelihood, Question, likelihoods_of_share
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.role import Role
-from megatron_xy.runtime.signals import StopRequest
-from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.storage import write_text
 
 VERB = "evaluate"
@@ -90,7 +86,7 @@ class Model:
             facts = {"model": identity_of(self.origin), "questions": digest}
 
             def work() -> int:
-                return run_job(job, in_this_process=lambda job: _answer(job, beat=lambda: None))
+                return run_job(job, in_this_process=lambda: run_in_rank(job, beat=lambda: None))
 
             if code := results.complete(facts, wanted=len(rows), what=kind, work=work, say=say):
                 raise JobEnded(code)
@@ -98,67 +94,44 @@ class Model:
         return [row.value for row in read_rows(results.output, option="results", parse=lambda row: row)]
 
 
-def answer_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:
-    """One rank's part of a job."""
-    stop.nothing_to_save = "; the answers that were there are kept where the command keeps its work"
-    watchdog.beat(iteration=0, phase="weights")
-    _answer(job, beat=lambda: watchdog.beat(iteration=1, phase="step"))
+def run_in_rank(job: ModelJob, *, beat: Callable[[], None]) -> None:
+    """One rank's part of a job: its replica's answers, kept one by one by the replica's leader.
 
-
-def _answer(job: ModelJob, *, beat: Callable[[], None]) -> None:
-    """This rank's part, in a world that it joins: its replica's answers, kept one by one by the replica's leader."""
+    beat: called as it begins, once the weights are there.
+    """
     config = complete_options(job.options())
-    kind, output = job.arguments["kind"], Path(job.arguments["output"])
+    kind, results = job.arguments["kind"], PartialResults(Path(job.arguments["output"]))
     rows = [row.value for row in read_rows(Path(job.arguments["input"]), option="questions", parse=lambda row: row)]
-    results = PartialResults(output)
-    done = results.done()  # read before a rank of this run can have written
-    left = [number for number in range(len(rows)) if number not in done]
+    left = results.left(len(rows))
     with joined(config) as role, contextlib.ExitStack() as stack:
-        groups = role.groups
-        writer: ResultWriter | None = None
-        if groups.is_last_stage and groups.tp_rank == 0:
-            writer = results.writer(groups.dp_rank)
-            stack.callback(writer.close)
+        writer = stack.enter_context(results.writing(replica_writer(role.groups)))
         show = stack.enter_context(showing_progress())
-        keep = _Keeper(writer, show, total=len(left) // groups.dp_size, left=left, what=kind)
+        share, ended = len(left) // role.groups.dp_size, 0
         beat()
+
+        def keep(place: int, result: dict[str, Any]) -> None:
+            nonlocal ended
+            if writer is not None:
+                writer.add(left[place], result)
+                ended += 1
+                show(kind, ended, max(share, ended), "questions")
+
         if kind == "likelihoods":
             questions = [Question(**rows[number]) for number in left]
-            likelihoods_of_share(role, questions, on_question=keep.likelihoods)
+            likelihoods_of_share(
+                role,
+                questions,
+                on_question=lambda place, found: keep(place, {"likelihoods": [asdict(each) for each in found]}),
+            )
         else:
-            prompts = [_prompt(rows[number]) for number in left]
             tokenizer = find_tokenizer(str(config.model.load), given=job.arguments["tokenizer"])
-            _respond(role, prompts, tokenizer, keep=keep)
+            prompts = [_prompt(rows[number]) for number in left]
+            _respond(role, prompts, tokenizer, on_response=lambda place, text: keep(place, {"response": text}))
 
 
-@dataclass
-class _Keeper:
-    """Keeps a replica's results under their numbers, and says how many of its questions are done."""
-
-    writer: ResultWriter | None
-    show: Progress
-    total: int
-    left: list[int]
-    what: str
-    ended: int = 0
-
-    def likelihoods(self, place: int, found: list[Likelihood]) -> None:
-        """Of a question's continuations."""
-        self._add(place, {"likelihoods": [asdict(likelihood) for likelihood in found]})
-
-    def response(self, place: int, text: str) -> None:
-        """To a prompt."""
-        self._add(place, {"response": text})
-
-    def _add(self, place: int, result: dict[str, Any]) -> None:
-        if self.writer is None:
-            return
-        self.writer.add(self.left[place], result)
-        self.ended += 1
-        self.show(self.what, self.ended, max(self.total, self.ended), "questions")
-
-
-def _respond(role: Role, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, keep: _Keeper) -> None:
+def _respond(
+    role: Role, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, on_response: Callable[[int, str], None]
+) -> None:
     """Generates the replica's share, prompts with the same options together."""
     by_options: dict[SamplingOptions, list[int]] = {}
     for place, prompt in enumerate(prompts):
@@ -174,7 +147,7 @@ def _respond(role: Role, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, kee
             return any(text in tail for text in until)
 
         def take(number: int, answer: Answer, places: list[int] = places) -> None:
-            keep.response(places[number], tokenizer.decode_answer(answer.tokens))
+            on_response(places[number], tokenizer.decode_answer(answer.tokens))
 
         generate_share(role, requests, options, on_answer=take, ends_at=ends_at)
 

@@ -6,17 +6,28 @@ import importlib
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from megatron_xy.cli.options import Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say
+from megatron_xy.cli.options import Layout, NprocPerNode, OtherTemplate, OtherTokenizer, say, start_rank_device
 from megatron_xy.config import MIN_TEMPERATURE
 from megatron_xy.errors import EXIT_COMPARISON_FAILED, ConfigError, UsageError
 from megatron_xy.runtime.signals import cleaned_up_on_signals
 
-if TYPE_CHECKING:
-    from megatron_xy.inference.model_job import ModelJob
+# The verbs over a model whose ranks keep what is done: their modules, and what stays when one is stopped.
+_OVER_MODEL = {
+    "generate": (
+        "megatron_xy.inference.answers",
+        "; the answers that had ended are kept, and the same command goes on",
+    ),
+    "score": ("megatron_xy.inference.scores", "; the scores that were there are kept, and the same command goes on"),
+    "logprobs": ("megatron_xy.inference.logprobs", "; the rows that were done are kept, and the same command goes on"),
+    "evaluate": (
+        "megatron_xy.benchmarks.answering",
+        "; the answers that were there are kept where the command keeps its work",
+    ),
+}
 
 vocab_app = typer.Typer(no_args_is_help=True, help="Extend a model's vocabulary.")
 
@@ -102,9 +113,6 @@ def generate(
     nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Answers prompts: sampled or greedy, n answers each, under any layout; goes on where a killed run stopped."""
-    from megatron_xy.inference.model_job import ModelJob, leave_on_signals
-    from megatron_xy.inference.partial_results import PartialResults
-
     if not top_p > 0:
         raise UsageError(f"--top-p {top_p}: must be above 0")
     if 0 < temperature < MIN_TEMPERATURE:
@@ -113,20 +121,13 @@ def generate(
         raise UsageError(
             f"--min-response-length {min_response_length}: more than --max-response-length ({max_response_length})"
         )
-    if nproc_per_node == 1:
-        leave_on_signals("; the answers that had ended are kept, and the same command goes on")
     arguments = {
-        "prompts": str(prompts), "output": str(output), "num_answers": num_answers, "temperature": temperature,
+        "prompts": str(prompts), "num_answers": num_answers, "temperature": temperature,
         "top_p": top_p, "top_k": top_k, "min_response_length": min_response_length,
         "max_response_length": max_response_length, "max_sequences": max_sequences, "seed": seed, "stop": stop or [],
         "tokenizer": str(tokenizer) if tokenizer else None, "chat_template": chat_template,
     }  # fmt: skip
-    run_dir = str(PartialResults(output).run_dir)
-    job = ModelJob("generate", model, nproc_per_node, overrides or [], run_dir, arguments)
-    _start_device(job)
-    from megatron_xy.inference.answers import generate_file
-
-    sys.exit(generate_file(job, say=say))
+    _over_model("generate", model, overrides, nproc_per_node, output=output, arguments=arguments)
 
 
 def score(
@@ -144,20 +145,11 @@ def score(
     nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Scores answers by a reward model, under any layout; goes on where a killed run stopped."""
-    from megatron_xy.inference.model_job import ModelJob, leave_on_signals
-    from megatron_xy.inference.partial_results import PartialResults
-
-    if nproc_per_node == 1:
-        leave_on_signals("; the scores that were there are kept, and the same command goes on")
     arguments = {
-        "input": str(input_file), "output": str(output), "micro_batch_tokens": micro_batch_tokens,
+        "input": str(input_file), "micro_batch_tokens": micro_batch_tokens,
         "tokenizer": str(tokenizer) if tokenizer else None, "chat_template": chat_template,
     }  # fmt: skip
-    job = ModelJob("score", model, nproc_per_node, overrides or [], str(PartialResults(output).run_dir), arguments)
-    _start_device(job)
-    from megatron_xy.inference.scores import score_file
-
-    sys.exit(score_file(job, say=say))
+    _over_model("score", model, overrides, nproc_per_node, output=output, arguments=arguments)
 
 
 def logprobs(
@@ -173,25 +165,33 @@ def logprobs(
     nproc_per_node: NprocPerNode = 1,
 ) -> None:
     """Log-probabilities of given token rows, under any layout; goes on where a killed run stopped."""
+    arguments = {"input": str(input_file)}
+    _over_model("logprobs", model, overrides, nproc_per_node, output=output, arguments=arguments)
+
+
+def _over_model(
+    verb: str,
+    model: str,
+    overrides: list[str] | None,
+    nproc_per_node: int,
+    *,
+    output: Path,
+    arguments: dict[str, Any],
+) -> None:
+    """Such a verb's work to its end, here or on the ranks that it starts; ends this process."""
     from megatron_xy.inference.model_job import ModelJob, leave_on_signals
     from megatron_xy.inference.partial_results import PartialResults
 
+    module, what_stays = _OVER_MODEL[verb]
     if nproc_per_node == 1:
-        leave_on_signals("; the rows that were done are kept, and the same command goes on")
-    arguments = {"input": str(input_file), "output": str(output)}
-    job = ModelJob("logprobs", model, nproc_per_node, overrides or [], str(PartialResults(output).run_dir), arguments)
-    _start_device(job)
-    from megatron_xy.inference.logprobs import logprobs_file
-
-    sys.exit(logprobs_file(job, say=say))
-
-
-def _start_device(job: ModelJob) -> None:
-    """The options are looked at first: what is wrong with them need not wait for torch."""
-    options = job.options()
+        leave_on_signals(what_stays)
+    run_dir = str(PartialResults(output).run_dir)
+    job = ModelJob(verb, model, nproc_per_node, overrides or [], run_dir, arguments | {"output": str(output)})
+    options = job.options()  # looked at first: what is wrong with them need not wait for torch
     from megatron_xy import device
 
     device.start(num_threads=options.runtime.num_threads)
+    sys.exit(importlib.import_module(module).run(job, say=say))
 
 
 def model_rank(job_file: Path) -> None:
@@ -202,21 +202,11 @@ def model_rank(job_file: Path) -> None:
     job = read_job(job_file)
 
     def work(config: Any, stop: Any, watchdog: Any) -> None:
-        from megatron_xy import device
-        from megatron_xy.runtime import environment
-
-        device.start(
-            local_rank=environment.local_rank(),
-            num_threads=config.runtime.num_threads,
-            deterministic=config.runtime.deterministic,
-        )
-        module, function = {
-            "generate": ("megatron_xy.inference.answers", "generate_in_rank"),
-            "score": ("megatron_xy.inference.scores", "score_in_rank"),
-            "logprobs": ("megatron_xy.inference.logprobs", "logprobs_in_rank"),
-            "evaluate": ("megatron_xy.benchmarks.answering", "answer_in_rank"),
-        }[job.verb]
-        getattr(importlib.import_module(module), function)(job, config, stop, watchdog)
+        start_rank_device(config)
+        name, stop.nothing_to_save = _OVER_MODEL[job.verb]
+        module = importlib.import_module(name)
+        watchdog.beat(iteration=0, phase="weights")
+        module.run_in_rank(job, beat=lambda: watchdog.beat(iteration=1, phase="step"))
 
     run_model_rank(job, work=work)
 

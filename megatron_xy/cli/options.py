@@ -1,4 +1,4 @@
-"""What verbs have in common: arguments of the same meaning, and how they say how it goes."""
+"""What verbs have in common: arguments of the same meaning, a rank's device, and how they say how it goes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_xy.config import InvalidConfig
+from megatron_xy.config import InvalidConfig, RunConfig
 
 RunYaml = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run's config")]
 Overrides = Annotated[
@@ -29,6 +29,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdou
 def say(text: str) -> None:
     """Tells how long work goes, on stderr: stdout has the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def start_rank_device(config: RunConfig) -> None:
+    """What a rank computes on, as its config says; torch is imported here."""
+    from megatron_xy import device
+    from megatron_xy.runtime import environment
+
+    device.start(
+        local_rank=environment.local_rank(),
+        num_threads=config.runtime.num_threads,
+        deterministic=config.runtime.deterministic,
+    )
 
 
 def tell_whole(directory: Path, *, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_xy.cli.options import NprocPerNode, Overrides, RunYaml
+from megatron_xy.cli.options import NprocPerNode, Overrides, RunYaml, start_rank_device
 from megatron_xy.errors import MegatronXYError
 
 
@@ -79,14 +79,7 @@ def _train(task: str, module: str, run_yaml: Path, overrides: list[str] | None) 
     from megatron_xy.runtime.worker import run_worker
 
     def work(config: Any, stop: Any, watchdog: Any) -> None:
-        from megatron_xy import device
-        from megatron_xy.runtime import environment
-
-        device.start(
-            local_rank=environment.local_rank(),
-            num_threads=config.runtime.num_threads,
-            deterministic=config.runtime.deterministic,
-        )
+        start_rank_device(config)
         importlib.import_module(module).run(config, stop=stop, watchdog=watchdog, began=began)
 
     run_worker(task, config_path=run_yaml, overrides=overrides or [], work=work)

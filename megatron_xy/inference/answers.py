@@ -30,13 +30,11 @@ from megatron_xy.data.inspection.progress import showing_progress
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.kept import end_ids, kept_facts
 from megatron_xy.inference.model_job import ModelJob
-from megatron_xy.inference.model_ranks import complete_options, joined
+from megatron_xy.inference.model_ranks import complete_options, joined, replica_writer
 from megatron_xy.inference.partial_results import PartialResults, complete_job
 from megatron_xy.model.generate import Answer, Request, generate_share, share_of
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model.source import own_tokenizer, split_origin
-from megatron_xy.runtime.signals import StopRequest
-from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.storage import file_sha256
 
 
@@ -71,6 +69,7 @@ class Prompt:
 class Work:
     """What every rank makes of the arguments: the same on all."""
 
+    arguments: GenerateArguments
     config: RunConfig
     tokenizer: Tokenizer
     prompts: list[Row[Prompt]]
@@ -83,38 +82,31 @@ class Work:
         return [
             Request(prompt.value.tokens, row=row, index=index)
             for row, prompt in enumerate(self.prompts)
-            for index in range(self.facts["num_answers"])
+            for index in range(self.arguments.num_answers)
         ]
 
 
-def generate_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
+def run(job: ModelJob, *, say: Callable[[str], None]) -> int:
     """The whole verb; returns the exit code.
 
     Raises ConfigError for arguments and paths, DataError for bad rows and damaged weights, StorageError.
     """
-    arguments = GenerateArguments(**job.arguments)
     work = prepare(job)
-    wanted = len(work.prompts) * arguments.num_answers
-    return complete_job(
-        job,
-        work.facts,
-        wanted=wanted,
-        what="answers",
-        in_this_process=lambda job: _generate_in_this_rank(work, arguments, beat=lambda: None),
-        say=say,
-    )
+
+    def in_this_process() -> None:
+        _generate(work, beat=lambda: None)
+
+    wanted = len(work.requests)
+    return complete_job(job, work.facts, wanted=wanted, what="answers", in_this_process=in_this_process, say=say)
 
 
-def generate_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:
-    """One rank's part of the verb."""
-    stop.nothing_to_save = "; the answers that had ended are kept, and the same command goes on"
-    arguments = GenerateArguments(**job.arguments)
-    watchdog.beat(iteration=0, phase="weights")
-    _generate_in_this_rank(prepare(job), arguments, beat=lambda: watchdog.beat(iteration=1, phase="step"))
+def run_in_rank(job: ModelJob, *, beat: Callable[[], None]) -> None:
+    """One rank's part of the verb. beat: called as it begins, once the weights are there."""
+    _generate(prepare(job), beat=beat)
 
 
 def prepare(job: ModelJob) -> Work:
-    """Reads and checks everything but the weights; raises as `generate_file` does."""
+    """Reads and checks everything but the weights; raises as `run` does."""
     arguments = GenerateArguments(**job.arguments)
     config = complete_options(job.options())
     origin = str(config.model.load)
@@ -158,7 +150,7 @@ def prepare(job: ModelJob) -> Work:
         "stop_ids": list(options.stop_ids),
         "chat_template": chat.used,
     }
-    return Work(config, tokenizer, prompts, options, facts)
+    return Work(arguments, config, tokenizer, prompts, options, facts)
 
 
 def find_tokenizer(origin: str, *, given: str | None) -> Tokenizer:
@@ -257,19 +249,14 @@ def identity_of(origin: str) -> str:
     return hashlib.sha256(f"{file_sha256(folder / 'config.json')} {shards}".encode()).hexdigest()
 
 
-def _generate_in_this_rank(work: Work, arguments: GenerateArguments, *, beat: Callable[[], None]) -> None:
+def _generate(work: Work, *, beat: Callable[[], None]) -> None:
     """This rank's part, in a world that it joins: its replica's answers, kept one by one by the replica's leader."""
-    results = PartialResults(Path(arguments.output))
-    done = results.done()  # read before a rank of this run can have written
+    results, requests = PartialResults(Path(work.arguments.output)), work.requests
+    left = results.left(len(requests))
+    wanted = [requests[number] for number in left]
     with joined(work.config) as role, contextlib.ExitStack() as stack:
         groups = role.groups
-        requests = work.requests
-        left = [place for place in range(len(requests)) if place not in done]
-        wanted = [requests[place] for place in left]
-        writer = None
-        if groups.is_last_stage and groups.tp_rank == 0:
-            writer = results.writer(groups.dp_rank)
-            stack.callback(writer.close)
+        writer = stack.enter_context(results.writing(replica_writer(groups)))
         total = len(share_of(wanted, dp_size=groups.dp_size, dp_rank=groups.dp_rank))
         progress = stack.enter_context(showing_progress()) if groups.is_leader else None
         replica = f" of replica 1 of {groups.dp_size}" if groups.dp_size > 1 else ""
@@ -280,15 +267,14 @@ def _generate_in_this_rank(work: Work, arguments: GenerateArguments, *, beat: Ca
             nonlocal ended, num_tokens
             ended, num_tokens = ended + 1, num_tokens + len(answer.tokens)
             if writer is not None:
-                number = left[place]
-                writer.add(number, _row(work, number, arguments.num_answers, answer))
+                writer.add(left[place], _row(work, left[place], answer))
             if progress is not None:
                 progress(f"generate{replica}", ended, total, "answers")
 
         if progress is not None:
             progress(f"generate{replica}", 0, total, "answers")  # from here on the rate counts
         began = time.monotonic()
-        generate_share(role, wanted, work.options, on_answer=keep, max_sequences=arguments.max_sequences)
+        generate_share(role, wanted, work.options, on_answer=keep, max_sequences=work.arguments.max_sequences)
         if groups.is_leader and ended:
             seconds = max(time.monotonic() - began, 1e-9)
             print(
@@ -299,9 +285,9 @@ def _generate_in_this_rank(work: Work, arguments: GenerateArguments, *, beat: Ca
             )
 
 
-def _row(work: Work, number: int, num_answers: int, answer: Answer) -> dict[str, Any]:
+def _row(work: Work, number: int, answer: Answer) -> dict[str, Any]:
     """One row of the output. Raises DataError where the model gives no probabilities."""
-    row, index = divmod(number, num_answers)
+    row, index = divmod(number, work.arguments.num_answers)
     logprobs_sum = sum(answer.logprobs)
     if not math.isfinite(logprobs_sum):
         raise DataError(

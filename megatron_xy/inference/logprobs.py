@@ -7,7 +7,6 @@ Rows are kept as they are done; the same command goes on after a kill, also in a
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,16 +19,14 @@ from megatron_xy.config import RunConfig
 from megatron_xy.data.corpus.rows import BadRow, read_rows
 from megatron_xy.inference.answers import identity_of
 from megatron_xy.inference.model_job import ModelJob
-from megatron_xy.inference.model_ranks import complete_options, joined
+from megatron_xy.inference.model_ranks import complete_options, joined, replica_writer
 from megatron_xy.inference.partial_results import PartialResults, complete_job
 from megatron_xy.model.logits import logprobs_of
-from megatron_xy.runtime.signals import StopRequest
-from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.storage import file_sha256
 from megatron_xy.tensors.files import write_tensors
 
 
-def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
+def run(job: ModelJob, *, say: Callable[[str], None]) -> int:
     """The whole verb; returns the exit code. Row i becomes tensor "i" [row length - 1] fp32.
 
     Raises ConfigError for arguments and paths, DataError for bad rows and damaged weights, StorageError.
@@ -42,17 +39,15 @@ def logprobs_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
         facts,
         wanted=len(rows),
         what="rows",
-        in_this_process=lambda job: _compute(job, config, beat=lambda: None),
+        in_this_process=lambda: _compute(job, config, beat=lambda: None),
         say=say,
         write=_write,
     )
 
 
-def logprobs_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:
-    """One rank's part of the verb."""
-    stop.nothing_to_save = "; the rows that were done are kept, and the same command goes on"
-    watchdog.beat(iteration=0, phase="weights")
-    _compute(job, complete_options(job.options()), beat=lambda: watchdog.beat(iteration=1, phase="step"))
+def run_in_rank(job: ModelJob, *, beat: Callable[[], None]) -> None:
+    """One rank's part of the verb. beat: called at every pass."""
+    _compute(job, complete_options(job.options()), beat=beat)
 
 
 def _rows(job: ModelJob, config: RunConfig) -> list[list[int]]:
@@ -73,15 +68,9 @@ def _compute(job: ModelJob, config: RunConfig, *, beat: Callable[[], None]) -> N
     """This rank's replica's share of the rows that are missing, kept by the last stage's first rank."""
     rows = _rows(job, config)
     results = PartialResults(Path(job.arguments["output"]))
-    done = results.done()  # read before a rank of this run can have written
-    left = [number for number in range(len(rows)) if number not in done]
-    with joined(config) as role, contextlib.ExitStack() as stack:
-        groups = role.groups
-        mine = left[groups.dp_rank :: groups.dp_size]
-        writer = None
-        if groups.is_last_stage and groups.tp_rank == 0:
-            writer = results.writer(groups.dp_rank)
-            stack.callback(writer.close)
+    left = results.left(len(rows))
+    with joined(config) as role, results.writing(replica_writer(role.groups)) as writer:
+        mine = left[role.groups.dp_rank :: role.groups.dp_size]
         for place, values in logprobs_of(role, [rows[number] for number in mine]):
             beat()
             if writer is not None:

@@ -44,7 +44,7 @@ def read_job(path: Path) -> ModelJob:
     return ModelJob(**json.loads(path.read_bytes()))
 
 
-def run_job(job: ModelJob, *, in_this_process: Callable[[ModelJob], None]) -> int:
+def run_job(job: ModelJob, *, in_this_process: Callable[[], None]) -> int:
     """Does the job on its ranks; returns the exit code. `in_this_process` does it where there is one rank.
 
     To be called in the main thread. Raises RunDirBusy where another run is at work in the folder.
@@ -53,7 +53,7 @@ def run_job(job: ModelJob, *, in_this_process: Callable[[ModelJob], None]) -> in
     run_folder.prepare(run_dir, key="the work folder beside the output")
     if job.nproc_per_node == 1:
         with run_folder.lock(run_dir, name=run_folder.SUPERVISOR_LOCK):
-            in_this_process(job)
+            in_this_process()
         return 0
     write_json(run_dir / JOB_FILE, asdict(job))
     return supervise(

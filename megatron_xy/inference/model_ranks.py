@@ -40,6 +40,11 @@ def stored_dtype(origin: str) -> Literal["fp32", "bf16"]:
     return "fp32" if manifest.tensors[EMBEDDING].dtype == "float32" else "bf16"
 
 
+def replica_writer(groups: parallel.Groups) -> int | None:
+    """The number under which this rank writes its replica's results; None where another rank does."""
+    return groups.dp_rank if groups.is_last_stage and groups.tp_rank == 0 else None
+
+
 @contextlib.contextmanager
 def joined(config: RunConfig) -> Iterator[Role]:
     """Inside, this process is a rank of the model's world; a world of its own where no launcher started it.

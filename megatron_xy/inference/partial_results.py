@@ -12,6 +12,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,17 @@ class PartialResults:
         """The numbers of the results that are there."""
         return set(self._places())
 
+    def left(self, wanted: int) -> list[int]:
+        """Of `wanted` results those that are not there; to be asked before a rank of this run can have written."""
+        return sorted(set(range(wanted)) - self.done())
+
     def writer(self, number: int) -> ResultWriter:
         """For one of the processes that make results; each has a number of its own."""
         return ResultWriter(self.folder / f"results-{number:05d}")
+
+    def writing(self, number: int | None) -> AbstractContextManager[ResultWriter | None]:
+        """Inside, the writer of that number; None for a process that writes none."""
+        return contextlib.nullcontext() if number is None else contextlib.closing(self.writer(number))
 
     def finish(self, count: int, *, write: Write = write_lines) -> None:
         """Writes results 0 to count - 1 to `output`, in order, in one step, and lets go of the folder."""
@@ -155,7 +164,7 @@ def complete_job(
     *,
     wanted: int,
     what: str,
-    in_this_process: Callable[[ModelJob], None],
+    in_this_process: Callable[[], None],
     say: Callable[[str], None],
     write: Write = write_lines,
 ) -> int:

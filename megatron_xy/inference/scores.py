@@ -28,8 +28,6 @@ from megatron_xy.inference.model_ranks import complete_options, joined
 from megatron_xy.inference.partial_results import PartialResults, complete_job
 from megatron_xy.model.source import stored_head
 from megatron_xy.reward.scoring import MICRO_BATCHES_A_PASS, passes, score_pass
-from megatron_xy.runtime.signals import StopRequest
-from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.storage import file_sha256
 
 
@@ -63,31 +61,26 @@ class Work:
     facts: dict[str, Any]  # what the scores depend on
 
 
-def score_file(job: ModelJob, *, say: Callable[[str], None]) -> int:
+def run(job: ModelJob, *, say: Callable[[str], None]) -> int:
     """The whole verb; returns the exit code.
 
     Raises ConfigError for arguments and paths, DataError for bad rows and damaged weights, StorageError.
     """
     work = prepare(job)
-    return complete_job(
-        job,
-        work.facts,
-        wanted=len(work.rows),
-        what="scores",
-        in_this_process=lambda job: _score_in_this_rank(job, work, beat=lambda: None),
-        say=say,
-    )
+
+    def in_this_process() -> None:
+        _score(job, work, beat=lambda: None)
+
+    return complete_job(job, work.facts, wanted=len(work.rows), what="scores", in_this_process=in_this_process, say=say)
 
 
-def score_in_rank(job: ModelJob, config: RunConfig, stop: StopRequest, watchdog: Watchdog) -> None:
-    """One rank's part of the verb."""
-    stop.nothing_to_save = "; the scores that were there are kept, and the same command goes on"
-    watchdog.beat(iteration=0, phase="weights")
-    _score_in_this_rank(job, prepare(job), beat=lambda: watchdog.beat(iteration=1, phase="step"))
+def run_in_rank(job: ModelJob, *, beat: Callable[[], None]) -> None:
+    """One rank's part of the verb. beat: called at every pass."""
+    _score(job, prepare(job), beat=beat)
 
 
 def prepare(job: ModelJob) -> Work:
-    """Reads and checks everything but the weights; raises as `score_file` does."""
+    """Reads and checks everything but the weights; raises as `run` does."""
     arguments = ScoreArguments(**job.arguments)
     config = complete_options(job.options(), head="value")
     origin = str(config.model.load)
@@ -144,25 +137,21 @@ def _response_tokens(row: dict[str, Any], tokenizer: Tokenizer, chats: Chats) ->
         raise BadRow(f"response: {problem}") from None
 
 
-def _score_in_this_rank(job: ModelJob, work: Work, *, beat: Callable[[], None]) -> None:
+def _score(job: ModelJob, work: Work, *, beat: Callable[[], None]) -> None:
     """This rank's part, in a world that it joins; the leader keeps the scores of each pass."""
     results = PartialResults(Path(job.arguments["output"]))
-    done = results.done()  # read before a rank of this run can have written
-    left = [number for number in range(len(work.rows)) if number not in done]
+    left = results.left(len(work.rows))
     prompts = [work.rows[number].value.prompt for number in left]
     responses = [work.rows[number].value.response for number in left]
     with joined(work.config) as role, contextlib.ExitStack() as stack:
         stack.enter_context(role.evaluating())
-        writer = progress = None
-        if role.groups.is_leader:
-            writer = results.writer(0)
-            stack.callback(writer.close)
-            progress = stack.enter_context(showing_progress())
+        writer = stack.enter_context(results.writing(0 if role.groups.is_leader else None))
+        progress = stack.enter_context(showing_progress())
         most = MICRO_BATCHES_A_PASS * work.micro_batch_tokens * role.groups.dp_size
         for part in passes(prompts, responses, most=most):
             beat()
             scores = score_pass(role, prompts[part], responses[part], micro_batch_tokens=work.micro_batch_tokens)
-            if writer is not None and progress is not None:
+            if writer is not None:
                 for number, score in zip(left[part], scores.tolist(), strict=True):
                     if not math.isfinite(score):
                         raise DataError(f"the score of line {work.rows[number].line} is {score}: the model is damaged")
