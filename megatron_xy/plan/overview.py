@@ -64,6 +64,11 @@ class RolePlan:
             for mode in RECOMPUTATIONS
         }
 
+    def ranks_of(self, stage: int) -> tuple[int, ...]:
+        """The global ranks of a pipeline stage."""
+        number = len(self.job.ranks) // len(self.stages)
+        return self.job.ranks[stage * number : (stage + 1) * number]
+
     @property
     def worst(self) -> RoleMemory:
         """The stage that holds most."""
@@ -239,12 +244,10 @@ def _worst(roles: tuple[RolePlan, ...], *, world_size: int) -> tuple[int, float,
     """The rank that holds most, what it holds with its margin, and the margin. Roles that share ranks take turns."""
     static, active = [0] * world_size, [0] * world_size
     for role in roles:
-        job = role.job
-        per_stage = len(job.ranks) // len(role.stages)
-        for place, rank in enumerate(job.ranks):
-            memory = role.stages[place // per_stage]
-            static[rank] += memory.static
-            active[rank] = max(active[rank], memory.activations)
+        for memory in role.stages:
+            for rank in role.ranks_of(memory.stage):
+                static[rank] += memory.static
+                active[rank] = max(active[rank], memory.activations)
     given = section("memory")
 
     def margin(rank: int) -> float:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from megatron_xy.plan.overview import Plan
-from megatron_xy.report.axes import COLOURS
+from megatron_xy.report.axes import colour_of
 from megatron_xy.storage import storage_errors
 
 GB = 1e9
@@ -22,10 +22,9 @@ def draw_plan(plan: Plan) -> Figure:
         2, 1, height_ratios=[1 + len(plan.roles), 2 + sum(len(r.stages) for r in plan.roles)]
     )
     for row, role in enumerate(plan.roles):
-        per_stage = len(role.job.ranks) // len(role.stages)
-        for place, rank in enumerate(role.job.ranks):
-            colour = COLOURS[(place // per_stage) % len(COLOURS)]
-            above.add_patch(Rectangle((rank, row + 0.1), 1, 0.8, color=colour, linewidth=0))
+        for memory in role.stages:
+            for rank in role.ranks_of(memory.stage):
+                above.add_patch(Rectangle((rank, row + 0.1), 1, 0.8, color=colour_of(memory.stage), linewidth=0))
     cluster = plan.cluster
     above.set_xlim(0, cluster.world_size)
     above.set_ylim(len(plan.roles), 0)
@@ -37,7 +36,7 @@ def draw_plan(plan: Plan) -> Figure:
         for index, part in enumerate(PARTS):
             value = getattr(memory, part) / GB
             label = part if number == 0 else None
-            below.barh(number, value, left=left, color=COLOURS[index % len(COLOURS)], label=label)
+            below.barh(number, value, left=left, color=colour_of(index), label=label)
             left += value
     below.axvline(cluster.gpu.memory_bytes / GB, color="black", linestyle="--", label=cluster.gpu.name)
     below.set_yticks(range(len(stages)), [f"{role.job.role} stage {memory.stage}" for role, memory in stages])

@@ -191,18 +191,24 @@ def sizes(*, num_ranks: int, num_layers: int, gpus_per_node: int) -> Iterator[tu
             yield from ((tp, pp) for pp in range(1, most + 1) if num_ranks // tp % pp == 0)
 
 
+def resized(own: ParallelConfig, *, tp: int, pp: int, vp: int | None) -> ParallelConfig:
+    """A layout with other sizes; where tensors are split, sequences are, too."""
+    return own.model_copy(
+        update={
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "virtual_pipeline_model_parallel_size": vp,
+            "sequence_parallel": tp > 1 or own.sequence_parallel,
+        }
+    )
+
+
 def _laid_out(job: Job, *, num_ranks: int, gpus_per_node: int) -> Iterator[Job]:
     """The role on so many ranks in every layout that the rules allow."""
     model, own = job.model, job.parallel
     for tp, pp in sizes(num_ranks=num_ranks, num_layers=model.num_layers or 0, gpus_per_node=gpus_per_node):
         is_same = pp == own.pipeline_model_parallel_size
-        changed_sizes = {
-            "tensor_model_parallel_size": tp,
-            "pipeline_model_parallel_size": pp,
-            "virtual_pipeline_model_parallel_size": own.virtual_pipeline_model_parallel_size if is_same else None,
-            "sequence_parallel": tp > 1 or own.sequence_parallel,
-        }
-        parallel = own.model_copy(update=changed_sizes)
+        parallel = resized(own, tp=tp, pp=pp, vp=own.virtual_pipeline_model_parallel_size if is_same else None)
         if any(shape_rules(model, parallel)) or any(layout_rules(parallel)):
             continue
         for recompute in RECOMPUTATIONS if job.is_trained else (model.recompute_granularity,):
@@ -236,19 +242,11 @@ def _partitions(roles: Sequence[RoleName]) -> Iterator[list[Group]]:
 def _replica_each(config: RunConfig) -> RunConfig:
     """Every role on the ranks of one replica, so that its jobs can be made whatever the world."""
     assert config.roles is not None, "task ppo has them"
-    return config.model_copy(
-        update={
-            "roles": {
-                name: config.roles[name].model_copy(
-                    update={
-                        "ranks": spelt_ranks(range(role_sections(config, name)[1].model_parallel_size)),
-                        "share": None,
-                    }
-                )
-                for name in role_names(config)
-            }
-        }
-    )
+    roles = {}
+    for name in role_names(config):
+        ranks = spelt_ranks(range(role_sections(config, name)[1].model_parallel_size))
+        roles[name] = config.roles[name].model_copy(update={"ranks": ranks, "share": None})
+    return config.model_copy(update={"roles": roles})
 
 
 def _placed(config: RunConfig, placement: _Placement) -> RunConfig:

@@ -10,7 +10,7 @@ from megatron_xy.flops import shape_of
 from megatron_xy.plan.assumptions import Cluster
 from megatron_xy.plan.memory import RECOMPUTATIONS
 from megatron_xy.plan.overview import Plan, make_plan
-from megatron_xy.plan.placements import differences, placements, sizes
+from megatron_xy.plan.placements import differences, placements, resized, sizes
 
 
 def search(config: RunConfig, cluster: Cluster) -> list[Plan]:
@@ -104,17 +104,8 @@ def _layouts(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
     yield config
     num_layers = shape_of(config.model).num_layers
     for tp, pp in sizes(num_ranks=cluster.world_size, num_layers=num_layers, gpus_per_node=cluster.gpus_per_node):
-        layers = num_layers // pp
-        for vp in (
-            None,
-            *(size for size in range(2, layers + 1) if pp > 1 and num_layers % (pp * size) == 0),
-        ):
-            changed = {
-                "tensor_model_parallel_size": tp,
-                "pipeline_model_parallel_size": pp,
-                "virtual_pipeline_model_parallel_size": vp,
-                "sequence_parallel": tp > 1 or own.sequence_parallel,
-            }
-            parallel = own.model_copy(update=changed)
+        most = num_layers // pp if pp > 1 else 0
+        for vp in (None, *(size for size in range(2, most + 1) if num_layers % (pp * size) == 0)):
+            parallel = resized(own, tp=tp, pp=pp, vp=vp)
             if parallel != own:
                 yield config.model_copy(update={"parallel": parallel})

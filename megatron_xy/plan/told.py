@@ -123,14 +123,12 @@ def _headline(plan: Plan) -> RenderableType:
 def _placement(plan: Plan) -> RenderableType:
     table = _table("ranks", "role", "stage", "layers", "ranks", "layout", "parameters a rank")
     for role in plan.roles:
-        per_stage = len(role.job.ranks) // len(role.stages)
         for memory in role.stages:
-            ranks = role.job.ranks[memory.stage * per_stage : (memory.stage + 1) * per_stage]
             table.add_row(
                 role.job.role if memory.stage == 0 else "",
                 str(memory.stage),
                 _bar(memory.num_layers, role),
-                spelt_ranks(ranks),
+                spelt_ranks(role.ranks_of(memory.stage)),
                 _layout(role) if memory.stage == 0 else "",
                 f"{memory.parameters / 1e6:,.1f} M",
             )
@@ -278,14 +276,10 @@ def _time_line(plan: Plan, line: TimeLine) -> RenderableType:
 def _duration(days: float) -> str:
     if days >= 1:
         return f"{days:,.1f} days"
-    hours = 24 * days
-    return (
-        f"{hours:.1f} hours"
-        if hours >= 1
-        else f"{60 * hours:.1f} minutes"
-        if hours >= 1 / 60
-        else _seconds(3600 * hours)
-    )
+    if days >= 1 / 24:
+        return f"{24 * days:.1f} hours"
+    minutes = 24 * 60 * days
+    return f"{minutes:.1f} minutes" if minutes >= 1 else _seconds(60 * minutes)
 
 
 def _seconds(value: float) -> str:
