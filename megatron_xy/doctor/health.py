@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import resource
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ import yaml
 
 from megatron_xy.errors import ConfigError, StorageError
 from megatron_xy.packages import PACKAGES, version_of
-from megatron_xy.storage import storage_errors, take_lock, temporary_name
+from megatron_xy.run_folder.files import probe
+from megatron_xy.storage import storage_errors, temporary_name
 
 OPEN_FILES = 4096  # shards, sockets to peers and libraries of a rank
 SHM_BYTES = 2**30  # a container's default of 64 MB is too little for NCCL
@@ -140,13 +139,9 @@ def _disk(folder: Path) -> Iterator[Finding]:
         path.unlink(missing_ok=True)
     remedy = "" if rate >= SLOW_DISK else "put run_dir on a faster file system, or save less often"
     yield Finding("warn" if remedy else "ok", "disk writes", f"{rate / 1e6:,.0f} MB/s with fsync", remedy)
-    yield _locks(folder)
-
-
-def _locks(folder: Path) -> Finding:
     try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            take_lock(probe.fileno(), fcntl.LOCK_EX, folder=folder)
+        probe(folder)
     except ConfigError as error:
-        return Finding("fail", "file locks", *str(error).split("; ", 1))
-    return Finding("ok", "file locks", f"{folder.resolve()} has them")
+        yield Finding("fail", "file locks", *str(error).split("; ", 1))
+    else:
+        yield Finding("ok", "file locks", f"{folder.resolve()} has them")

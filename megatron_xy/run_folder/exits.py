@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -19,7 +18,7 @@ from megatron_xy.errors import (
     EXIT_STOPPED,
     EXIT_USAGE,
 )
-from megatron_xy.run_folder.files import now, read_json
+from megatron_xy.run_folder.files import now, read_standing_json
 from megatron_xy.run_folder.locks import exit_lock, foreign_lock
 from megatron_xy.run_folder.starts import current_attempt, this_start
 from megatron_xy.storage import write_json
@@ -92,11 +91,8 @@ def record_exit(
 
 def read_exit(run_dir: Path) -> ExitRecord | None:
     """How the run ended, as far as anyone has said. What other versions say besides is passed over."""
-    try:
-        values = read_json(run_dir / "exit.json")
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the latter where a file server has just replaced it
-            raise
+    values = read_standing_json(run_dir / "exit.json")
+    if values is None:
         return None
     return ExitRecord(**{field.name: values[field.name] for field in fields(ExitRecord)})
 

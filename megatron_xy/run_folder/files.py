@@ -29,13 +29,13 @@ def prepare(run_dir: Path, *, key: str = "run_dir") -> None:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in FOLDERS:
             (run_dir / name).mkdir(mode=0o700, exist_ok=True)
-        _probe(run_dir)
+        probe(run_dir)
 
 
 def check_place(run_dir: Path) -> None:
     """Raises as `prepare` would, and makes nothing: the nearest folder that is there is tried."""
     with _refusals(run_dir, key="run_dir"):
-        _probe(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists()))
+        probe(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists()))
 
 
 @contextmanager
@@ -50,10 +50,11 @@ def _refusals(run_dir: Path, *, key: str) -> Iterator[None]:
         ) from None
 
 
-def _probe(folder: Path) -> None:
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        probe.write(b"x")
-        take_lock(probe.fileno(), fcntl.LOCK_EX, folder=folder)
+def probe(folder: Path) -> None:
+    """Writes and locks a file in `folder`. Raises OSError, and ConfigError where its file system has no locks."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        take_lock(file.fileno(), fcntl.LOCK_EX, folder=folder)
 
 
 def read_json(path: Path) -> Any:
@@ -62,6 +63,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} must be JSON as the run wrote it: {error}; remove it") from None
+
+
+def read_standing_json(path: Path) -> Any | None:
+    """Likewise; None where there is no file, or a file server has just replaced or removed it."""
+    try:
+        return read_json(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        return None
 
 
 def now() -> str:

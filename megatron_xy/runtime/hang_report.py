@@ -6,7 +6,6 @@ Through files in RUN/heartbeats, so that it reaches other machines and needs no 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_xy.run_folder import Beat, current_attempt, exit_lock, read_heartbeats, this_start
+from megatron_xy.run_folder.files import read_standing_json
 from megatron_xy.runtime.liveness import SIGNS
 from megatron_xy.runtime.orphans import process_state
 from megatron_xy.storage import write_json, write_text
@@ -71,6 +71,11 @@ class Answer:
     waits_for: str | None
     stacks: dict[str, str]
 
+    @property
+    def main_stack(self) -> str:
+        """Empty where there is none."""
+        return next(iter(self.stacks.values()), "")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -108,12 +113,10 @@ def is_filed(run_dir: Path) -> bool:
 def read_request(run_dir: Path, *, since: float, attempt: int | None = None) -> Request | None:
     """The request of this start and attempt, if one was filed after `since` (Unix seconds: when this process began)."""
     wanted = (this_start(), current_attempt() if attempt is None else attempt)
-    try:
-        request = Request(**json.loads((_folder(run_dir) / REQUEST).read_text(encoding="utf-8")))
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the latter where a file server has just withdrawn it
-            raise
+    values = read_standing_json(_folder(run_dir) / REQUEST)
+    if values is None:
         return None
+    request = Request(**values)
     is_ours = (request.start, request.attempt) == wanted
     return request if is_ours and request.time > since - CLOCKS_APART_SECONDS else None
 
@@ -194,7 +197,10 @@ def tell(
     summary = [title, *(f"silent: {lines[rank]}" for rank in silent)]
     summary += [f"it hangs in: {lines[rank]}" for rank in named if rank not in silent]
     summary += [line for rank, line in enumerate(lines) if rank not in named]
-    main_stacks = _grouped({rank: next(iter(told.stacks.values()), "") for rank, told in answers.items()})
+    main_stacks = [
+        f"--- rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: main thread ---\n{_inner(stack)}"
+        for stack, ranks in _by_main_stack(answers).items()
+    ]
     shown = [*summary, *main_stacks, f"=== stacks of all threads: {path} ==="]
     whole = [*summary, *_all_stacks(run_dir, answers, silent)]
     write_text(path, "\n".join(whole) + "\n")
@@ -220,12 +226,10 @@ def _standing(answers: Mapping[int, Answer]) -> list[int]:
     behind = [rank for rank in candidates if answers[rank].entered_by_all < furthest]
     if behind or len(candidates) < len(answers):
         return sorted(behind or candidates)
-    places: dict[str, list[int]] = {}
-    for rank, told in answers.items():
-        places.setdefault(next(iter(told.stacks.values()), ""), []).append(rank)
-    odd = [ranks[0] for ranks in places.values() if len(ranks) == 1]
     if len(answers) == 1:
         return list(answers)
+    places = _by_main_stack(answers)
+    odd = [ranks[0] for ranks in places.values() if len(ranks) == 1]
     return odd if len(odd) == 1 and len(places) == 2 and len(answers) > 2 else []
 
 
@@ -237,35 +241,34 @@ def _line(rank: int, told: Answer | None, beat: Beat | None, pid: int | None) ->
             f"still for {told.stalled_seconds:.0f} s, {where}"
         )
     if beat is None:
-        state = f": {STATES.get(process_state(pid) or 'X', 'its state is unknown')}" if pid is not None else ""
+        state = f": {_state(pid)}" if pid is not None else ""
         return f"rank {rank} does not answer and has never told where it is{state}"
-    is_here = beat.host == socket.gethostname()
-    state = f"; {STATES.get(process_state(beat.pid) or 'X', 'its state is unknown')}" if is_here else ""
+    state = f"; {_state(beat.pid)}" if beat.host == socket.gethostname() else ""
     return (
         f"rank {rank} (pid {beat.pid}, {beat.host}) does not answer{state}; last seen at iteration {beat.iteration}, "
         f"phase {beat.phase}, {max(0.0, time.time() - beat.time):.0f} s ago"
     )
 
 
+def _state(pid: int) -> str:
+    return STATES.get(process_state(pid) or "X", "its state is unknown")
+
+
 def _innermost(told: Answer) -> str:
     """The main thread's last line of Python, as `in FUNCTION, FILE:LINE`."""
-    stack = next(iter(told.stacks.values()), "")
-    places = [line.strip() for line in stack.splitlines() if line.startswith("  File ")]
+    places = [line.strip() for line in told.main_stack.splitlines() if line.startswith("  File ")]
     if not places:
         return "without a stack"
     file, line, function = places[-1].split(", ", 2)
     return f"{function} ({file.removeprefix('File ').strip(chr(34))}:{line.removeprefix('line ')})"
 
 
-def _grouped(stacks: Mapping[int, str]) -> list[str]:
-    """Each stack once, under the ranks that have it."""
+def _by_main_stack(answers: Mapping[int, Answer]) -> dict[str, list[int]]:
+    """{stack of the main thread: the ranks that have it}"""
     places: dict[str, list[int]] = {}
-    for rank, stack in sorted(stacks.items()):
-        places.setdefault(stack, []).append(rank)
-    return [
-        f"--- rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: main thread ---\n{_inner(stack)}"
-        for stack, ranks in places.items()
-    ]
+    for rank, told in sorted(answers.items()):
+        places.setdefault(told.main_stack, []).append(rank)
+    return places
 
 
 def _inner(stack: str) -> str:
