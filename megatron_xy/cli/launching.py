@@ -79,6 +79,7 @@ def launch(
     ] = None,
 ) -> None:
     """Prints, or starts, what runs RUN.yaml on a cluster: torchrun, an sbatch script or a Kubernetes JobSet."""
+    asked = {key: given for key, given in locals().items() if key not in ("submit", "dry_run")}  # by `Job`'s names
     from megatron_xy.launch.scripts import script
     from megatron_xy.launch.submit import run_here
     from megatron_xy.launch.submit import submit as submitted
@@ -86,36 +87,7 @@ def launch(
 
     if submit and dry_run:
         raise UsageError("--submit and --dry-run exclude each other; leave one of them off")
-    job = prepare_job(
-        run_yaml,
-        overrides=overrides or [],
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        options={
-            "target": target,
-            "name": name,
-            "workdir": workdir,
-            "venv": venv,
-            "container": container,
-            "mounts": tuple(mount or ()),
-            "time": time,
-            "save_seconds": save_seconds,
-            "restarts": restarts,
-            "exclude": exclude,
-            "spare_nodes": spare_nodes,
-            "partition": partition,
-            "account": account,
-            "qos": qos,
-            "reservation": reservation,
-            "namespace": namespace,
-            "volume_claim": volume_claim,
-            "rdma_resource": rdma_resource,
-            "network_interface": network_interface,
-            "ib_hca": ib_hca,
-            "port": port,
-            "rdzv_endpoint": rdzv_endpoint,
-        },
-    )
+    job = prepare_job(asked)
     if submit:
         say(f"{job.task} on {nodes} x {gpus_per_node} ranks, in {job.run_dir}")
         if target == "local":

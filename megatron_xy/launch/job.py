@@ -76,7 +76,7 @@ class Job:
     rdzv_endpoint: str | None
     venv: str | None
     container: str | None
-    mounts: tuple[str, ...]
+    mount: tuple[str, ...]
     time: str | None
     save_seconds: int  # between the request to save and the time limit
     restarts: int | None  # after a lost node or failed storage; None where nothing restarts
@@ -137,12 +137,13 @@ def _texts(job: Job) -> Iterator[tuple[str, str]]:
     yield "run_dir", str(job.run_dir)
     for override in job.overrides:
         yield "an override", override
-    for mount in job.mounts:
-        yield "--mount", mount
     for option in _RULES:
-        value = getattr(job, option.removeprefix("--").replace("-", "_"), None) if option.startswith("--") else None
-        if value is not None:
-            yield option, value
+        if option.startswith("--") and (value := _given(job, option)) is not None:
+            yield from ((option, text) for text in (value if isinstance(value, tuple) else (value,)))
+
+
+def _given(job: Job, option: str) -> Any:
+    return getattr(job, option.removeprefix("--").replace("-", "_"))
 
 
 def _problem(option: str, value: str) -> Problem | None:
@@ -156,10 +157,9 @@ def _problem(option: str, value: str) -> Problem | None:
 
 def _contradictions(job: Job) -> Iterator[Problem]:
     for option, (targets, default) in _USED_BY.items():
-        attribute = "mounts" if option == "--mount" else option.removeprefix("--").replace("-", "_")
-        if job.target not in targets and getattr(job, attribute) != default:
+        if job.target not in targets and _given(job, option) != default:
             yield Problem(option, f"{option} is for {' and '.join(targets)}, not for {job.target}; leave it off")
-    if job.target == "slurm" and job.mounts and job.container is None:
+    if job.target == "slurm" and job.mount and job.container is None:
         yield Problem("--mount", "--mount puts a folder into a container; name one with --container, or leave it off")
     if job.venv is not None and job.container is not None:
         yield Problem("--venv", "--venv and --container exclude each other; an image has its own packages")

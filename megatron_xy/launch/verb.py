@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,26 @@ from megatron_xy.config import RunConfig, load_config
 from megatron_xy.launch.job import RESTARTS, Job, check_job
 
 
-def prepare_job(
-    run_yaml: Path, *, overrides: Sequence[str], nodes: int, gpus_per_node: int, options: dict[str, Any]
-) -> Job:
+def prepare_job(asked: dict[str, Any]) -> Job:
     """The job, checked. Raises InvalidConfig where the config does not run on so many ranks, or a text is not allowed.
 
-    options: the other fields of `Job` by name; `name`, `workdir` and `restarts` may be None.
+    asked: run_yaml, and the options of `launch` by the names of the fields of `Job`, None where they are not given.
     """
-    config = load_config(run_yaml, overrides=overrides, world_size=nodes * gpus_per_node)
+    overrides = tuple(asked["overrides"] or ())
+    config = load_config(asked["run_yaml"], overrides=overrides, world_size=asked["nodes"] * asked["gpus_per_node"])
+    defaults = {"name": _name_of(config), "workdir": str(Path.cwd()), "restarts": RESTARTS.get(asked["target"])}
     job = Job(
-        **options
+        **asked
+        | {name: value for name, value in defaults.items() if asked[name] is None}
         | {
-            "run_yaml": str(run_yaml),
-            "overrides": tuple(overrides),
+            "run_yaml": str(asked["run_yaml"]),
+            "overrides": overrides,
+            "mount": tuple(asked["mount"] or ()),
             "task": config.task,
             "run_dir": config.run_dir,
             "num_threads": config.runtime.num_threads,
             "timeout_seconds": math.ceil(config.runtime.timeout_seconds),
             "resume": str(config.checkpoint.resume),
-            "nodes": nodes,
-            "gpus_per_node": gpus_per_node,
-            "name": _name_of(config) if options["name"] is None else options["name"],
-            "workdir": str(Path.cwd()) if options["workdir"] is None else options["workdir"],
-            "restarts": RESTARTS.get(options["target"]) if options["restarts"] is None else options["restarts"],
         }
     )
     check_job(job)

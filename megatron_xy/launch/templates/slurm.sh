@@ -48,7 +48,7 @@ srun --nodes={{ job.nodes }} --ntasks={{ job.nodes }} --ntasks-per-node=1 --node
     --kill-on-bad-exit=0 --wait={{ job.timeout_seconds + 60 }} --label --cpu-bind=none \
 {% if job.container %}
     --container-image={{ job.pyxis_image | quoted }} --container-workdir={{ job.workdir | quoted }} \
-    --container-mounts={{ ([job.workdir ~ ":" ~ job.workdir] + job.mounts | list) | join(",") | quoted }} \
+    --container-mounts={{ ([job.workdir ~ ":" ~ job.workdir] + job.mount | list) | join(",") | quoted }} \
 {% endif %}
     bash -c "$(declare -f train_node); train_node" &
 step=$!
