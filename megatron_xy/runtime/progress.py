@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_xy.runtime.liveness import SIGNS
 
@@ -43,11 +44,12 @@ class Progress:
         self._marked += seconds
 
 
-class Work:
+class Work(NamedTuple):
     """What the kernel counts of this process's work; of the disks' work the whole machine's, for waits in fsync."""
 
-    def __init__(self, cpu_seconds: float, io_bytes: int, disk_bytes: int) -> None:
-        self.cpu_seconds, self.io_bytes, self.disk_bytes = cpu_seconds, io_bytes, disk_bytes
+    cpu_seconds: float
+    io_bytes: int
+    disk_bytes: int
 
     @classmethod
     def now(cls) -> Work:

@@ -253,20 +253,16 @@ class _Silence:
 
     def report(self, pids: Sequence[int]) -> None:
         """Asks the ranks for their stacks by signal, tells what they are at, and records 76."""
+        run_dir, ranks, attempt = self._torchrun.run_dir, self._torchrun.ranks, self._attempt
         silent_seconds = time.monotonic() - self._since
-        request = hang_report.new_request(rank=None, stalled_seconds=silent_seconds, attempt=self._attempt)
-        if not hang_report.claim(self._torchrun.run_dir, request, since=0.0):
+        request = hang_report.new_request(rank=None, stalled_seconds=silent_seconds, attempt=attempt)
+        if not hang_report.claim(run_dir, request, since=0.0):
             return  # a rank is at it after all
         hang_report.ask_by_signal(pids)
-        answers = hang_report.gather(self._torchrun.run_dir, request, ranks=self._torchrun.ranks, local={})
-        finding = hang_report.tell(
-            self._torchrun.run_dir, request, ranks=self._torchrun.ranks, answers=answers, local={}
-        )
+        answers = hang_report.gather(run_dir, request, ranks=ranks, local={})
+        finding = hang_report.tell(run_dir, request, ranks=ranks, answers=answers, local={})
         _say(self._torchrun, finding.text)
-        code = EXIT_PEER_LOST
-        record_exit(
-            self._torchrun.run_dir, code=code, message=finding.message, rank=finding.rank, attempt=self._attempt
-        )
+        record_exit(run_dir, code=EXIT_PEER_LOST, message=finding.message, rank=finding.rank, attempt=attempt)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -317,13 +318,13 @@ class Watchdog:
             self._end()
 
 
+@dataclass
 class _Seen:
     """Another rank's progress: its own time of it, and when that was on our clock (time.monotonic())."""
 
-    def __init__(self, progress_time: float, seconds: float) -> None:
-        self.progress_time = progress_time
-        self.seconds = seconds
-        self.granted = 0.0  # seconds more, where it holds the interpreter
+    progress_time: float
+    seconds: float
+    granted: float = 0.0  # seconds more, where it holds the interpreter
 
 
 def _kill(pid: int | None) -> None:
