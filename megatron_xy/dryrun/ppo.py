@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from megatron_xy import device
-from megatron_xy.config import PlacedRole, PPOConfig, RoleName, RunConfig, placed_roles, room_for_answers
+from megatron_xy.config import PlacedRole, PPOConfig, RoleName, RunConfig, room_for_answers
 from megatron_xy.dryrun.ledger import Ledger
 from megatron_xy.dryrun.rank import RankFindings, note_step, pretended_rank
 from megatron_xy.model import generate
@@ -44,15 +44,6 @@ def dry_run(
             else found
             for worker, found in zip(mine, findings, strict=True)
         ]
-
-
-def first_ranks(config: RunConfig, *, world_size: int) -> list[int]:
-    """The first rank of each pipeline stage of each role."""
-    return [
-        rank
-        for role in placed_roles(config, world_size=world_size).values()
-        for rank in role.ranks[:: len(role.ranks) // role.parallel.pipeline_model_parallel_size]
-    ]
 
 
 def _note(worker: RoleWorker, experience: Experience, *, ppo: PPOConfig, ledger: Ledger, rank: int) -> RankFindings:

@@ -45,19 +45,13 @@ def note_training_step(
     return note_step(role, step, num_micro_batches=len(batches), ledger=ledger, rank=rank)
 
 
-def first_ranks(config: RunConfig, *, world_size: int) -> list[int]:
-    """The first rank of each pipeline stage of a training job."""
-    stages = config.parallel.pipeline_model_parallel_size
-    return list(range(0, world_size, world_size // stages))
-
-
 def micro_batches(config: RunConfig, *, dp_size: int, bucket: int) -> list[MicroBatch]:
     """A step's micro-batches of one data parallel rank, of samples, or pairs, that fill the bucket."""
     training = config.training
     number = training.global_batch_tokens // (training.micro_batch_tokens * dp_size)
     per_micro_batch = training.micro_batch_tokens // bucket
     if config.task == "reward":
-        parallel_config = config.parallel
+        parallel = config.parallel
         return pair_micro_batches(
             [_pair(bucket)] * (number * per_micro_batch),
             source_ids=[0] * (number * per_micro_batch),
@@ -66,7 +60,7 @@ def micro_batches(config: RunConfig, *, dp_size: int, bucket: int) -> list[Micro
             margin_scale=config.reward_section.margin_scale,
             dp_size=1,
             dp_rank=0,
-            multiple=parallel_config.pipeline_model_parallel_size if parallel_config.num_chunks > 1 else 1,
+            multiple=parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 1,
         )
     sample = Sample(tokens=np.ones(bucket, dtype=np.int64), piece_lengths=np.array([bucket]))
     batch = collate(

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_xy.config import (
     ModelConfig,
+    ParallelConfig,
     RunConfig,
     check_role_shapes,
     check_shape,
@@ -39,8 +40,13 @@ def chosen_ranks(config: RunConfig, *, ranks: Sequence[int], all_stages: bool, w
             raise UsageError(
                 f"--rank {rank}: a world of {world_size} has ranks 0 to {world_size - 1}; name one of them"
             )
-    first_ranks = ppo.first_ranks if config.task == "ppo" else training.first_ranks
-    of_stages = first_ranks(config, world_size=world_size) if all_stages else []
+    of_stages: list[int] = []
+    if all_stages:
+        placed: list[tuple[Sequence[int], ParallelConfig]] = [(range(world_size), config.parallel)]
+        if config.task == "ppo":
+            placed = [(role.ranks, role.parallel) for role in placed_roles(config, world_size=world_size).values()]
+        for of_role, parallel in placed:
+            of_stages += of_role[:: len(of_role) // parallel.pipeline_model_parallel_size]
     return sorted({*ranks, *of_stages}) or [0]
 
 
