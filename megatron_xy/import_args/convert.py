@@ -54,6 +54,22 @@ def import_args(script: Path) -> Imported:
     for key, entry in table["keys"].items():
         _take(imported, key, entry, flags)
     _Derivation(imported, flags).run()
+    _judge_given(imported, flags, table)
+    _judge_missing(imported, flags, table)
+    imported.values = dict(sorted(imported.values.items(), key=lambda item: _place(item[0], table["keys"])))
+    imported.problems += _problems(imported)
+    if "--global-batch-size" not in flags:
+        imported.problems.append(
+            "training.global_batch_tokens: --global-batch-size is not given, which is --micro-batch-size x data "
+            "parallel size in Megatron; set it to training.micro_batch_tokens x data parallel size"
+        )
+    for entries in (imported.left_out, imported.problems):
+        entries[:] = [" ".join(entry.split()) for entry in entries]  # each is a comment of one line
+    return imported
+
+
+def _judge_given(imported: Imported, flags: dict[str, list[str]], table: dict[str, Any]) -> None:
+    """What of the flags has no counterpart, or is another model."""
     taken = {entry["flag"] for entry in table["keys"].values()} | set(table["derived"])
     alone = {*table["alone"], *(entry["flag"] for entry in table["keys"].values() if entry["kind"] == "flag")}
     for flag, words in flags.items():
@@ -72,6 +88,10 @@ def import_args(script: Path) -> Imported:
             imported.problems.append(f"{given}: {why}")
         elif flag not in taken:
             imported.left_out.append(f"{given}: {_reason(table['reasons'], flag) or 'no such choice here'}")
+
+
+def _judge_missing(imported: Imported, flags: dict[str, list[str]], table: dict[str, Any]) -> None:
+    """What flags would have had to say of what is always so here."""
     missing = [flag for flag in table["needed"] if flag not in flags]
     if not any(flag in flags for flag in table["rope"]):
         missing.append(" or ".join(table["rope"]))
@@ -80,16 +100,6 @@ def import_args(script: Path) -> Imported:
         if flag not in flags:
             always = table["always"][flag]
             imported.left_out.append(f"{flag} is not given, which is {default} in Megatron: always {always} here")
-    imported.values = dict(sorted(imported.values.items(), key=lambda item: _place(item[0], table["keys"])))
-    imported.problems += _problems(imported)
-    if "--global-batch-size" not in flags:
-        imported.problems.append(
-            "training.global_batch_tokens: --global-batch-size is not given, which is --micro-batch-size x data "
-            "parallel size in Megatron; set it to training.micro_batch_tokens x data parallel size"
-        )
-    for entries in (imported.left_out, imported.problems):
-        entries[:] = [" ".join(entry.split()) for entry in entries]  # each is a comment of one line
-    return imported
 
 
 def _on_one_line(value: Any) -> str:
