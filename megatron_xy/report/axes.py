@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megatron_xy.report.numbers import median
@@ -16,6 +17,13 @@ from megatron_xy.report.records import Metrics
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # told apart by all eyes
 LEGEND_CHARACTERS = 62  # that half a picture's width holds, four of them for each column's colour
 CLOSE_DOTS = 400  # steps; beyond that a run's dots are drawn smaller
+
+
+def two_panels(*, height: float = 4.6, share_y: bool = False) -> tuple[Figure, Any, Any]:
+    """A picture as wide as the page, and the axes of its two halves."""
+    figure = Figure(figsize=(11, height), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=share_y)
+    return figure, left, right
 
 
 def colour_of(index: int) -> str:

@@ -8,15 +8,14 @@ from numpy.typing import NDArray
 
 from megatron_xy.config import RunConfig
 from megatron_xy.data.draws.phases import sampler_phases
-from megatron_xy.report.axes import colour_of, finish
+from megatron_xy.report.axes import colour_of, finish, two_panels
 from megatron_xy.report.numbers import number
 from megatron_xy.report.records import Metrics
 
 
 def draw_mixture(metrics: Metrics, *, config: RunConfig) -> Figure:
     """Left: each source's part of all tokens so far, dashed what was asked for; right: its epochs."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = two_panels()
     iteration = metrics.column("iteration")
     wanted = wanted_shares(metrics.column("data_step"), config=config)
     for index, (source, share) in enumerate(metrics.parts("consumed_share_by_source").items()):

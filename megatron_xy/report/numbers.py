@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -13,22 +15,25 @@ def number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
+def of_finite(values: NDArray[numpy.float64], what: Callable[[NDArray[numpy.float64]], Any]) -> float:
+    """A number of the finite ones; NaN where there is none."""
+    finite = values[numpy.isfinite(values)]
+    return float(what(finite)) if len(finite) else math.nan
+
+
 def mean(values: NDArray[numpy.float64]) -> float:
     """Of the finite ones; NaN where there is none."""
-    finite = values[numpy.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
+    return of_finite(values, numpy.mean)
 
 
 def median(values: NDArray[numpy.float64]) -> float:
     """Of the finite ones; NaN where there is none."""
-    finite = values[numpy.isfinite(values)]
-    return float(numpy.median(finite)) if len(finite) else math.nan
+    return of_finite(values, numpy.median)
 
 
 def last(values: NDArray[numpy.float64]) -> float:
     """The last finite one; NaN where there is none."""
-    finite = values[numpy.isfinite(values)]
-    return float(finite[-1]) if len(finite) else math.nan
+    return of_finite(values, lambda finite: finite[-1])
 
 
 def ratio(part: NDArray[numpy.float64], whole: NDArray[numpy.float64]) -> float:

@@ -18,6 +18,7 @@ from megatron_xy.report.axes import (
     finish,
     mark_odd_steps,
     scatter_by_bucket,
+    two_panels,
 )
 from megatron_xy.report.numbers import mean, ratio, short, smooth
 from megatron_xy.report.records import Metrics
@@ -28,8 +29,7 @@ PHASES = ("forward_backward", "optimizer", "data", "save", "evaluate")  # those 
 
 def draw_loss(metrics: Metrics) -> Figure:
     """Left: every step in its bucket's colour, odd steps marked; right: running means by source."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, left, right = two_panels(share_y=True)
     iteration, loss = metrics.column("iteration"), metrics.column("loss")
     scatter_by_bucket(left, metrics, loss)
     left.plot(iteration, smooth(loss), color="black", linewidth=1.8, label="running mean")
@@ -44,8 +44,7 @@ def draw_loss(metrics: Metrics) -> Figure:
 
 def draw_schedule(metrics: Metrics) -> Figure:
     """Left: learning rate; right: gradient norm on a logarithmic scale, odd steps marked."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = two_panels(height=4.2)
     iteration, norm = metrics.column("iteration"), metrics.column("grad_norm")
     left.plot(iteration, metrics.column("lr"), color=COLOURS[0], linewidth=1.8)
     left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -62,8 +61,7 @@ def draw_schedule(metrics: Metrics) -> Figure:
 
 def draw_throughput(metrics: Metrics) -> Figure:
     """Left: tokens a second by bucket; right: seconds a step and the part of them that waits for data."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = two_panels()
     iteration, seconds = metrics.column("iteration"), metrics.column("step_seconds")
     waiting = metrics.column("data_wait_seconds")
     scatter_by_bucket(left, metrics, metrics.column("tokens_per_second"), medians=True)
@@ -81,8 +79,7 @@ def draw_throughput(metrics: Metrics) -> Figure:
 
 def draw_time_and_memory(metrics: Metrics) -> Figure:
     """Left: seconds a step by phase, stacked, means over stretches of a long run; right: peak memory."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = two_panels()
     iteration = metrics.column("iteration")
     parts = metrics.parts("seconds_by_phase")
     stretches = numpy.array_split(numpy.arange(len(iteration)), min(MOST_BARS, len(iteration)))
@@ -109,8 +106,7 @@ def draw_time_and_memory(metrics: Metrics) -> Figure:
 
 def draw_data(metrics: Metrics) -> Figure:
     """Left: tokens that counted in the loss by bucket, and by source where the run noted it; right: padding."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = two_panels()
     buckets = metrics.buckets()
     positions = numpy.arange(len(buckets))
     parts = metrics.parts("num_loss_tokens_by_source") or {"all sources": metrics.column("num_loss_tokens")}

@@ -9,7 +9,7 @@ import numpy
 from matplotlib.figure import Figure
 
 from megatron_xy.config import RunConfig
-from megatron_xy.report.axes import COLOURS, colour_of, finish
+from megatron_xy.report.axes import COLOURS, colour_of, finish, two_panels
 from megatron_xy.report.numbers import last, mean, number, shown, smooth
 from megatron_xy.report.page import ReportSection
 from megatron_xy.report.records import Metrics
@@ -21,8 +21,7 @@ MOST_DEVIATIONS = 6.0  # of the first answers' scores, by which a mean score may
 
 def draw_scores(metrics: Metrics) -> Figure:
     """Left: the score over the run; right: score against divergence, from dark to bright as the run goes."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = two_panels()
     iteration, score, spread = (metrics.column(name) for name in ("iteration", "score_mean", "score_std"))
     left.fill_between(iteration, score - spread, score + spread, color=COLOURS[0], alpha=0.15, label="one deviation")
     left.plot(iteration, score, ".", color=COLOURS[0], alpha=0.4, markersize=5, label="step")
@@ -57,8 +56,7 @@ def draw_policy(metrics: Metrics) -> Figure:
 
 def draw_losses(metrics: Metrics) -> Figure:
     """Left: losses of actor and critic; right: their gradient norms."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = two_panels()
     iteration = metrics.column("iteration")
     for index, role in enumerate(("actor", "critic")):
         left.plot(iteration, metrics.column(f"{role}_loss"), color=colour_of(index), linewidth=1.4, label=role)
@@ -71,8 +69,7 @@ def draw_losses(metrics: Metrics) -> Figure:
 
 def draw_time(metrics: Metrics) -> Figure:
     """Left: seconds by phase; right: the share of its ranks' time that each role idles."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = two_panels()
     iteration = metrics.column("iteration")
     bottom = numpy.zeros(len(iteration))
     for index, (phase, seconds) in enumerate(metrics.parts("seconds_by_phase").items()):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy
-from numpy.typing import NDArray
 
 from megatron_xy.config import RunConfig
 from megatron_xy.flops import num_parameters
-from megatron_xy.report.numbers import last, mean, median, number, ratio, shown
+from megatron_xy.report.numbers import last, mean, median, number, of_finite, ratio, shown
 from megatron_xy.report.records import Metrics
 
 
@@ -56,7 +54,7 @@ def summarise(
         "consumed_tokens": last(metrics.column("consumed_tokens")),
         "consumed_share_by_source": _last_field(metrics, "consumed_share_by_source"),
         "epochs_by_source": _last_field(metrics, "epochs_by_source"),
-        "peak_memory_bytes": _largest(metrics.column("peak_memory_bytes")),
+        "peak_memory_bytes": of_finite(metrics.column("peak_memory_bytes"), numpy.max),
         "median_tokens_per_second": median(speed),
         "median_tokens_per_second_by_bucket": {
             bucket: median(speed[where]) for bucket, where in metrics.buckets().items()
@@ -72,11 +70,6 @@ def _last_field(metrics: Metrics, name: str) -> dict[str, Any]:
     """The last record's {part: ...}; empty where the run does not note it."""
     field = metrics.records[-1].get(name)
     return field if isinstance(field, dict) else {}
-
-
-def _largest(values: NDArray[numpy.float64]) -> float:
-    finite = values[numpy.isfinite(values)]
-    return float(finite.max()) if len(finite) else math.nan
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,13 +11,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from megatron_xy.config import RunConfig, load_config
-from megatron_xy.errors import DataError
 from megatron_xy.fonts import fonts_for_names
 from megatron_xy.record_files import read_records
 from megatron_xy.report.benchmarks import draw_benchmarks
@@ -38,6 +37,7 @@ from megatron_xy.report.records import Metrics, read_metrics
 from megatron_xy.report.reward import draw_pairs, epoch_section, has_epochs
 from megatron_xy.report.sections import own_sections
 from megatron_xy.report.summary import summarise, summary_rows
+from megatron_xy.run_folder.files import read_standing_json
 from megatron_xy.storage import storage_errors, without_non_finite, write_bytes
 
 
@@ -62,7 +62,8 @@ def make_report(
         Metrics(read_records(run_dir / name)) for name in ("eval.jsonl", "events.jsonl", "evaluations.jsonl")
     )
     config = load_config(run_dir / "run.yaml")
-    environment = _read_environment(run_dir / "env.json")
+    told = read_standing_json(run_dir / "env.json")
+    environment = told if isinstance(told, dict) else {}
     if config.task == "ppo":
         summary, rows = summarise_ppo(metrics, config=config, environment=environment), ppo_rows
     else:
@@ -146,14 +147,3 @@ def _png(figure: Figure) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120, facecolor="white")
     return image.getvalue()
-
-
-def _read_environment(path: Path) -> dict[str, Any]:
-    """What the run noted of its machine; empty where it has noted nothing."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}; delete it, and the report leaves the machine out") from None
-    return values if isinstance(values, dict) else {}
