@@ -87,10 +87,8 @@ def chunk_buffers(
     for parameter in parameters:
         by_width.setdefault(parameter.num_bytes, []).append(parameter)
     if not parallel.use_distributed_optimizer:
-        return [
-            Buffer(width, total, (total,) * dp_size)
-            for width, total in ((width, sum(p.num_elements for p in group)) for width, group in by_width.items())
-        ]
+        totals = {width: sum(parameter.num_elements for parameter in group) for width, group in by_width.items()}
+        return [Buffer(width, total, (total,) * dp_size) for width, total in totals.items()]
     return [_shared_buffer(width, group, bucket_size, dp_size) for width, group in by_width.items()]
 
 

@@ -19,6 +19,7 @@ from megatron_xy.ppo.placement import spelt_ranks
 
 GB = 1e9
 UNITS = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+MOST_LAYOUTS, MOST_PLACEMENTS = 10, 5  # in a table
 NO_LAYOUT = "no layout of these ranks fits; take more nodes, or a smaller micro_batch_tokens"
 
 
@@ -35,7 +36,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         yield _quantising(plan)
 
 
-def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Iterator[RenderableType]:
+def layouts(given: RunConfig, found: Sequence[Plan]) -> Iterator[RenderableType]:
     """The layouts of a search; what each changes, as overrides."""
     if not found:
         yield Text(NO_LAYOUT, style="red")
@@ -44,7 +45,7 @@ def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Itera
         f"{len(found)} layouts fit; the fastest",
         "layout", "recompute", "GB", "tokens/s/GPU", "MFU", "days", "overrides",
     )  # fmt: skip
-    for other in found[:most]:
+    for other in found[:MOST_LAYOUTS]:
         table.add_row(
             _sizes(other.roles[0]),
             other.config.model.recompute_granularity,
@@ -57,7 +58,7 @@ def layouts(given: RunConfig, found: Sequence[Plan], *, most: int = 10) -> Itera
     yield table
 
 
-def placements(given: RunConfig, found: Sequence[Plan], *, most: int = 5) -> Iterator[RenderableType]:
+def placements(given: RunConfig, found: Sequence[Plan]) -> Iterator[RenderableType]:
     """Of PPO's roles, one for each way to share ranks; and the fastest one as overrides."""
     if not found:
         yield Text(NO_LAYOUT, style="red")
@@ -66,7 +67,7 @@ def placements(given: RunConfig, found: Sequence[Plan], *, most: int = 5) -> Ite
         f"{len(found)} ways to share ranks fit, each at its best",
         "step s", "MFU", "GB", "days", "role", "ranks", "layout", "recompute",
     )  # fmt: skip
-    for other in found[:most]:
+    for other in found[:MOST_PLACEMENTS]:
         days = "" if other.days is None else f"{other.days:,.2f}"
         told = (f"{other.step_seconds:.1f}", f"{100 * other.mfu:.1f} %", f"{other.worst_bytes / GB:.0f}", days)
         for number, role in enumerate(other.roles):
