@@ -16,6 +16,7 @@ from pathlib import Path
 
 MARK_VARIABLE = "MEGATRON_XY_MARK"  # a word of its own for every start
 SUPERVISOR_VARIABLE = "MEGATRON_XY_SUPERVISOR_PID"
+KILL_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)  # opened here: a forked child should not load libraries
 
@@ -66,45 +67,41 @@ def process_state(pid: int) -> str | None:
 
 def siblings() -> dict[int, int]:
     """{global rank: process id} of the running ranks that this rank's launcher started on this machine, but itself."""
-    wanted = [f"{name}={os.environ.get(name, '')}".encode() for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")]
+    wanted = [f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")]
     found = {}
-    for pid, variables in _environments():
-        status = _status(pid) if all(entry in variables for entry in wanted) else None
-        if status is None or status.state in "ZX" or status.parent != os.getppid() or pid == os.getpid():
-            continue
-        ranks = [entry.removeprefix(b"RANK=") for entry in variables if entry.startswith(b"RANK=")]
-        found.update({int(rank): pid for rank in ranks})
+    for pid, parent, variables in _running_with(*wanted):
+        if parent == os.getppid() and pid != os.getpid():
+            ranks = [entry.removeprefix(b"RANK=") for entry in variables if entry.startswith(b"RANK=")]
+            found.update({int(rank): pid for rank in ranks})
     return found
-
-
-def _environments() -> Iterator[tuple[int, list[bytes]]]:
-    """(process id, environment as it began) of every process of ours."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            yield int(entry.name), (entry / "environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # ended meanwhile, or another user's
 
 
 def marked_processes(mark: str, *, parent: int | None = None) -> list[int]:
     """Running processes of the start that `mark` names; only the children of `parent`, if given."""
-    wanted = f"{MARK_VARIABLE}={mark}".encode()
-    pids = []
-    for pid, variables in _environments():
-        status = _status(pid) if wanted in variables else None
-        if status is not None and status.state not in "ZX" and parent in (None, status.parent):
-            pids.append(pid)
-    return sorted(pids)
+    return sorted(pid for pid, its, _ in _running_with(f"{MARK_VARIABLE}={mark}") if parent in (None, its))
 
 
-def kill_marked(mark: str, *, timeout_seconds: float = 10.0) -> list[int]:
-    """Kills the processes of a start until none is left; returns those that `timeout_seconds` did not suffice for.
+def _running_with(*variables: str) -> Iterator[tuple[int, int, list[bytes]]]:
+    """(process id, parent, environment as it began) of every running process of ours that has these variables."""
+    wanted = {entry.encode() for entry in variables}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # ended meanwhile, or another user's
+        status = _status(int(entry.name)) if wanted.issubset(environment) else None
+        if status is not None and status.state not in "ZX":
+            yield int(entry.name), status.parent, environment
+
+
+def kill_marked(mark: str) -> list[int]:
+    """Kills the processes of a start until none is left; returns those that KILL_SECONDS did not suffice for.
 
     Only a process that waits in the kernel, for a disk or a driver, outlasts that.
     """
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + KILL_SECONDS
     while (pids := marked_processes(mark)) and time.monotonic() < deadline:
         for pid in pids:
             try:
