@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_xy.tensors.dtypes import Bits
-from megatron_xy.tensors.safetensors_file import SafetensorsFile, write_safetensors
+from megatron_xy.tensors.safetensors_file import write_safetensors
 
 
 def write_tensors(
@@ -30,12 +30,6 @@ def write_tensors(
         metadata=metadata,
         on_progress=on_progress,
     )
-
-
-def read_tensor(file: SafetensorsFile, name: str) -> torch.Tensor:
-    """The tensor, whole. Raises DataError where the file has none of that name."""
-    bits = file.read(name)
-    return torch.from_numpy(bits).view(torch_dtype(file.tensors[name].dtype))
 
 
 def bits_of(tensor: torch.Tensor) -> Bits:

@@ -7,7 +7,7 @@ import torch
 from megatron_xy.tensors.block_reader import BlockReader
 from megatron_xy.tensors.files import bits_of, torch_dtype
 from megatron_xy.tensors.safetensors_file import BLOCK_BYTES
-from megatron_xy.tensors.shards import ParameterShard, whole
+from megatron_xy.tensors.shards import ParameterShard
 
 
 class TensorReader(BlockReader):
@@ -30,10 +30,3 @@ class TensorReader(BlockReader):
                 block = torch.empty(part.inner.shape, dtype=dtype)
                 file.copy(stored_name, part, bits_of(block))
                 target[rows].copy_(block)
-
-    def read_full(self, name: str) -> torch.Tensor:
-        """The whole global tensor in its stored dtype."""
-        entry = self.manifest.tensors[name]
-        full = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-        self.read_into(name, full, whole(entry.shape))
-        return full

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from megatron_xy.errors import DataError, StorageError
 from megatron_xy.storage import read_error
-from megatron_xy.tensors.dtypes import CODES, Bits, bits_dtype, itemsize
+from megatron_xy.tensors.dtypes import CODES, Bits, itemsize
 from megatron_xy.tensors.shards import Placed
 
 DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -85,15 +85,6 @@ class SafetensorsFile:
     def close(self) -> None:
         """Lets go of the file."""
         self._stream.close()
-
-    def read(self, name: str) -> Bits:
-        """The tensor, whole. Raises DataError where the file has none of that name."""
-        stored = self.tensors.get(name)
-        if stored is None:
-            raise DataError(f"{self.path} is damaged: it holds no {name}; copy it again")
-        whole = np.empty(stored.shape, bits_dtype(stored.dtype))
-        self._fill(whole, stored.start)
-        return whole
 
     def range(self, name: str, start: int = 0, stop: int | None = None) -> FileRange:
         """Where the elements [start, stop) of the flattened tensor lie, by default all of it."""

@@ -23,6 +23,7 @@ from megatron_xy.tensors.files import bits_of, dtype_name, write_tensors
 from megatron_xy.tensors.reader import TensorReader
 from megatron_xy.tensors.safetensors_file import FileRange, SafetensorsFile, write_safetensors
 from megatron_xy.tensors.shards import Box, ParameterShard, whole
+from tests.unit.whole_tensors import read_full
 
 # Global name -> [(file, boxes)]: rows, the gated fc1, columns, one whole, int64 and bf16.
 FULL = {
@@ -89,7 +90,7 @@ def test_what_was_written_comes_back(checkpoint, tmp_path):
     assert manifest.state == STATE
     with TensorReader(checkpoint, manifest) as reader:
         for name, full in FULL.items():
-            found = reader.read_full(name)
+            found = read_full(reader, name)
             assert found.dtype == full.dtype and torch.equal(found, full)
             assert name in reader
         assert "other" not in reader
@@ -107,7 +108,7 @@ def test_a_checkpoint_that_keeps_states_of_generators_opens(tmp_path):
     found = open_whole(folder)
     assert found.tensors == manifest.tensors
     with TensorReader(folder, found) as reader:
-        assert torch.equal(reader.read_full("norm.weight"), FULL["norm.weight"])
+        assert torch.equal(read_full(reader, "norm.weight"), FULL["norm.weight"])
 
 
 def test_a_part_is_read_into_another_dtype_and_its_padding_stays(checkpoint):
@@ -134,7 +135,7 @@ def test_what_takes_several_reads_and_writes_comes_back_whole(tmp_path):
     assert torch.equal(load_file(tmp_path / "columns" / "a.safetensors")["w"], full[:, :701])
     cast = torch.full((702, 1500), -1.0, dtype=torch.bfloat16)
     with TensorReader(tmp_path / "columns", manifest) as reader:
-        assert torch.equal(reader.read_full("w"), full)
+        assert torch.equal(read_full(reader, "w"), full)
         reader.read_into("w", cast, whole((700, 1500)))
         blocks = np.concatenate([block.copy() for block in reader.blocks("w", dtype="bfloat16")])
     assert torch.equal(cast[:700], full.bfloat16()) and (cast[700:] == -1).all()
@@ -359,13 +360,13 @@ def test_a_shard_without_the_tensor_that_the_manifest_promises_is_damaged(checkp
         TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader,
         pytest.raises(DataError, match=r"a\.safetensors is damaged"),
     ):
-        reader.read_full("norm.weight")
+        read_full(reader, "norm.weight")
     (checkpoint / "a.safetensors").write_bytes(b"\xff" * 64)
     with (
         TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader,
         pytest.raises(DataError, match=r"a\.safetensors is damaged"),
     ):
-        reader.read_full("norm.weight")
+        read_full(reader, "norm.weight")
 
 
 def test_a_file_that_is_cut_while_it_is_copied_is_damaged(checkpoint, tmp_path):
@@ -409,7 +410,7 @@ def test_a_pickle_in_a_shards_place_is_never_run(checkpoint, tmp_path):
         with pytest.raises(DataError):
             open_whole(checkpoint)
         with TensorReader(checkpoint, files.read_manifest(checkpoint)) as reader, pytest.raises(DataError):
-            reader.read_full("norm.weight")
+            read_full(reader, "norm.weight")
     assert not target.exists()
 
 

@@ -31,6 +31,7 @@ from megatron_xy.tensors import block_reader
 from megatron_xy.tensors.files import dtype_name, torch_dtype, write_tensors
 from megatron_xy.tensors.reader import TensorReader
 from megatron_xy.tensors.shards import whole
+from tests.unit.whole_tensors import read_full
 from tools.train_tokenizer import train
 
 MODEL = ModelConfig(
@@ -160,8 +161,8 @@ def test_the_layouts_are_those_of_megatron(tmp_path):
     folder = hf_folder(tmp_path / "hf")
     hf = load_file(folder / SINGLE)
     with read_hf(folder) as reader:
-        qkv = reader.read_full("decoder.layers.1.self_attention.linear_qkv.weight").reshape(2, 4, 8, 32)
-        fc1 = reader.read_full("decoder.layers.0.mlp.linear_fc1.weight")
+        qkv = read_full(reader, "decoder.layers.1.self_attention.linear_qkv.weight").reshape(2, 4, 8, 32)
+        fc1 = read_full(reader, "decoder.layers.0.mlp.linear_fc1.weight")
     heads = {part: hf[f"model.layers.1.self_attn.{part}_proj.weight"].reshape(-1, 8, 32) for part in "qkv"}
     for group in range(2):
         assert torch.equal(qkv[group, 0], heads["q"][2 * group]) and torch.equal(
@@ -215,7 +216,7 @@ def test_large_models_are_written_in_several_files_with_an_index(tmp_path):
     assert index["weight_map"].keys() == original.keys() and set(index["weight_map"].values()) == set(shards)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in original.values())
     with read_hf(back) as several, read_hf(folder) as single:
-        assert all(torch.equal(several.read_full(name), single.read_full(name)) for name in global_names(MODEL))
+        assert all(torch.equal(read_full(several, name), read_full(single, name)) for name in global_names(MODEL))
 
 
 def test_a_checkpoint_from_hf_has_what_a_run_needs(tmp_path):
