@@ -48,10 +48,6 @@ class Piece:
     shard: ParameterShard
     tensor: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"file": self.file, **shard_to_json(self.shard)}
-
 
 @dataclass
 class TensorEntry:
@@ -84,7 +80,7 @@ class Manifest:
                 name: {
                     "shape": list(entry.shape),
                     "dtype": entry.dtype,
-                    "pieces": [piece.to_json() for piece in entry.pieces],
+                    "pieces": [{"file": piece.file, **shard_to_json(piece.shard)} for piece in entry.pieces],
                 }
                 for name, entry in sorted(self.tensors.items())
             },
@@ -159,36 +155,39 @@ def stored_model(directory: Path, manifest: Manifest, *, without: Set[str] = fro
         ) from None
 
 
-def verify_sizes(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
-    """Compares the given shards' sizes (default: all) with the manifest.
+def verify_sizes(directory: Path, manifest: Manifest) -> None:
+    """Compares the shards' sizes with the manifest.
 
     Raises DataError at the first that differs, StorageError where that cannot be told.
     """
-    for file in manifest.files if files is None else files:
-        facts, path = manifest.files[file], directory / file
-        try:
-            found = path.lstat()
-        except FileNotFoundError:
-            found = None
-        except OSError as error:
-            raise read_error(path, error) from None
-        if found is None or not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path} is missing from the checkpoint, or is no plain file")
-        if found.st_size != facts["bytes"]:
-            raise DataError(f"{path} is damaged: {found.st_size} bytes instead of {facts['bytes']}")
+    for file, facts in manifest.files.items():
+        _verify_size(directory / file, facts)
 
 
 def verify_files(directory: Path, manifest: Manifest, *, files: Iterable[str] | None = None) -> None:
     """Compares size and sha256 of the given shards (default: all) with the manifest. Raises as `verify_sizes`."""
     for file in manifest.files if files is None else files:
-        verify_sizes(directory, manifest, files=[file])
         facts, path = manifest.files[file], directory / file
+        _verify_size(path, facts)
         try:
             sha256 = file_sha256(path)
         except OSError as error:
             raise read_error(path, error) from None
         if sha256 != facts["sha256"]:
             raise DataError(f"{path} is damaged: its contents do not match the checksum in {MANIFEST}")
+
+
+def _verify_size(path: Path, facts: dict[str, Any]) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        found = None
+    except OSError as error:
+        raise read_error(path, error) from None
+    if found is None or not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path} is missing from the checkpoint, or is no plain file")
+    if found.st_size != facts["bytes"]:
+        raise DataError(f"{path} is damaged: {found.st_size} bytes instead of {facts['bytes']}")
 
 
 def verify_coverage(directory: Path, manifest: Manifest) -> None:
@@ -245,7 +244,12 @@ def _digest_of(body: dict[str, Any]) -> str:
 
 def _parsed(body: dict[str, Any], path: Path) -> Manifest:
     """The manifest out of its JSON, which has passed its checksum: every file listed, every box within its tensor."""
-    files = {_plain_name(file, path): facts for file, facts in body["files"].items()}
+    files = body["files"]
+    for file, facts in files.items():
+        if file in ("", ".", "..") or Path(file).name != file:
+            raise DataError(f"{path}: {file!r} is no plain file name; the manifest is foreign or tampered with")
+        if not (isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)):
+            raise DataError(f"{path}: {file} lacks its size or checksum")
     tensors = {}
     for name, entry in body["tensors"].items():
         shape = tuple(entry["shape"])
@@ -253,28 +257,16 @@ def _parsed(body: dict[str, Any], path: Path) -> Manifest:
             raise DataError(f"{path}: {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
         pieces = []
         for piece in entry["pieces"]:
-            file = _listed(piece["file"], files, path)
+            if piece["file"] not in files:
+                raise DataError(
+                    f"{path}: {piece['file']!r} is not among its files, so nothing vouches for its contents"
+                )
             try:
-                pieces.append(Piece(file, shard_from_json(piece, shape=shape)))
+                pieces.append(Piece(piece["file"], shard_from_json(piece, shape=shape)))
             except ValueError as error:
                 raise DataError(f"{path}: a piece of {name} is impossible: {error}") from None
         tensors[name] = TensorEntry(shape, entry["dtype"], pieces)
-    for file, facts in files.items():
-        if not (isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)):
-            raise DataError(f"{path}: {file} lacks its size or checksum")
     state = body["state"]
     if missing := sorted({*TrainingState.__dataclass_fields__, "world_size", "model"} - set(state)):
         raise DataError(f"{path}: its state lacks {', '.join(missing)}")
     return Manifest(state, tensors, files)
-
-
-def _listed(file: str, files: dict[str, Any], manifest_path: Path) -> str:
-    if file not in files:
-        raise DataError(f"{manifest_path}: {file!r} is not among its files, so nothing vouches for its contents")
-    return file
-
-
-def _plain_name(file: str, manifest_path: Path) -> str:
-    if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
-        raise DataError(f"{manifest_path}: {file!r} is no plain file name; the manifest is foreign or tampered with")
-    return file
