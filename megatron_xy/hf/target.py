@@ -122,7 +122,20 @@ def write_files(
     """Writes safetensors files out of the source's pieces, some at a time; returns {file: {bytes, sha256}}."""
 
     def write(path: Path, outputs: list[Output]) -> dict[str, Any]:
-        return _write_file(path, outputs, source=source, manifest=manifest, metadata=metadata)
+        by_name = {output.name: output for output in outputs}
+        with BlockReader(source, manifest) as reader:
+
+            def parts_of(name: str) -> Iterable[Bits | FileRange]:
+                output = by_name[name]
+                return reader.parts(output.tensor, output.shard, dtype=output.dtype)
+
+            return write_safetensors(
+                path,
+                {output.name: (output.dtype, output.shard.local_shape) for output in outputs},
+                parts_of=parts_of,
+                metadata=metadata,
+                on_progress=lambda num_bytes: went_forward(),  # a run's own export is a part of its save
+            )
 
     return finish_files(folder, files, write=write, num_writers=MAX_WRITERS, say=say)
 
@@ -163,25 +176,6 @@ def finish_files(
         except BaseException:  # a signal
             say("stopping once the files that are being written are done; a second signal stops at once")
             raise
-
-
-def _write_file(
-    path: Path, outputs: list[Output], *, source: Path, manifest: Manifest, metadata: dict[str, str]
-) -> dict[str, Any]:
-    by_name = {output.name: output for output in outputs}
-    with BlockReader(source, manifest) as reader:
-
-        def parts_of(name: str) -> Iterable[Bits | FileRange]:
-            output = by_name[name]
-            return reader.parts(output.tensor, output.shard, dtype=output.dtype)
-
-        return write_safetensors(
-            path,
-            {output.name: (output.dtype, output.shard.local_shape) for output in outputs},
-            parts_of=parts_of,
-            metadata=metadata,
-            on_progress=lambda num_bytes: went_forward(),  # a run's own export is a part of its save
-        )
 
 
 class _Progress:
