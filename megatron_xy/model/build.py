@@ -29,7 +29,7 @@ from megatron_xy.model.norm import RMSNorm
 from megatron_xy.parallel import Groups
 from megatron_xy.stages import layers_per_chunk, padded_vocab_size
 from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
-from megatron_xy.tensors.shards import Box, ParameterShard
+from megatron_xy.tensors.shards import Box, ParameterShard, whole
 
 
 @dataclass(frozen=True)
@@ -237,27 +237,20 @@ def _global_name(local_name: str, gpt: torch.nn.Module) -> str:
 
 def _shard_of(name: str, parameter: torch.nn.Parameter, *, model: ModelConfig, groups: Groups) -> ParameterShard:
     """Which boxes of the global tensor `name` this rank's parameter holds, one after the other along dimension 0."""
-    local = tuple(parameter.shape)
-    tp_size, tp_rank = groups.tp_size, groups.tp_rank
-    if name in (EMBEDDING, OUTPUT_LAYER):
-        assert model.vocab_size, "the shape is complete once a run starts"
-        first = tp_rank * local[0]
-        rows = max(0, min(local[0], model.vocab_size - first))
-        box = Box((min(first, model.vocab_size), 0), (min(first, model.vocab_size) + rows, local[1]))
-        return ParameterShard((model.vocab_size, local[1]), (box,))
+    shape = list(parameter.shape)
     if not getattr(parameter, "tensor_model_parallel", False):
-        return ParameterShard(local, (Box((0,) * len(local), local),))
-    if name.endswith("linear_fc1.weight"):
-        half = local[0] // 2
-        boxes = tuple(
-            Box((part * half * tp_size + tp_rank * half, 0), (part * half * tp_size + (tp_rank + 1) * half, local[1]))
-            for part in range(2)
-        )
-        return ParameterShard((local[0] * tp_size, local[1]), boxes)
+        return whole(tuple(shape))
     dimension: int = parameter.partition_dim  # type: ignore[attr-defined]
-    start = [0] * len(local)
-    stop, full = list(local), list(local)
-    start[dimension] = tp_rank * local[dimension]
-    stop[dimension] = start[dimension] + local[dimension]
-    full[dimension] *= tp_size
-    return ParameterShard(tuple(full), (Box(tuple(start), tuple(stop)),))
+    num_parts: int = parameter.partition_stride  # type: ignore[attr-defined]
+    size = shape[dimension] // num_parts
+    shape[dimension] *= groups.tp_size
+    if name in (EMBEDDING, OUTPUT_LAYER):  # the padding belongs to no global tensor
+        assert model.vocab_size, "the shape is complete once a run starts"
+        shape[0] = model.vocab_size
+    boxes = []
+    for part in range(num_parts):
+        first = (part * groups.tp_size + groups.tp_rank) * size
+        start, stop = [0] * len(shape), list(shape)
+        start[dimension], stop[dimension] = (min(edge, shape[dimension]) for edge in (first, first + size))
+        boxes.append(Box(tuple(start), tuple(stop)))
+    return ParameterShard(tuple(shape), tuple(boxes))
