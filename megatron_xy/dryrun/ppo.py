@@ -16,7 +16,6 @@ from megatron_xy.dryrun.ledger import Ledger
 from megatron_xy.dryrun.rank import RankFindings, note_step, pretended_rank
 from megatron_xy.model import generate
 from megatron_xy.model.inference import ChunkForward
-from megatron_xy.model.layer_spec import DTYPES
 from megatron_xy.ppo.experience import Experience, Rollout
 from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel
 from megatron_xy.ppo.run import build_worker
@@ -84,8 +83,8 @@ def _with_cache(found: RankFindings, role: Role, *, ppo: PPOConfig, room: int, l
     ledger.begin_peak()
     with torch.inference_mode():
         chunks = [ChunkForward(role, chunk=chunk) for chunk in range(len(role.chunks))]
-        rows, dtype = -(-sequences // groups.pp_size), DTYPES[role.model.params_dtype]
-        caches = [chunk.new_cache(rows, dtype=dtype) for _ in range(groups.pp_size) for chunk in chunks]
+        rows = -(-sequences // groups.pp_size)
+        caches = [chunk.new_cache(rows) for _ in range(groups.pp_size) for chunk in chunks]
         for length in range(room - ppo.max_response_length, room + 1):
             for cache in caches:
                 cache.reserve(length)

@@ -42,19 +42,9 @@ class Pass:
 class KeyValueCache:
     """Keys, rotated, and values of this rank's layers and heads, for a fixed number of rows of growing length."""
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_rows: int,
-        num_groups: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """num_groups: key and value heads of this rank."""
-        # [layers, rows, groups, length, key and value, head_dim]: written and moved as one.
-        self._entries = torch.empty(num_layers, num_rows, num_groups, 0, 2, head_dim, dtype=dtype, device=device)
+    def __init__(self, entries: torch.Tensor) -> None:
+        """entries [layers, rows, key and value heads of this rank, length 0, key and value, head_dim]."""
+        self._entries = entries  # a key and its value as one: written and moved together
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` tokens a row; grows by half at the least, so that growing costs little."""

@@ -20,14 +20,12 @@ import torch.distributed as dist
 from megatron_xy import device
 from megatron_xy.errors import DataError
 from megatron_xy.model.cached_attention import KeyValueCache, Pass, attend_with_cache, rotation
-from megatron_xy.model.inference import ChunkForward
-from megatron_xy.model.layer_spec import DTYPES
+from megatron_xy.model.inference import ReplicaForward, Sent, on_device, wait_until_sent
 from megatron_xy.model.noise import position_keys, sequence_key
-from megatron_xy.model.rotary import PackedDocuments, inverse_frequencies
-from megatron_xy.model.sampling import Sampler, SamplingOptions
-from megatron_xy.parallel import broadcast_from_last_stage, receive_onward, send_onward
+from megatron_xy.model.rotary import PackedDocuments
+from megatron_xy.model.sampling import SamplingOptions
+from megatron_xy.parallel import broadcast_from_last_stage
 from megatron_xy.role import Role
-from megatron_xy.runtime.liveness import went_forward
 
 MAX_SEQUENCES = 64  # of a replica at a time
 MAX_PROMPT_TOKENS = 4096  # that begin in one pass, beside the sequences that go on
@@ -131,16 +129,9 @@ class _Group:
     def __init__(self, caches: list[KeyValueCache]) -> None:
         self.caches = caches
         self.running: list[_Sequence] = []
-        self.keys = np.zeros(0, dtype=np.uint64)
         self.drawn: torch.Tensor | None = None  # fp64 [sequences, 2] of the last pass, with the last stage
         self.arriving: dist.Work | None = None
-        self.sent: list[tuple[dist.Work, torch.Tensor]] = []
-
-    def wait_until_sent(self) -> None:
-        """Lets go of what was on its way to the next stage."""
-        for work, _ in self.sent:
-            work.wait()
-        self.sent.clear()
+        self.sent: Sent = []
 
 
 class _Replica:
@@ -169,26 +160,13 @@ class _Replica:
             )
             for place in places
         )
-        self._chunks = [ChunkForward(role, chunk=chunk) for chunk in range(len(role.chunks))]
-        self._frequencies = inverse_frequencies(role.model).to(device.current())
-        self._dtype = DTYPES[role.model.params_dtype]
-        assert role.model.hidden_size and role.model.vocab_size, "the shape is complete once a run starts"
-        self._hidden_size = role.model.hidden_size
+        self._model = ReplicaForward(role)
         self._stops = frozenset(options.stop_ids)
-        self._sampler: Sampler | None = None
-        if self._chunks[-1].is_last:
-            self._sampler = Sampler(
-                options,
-                columns=self._chunks[-1].columns,
-                vocab_size=role.model.vocab_size,
-                tp_group=role.groups.collection.tp,
-            )
+        self._sampler = self._model.sampler(options)
         # As many groups as stages, so that each stage has one to work on.
         number = role.groups.pp_size
         self._rows = math.ceil(min(max_sequences, len(places)) / number)
-        self._batches = [
-            _Group([chunk.new_cache(self._rows, dtype=self._dtype) for chunk in self._chunks]) for _ in range(number)
-        ]
+        self._batches = [_Group([chunk.new_cache(self._rows) for chunk in self._model.chunks]) for _ in range(number)]
 
     def run(self) -> None:
         """All passes. Each stage goes through the groups in the same order, and waits only for what it needs."""
@@ -202,7 +180,7 @@ class _Replica:
                     self._forward(*passes[-1], chunk=0)
             if not passes:
                 return
-            for chunk in range(1, len(self._chunks)):
+            for chunk in range(1, len(self._model.chunks)):
                 for group, now in passes:
                     self._forward(group, now, chunk=chunk)
 
@@ -215,7 +193,7 @@ class _Replica:
             group.arriving = broadcast_from_last_stage(group.drawn, self._groups)
         if group.arriving is not None:
             group.arriving.wait()
-        group.wait_until_sent()
+        wait_until_sent(group.sent)
         assert group.drawn is not None, "the last stage draws in every pass"
         is_over = []
         for sequence, (token, logprob) in zip(group.running, group.drawn.tolist(), strict=True):
@@ -239,7 +217,6 @@ class _Replica:
                     for cache in group.caches:
                         cache.move(source=len(group.running), target=row, length=last.num_cached)
                     group.running[row] = last
-        group.keys = np.array([sequence.key for sequence in group.running], dtype=np.uint64)
 
     def _begin(self, group: _Group) -> None:
         """Waiting sequences take the free rows; as many as one pass has room for the prompts of."""
@@ -252,8 +229,6 @@ class _Replica:
                 if num_tokens > MAX_PROMPT_TOKENS and len(group.running) > before:
                     break
             group.running.append(self._waiting.popleft())
-        if len(group.running) > before:
-            group.keys = np.array([sequence.key for sequence in group.running], dtype=np.uint64)
 
     def _planned(self, group: _Group) -> Pass:
         """The next pass: the last token of each sequence that goes on, and the prompts of those that begin."""
@@ -280,42 +255,35 @@ class _Replica:
         longest = max(positions[:going_on], default=-1) + 1
         for cache in group.caches:
             cache.reserve(max(longest, max(lengths, default=0)))
-        where = _on_device(positions)
+        where = on_device(positions)
         mask = None
         if going_on and min(positions[:going_on]) + 1 < longest:
             reach = torch.arange(longest, device=device.current())
             mask = (reach <= where[:going_on, None])[:, None, None, :]
         return Pass(
-            tokens=_on_device(tokens),
+            tokens=on_device(tokens),
             positions=where,
-            rows=_on_device(rows),
+            rows=on_device(rows),
             num_going_on=going_on,
             longest=longest,
             mask=mask,
             prompts=PackedDocuments.of(lengths) if lengths else None,
-            copies=(_on_device(copied), _on_device(copied_to)) if copied else None,
-            outputs=_on_device(outputs) if lengths else None,
+            copies=(on_device(copied), on_device(copied_to)) if copied else None,
+            outputs=on_device(outputs) if lengths else None,
         )
 
     def _forward(self, group: _Group, now: Pass, *, chunk: int) -> None:
         """One chunk's part of a pass: from the stage before, to the next one, or to the drawing of tokens."""
-        part, groups = self._chunks[chunk], self._groups
-        hidden: torch.Tensor | None = None
-        if not part.is_first:
-            hidden = torch.empty(len(now.tokens), self._hidden_size, dtype=self._dtype, device=device.current())
-            receive_onward(hidden, groups)
-        cos, sin = rotation(now.positions, self._frequencies)
+        cos, sin = rotation(now.positions, self._model.frequencies)
+        attend = self._model.chunks[chunk].attend
 
         def read(layer: int, projected: torch.Tensor) -> torch.Tensor:
             cached = group.caches[chunk].layer(layer)
-            return attend_with_cache(projected, cached, now, cos=cos, sin=sin, attend=part.attend)
+            return attend_with_cache(projected, cached, now, cos=cos, sin=sin, attend=attend)
 
-        output = part(now.tokens, hidden, read=read, outputs=now.outputs)
-        if part.is_last:
-            self._draw(group, output)
-        else:
-            group.sent.append((send_onward(output, groups), output))
-        went_forward()
+        logits = self._model.forward(now.tokens, chunk=chunk, read=read, outputs=now.outputs, sent=group.sent)
+        if logits is not None:
+            self._draw(group, logits)
 
     def _draw(self, group: _Group, logits: torch.Tensor) -> None:
         assert self._sampler is not None, "the last stage draws"
@@ -323,13 +291,10 @@ class _Replica:
         lengths = np.array([len(sequence.tokens) for sequence in group.running], dtype=np.int64)
         keys = too_short = None
         if options.temperature:
-            keys = torch.from_numpy(position_keys(group.keys, lengths)).to(device.current())
+            of_sequences = np.array([sequence.key for sequence in group.running], dtype=np.uint64)
+            keys = torch.from_numpy(position_keys(of_sequences, lengths)).to(device.current())
         if (lengths + 1 < options.min_response_length).any():
             too_short = torch.from_numpy(lengths + 1 < options.min_response_length).to(device.current())
         group.drawn = self._sampler.sample(logits, keys=keys, too_short=too_short)
         if self._groups.pp_size > 1:
             group.arriving = broadcast_from_last_stage(group.drawn, self._groups)
-
-
-def _on_device(values: Sequence[int]) -> torch.Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device.current())

@@ -7,80 +7,58 @@ activations are split, not of weights: a model trained with it generates without
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from megatron_xy import device
 from megatron_xy.model.attention_backends import Attend
 from megatron_xy.model.build import named_parameters
 from megatron_xy.model.cached_attention import KeyValueCache
 from megatron_xy.model.kernels import rms_norm, swiglu
-from megatron_xy.model.layer_spec import choose_layers
-from megatron_xy.parallel import sum_over
+from megatron_xy.model.layer_spec import DTYPES, choose_layers
+from megatron_xy.model.rotary import inverse_frequencies
+from megatron_xy.model.sampling import Sampler, SamplingOptions
+from megatron_xy.parallel import receive_onward, send_onward, sum_over
 from megatron_xy.role import Role
+from megatron_xy.runtime.liveness import went_forward
 from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER
 
-FINAL_NORM = "decoder.final_layernorm.weight"
 Read = Callable[[int, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """This rank's weights of one layer."""
-
-    input_norm: torch.Tensor
-    qkv: torch.Tensor
-    proj: torch.Tensor
-    mlp_norm: torch.Tensor
-    fc1: torch.Tensor
-    fc2: torch.Tensor
-    qkv_bias: torch.Tensor | None  # where the model has one
-
-
-_LAYER_NAMES = {
-    "input_norm": "input_layernorm.weight",
-    "qkv": "self_attention.linear_qkv.weight",
-    "proj": "self_attention.linear_proj.weight",
-    "mlp_norm": "pre_mlp_layernorm.weight",
-    "fc1": "mlp.linear_fc1.weight",
-    "fc2": "mlp.linear_fc2.weight",
-}
+Sent = list[tuple[dist.Work, torch.Tensor]]  # tensors on their way to the next stage
 
 
 class ChunkForward:
     """The forward pass of one of a role's chunks, as the weights stand when it is made (they are not copied)."""
 
     def __init__(self, role: Role, *, chunk: int) -> None:
-        groups, number_of_chunks = role.groups, len(role.chunks)
-        module = role.chunks[chunk]
+        groups, module = role.groups, role.chunks[chunk]
         if role.parallel.overlap_param_gather:  # what the last update left to the next forward pass
             module.start_param_sync(force_sync=True)  # type: ignore[operator]
-        found = {
-            named.name: named.parameter.detach() for named in named_parameters(module, model=role.model, groups=groups)
-        }
+        self._weights: dict[str, torch.Tensor] = {}  # but for the layers'
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        for named in named_parameters(module, model=role.model, groups=groups):
+            weight = named.parameter.detach()
+            if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", named.name):
+                layers.setdefault(match[1], {})[match[2]] = weight
+            else:
+                self._weights[named.name] = weight
+        self._layers = list(layers.values())
         self.is_first = groups.is_first_stage and chunk == 0
-        self.is_last = groups.is_last_stage and chunk == number_of_chunks - 1
-        self._embedding = found.get(EMBEDDING)
-        self._output = found.get(EMBEDDING if role.model.has_tied_output_layer else OUTPUT_LAYER)
-        self._final_norm = found.get(FINAL_NORM)
-        numbers = sorted({int(name.split(".")[2]) for name in found if name.startswith("decoder.layers.")})
-        self._layers = [
-            LayerWeights(
-                **{field: found[f"decoder.layers.{number}.{name}"] for field, name in _LAYER_NAMES.items()},
-                qkv_bias=found.get(f"decoder.layers.{number}.self_attention.linear_qkv.bias"),
-            )
-            for number in numbers
-        ]
+        self.is_last = groups.is_last_stage and chunk == len(role.chunks) - 1
+        self._output_name = EMBEDDING if role.model.has_tied_output_layer else OUTPUT_LAYER
         self._epsilon = role.model.norm_epsilon
         self._tp: dist.ProcessGroup = groups.collection.tp
         self.attend: Attend = choose_layers(role.model).attention.attend
         assert role.model.num_attention_heads, "the shape is complete once a run starts"
         self.num_groups = (role.model.num_query_groups or role.model.num_attention_heads) // groups.tp_size
         self.head_dim = role.model.head_dim
+        self.dtype = DTYPES[role.model.params_dtype]
 
     @property
     def num_layers(self) -> int:
@@ -90,19 +68,12 @@ class ChunkForward:
     @property
     def columns(self) -> int:
         """Of the padded vocabulary on this rank, on the last chunk."""
-        assert self._output is not None, "only the last chunk has logits"
-        return len(self._output)
+        return len(self._weights[self._output_name])
 
-    def new_cache(self, num_rows: int, *, dtype: torch.dtype) -> KeyValueCache:
+    def new_cache(self, num_rows: int) -> KeyValueCache:
         """An empty cache for these layers."""
-        return KeyValueCache(
-            num_layers=self.num_layers,
-            num_rows=num_rows,
-            num_groups=self.num_groups,
-            head_dim=self.head_dim,
-            dtype=dtype,
-            device=device.current(),
-        )
+        shape = (self.num_layers, num_rows, self.num_groups, 0, 2, self.head_dim)
+        return KeyValueCache(torch.empty(shape, dtype=self.dtype, device=device.current()))
 
     def __call__(
         self,
@@ -121,24 +92,76 @@ class ChunkForward:
         """
         if hidden is None:
             hidden = self._embedded(tokens)
-        for index, weights in enumerate(self._layers):
-            normed = rms_norm(hidden, weights.input_norm, eps=self._epsilon)
-            qkv = F.linear(normed, weights.qkv, weights.qkv_bias)
-            hidden = hidden + sum_over(F.linear(read(index, qkv), weights.proj), self._tp)
-            normed = rms_norm(hidden, weights.mlp_norm, eps=self._epsilon)
-            hidden = hidden + sum_over(F.linear(swiglu(F.linear(normed, weights.fc1)), weights.fc2), self._tp)
+        for index, layer in enumerate(self._layers):
+            normed = rms_norm(hidden, layer["input_layernorm.weight"], eps=self._epsilon)
+            bias = layer.get("self_attention.linear_qkv.bias")  # where the model has one
+            qkv = F.linear(normed, layer["self_attention.linear_qkv.weight"], bias)
+            attended = F.linear(read(index, qkv), layer["self_attention.linear_proj.weight"])
+            hidden = hidden + sum_over(attended, self._tp)
+            normed = rms_norm(hidden, layer["pre_mlp_layernorm.weight"], eps=self._epsilon)
+            activated = swiglu(F.linear(normed, layer["mlp.linear_fc1.weight"]))
+            hidden = hidden + sum_over(F.linear(activated, layer["mlp.linear_fc2.weight"]), self._tp)
         if not self.is_last:
             return hidden
-        assert self._final_norm is not None and self._output is not None, "the last chunk has a head"
         if outputs is not None:
             hidden = hidden[outputs]
-        return F.linear(rms_norm(hidden, self._final_norm, eps=self._epsilon), self._output)
+        normed = rms_norm(hidden, self._weights["decoder.final_layernorm.weight"], eps=self._epsilon)
+        return F.linear(normed, self._weights[self._output_name])
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-        assert self._embedding is not None, "the first chunk has the embedding"
+        embedding = self._weights[EMBEDDING]
         if self._tp.size() == 1:
-            return F.embedding(tokens, self._embedding)
-        places = tokens - self._tp.rank() * len(self._embedding)
-        is_mine = (places >= 0) & (places < len(self._embedding))
-        rows = F.embedding(places.where(is_mine, 0), self._embedding)
+            return F.embedding(tokens, embedding)
+        places = tokens - self._tp.rank() * len(embedding)
+        is_mine = (places >= 0) & (places < len(embedding))
+        rows = F.embedding(places.where(is_mine, 0), embedding)
         return sum_over(rows * is_mine[:, None], self._tp)
+
+
+class ReplicaForward:
+    """This rank's chunks of a model, and what travels between the pipeline stages of its replica."""
+
+    def __init__(self, role: Role) -> None:
+        self._groups, self._model = role.groups, role.model
+        self.chunks = [ChunkForward(role, chunk=chunk) for chunk in range(len(role.chunks))]
+        self.frequencies = inverse_frequencies(role.model).to(device.current())
+
+    def sampler(self, options: SamplingOptions) -> Sampler | None:
+        """Over this rank's part of the vocabulary; None but on the last stage."""
+        last = self.chunks[-1]
+        if not last.is_last:
+            return None
+        assert self._model.vocab_size, "the shape is complete once a run starts"
+        tp_group = self._groups.collection.tp
+        return Sampler(options, columns=last.columns, vocab_size=self._model.vocab_size, tp_group=tp_group)
+
+    def forward(
+        self, tokens: torch.Tensor, *, chunk: int, read: Read, outputs: torch.Tensor | None, sent: Sent
+    ) -> torch.Tensor | None:
+        """One chunk's part of a pass, from the stage before to the next one; on the last chunk the logits, else None.
+
+        Arguments as of ChunkForward; sent: takes what is on its way to the next stage.
+        """
+        part, hidden = self.chunks[chunk], None
+        if not part.is_first:
+            assert self._model.hidden_size, "the shape is complete once a run starts"
+            hidden = torch.empty(len(tokens), self._model.hidden_size, dtype=part.dtype, device=device.current())
+            receive_onward(hidden, self._groups)
+        output = part(tokens, hidden, read=read, outputs=outputs)
+        went_forward()
+        if part.is_last:
+            return output
+        sent.append((send_onward(output, self._groups), output))
+        return None
+
+
+def wait_until_sent(sent: Sent) -> None:
+    """Lets go of what was on its way to the next stage."""
+    for work, _ in sent:
+        work.wait()
+    sent.clear()
+
+
+def on_device(values: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
+    """Token ids or places, int64, on this process's device."""
+    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device.current())

@@ -14,20 +14,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from megatron_xy import device
 from megatron_xy.losses import token_logprobs_and_entropy
 from megatron_xy.model.cached_attention import rotation, turned_by
-from megatron_xy.model.inference import ChunkForward
-from megatron_xy.model.layer_spec import DTYPES
-from megatron_xy.model.rotary import inverse_frequencies
-from megatron_xy.model.sampling import Sampler, SamplingOptions
-from megatron_xy.parallel import receive_onward, send_onward
+from megatron_xy.model.inference import ReplicaForward, Sent, on_device, wait_until_sent
+from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.role import Role
-from megatron_xy.runtime.liveness import went_forward
 
 PASS_TOKENS = 2048  # new tokens of a pass, but for one longer sequence
 
@@ -70,7 +65,7 @@ def likelihoods_of_share(role: Role, questions: Sequence[Question], *, on_questi
             for chunk in range(len(role.chunks)):
                 for now in together:
                     work.forward(now, chunk=chunk)
-            work.wait_until_sent()
+            wait_until_sent(work.sent)
 
 
 @dataclass(frozen=True)
@@ -84,9 +79,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A token whose probability is wanted after token `depth` of the sequence that `segment` is of."""
+    """A token whose probability is wanted after token `depth` of a sequence."""
 
-    segment: int
     depth: int
     token: int
     question: int
@@ -171,7 +165,7 @@ def _segments_of(questions: Sequence[Question]) -> list[Segment]:
         before, question = tokens, questions[number]
         for depth, token in enumerate(question.continuations[place], start=len(question.context) - 1):
             owner = next(p.segment for p in reversed(path) if p.begin <= depth)
-            segments[owner].wanted.append(Wanted(owner, depth, token, number, place))
+            segments[owner].wanted.append(Wanted(depth, token, number, place))
     return segments
 
 
@@ -213,71 +207,42 @@ class _Replica:
     """A replica's caches, one a chunk, and its passes through the pipeline."""
 
     def __init__(self, role: Role, books: _Books) -> None:
-        self._role, self._groups, self._books = role, role.groups, books
-        self._chunks = [ChunkForward(role, chunk=chunk) for chunk in range(len(role.chunks))]
-        self._frequencies = inverse_frequencies(role.model).to(device.current())
-        self._dtype = DTYPES[role.model.params_dtype]
-        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        self._role, self._books, self._model = role, books, ReplicaForward(role)
+        self.sent: Sent = []
         # [layers, slots, groups, key and value, head_dim]
         self._caches = [
             torch.empty(
-                chunk.num_layers, 0, chunk.num_groups, 2, chunk.head_dim, dtype=self._dtype, device=device.current()
+                part.num_layers, 0, part.num_groups, 2, part.head_dim, dtype=part.dtype, device=device.current()
             )
-            for chunk in self._chunks
+            for part in self._model.chunks
         ]
-        assert role.model.hidden_size and role.model.vocab_size, "the shape is complete once a model is built"
-        self._hidden_size, self._vocab_size = role.model.hidden_size, role.model.vocab_size
-        self._greedy: Sampler | None = None
-        if self._chunks[-1].is_last:
-            self._greedy = Sampler(
-                SamplingOptions(temperature=0.0),
-                columns=self._chunks[-1].columns,
-                vocab_size=role.model.vocab_size,
-                tp_group=role.groups.collection.tp,
-            )
+        self._greedy = self._model.sampler(SamplingOptions(temperature=0.0))
 
     def forward(self, now: ScoringPass, *, chunk: int) -> None:
         """One chunk's part of a pass: from the stage before, to the next one, or to the probabilities."""
-        part = self._chunks[chunk]
-        tokens = _on_device(np.concatenate([segment.tokens for segment in now.segments]))
+        tokens = on_device(np.concatenate([segment.tokens for segment in now.segments]))
         positions = [segment.begin + np.arange(len(segment.tokens)) for segment in now.segments]
-        cos, sin = rotation(_on_device(np.concatenate(positions)), self._frequencies)
+        cos, sin = rotation(on_device(np.concatenate(positions)), self._model.frequencies)
         cache = self._made_room(now, chunk=chunk)
-        reached = [_on_device(slots) for slots in now.reached]
+        reached = [on_device(slots) for slots in now.reached]
         lengths = [len(segment.tokens) for segment in now.segments]
-        hidden: torch.Tensor | None = None
-        if not part.is_first:
-            hidden = torch.empty(len(tokens), self._hidden_size, dtype=self._dtype, device=device.current())
-            receive_onward(hidden, self._groups)
-        places: list[int] = []
-        rows: list[int] = []
-        if part.is_last:
-            places, rows = _outputs(now)
+        places, rows = _outputs(now) if self._model.chunks[chunk].is_last else ([], [])
 
         def read(layer: int, projected: torch.Tensor) -> torch.Tensor:
             return attend_along_branches(
                 projected, cache[layer], reached, lengths=lengths, first=len(now.kept), cos=cos, sin=sin
             )
 
-        output = part(tokens, hidden, read=read, outputs=_on_device(places))
-        if part.is_last:
-            self._take(now, output, rows=_on_device(rows))
-        else:
-            self._sent.append((send_onward(output, self._groups), output))
-        went_forward()
-
-    def wait_until_sent(self) -> None:
-        """Lets go of what was on its way to the next stage."""
-        for work, _ in self._sent:
-            work.wait()
-        self._sent.clear()
+        logits = self._model.forward(tokens, chunk=chunk, read=read, outputs=on_device(places), sent=self.sent)
+        if logits is not None:
+            self._take(now, logits, rows=on_device(rows))
 
     def _made_room(self, now: ScoringPass, *, chunk: int) -> torch.Tensor:
         """The chunk's cache with what stays in front and room for the new tokens behind it."""
         before = self._caches[chunk]
         layers, _, *rest = before.shape
         cache = before.new_empty(layers, len(now.kept) + now.num_tokens, *rest)
-        cache[:, : len(now.kept)] = before[:, _on_device(now.kept)]
+        cache[:, : len(now.kept)] = before[:, on_device(now.kept)]
         self._caches[chunk] = cache
         return cache
 
@@ -287,13 +252,13 @@ class _Replica:
         if not wanted:
             return
         best = self._greedy.sample(logits, keys=None, too_short=None)[rows, 0]
-        labels = _on_device([token.token for token in wanted])
+        labels = on_device([token.token for token in wanted])
         logprobs, _ = token_logprobs_and_entropy(
             logits[rows],
             labels,
-            vocab_size=self._vocab_size,
+            vocab_size=self._role.model.vocab_size or 0,
             temperature=1.0,
-            tp_group=self._groups.collection.tp,
+            tp_group=self._role.groups.collection.tp,
         )
         self._books.add(wanted, logprobs.tolist(), [int(token) for token in best.tolist()])
 
@@ -348,7 +313,3 @@ def _outputs(now: ScoringPass) -> tuple[list[int], list[int]]:
         rows += [places.setdefault(begin + token.depth - segment.begin, len(places)) for token in segment.wanted]
         begin += len(segment.tokens)
     return list(places), rows
-
-
-def _on_device(values: Sequence[int] | Tokens) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device.current())

@@ -114,5 +114,5 @@ def test_a_continuation_is_greedy_where_each_of_its_tokens_is_the_most_likely_on
         found: list[Likelihood] = []
         books = _Books([Question([1, 2], [[5, 6, 7]])], lambda place, them, found=found: found.extend(them))
         for depth, token in enumerate([5, 6, 7]):
-            books.add([Wanted(0, 1 + depth, token, 0, 0)], [-0.5], [best[depth]])
+            books.add([Wanted(1 + depth, token, 0, 0)], [-0.5], [best[depth]])
         assert found == [Likelihood(-1.5, is_greedy)]
