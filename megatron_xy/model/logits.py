@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from megatron_xy.data.dataset import MicroBatch
+from megatron_xy.data.dataset import MicroBatch, Sample, collate
 from megatron_xy.losses import token_logprobs_and_entropy
 from megatron_xy.parallel import gathered_over
 from megatron_xy.role import Role
@@ -65,18 +65,7 @@ def _logprobs(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.T
 
 def _padded(row: Sequence[int], width: int) -> MicroBatch:
     """One row as a micro-batch: the document, then padding that nothing attends to."""
-    length = len(row)
-    borders = [0, length] if length == width else [0, length, width]
-    tokens = np.zeros(width, dtype=np.int64)
-    labels = np.zeros(width, dtype=np.int64)
-    tokens[:length], labels[: length - 1] = row, row[1:]
-    return MicroBatch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=np.zeros(width, dtype=np.float32),
-        position_ids=np.concatenate([np.arange(length), np.arange(width - length)]),
-        cu_seqlens=np.array(borders, dtype=np.int32),
-        source_ids=np.zeros(width, dtype=np.int32),
-        num_padding_tokens=width - length,
-        sum_squared_lengths=length**2,
+    sample = Sample(np.array(row, dtype=np.int64), np.array([len(row)]))
+    return collate(
+        [sample], source_indices=[0], num_sources=1, bucket=width, micro_batch_tokens=width, split_documents=True
     )
