@@ -86,20 +86,30 @@ def examine(backend: Backend, dtype: torch.dtype, head_dim: int, *, deterministi
     return Finding(backend.name, True, f"agrees with scaled dot product attention to {difference:.1g}")
 
 
-def attend_by_flash_attn_2(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
+def attend_by_flash_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PackedDocuments,
+    scale: float | None,
+    *,
+    module: str,
 ) -> torch.Tensor:
-    """flash-attn 2's kernel for packed sequences."""
-    attend = importlib.import_module("flash_attn").flash_attn_varlen_func
-    return _flash_attn(attend, query, key, value, packed, scale)
-
-
-def attend_by_flash_attn_3(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
-) -> torch.Tensor:
-    """flash-attn 3's kernel for Hopper."""
-    attend = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
-    return _flash_attn(attend, query, key, value, packed, scale)
+    """A kernel for packed sequences: of flash-attn 2 (`flash_attn`), or of 3 for Hopper (`flash_attn_interface`)."""
+    result = importlib.import_module(module).flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=packed.cu_seqlens_q,
+        cu_seqlens_k=packed.cu_seqlens_kv,
+        max_seqlen_q=packed.max_seqlen_q,
+        max_seqlen_k=packed.max_seqlen_kv,
+        softmax_scale=scale,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    output: torch.Tensor = result[0] if isinstance(result, tuple) else result  # early versions of 3 add the lse
+    return output
 
 
 def attend_by_transformer_engine(
@@ -119,30 +129,6 @@ def attend_by_transformer_engine(
         max_seqlen_kv=packed.max_seqlen_kv,
     )
     return output.view(query.shape)
-
-
-def _flash_attn(
-    attend: Callable[..., Any],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    packed: PackedDocuments,
-    scale: float | None,
-) -> torch.Tensor:
-    result = attend(
-        query,
-        key,
-        value,
-        cu_seqlens_q=packed.cu_seqlens_q,
-        cu_seqlens_k=packed.cu_seqlens_kv,
-        max_seqlen_q=packed.max_seqlen_q,
-        max_seqlen_k=packed.max_seqlen_kv,
-        softmax_scale=scale,
-        causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    output: torch.Tensor = result[0] if isinstance(result, tuple) else result  # early versions of 3 add the lse
-    return output
 
 
 @functools.cache
@@ -175,10 +161,12 @@ def _difference_from_sdpa(attend: Attend, dtype: torch.dtype, head_dim: int) -> 
             gradients = torch.autograd.grad(output, inputs, grad)
         results.append([output.detach(), *gradients])
     differences = [
-        ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+        (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
         for ours, theirs in zip(*results, strict=True)
     ]
-    return max(differences) if all(value == value for value in differences) else float("nan")
+    return (
+        torch.stack(differences).max().item()
+    )  # not a number where one of them is none; Python's max may pass it over
 
 
 def _obstacle_of_flash(module: str | None) -> Callable[[torch.dtype, int], str | None]:
@@ -217,7 +205,11 @@ def _obstacle_of_torch_cudnn(dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 BACKENDS = (
-    Backend("flash_attn_3", attend_by_flash_attn_3, _obstacle_of_flash_attn_3),
+    Backend(
+        "flash_attn_3",
+        functools.partial(attend_by_flash_attn, module="flash_attn_interface"),
+        _obstacle_of_flash_attn_3,
+    ),
     Backend("transformer_engine", attend_by_transformer_engine, _obstacle_of_flash("transformer_engine")),
     Backend(
         "torch_cudnn",
@@ -225,7 +217,11 @@ BACKENDS = (
         _obstacle_of_torch_cudnn,
         tried=functools.partial(attend_by_torch_cudnn, least_work=0),
     ),
-    Backend("flash_attn_2", attend_by_flash_attn_2, _obstacle_of_flash("flash_attn")),
+    Backend(
+        "flash_attn_2",
+        functools.partial(attend_by_flash_attn, module="flash_attn"),
+        _obstacle_of_flash("flash_attn"),
+    ),
     Backend("torch_varlen", attend_by_torch_varlen, _obstacle_of_flash(None)),
     Backend("sdpa", attend_by_sdpa, lambda dtype, head_dim: None),
 )
