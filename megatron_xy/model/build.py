@@ -29,7 +29,7 @@ from megatron_xy.model.norm import RMSNorm
 from megatron_xy.parallel import Groups
 from megatron_xy.stages import layers_per_chunk, padded_vocab_size
 from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER, VALUE_HEAD
-from megatron_xy.tensors.shards import Box, ParameterShard, whole
+from megatron_xy.tensors.shards import ParameterShard, split_shard, whole
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,6 @@ def _shard_of(name: str, parameter: torch.nn.Parameter, *, model: ModelConfig, g
     if name in (EMBEDDING, OUTPUT_LAYER):  # the padding belongs to no global tensor
         assert model.vocab_size, "the shape is complete once a run starts"
         shape[0] = model.vocab_size
-    boxes = []
-    for part in range(num_parts):
-        first = (part * groups.tp_size + groups.tp_rank) * size
-        start, stop = [0] * len(shape), list(shape)
-        start[dimension], stop[dimension] = (min(edge, shape[dimension]) for edge in (first, first + size))
-        boxes.append(Box(tuple(start), tuple(stop)))
-    return ParameterShard(tuple(shape), tuple(boxes))
+    return split_shard(
+        tuple(shape), dimension, size=size, place=groups.tp_rank, num_places=groups.tp_size, num_parts=num_parts
+    )

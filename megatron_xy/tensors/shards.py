@@ -186,6 +186,20 @@ def whole(shape: tuple[int, ...]) -> ParameterShard:
     return ParameterShard(shape, (Box((0,) * len(shape), shape),))
 
 
+def split_shard(
+    shape: tuple[int, ...], dimension: int, *, size: int, place: int, num_places: int, num_parts: int = 1
+) -> ParameterShard:
+    """What tensor parallelism gives to one of `num_places` ranks: `size` rows or columns of each of the tensor's equal
+    parts (two in the gated fc1); the last ranks have less where it does not go round."""
+    boxes = []
+    for part in range(num_parts):
+        first = (part * num_places + place) * size
+        start, stop = [0] * len(shape), list(shape)
+        start[dimension], stop[dimension] = (min(edge, shape[dimension]) for edge in (first, first + size))
+        boxes.append(Box(tuple(start), tuple(stop)))
+    return ParameterShard(shape, tuple(boxes))
+
+
 def _blocks_of_range(box: Box, start: int, stop: int) -> Iterator[tuple[Box, int]]:
     """Elements [start, stop) of a flattened box as boxes in order, and the element at which each begins.
 
