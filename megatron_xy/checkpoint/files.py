@@ -223,7 +223,7 @@ def shard_from_json(body: dict[str, Any], *, shape: tuple[int, ...]) -> Paramete
     if body["flat"] is None:
         return ParameterShard(shape, boxes)
     start, stop = body["flat"]
-    if not (len(shape) and 0 <= start <= stop <= sum(box.numel for box in boxes)):
+    if not (0 <= start <= stop <= sum(box.numel for box in boxes)):
         raise ValueError(f"its flat range {start}:{stop} lies outside its boxes")
     return ParameterShard(shape, boxes, (start, stop))
 
@@ -253,6 +253,8 @@ def _parsed(body: dict[str, Any], path: Path) -> Manifest:
     tensors = {}
     for name, entry in body["tensors"].items():
         shape = tuple(entry["shape"])
+        if not shape:
+            raise DataError(f"{path}: {name} has no dimension, and tensors have one or more; the manifest is foreign")
         if entry["dtype"] not in DTYPES:
             raise DataError(f"{path}: {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
         pieces = []

@@ -16,8 +16,8 @@ from megatron_xy.model.build import NamedParameter
 from megatron_xy.model.parts import part_of_model
 from megatron_xy.optimizer import OwnedParameter
 from megatron_xy.role import Role
+from megatron_xy.tensors.files import TensorReader
 from megatron_xy.tensors.names import EMBEDDING, VALUE_HEAD
-from megatron_xy.tensors.reader import TensorReader
 from megatron_xy.tensors.shards import ParameterShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -20,8 +20,7 @@ from megatron_xy.hf.source import Source
 from megatron_xy.hf.target import Output, finish_files
 from megatron_xy.quantisation import nf4
 from megatron_xy.storage import write_json
-from megatron_xy.tensors.files import torch_dtype, write_tensors
-from megatron_xy.tensors.reader import TensorReader
+from megatron_xy.tensors.files import TensorReader, torch_dtype, write_tensors
 
 MAX_SHARD_BYTES = 10**9  # in bf16; a file's tensors are in memory while it is made
 

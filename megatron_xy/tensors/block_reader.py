@@ -1,6 +1,6 @@
 """Reads any part of global tensors out of the pieces that a manifest names, whatever layout cut them; as bits.
 
-Without torch: for conversions and checks of folders. reader.py reads into torch's tensors.
+Without torch: for conversions and checks of folders. files.py reads into torch's tensors.
 """
 
 from __future__ import annotations

@@ -97,7 +97,6 @@ class SafetensorsFile:
         """Copies the block `place` of the tensor into `target`, of its shape, straight or by way of a buffer."""
         stored = self.tensors[name]
         size = itemsize(stored.dtype)
-        target = target.reshape(place.inner.with_rows().shape)  # a view: only a scalar's shape changes
         is_straight = place.inner.shape[1:] == place.outer.shape[1:] and target.flags.c_contiguous
         for rows, part in place.in_rows((BLOCK_BYTES if is_straight else STRIDED_BYTES) // size):
             row_numel = math.prod(part.outer.shape[1:])
@@ -142,6 +141,13 @@ class SafetensorsFile:
         if edge != size:
             raise ValueError(f"{size} bytes instead of {edge}")
         return tensors
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """What the file's header says is in it. Raises as SafetensorsFile."""
+    file = SafetensorsFile(path)
+    file.close()
+    return file.tensors
 
 
 def write_safetensors(

@@ -40,16 +40,10 @@ class Box:
             return None
         return Box(start, stop)
 
-    def with_rows(self) -> Box:
-        """The same, a scalar as one row."""
-        return self if self.start else Box((0,), (1,))
-
     def slices_in(self, outer: Box, *, row_offset: int = 0) -> tuple[slice, ...]:
         """This block's place in a tensor that holds `outer` from row `row_offset` on."""
-        slices = [slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True)]
-        if slices:
-            slices[0] = slice(slices[0].start + row_offset, slices[0].stop + row_offset)
-        return tuple(slices)
+        first, *others = (slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True))
+        return slice(first.start + row_offset, first.stop + row_offset), *others
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,7 @@ class Placed:
             held = held[self.offset : self.offset + self.outer.numel].reshape(self.outer.shape)
         elif row_numel := math.prod(self.outer.shape[1:]):
             row_offset = self.offset // row_numel
-        # A scalar is itself: numpy would give its value, not a view of it.
-        view: Array = held[self.inner.slices_in(self.outer, row_offset=row_offset)] if self.outer.start else held
+        view: Array = held[self.inner.slices_in(self.outer, row_offset=row_offset)]
         return view
 
     @property
@@ -91,10 +84,9 @@ class Placed:
         return start, start + self.inner.numel
 
     def in_rows(self, max_numel: int) -> Iterator[tuple[slice, Placed]]:
-        """The block in parts of whole rows, of as many of `outer` as have `max_numel` elements, or one; a scalar is one
-        row. With each part its rows in the block.
-        """
-        inner, outer = self.inner.with_rows(), self.outer.with_rows()
+        """The block in parts of whole rows, of as many of `outer` as have `max_numel` elements, or one. With each part
+        its rows in the block."""
+        inner, outer = self.inner, self.outer
         step = max(1, max_numel // max(1, math.prod(outer.shape[1:])))
         for first in range(0, inner.shape[0], step):
             last = min(first + step, inner.shape[0])
@@ -123,8 +115,8 @@ class ParameterShard:
     @property
     def local_shape(self) -> tuple[int, ...]:
         """The local tensor's shape, without padding: the boxes concatenated, or the flat range."""
-        if self.flat or not self.global_shape:
-            return (self.numel,) if self.flat else ()
+        if self.flat:
+            return (self.numel,)
         return (sum(box.shape[0] for box in self.boxes), *self.boxes[0].shape[1:])
 
     def part(self, start: int, stop: int) -> ParameterShard:
@@ -136,7 +128,7 @@ class ParameterShard:
     def trim(self, local: Array) -> Array:
         """The local tensor without the padding behind what belongs to the global one."""
         held: Any = local
-        view: Array = held[: self.local_shape[0]] if self.local_shape else held
+        view: Array = held[: self.local_shape[0]]
         return view
 
     def blocks(self) -> Iterator[tuple[Box, int]]:
@@ -165,9 +157,6 @@ class ParameterShard:
     def in_parts(self, max_numel: int) -> Iterator[ParameterShard]:
         """The boxes in consecutive parts of whole rows, of at most `max_numel` elements but for rows longer than it."""
         assert self.flat is None, "boxes are cut by rows"
-        if not self.global_shape:
-            yield self
-            return
         gathered: list[Box] = []
         for box in self.boxes:
             rows = max(1, max_numel // max(1, math.prod(box.shape[1:])))

@@ -19,8 +19,7 @@ from megatron_xy.checkpoint.choice import shared_problem
 from megatron_xy.checkpoint.files import Manifest, Piece, TensorEntry
 from megatron_xy.errors import ConfigError, DataError, StorageError
 from megatron_xy.tensors.block_reader import BlockReader, tensor_hashes
-from megatron_xy.tensors.files import bits_of, dtype_name, write_tensors
-from megatron_xy.tensors.reader import TensorReader
+from megatron_xy.tensors.files import TensorReader, bits_of, dtype_name, write_tensors
 from megatron_xy.tensors.safetensors_file import FileRange, SafetensorsFile, write_safetensors
 from megatron_xy.tensors.shards import Box, ParameterShard, whole
 from tests.unit.whole_tensors import read_full
@@ -304,6 +303,7 @@ def test_a_signed_manifest_of_another_layout_is_refused(checkpoint):
     changes += [without("tensors", "norm.weight", key) for key in ("shape", "dtype", "pieces")]
     changes += [lambda body: body.update(tensors=[]), lambda body: body.update(files=None)]
     changes += [lambda body: body["tensors"]["norm.weight"].update(dtype="complex64")]
+    changes += [lambda body: body["tensors"].update(scalar={"shape": [], "dtype": "float32", "pieces": []})]
     for boxes in ([[0, 3]], [[[0], [4]]], [[[-1], [3]]], [[[2], [1]]], [[[0, 0], [3, 3]]], [[[0], [3], [1]]], 7):
         changes.append(lambda body, boxes=boxes: body["tensors"]["norm.weight"]["pieces"][0].update(boxes=boxes))
     for change in changes:

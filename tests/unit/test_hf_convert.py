@@ -28,8 +28,7 @@ from megatron_xy.inference import model_ranks
 from megatron_xy.model.source import resolve_model
 from megatron_xy.runtime.liveness import SIGNS
 from megatron_xy.tensors import block_reader
-from megatron_xy.tensors.files import dtype_name, torch_dtype, write_tensors
-from megatron_xy.tensors.reader import TensorReader
+from megatron_xy.tensors.files import TensorReader, dtype_name, torch_dtype, write_tensors
 from megatron_xy.tensors.shards import whole
 from tests.unit.whole_tensors import read_full
 from tools.train_tokenizer import train

@@ -2,8 +2,7 @@
 
 import torch
 
-from megatron_xy.tensors.files import torch_dtype
-from megatron_xy.tensors.reader import TensorReader
+from megatron_xy.tensors.files import TensorReader, torch_dtype
 from megatron_xy.tensors.shards import whole
 
 
