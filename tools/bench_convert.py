@@ -244,23 +244,17 @@ def split_model(model: ModelConfig, source: Path, target: Path) -> None:
     from megatron_xy.hf.names import global_names
     from megatron_xy.hf.source import open_source
     from megatron_xy.hf.target import Output, write_files
-    from megatron_xy.tensors.shards import Box, ParameterShard, whole
+    from megatron_xy.tensors.shards import ParameterShard, split_shard, whole
 
     def halves(name: str, shape: tuple[int, ...]) -> list[ParameterShard]:
         """A tensor's part on each tensor parallel rank; one where both hold the whole."""
         if len(shape) == 1:
             return [whole(shape)]
-        rows, columns = shape
-        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            middle = columns // 2
-            return [ParameterShard(shape, (Box((0, start), (rows, start + middle)),)) for start in (0, middle)]
-        middle = -(-rows // 2)
-        if not name.endswith("linear_fc1.weight"):
-            return [ParameterShard(shape, (Box((a, 0), (b, columns)),)) for a, b in ((0, middle), (middle, rows))]
-        size = rows // 4
+        dimension = int(name.endswith(("linear_proj.weight", "linear_fc2.weight")))
+        num_parts = 2 if name.endswith("linear_fc1.weight") else 1
+        size = -(-shape[dimension] // (2 * num_parts))
         return [
-            ParameterShard(shape, tuple(Box((start, 0), (start + size, columns)) for start in (a, a + 2 * size)))
-            for a in (0, size)
+            split_shard(shape, dimension, size=size, place=place, num_places=2, num_parts=num_parts) for place in (0, 1)
         ]
 
     opened = open_source("hf", source)
@@ -273,7 +267,7 @@ def split_model(model: ModelConfig, source: Path, target: Path) -> None:
             file = f"rank-{2 * stage + tp_rank:05d}-of-00004.safetensors"
             outputs[file].append(Output(name, name, shard, manifest.tensors[name].dtype))
     target.mkdir()
-    facts = write_files(target, outputs, source=source, manifest=manifest, metadata=files.METADATA, say=say_nothing)
+    facts = write_files(target, outputs, source=opened, metadata=files.METADATA, say=say_nothing)
     entries: dict[str, files.TensorEntry] = {}
     for file, held in outputs.items():
         for output in held:
@@ -307,35 +301,21 @@ def to_hf_folder(model: ModelConfig, source: Path, target: Path) -> None:
     to_hf(open_source("ckpt", source), target, dtype=None, tokenizer=None, verify=False, say=say_nothing)
 
 
-def without_checksums(step: Callable[..., None]) -> Callable[..., None]:
-    """The step in a process that reads and hashes no file of weights."""
+def unhashed(step: Callable[..., None], *, waits: bool = True) -> Callable[..., None]:
+    """The step in a process that reads and hashes no file of weights; waits: for the disk."""
 
-    def unhashed(model: ModelConfig, source: Path, target: Path) -> None:
-        hash_nothing()
+    def less(model: ModelConfig, source: Path, target: Path) -> None:
+        from megatron_xy.tensors.safetensors_file import FollowingDigest
+
+        def reach(self: FollowingDigest, end: int) -> None:
+            self.position = end
+
+        FollowingDigest.reach = reach  # type: ignore[method-assign]
+        for wait in () if waits else ("fsync", "fdatasync"):
+            setattr(os, wait, lambda file: None)
         step(model, source, target)
 
-    return unhashed
-
-
-def bare(step: Callable[..., None]) -> Callable[..., None]:
-    """The step in a process that waits for no disk, either."""
-
-    def unsynced(model: ModelConfig, source: Path, target: Path) -> None:
-        for wait in ("fsync", "fdatasync"):
-            setattr(os, wait, lambda file: None)
-        without_checksums(step)(model, source, target)
-
-    return unsynced
-
-
-def hash_nothing() -> None:
-    """From now on, files of weights that this process writes are not read and hashed."""
-    from megatron_xy.tensors.safetensors_file import FollowingDigest
-
-    def reach(self: FollowingDigest, end: int) -> None:
-        self.position = end
-
-    FollowingDigest.reach = reach  # type: ignore[method-assign]
+    return less
 
 
 def say_nothing(text: str) -> None:
@@ -346,8 +326,8 @@ CONVERSIONS = {"tp1": to_tp1, "tp2_pp2": split_model, "hf": to_hf_folder}
 STEPS: dict[str, Callable[..., None]] = {
     "make": make_model,
     "split": split_model,
-    **{f"{name}{UNHASHED}": without_checksums(step) for name, step in CONVERSIONS.items()},
-    **{f"{name}{BARE}": bare(step) for name, step in CONVERSIONS.items()},
+    **{f"{name}{UNHASHED}": unhashed(step) for name, step in CONVERSIONS.items()},
+    **{f"{name}{BARE}": unhashed(step, waits=False) for name, step in CONVERSIONS.items()},
 }
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import Output, plan_files, whole_or_absent, write_files
 from megatron_xy.storage import storage_errors, write_json, write_text
 from megatron_xy.tensors.names import EMBEDDING
-from megatron_xy.tensors.safetensors_file import SafetensorsFile, StoredTensor
+from megatron_xy.tensors.safetensors_file import stored_tensors
 from megatron_xy.tensors.shards import whole
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has it
@@ -53,7 +53,7 @@ def to_hf(
         token_ids = write_release_files(folder, source, tokenizer=tokenizer, dtype=dtype_name, say=say)
         values = hf_config(model, dtype=dtype_name, token_ids=token_ids, model_type=source.kept.get("model_type"))
         write_json(folder / CONFIG, values)
-        facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata={"format": "pt"}, say=say)
+        facts = write_files(folder, shards, source=source, metadata={"format": "pt"}, say=say)
         write_index(folder, facts)
     say(f"wrote {target}: {len(shards)} safetensors file(s), {dtype_name}")
 
@@ -71,16 +71,17 @@ def plan_hf_files(source: Source, *, dtype: str | None, max_bytes: int) -> dict[
 
 
 def write_index(folder: Path, facts: dict[str, dict[str, Any]]) -> None:
-    """Writes the files' checksums and, where there are several, which tensor lies in which of them."""
+    """Writes the files' checksums and, where there are several files, which tensor lies in which."""
     if len(facts) > 1:
-        held: dict[str, dict[str, StoredTensor]] = {}
-        for file in facts:
-            opened = SafetensorsFile(folder / file)
-            opened.close()
-            held[file] = opened.tensors
+        held = {file: stored_tensors(folder / file) for file in facts}
         weight_map = {name: file for file, tensors in held.items() for name in tensors}
         total = sum(tensor.num_bytes for tensors in held.values() for tensor in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_checksums(folder, facts)
+
+
+def write_checksums(folder: Path, facts: dict[str, dict[str, Any]]) -> None:
+    """facts: {file: {sha256}}. As sha256sum -c reads them."""
     write_text(folder / CHECKSUMS, "".join(f"{told['sha256']}  {file}\n" for file, told in sorted(facts.items())))
 
 
@@ -154,7 +155,7 @@ def to_checkpoint(
         }
     with whole_or_absent(target, work=_work("ckpt", source, shards)) as folder, source.verified():
         copied = copy_side_files(source.folder, folder)
-        facts = write_files(folder, shards, source=source.folder, manifest=manifest, metadata=files.METADATA, say=say)
+        facts = write_files(folder, shards, source=source, metadata=files.METADATA, say=say)
         entries = {
             output.tensor: files.TensorEntry(output.shard.local_shape, output.dtype, [files.Piece(file, output.shard)])
             for file, held in shards.items()

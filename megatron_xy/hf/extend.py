@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,20 @@ from megatron_xy.data.encoding.sentencepiece_json import inexact_reasons, parse_
 from megatron_xy.data.encoding.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_xy.errors import ConfigError, DataError, UsageError
 from megatron_xy.hf.config import CONFIG
-from megatron_xy.hf.convert import CHECKSUMS
+from megatron_xy.hf.convert import write_checksums
 from megatron_xy.hf.folder import file_inside, read_object
 from megatron_xy.hf.names import PLAIN
-from megatron_xy.hf.reader import INDEX, read_index
+from megatron_xy.hf.reader import INDEX, SINGLE, read_index
 from megatron_xy.hf.release import copy_side_files, warn_of_other_ids
 from megatron_xy.hf.source import Source, open_source
 from megatron_xy.hf.target import whole_or_absent
 from megatron_xy.hf.tokenizer import write_hf_tokenizer
 from megatron_xy.hf.verb import place
-from megatron_xy.storage import write_json, write_text
+from megatron_xy.storage import write_json
 from megatron_xy.tensors.dtypes import Bits, itemsize
 from megatron_xy.tensors.files import bits_of, torch_dtype
 from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER
-from megatron_xy.tensors.safetensors_file import FileRange, SafetensorsFile, StoredTensor, write_safetensors
+from megatron_xy.tensors.safetensors_file import FileRange, SafetensorsFile, write_safetensors
 from megatron_xy.tensors.shards import Box, Placed
 
 CORPUS = "corpus:"
@@ -70,12 +71,11 @@ def extend(
     spelt = vocabulary.spellings(old, chosen)
     work = {"extends": opened.fingerprint(), "pieces": chosen}
     with whole_or_absent(to_path, work=work) as folder:
-        checksums = _write_weights(folder, opened, first_new=len(old.pieces), spelt=spelt)
+        write_checksums(folder, _write_weights(folder, opened, first_new=len(old.pieces), spelt=spelt))
         copy_side_files(from_path, folder)
         _write_tokenizer(folder, from_path, extended, opened, say=say)
         warn_of_other_ids(folder, opened, say=say)
         write_json(folder / CONFIG, {**(read_object(from_path, CONFIG) or {}), "vocab_size": size})
-        write_text(folder / CHECKSUMS, "".join(f"{told}  {file}\n" for file, told in sorted(checksums.items())))
     say(f"wrote {to_path}: {len(old.pieces)} -> {size} pieces, the last is {chosen[-1]}")
     corpora = (given.removeprefix(CORPUS) for given in (pieces, characters) if given and given.startswith(CORPUS))
     counted = corpus or next(corpora, None)
@@ -130,14 +130,13 @@ def _added_tokens(folder: Path) -> Iterator[tuple[str, int]]:
         raise DataError(f"{folder}: its added tokens are not laid out as transformers does: {error}") from None
 
 
-def _write_weights(folder: Path, source: Source, *, first_new: int, spelt: Sequence[Sequence[int]]) -> dict[str, str]:
-    """Every file of weights under its name, and the index; returns {file: sha256}."""
+def _write_weights(
+    folder: Path, source: Source, *, first_new: int, spelt: Sequence[Sequence[int]]
+) -> dict[str, dict[str, Any]]:
+    """Every file of weights under its name, and the index; returns {file: {bytes, sha256}}."""
     index = read_index(source.folder)
-    files = sorted({piece.file for entry in source.manifest.tensors.values() for piece in entry.pieces})
-    if index is not None:
-        files = sorted(set(index["weight_map"].values()))
-    checksums, total = {}, 0
-    for file in files:
+    facts, total = {}, 0
+    for file in [SINGLE] if index is None else sorted(set(index["weight_map"].values())):
         opened = SafetensorsFile(source.folder / file)
         try:
             layout = {name: (stored.dtype, stored.shape) for name, stored in opened.tensors.items()}
@@ -152,38 +151,31 @@ def _write_weights(folder: Path, source: Source, *, first_new: int, spelt: Seque
                 old = opened.range(name, 0, first_new * math.prod(opened.tensors[name].shape[1:]))
                 return itertools.chain([old], _means(opened, name, spelt))
 
-            facts = write_safetensors(folder / file, layout, parts_of=parts_of, metadata={"format": "pt"})
+            facts[file] = write_safetensors(folder / file, layout, parts_of=parts_of, metadata={"format": "pt"})
         finally:
             opened.close()
-        checksums[file] = facts["sha256"]
         total += sum(math.prod(shape) * itemsize(dtype) for dtype, shape in layout.values())
     if index is not None:
         metadata = {**index.get("metadata", {}), "total_size": total}
         write_json(folder / INDEX, {**index, "metadata": metadata})
-    return checksums
+    return facts
 
 
 def _means(opened: SafetensorsFile, name: str, spelt: Sequence[Sequence[int]]) -> Iterator[Bits]:
     """For each list of ids the mean of their rows, computed in fp32."""
     stored = opened.tensors[name]
-    known: dict[int, torch.Tensor] = {}
+    dtype, width = torch_dtype(stored.dtype), stored.shape[1]
+
+    @cache
+    def row_of(index: int) -> torch.Tensor:
+        row = torch.empty(1, width, dtype=dtype)
+        wanted, everything = Box((index, 0), (index + 1, width)), Box((0, 0), stored.shape)
+        opened.copy(name, Placed(wanted, everything, 0, False), bits_of(row))
+        return row[0]
+
     for first in range(0, len(spelt), ROWS_AT_A_TIME):
-        means = []
-        for ids in spelt[first : first + ROWS_AT_A_TIME]:
-            for index in ids:
-                if index not in known:
-                    known[index] = _rows(opened, name, stored, index, index + 1)[0]
-            means.append(torch.stack([known[index].float() for index in ids]).mean(0))
-        yield bits_of(torch.stack(means).to(torch_dtype(stored.dtype)))
-
-
-def _rows(opened: SafetensorsFile, name: str, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
-    rest = stored.shape[1:]
-    everything = Box((0,) * len(stored.shape), stored.shape)
-    wanted = Box((start, *(0 for _ in rest)), (stop, *rest))
-    rows = torch.empty((stop - start, *rest), dtype=torch_dtype(stored.dtype))
-    opened.copy(name, Placed(wanted, everything, 0, False), bits_of(rows))
-    return rows
+        rows = (torch.stack([row_of(index).float() for index in ids]) for ids in spelt[first : first + ROWS_AT_A_TIME])
+        yield bits_of(torch.stack([row.mean(0) for row in rows]).to(dtype))
 
 
 def _write_tokenizer(folder: Path, source: Path, serialized: bytes, opened: Source, *, say: Say) -> None:

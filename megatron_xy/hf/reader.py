@@ -18,7 +18,7 @@ from megatron_xy.hf.names import PLAIN, global_names, global_shape, hf_shards
 from megatron_xy.hf.values import Values
 from megatron_xy.tensors.block_reader import BlockReader
 from megatron_xy.tensors.names import EMBEDDING, OUTPUT_LAYER
-from megatron_xy.tensors.safetensors_file import SafetensorsFile, StoredTensor
+from megatron_xy.tensors.safetensors_file import StoredTensor, stored_tensors
 from megatron_xy.tensors.shards import whole
 
 INDEX = "model.safetensors.index.json"
@@ -108,15 +108,13 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[str, StoredTensor]]:
     """{HF tensor name: (file, place)} of all weights of the folder."""
     index = _weight_map(directory)
     headers: dict[str, dict[str, StoredTensor]] = {}
-    for file in sorted(set(index.values())) if index is not None else [SINGLE]:
+    for file in [SINGLE] if index is None else sorted(set(index.values())):
         path = file_inside(directory, file)
         if path is None:
             raise DataError(f"{directory / file} is named by {INDEX} and is not there; copy it again")
-        opened = SafetensorsFile(path)
-        opened.close()
-        headers[file] = opened.tensors
+        headers[file] = stored_tensors(path)
     if index is None:
-        return {name: (SINGLE, tensor) for name, tensor in headers[SINGLE].items()}
+        index = dict.fromkeys(headers[SINGLE], SINGLE)
     for name, file in index.items():
         if name not in headers[file]:
             raise DataError(f"{directory / file} does not hold {name}, though {INDEX} says so; copy both again")
@@ -143,5 +141,4 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     for file in set(map(str, weight_map.values())):
         if not file.endswith(".safetensors"):
             raise DataError(f"{directory / INDEX} names {file}, which is no .safetensors file; it is refused")
-        file_inside(directory, file)
     return weight_map

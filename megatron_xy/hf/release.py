@@ -181,14 +181,8 @@ def _model_card(source: Source, *, dtype: str, quantisation: Mapping[str, str]) 
 
 def _last_record(checkpoint: Path, iteration: int | None) -> dict[str, Any]:
     """What metrics.jsonl of the run that the checkpoint lies in says of its last step; empty where it is not told."""
-    metrics = next(
-        (
-            folder / "metrics.jsonl"
-            for folder in checkpoint.resolve().parents[:3]
-            if (folder / "metrics.jsonl").is_file()
-        ),
-        None,
-    )
+    places = (folder / "metrics.jsonl" for folder in checkpoint.resolve().parents[:3])
+    metrics = next(filter(Path.is_file, places), None)
     if metrics is None or not iteration:
         return {}
     with metrics.open("rb") as stream:

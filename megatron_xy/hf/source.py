@@ -72,3 +72,8 @@ def open_source(kind: str, folder: Path) -> Source:
     if missing := [name for name in global_names(model) if name not in manifest.tensors]:
         raise DataError(f"{folder}: the checkpoint holds no {missing[0]}, which its model section calls for")
     return Source(kind, folder, manifest, model, kept_facts(kind, folder))
+
+
+def manifest_of(kind: str, folder: Path) -> files.Manifest:
+    """The tensors of `ckpt` or `hf` and its folder, by their headers. Raises as `open_source`."""
+    return files.read_manifest(folder) if kind == "ckpt" else hf_manifest(folder, model=read_hf_config(folder))

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xy.checkpoint.files import Manifest
 from megatron_xy.data.building.claims import claim
 from megatron_xy.errors import ConfigError, StorageError
+from megatron_xy.hf.source import Source
 from megatron_xy.runtime.liveness import went_forward
 from megatron_xy.storage import TEMPORARY_PREFIX, storage_errors, sync_file, sync_folder, temporary_name, write_json
 from megatron_xy.tensors.block_reader import BlockReader
@@ -114,8 +114,7 @@ def write_files(
     folder: Path,
     files: dict[str, list[Output]],
     *,
-    source: Path,
-    manifest: Manifest,
+    source: Source,
     metadata: dict[str, str],
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
@@ -123,7 +122,7 @@ def write_files(
 
     def write(path: Path, outputs: list[Output]) -> dict[str, Any]:
         by_name = {output.name: output for output in outputs}
-        with BlockReader(source, manifest) as reader:
+        with BlockReader(source.folder, source.manifest) as reader:
 
             def parts_of(name: str) -> Iterable[Bits | FileRange]:
                 output = by_name[name]

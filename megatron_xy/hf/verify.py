@@ -170,14 +170,7 @@ def _write_block(source: Source, folder: Path, *, layers: range) -> None:
         original = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + layers.start}", name)
         for part, shard in hf_shards(name, block).items():
             outputs.append(Output(part, original, shard, source.manifest.tensors[original].dtype))
-    write_files(
-        folder,
-        {SINGLE: outputs},
-        source=source.folder,
-        manifest=source.manifest,
-        metadata={"format": "pt"},
-        say=lambda text: None,
-    )
+    write_files(folder, {SINGLE: outputs}, source=source, metadata={"format": "pt"}, say=lambda text: None)
     values = read_object(source.folder, CONFIG) or {}
     if "layer_types" in values:
         values["layer_types"] = values["layer_types"][layers.start : layers.stop]

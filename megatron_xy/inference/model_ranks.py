@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_xy import device, parallel
-from megatron_xy.checkpoint import files
 from megatron_xy.config import Head, RunConfig, check_shape
 from megatron_xy.errors import DataError
-from megatron_xy.hf.config import read_hf_config
-from megatron_xy.hf.reader import hf_manifest
+from megatron_xy.hf.source import manifest_of
 from megatron_xy.model.source import resolve_model, split_origin
 from megatron_xy.model.weights import load_initial_weights
 from megatron_xy.role import Role, build_role
@@ -33,8 +31,7 @@ def complete_options(config: RunConfig, *, head: Head = "language_model") -> Run
 def stored_dtype(origin: str) -> Literal["fp32", "bf16"]:
     """That of the embedding in `ckpt:DIR` or `hf:DIR`; fp16, which nothing computes in here, counts as bf16."""
     kind, folder = split_origin(origin)
-    is_checkpoint = kind == "ckpt"
-    manifest = files.read_manifest(folder) if is_checkpoint else hf_manifest(folder, model=read_hf_config(folder))
+    manifest = manifest_of(kind, folder)
     if EMBEDDING not in manifest.tensors:
         raise DataError(f"{folder} holds no {EMBEDDING}; was it written by another kind of model?")
     return "fp32" if manifest.tensors[EMBEDDING].dtype == "float32" else "bf16"

@@ -11,7 +11,7 @@ from megatron_xy.data.encoding.tokenizer import TOKENIZER_FILE, TOKENIZER_JSON
 from megatron_xy.errors import ConfigError
 from megatron_xy.hf.config import complete_model, read_hf_config
 from megatron_xy.hf.source import open_source
-from megatron_xy.tensors.safetensors_file import SafetensorsFile
+from megatron_xy.tensors.safetensors_file import stored_tensors
 
 NEW_IN_A_CONTINUED_RUN = ("rotary_base", "rope_scaling", "max_position_embeddings", "norm_epsilon")
 NOT_OF_THE_WEIGHTS = {"load", "layer_spec", "recompute_granularity", "params_dtype", "init_method_std"}
@@ -86,7 +86,7 @@ def check_weights(model: ModelConfig) -> None:
     source = open_source(*split_origin(model.load))
     files.verify_sizes(source.folder, source.manifest)
     for file in source.manifest.files:
-        SafetensorsFile(source.folder / file).close()
+        stored_tensors(source.folder / file)
 
 
 def changes_to_source(model: ModelConfig) -> dict[str, list[Any]]:

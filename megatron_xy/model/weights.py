@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron_xy.checkpoint import files
 from megatron_xy.checkpoint.choice import shared_problem
 from megatron_xy.checkpoint.state import load_weights
 from megatron_xy.errors import DataError
-from megatron_xy.hf.config import read_hf_config
-from megatron_xy.hf.reader import hf_manifest
+from megatron_xy.hf.source import manifest_of
 from megatron_xy.model.source import split_origin
 from megatron_xy.role import Role
 from megatron_xy.tensors.names import VALUE_HEAD
@@ -27,10 +25,6 @@ def load_initial_weights(role: Role, *, seed: int) -> None:
         return
     kind, folder = split_origin(role.model.load)
     role.draw_weights(seed=seed, names={VALUE_HEAD})  # fresh where the loaded model, a language model, has none
-    if kind == "ckpt":
-        if problem := shared_problem(folder, role.groups):
-            raise DataError(problem)
-        manifest = files.read_manifest(folder)
-    else:
-        manifest = hf_manifest(folder, model=read_hf_config(folder))
-    load_weights(role, folder, manifest)
+    if kind == "ckpt" and (problem := shared_problem(folder, role.groups)):
+        raise DataError(problem)
+    load_weights(role, folder, manifest_of(kind, folder))
