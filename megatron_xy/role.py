@@ -19,7 +19,7 @@ from megatron_xy.model.build import NamedParameter, build_model, named_parameter
 from megatron_xy.model.fresh_weights import draw_tensor
 from megatron_xy.model.parts import part_of_model, trained_parts
 from megatron_xy.optimizer import OwnedParameter, build_optimizer, owned_parameters
-from megatron_xy.parallel import Groups
+from megatron_xy.parallel import Groups, build_groups
 from megatron_xy.tensors.shards import ParameterShard
 
 
@@ -117,3 +117,12 @@ def build_role(
     if draw:
         role.draw_weights(seed=seed)
     return role
+
+
+def build_role_alone(
+    model: ModelConfig, *, optimizer: OptimizerConfig | None = None, seed: int = 0, draw: bool = True
+) -> Role:
+    """`build_role` in the world of `parallel.start_alone`, of this process's one rank."""
+    groups = build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
+    assert groups is not None, "this process is the role's one rank"
+    return build_role(groups, model=model, parallel=ParallelConfig(), optimizer=optimizer, seed=seed, draw=draw)

@@ -27,14 +27,13 @@ from megatron_xy import device
 
 device.start(num_threads=1)
 
-import numpy as np  # noqa: E402
-
 from megatron_xy import mcore, parallel  # noqa: E402
+from megatron_xy.bench.measure import full_samples  # noqa: E402
 from megatron_xy.checkpoint.files import TrainingState  # noqa: E402
 from megatron_xy.checkpoint.writer import CheckpointWriter  # noqa: E402
-from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
-from megatron_xy.data.dataset import MicroBatch, Sample, collate  # noqa: E402
-from megatron_xy.role import Role, build_role  # noqa: E402
+from megatron_xy.config import ModelConfig, OptimizerConfig  # noqa: E402
+from megatron_xy.data.dataset import MicroBatch  # noqa: E402
+from megatron_xy.role import Role, build_role_alone  # noqa: E402
 from megatron_xy.training.train_step import train_step  # noqa: E402
 
 BYTES_PER_PARAMETER = 12  # fp32 weights and two moments
@@ -51,7 +50,10 @@ def main() -> int:
     options = parser.parse_args()
     parallel.start_alone()
     role = build(gigabytes=options.gigabytes)
-    batches = [made_up_batch(seed) for seed in range(NUM_MICRO_BATCHES)]
+    batches = [
+        full_samples(bucket=SEQUENCE, micro_batch_tokens=SEQUENCE, vocab_size=VOCAB_SIZE, seed=seed)
+        for seed in range(NUM_MICRO_BATCHES)
+    ]
     step(role, batches)  # the moments exist from here on
     num_bytes = BYTES_PER_PARAMETER * sum(named.parameter.numel() for named in role.named_parameters())
     seconds: dict[str, list[float]] = {"dd": [], "blocking_write": [], "stall": [], "step": []}
@@ -111,9 +113,7 @@ def build(*, gigabytes: float) -> Role:
         num_attention_heads=8,
         vocab_size=VOCAB_SIZE,
     )
-    groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=60)
-    assert groups is not None, "the only rank"
-    return build_role(groups, model=model, parallel=ParallelConfig(), optimizer=OptimizerConfig(), seed=1)
+    return build_role_alone(model, optimizer=OptimizerConfig(), seed=1)
 
 
 def writer(folder: Path, *, asynchronous: bool) -> CheckpointWriter:
@@ -144,18 +144,6 @@ def dd(path: Path, num_bytes: int) -> float:
     seconds = time.perf_counter() - began
     path.unlink()
     return seconds * num_bytes / (blocks << 24)
-
-
-def made_up_batch(seed: int) -> MicroBatch:
-    """One sample of random tokens."""
-    tokens = np.random.default_rng(seed).integers(0, VOCAB_SIZE, SEQUENCE)
-    return collate(
-        [Sample(tokens, np.array([SEQUENCE]))],
-        source_indices=[0],
-        bucket=SEQUENCE,
-        micro_batch_tokens=SEQUENCE,
-        split_documents=True,
-    )
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ from megatron_xy import device
 device.start(num_threads=1)
 
 from megatron_xy import parallel  # noqa: E402
-from megatron_xy.config import ModelConfig, ParallelConfig  # noqa: E402
+from megatron_xy.config import ModelConfig  # noqa: E402
 from megatron_xy.model.generate import Answer, Request, generate_share  # noqa: E402
 from megatron_xy.model.sampling import SamplingOptions  # noqa: E402
 from megatron_xy.model.source import resolve_model  # noqa: E402
 from megatron_xy.model.weights import load_initial_weights  # noqa: E402
-from megatron_xy.role import Role, build_role  # noqa: E402
+from megatron_xy.role import Role, build_role_alone  # noqa: E402
 
 VOCAB_SIZE = 4096
 AT_A_TIME = 32
@@ -163,9 +163,7 @@ def run_ours(role: Role, job: dict[str, Any]) -> tuple[list[list[int]], float]:
 def our_role(folder: Path) -> Role:
     """The folder's model on this one process."""
     model = resolve_model(ModelConfig(load=f"hf:{folder}"))
-    groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
-    assert groups is not None, "this process is the role's one rank"
-    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=None, seed=0, draw=False)
+    role = build_role_alone(model, draw=False)
     load_initial_weights(role, seed=0)
     return role
 

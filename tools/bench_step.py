@@ -25,16 +25,15 @@ device.start(num_threads=1)
 import numpy as np  # noqa: E402
 
 from megatron_xy import mcore, parallel  # noqa: E402
-from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
+from megatron_xy.config import ModelConfig, OptimizerConfig  # noqa: E402
 from megatron_xy.data.dataset import MicroBatch, Sample, collate  # noqa: E402
 from megatron_xy.losses import token_cross_entropy  # noqa: E402
-from megatron_xy.role import Role, build_role  # noqa: E402
+from megatron_xy.role import Role, build_role_alone  # noqa: E402
 from megatron_xy.training.train_step import forward, on_device, train_step  # noqa: E402
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4, vocab_size=8192
 )
-OPTIMIZER = OptimizerConfig()
 SEQUENCE, NUM_MICRO_BATCHES = 1024, 4
 
 
@@ -46,7 +45,8 @@ def main() -> int:
     options = parser.parse_args()
     parallel.start_alone()
     batches = [made_up_batch(seed) for seed in range(NUM_MICRO_BATCHES)]
-    ours, bare = (build(seed=1) for _ in range(2))
+    # The same model twice: neither step sees what the other left behind.
+    ours, bare = (build_role_alone(MODEL, optimizer=OptimizerConfig(), seed=1) for _ in range(2))
     steps: list[tuple[str, Callable[[], None]]] = [
         ("ours", lambda: our_step(ours, batches)),
         ("bare", lambda: bare_step(bare, batches)),
@@ -73,13 +73,6 @@ def main() -> int:
     }
     print(json.dumps(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
     return 0
-
-
-def build(*, seed: int) -> Role:
-    """The same model twice, so that neither step sees what the other left behind."""
-    groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=60)
-    assert groups is not None, "this process is the role's one rank"
-    return build_role(groups, model=MODEL, parallel=ParallelConfig(), optimizer=OPTIMIZER, seed=seed)
 
 
 def made_up_batch(seed: int) -> MicroBatch:

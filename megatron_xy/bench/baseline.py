@@ -1,4 +1,4 @@
-"""Runs the plain transformers loop in a process of its own: a request of plain numbers in, its result out."""
+"""Measurements in processes of their own, the plain transformers loop among them: a request in, its result out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xy.config import OptimizerConfig
-from megatron_xy.errors import ConfigError
+from megatron_xy.errors import ConfigError, MegatronXYError
 
 SCRIPT = Path(__file__).with_name("plain_llama.py")
+
+
+class MeasurementFailed(MegatronXYError):
+    """A measurement's process ended without a result."""
+
+    exit_code = 1
 
 
 def train_plainly(
@@ -36,25 +42,43 @@ def train_plainly(
         **source,
         "steps": steps,
         "learning_rates": learning_rates,
-        "betas": [optimizer.adam_beta1, optimizer.adam_beta2],
-        "eps": optimizer.adam_eps,
-        "weight_decay": optimizer.weight_decay,
-        "clip_grad": optimizer.clip_grad,
+        "optimizer": optimizer.model_dump(mode="json"),
         "micro_batch_tokens": micro_batch_tokens,
         "dtype": dtype,
         "device": device,
         "num_threads": num_threads,
     }
+    try:
+        return answer_of([sys.executable, "-P", str(SCRIPT)], request)
+    except MeasurementFailed as error:
+        raise ConfigError(
+            f"the plain transformers loop failed: {error}; pip install transformers if it is missing"
+        ) from error
+
+
+def answer_of(
+    command: list[str], request: dict[str, Any], *, hide_gpu: bool = False, seconds: float | None = None
+) -> dict[str, Any]:
+    """What a process answers: behind `command` come the files of request and result, both JSON.
+
+    request: num_threads, and what else the process asks for. seconds: the longest that it may take. Raises
+    MeasurementFailed with its last words.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(request["num_threads"])}
+    if hide_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "request.json"), Path(scratch, "result.json")
         asked.write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-P", str(SCRIPT), str(asked), str(answered)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if ended.returncode:
-            lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
-            raise ConfigError(
-                f"the plain transformers loop failed: {lines[-1]}; pip install transformers if it is missing"
+        command = [*command, str(asked), str(answered)]
+        try:
+            ended = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment, timeout=seconds
             )
+        except subprocess.TimeoutExpired as error:
+            raise MeasurementFailed(f"no result within {seconds} s") from error
+        if ended.returncode or not answered.is_file():
+            lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
+            raise MeasurementFailed(lines[-1])
         result: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
         return result

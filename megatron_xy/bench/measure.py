@@ -28,7 +28,8 @@ def main() -> int:
     request = json.loads(Path(asked).read_text(encoding="utf-8"))
     device.start(num_threads=request["num_threads"])
     measured = {"speed": measure_speed, "losses": measure_losses, "attention": measure_attention}[name](request)
-    Path(answered).write_text(json.dumps({**measured, "device": device.name()}), encoding="utf-8")
+    where = {"device": device.name(), "device_type": device.current().type}
+    Path(answered).write_text(json.dumps({**measured, **where}), encoding="utf-8")
     return 0
 
 
@@ -46,7 +47,15 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
     peak = peak_rate()
     rows = []
     for bucket in request["buckets"]:
-        batches = [_full_samples(request, bucket, seed) for seed in range(request["num_micro_batches"])]
+        batches = [
+            full_samples(
+                bucket=bucket,
+                micro_batch_tokens=request["micro_batch_tokens"],
+                vocab_size=role.model.vocab_size,
+                seed=seed,
+            )
+            for seed in range(request["num_micro_batches"])
+        ]
         seconds, cpu_seconds = [], []
         for _ in range(request["warmup_steps"] + request["steps"]):
             began, cpu_began = time.perf_counter(), time.process_time()
@@ -156,17 +165,14 @@ def measure_attention(request: dict[str, Any]) -> dict[str, Any]:
 def _role(request: dict[str, Any], *, draw: bool = True) -> tuple[Any, Any]:
     """A role over this one process, and the layers that it is made of; draw: with weights, the same on any device."""
     from megatron_xy import parallel
-    from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_xy.config import ModelConfig, OptimizerConfig
     from megatron_xy.model.layer_spec import choose_layers
-    from megatron_xy.role import build_role
+    from megatron_xy.role import build_role_alone
 
     parallel.start_alone()
-    groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
-    assert groups is not None, "this process is the role's one rank"
     model = ModelConfig(**request["model"])
     optimizer = OptimizerConfig(**request.get("optimizer", {}))
-    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=optimizer, seed=1, draw=draw)
-    return role, choose_layers(model)
+    return build_role_alone(model, optimizer=optimizer, seed=1, draw=draw), choose_layers(model)
 
 
 @torch.no_grad()
@@ -183,18 +189,18 @@ def _fill(role: Any) -> None:
             owned[weight].main.copy_(owned[weight].part_of(weight))
 
 
-def _full_samples(request: dict[str, Any], bucket: int, seed: int) -> Any:
-    """A micro-batch of full samples, each one document."""
+def full_samples(*, bucket: int, micro_batch_tokens: int, vocab_size: int, seed: int) -> Any:
+    """A micro-batch of full samples, each one document of random tokens."""
     from megatron_xy.data.dataset import Sample, collate
 
     generator = np.random.default_rng(seed)
-    count = request["micro_batch_tokens"] // bucket
-    tokens = generator.integers(0, request["model"]["vocab_size"], (count, bucket))
+    count = micro_batch_tokens // bucket
+    tokens = generator.integers(0, vocab_size, (count, bucket))
     return collate(
         [Sample(row, np.array([bucket])) for row in tokens],
         source_indices=[0] * count,
         bucket=bucket,
-        micro_batch_tokens=request["micro_batch_tokens"],
+        micro_batch_tokens=micro_batch_tokens,
         split_documents=True,
     )
 

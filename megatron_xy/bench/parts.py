@@ -20,23 +20,16 @@ from typing import Any
 
 import yaml
 
-from megatron_xy.bench.baseline import train_plainly
+from megatron_xy.bench.baseline import MeasurementFailed, answer_of, train_plainly
 from megatron_xy.bench.cases import CPU, CPU_TINY, GPU_ONE_B, GPU_SEVEN_B, SMALL, TINY, Case
 from megatron_xy.config import ModelConfig, OptimizerConfig
 from megatron_xy.data.building.build import build_dataset
 from megatron_xy.data.building.options import BuildOptions
-from megatron_xy.errors import MegatronXYError
 from megatron_xy.hf.config import hf_config
 from megatron_xy.run_folder import read_heartbeats
 
 PART_SECONDS = 240  # the longest that one measurement may take: one that hangs must not cost the others their time
 Part = Callable[[], dict[str, Any]]
-
-
-class MeasurementFailed(MegatronXYError):
-    """A measurement's process ended without a result."""
-
-    exit_code = 1
 
 
 def parts_of(suite: str, *, tiny: bool) -> dict[str, Part]:
@@ -50,7 +43,7 @@ def parts_of(suite: str, *, tiny: bool) -> dict[str, Part]:
             "attention": lambda: attention(tokens=256 if tiny else 2048, dtype="fp32", heads=8, groups=4, head_dim=32),
             "resume": lambda: kill_and_resume(steps=6 if tiny else 20),
         }
-    one_b = dataclasses.replace(CPU_TINY, buckets=(32, 64)) if tiny else GPU_ONE_B
+    one_b = CPU_TINY if tiny else GPU_ONE_B
     seven_b = one_b if tiny else GPU_SEVEN_B
     middle = one_b.at(one_b.buckets[1])
     brief = dataclasses.replace(middle, num_micro_batches=2, steps=min(3, middle.steps))
@@ -113,7 +106,7 @@ def against_plain(case: Case) -> dict[str, Any]:
         optimizer=OptimizerConfig(),
         micro_batch_tokens=case.micro_batch_tokens,
         dtype="bf16" if half else "fp32",
-        device=_device_type(ours["device"]),
+        device=ours["device_type"],
     )
     rows = []
     for number, (bucket, mine) in enumerate(zip(case.buckets, ours["buckets"], strict=True)):
@@ -234,32 +227,8 @@ def kill_and_resume(*, steps: int) -> dict[str, Any]:
 
 def measure(name: str, request: dict[str, Any], *, hide_gpu: bool = False) -> dict[str, Any]:
     """What megatron_xy.bench.measure answers, in a process of its own. Raises MeasurementFailed with its last words."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if hide_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, answered = Path(scratch, "request.json"), Path(scratch, "result.json")
-        asked.write_text(json.dumps({"num_threads": 1, **request}), encoding="utf-8")
-        command = [sys.executable, "-m", "megatron_xy.bench.measure", name, str(asked), str(answered)]
-        try:
-            ended = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=environment, timeout=PART_SECONDS
-            )
-        except subprocess.TimeoutExpired as error:
-            raise MeasurementFailed(f"no result within {PART_SECONDS} s") from error
-        if ended.returncode or not answered.is_file():
-            lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
-            raise MeasurementFailed(lines[-1])
-        result: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
-        return result
-
-
-def _device_type(name: str) -> str:
-    """What torch calls a device of this name."""
-    command = [sys.executable, "-c", "import torch; print(torch.accelerator.current_accelerator())"]
-    if name == "CPU":
-        return name.lower()
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, "-m", "megatron_xy.bench.measure", name]
+    return answer_of(command, {"num_threads": 1, **request}, hide_gpu=hide_gpu, seconds=PART_SECONDS)
 
 
 def _small_run(folder: Path, *, steps: int) -> Path:

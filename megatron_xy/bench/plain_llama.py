@@ -37,7 +37,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
 
     request: folder (HF weights, fp32) or config (LlamaConfig's fields, fresh weights); device; num_threads; dtype fp32
     or bf16 (fp32 weights under autocast); steps [step][document][token]; micro_batch_tokens (documents of one length
-    are batched up to it); learning_rates [step]; betas, eps, weight_decay (not on norms), clip_grad.
+    are batched up to it); learning_rates [step]; optimizer (a RUN.yaml's section; its weight_decay not on norms).
     """
     device = torch.device(request["device"])
     torch.set_num_threads(request["num_threads"])
@@ -75,11 +75,12 @@ def _model(request: dict[str, Any]) -> Any:
 def _optimizer(model: torch.nn.Module, request: dict[str, Any]) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    settings = request["optimizer"]
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": request["weight_decay"]}, {"params": norms, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": norms, "weight_decay": 0.0}],
         lr=0.0,
-        betas=tuple(request["betas"]),
-        eps=request["eps"],
+        betas=(settings["adam_beta1"], settings["adam_beta2"]),
+        eps=settings["adam_eps"],
         fused=True,
     )
 
@@ -102,7 +103,7 @@ def _step(
         )
         (losses / num_labels).backward()  # type: ignore[no-untyped-call]
         total += losses.detach()
-    limit = request["clip_grad"] or float("inf")
+    limit = request["optimizer"]["clip_grad"] or float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     optimizer.step()
     optimizer.zero_grad()

@@ -13,8 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_xy import parallel
-from megatron_xy.config import ModelConfig, ParallelConfig
+from megatron_xy.config import ModelConfig
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
 from megatron_xy.errors import DataError
 from megatron_xy.flops import num_parameters
@@ -36,7 +36,7 @@ from megatron_xy.hf.verb import place
 from megatron_xy.model.logits import logits_of
 from megatron_xy.model.source import resolve_model
 from megatron_xy.model.weights import load_initial_weights
-from megatron_xy.role import Role, build_role
+from megatron_xy.role import Role, build_role_alone
 from megatron_xy.storage import TEMPORARY_PREFIX, write_json
 from megatron_xy.tensors.block_reader import BlockReader
 from megatron_xy.tensors.safetensors_file import memory_of
@@ -118,7 +118,9 @@ def largest_logit_difference(source: Source, rows: list[list[int]], *, max_bytes
     layer_bytes = 4 * (num_parameters(model) - num_parameters(model.model_copy(update={"num_layers": 1})))
     fixed_bytes = 4 * num_parameters(model) - layer_bytes
     size = max(1, 1 + int((max_bytes - fixed_bytes) * (model.num_layers - 1) // max(layer_bytes, 1)))
-    with _alone_in_the_world():
+    with ExitStack() as stack:
+        parallel.start_alone()
+        stack.callback(parallel.stop_distributed)
         if size >= model.num_layers:
             return _difference(source.folder, rows)
         differences = []
@@ -198,17 +200,6 @@ def transformers_logits(hf_folder: Path, rows: list[list[int]]) -> list[torch.Te
 def _role_of(hf_folder: Path) -> Role:
     """The folder's model in fp32, whatever its dtype, on this one process."""
     model = resolve_model(ModelConfig(load=f"hf:{hf_folder}"))
-    groups = parallel.build_groups("model", ranks=[0], parallel=ParallelConfig(), timeout_seconds=120)
-    assert groups is not None, "this process is the role's one rank"
-    role = build_role(groups, model=model, parallel=ParallelConfig(), optimizer=None, seed=0, draw=False)
+    role = build_role_alone(model, draw=False)
     load_initial_weights(role, seed=0)
     return role
-
-
-@contextmanager
-def _alone_in_the_world() -> Iterator[None]:
-    parallel.start_alone()
-    try:
-        yield
-    finally:
-        parallel.stop_distributed()
