@@ -208,19 +208,19 @@ class CheckpointWriter:
 
     def _complete(self, folder: Path, iteration: int, *, num_ranks: int, state: dict[str, Any]) -> int:
         """Gathers the notes into the manifest; returns the bytes of all shards."""
-        notes = {}
-        for rank in range(num_ranks):
-            with waiting_for(f"rank {rank}'s part of the checkpoint"):
-                notes[rank] = self._await_note(folder / f"note-{rank:05d}.json")
+        notes = [folder / f"note-{rank:05d}.json" for rank in range(num_ranks)]
         manifest = files.Manifest(state=state, tensors={}, files={})
-        for note in notes.values():
+        for rank, path in enumerate(notes):
+            with waiting_for(f"rank {rank}'s part of the checkpoint"):
+                self._await_file(path)
+            note = json.loads(path.read_text(encoding="utf-8"))
             manifest.files[note["file"]] = note["facts"]
             for name, part in note["tensors"].items():
                 shape = tuple(part["shape"])
                 entry = manifest.tensors.setdefault(name, files.TensorEntry(shape, part["dtype"]))
                 entry.pieces.append(files.Piece(note["file"], files.shard_from_json(part, shape=shape)))
-        for rank in notes:
-            (folder / f"note-{rank:05d}.json").unlink()
+        for path in notes:
+            path.unlink()
         files.write_manifest(folder, manifest)  # last: from now on it is a checkpoint
         return sum(int(facts["bytes"]) for facts in manifest.files.values())
 
@@ -245,12 +245,6 @@ class CheckpointWriter:
         for old in course[self.keep_latest :]:
             if old != wanted and not self.is_kept(old):
                 remove(iteration_folder(self.checkpoints, old))
-
-    def _await_note(self, path: Path) -> dict[str, Any]:
-        """Another rank's note, as soon as it is there."""
-        self._await_file(path)
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return note
 
     def _await_file(self, path: Path) -> None:
         """Returns once it is there. Writing a shard may take long; a rank that died never will."""
