@@ -87,11 +87,15 @@ def _flat(current: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def begin(config: RunConfig, groups: Groups, *, iteration: int) -> None:
-    """The run goes on from `iteration`: see `set_aside`; what a killed export left is swept, too. Collective; when it
-    returns, a stop has something to save."""
+    """The run goes on from `iteration`: what lies behind it is set aside, and what a killed export left is swept.
+
+    Where the run follows the newest, `auto` has passed over what lies behind it as damaged: that stays to be looked at
+    until a new one takes its name. Collective; when it returns, a stop has something to save.
+    """
     follows_newest = _wanted_resume(config, groups) == "auto"
     if groups.role_rank == 0:
-        set_aside(config.run_dir, iteration=None if follows_newest else iteration, say=print)
+        if not follows_newest:
+            set_aside(config.run_dir, iteration=iteration, say=print)
         hf = config.run_dir / "hf"
         for name in sweep_unfinished(hf, but=iteration_folder(hf, iteration).name):  # which the run goes on with
             print(f"swept hf/{name}, which a killed export left half-written")
@@ -116,14 +120,8 @@ def stopped_after(iteration: int, config: RunConfig) -> Stopped:
     return Stopped(f"stopped on request after step {iteration}, state saved; {goes_on} goes on from there")
 
 
-def set_aside(run_dir: Path, *, iteration: int | None, say: Callable[[str], None]) -> None:
-    """Gives checkpoints and HF folders of later iterations than `iteration` another name. One rank calls it.
-
-    iteration: None where the run follows the newest: what `auto` passed over there is damaged, and stays to be looked
-    at until a new one takes its name.
-    """
-    if iteration is None:
-        return
+def set_aside(run_dir: Path, *, iteration: int, say: Callable[[str], None]) -> None:
+    """Gives checkpoints and HF folders of later iterations than `iteration` another name. One rank calls it."""
     parents = (run_dir / "checkpoints", run_dir / "hf")
     for later in sorted({found for parent in parents for found in saved_iterations(parent) if found > iteration}):
         name, number = iteration_folder(run_dir, later).name, 1

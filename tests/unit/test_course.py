@@ -16,7 +16,6 @@ def test_later_checkpoints_are_set_aside_and_never_deleted(tmp_path):
     said: list[str] = []
     course.set_aside(tmp_path, iteration=2, say=said.append)
     assert all((tmp_path / parent / "iter_0000002").is_dir() for parent in ("checkpoints", "hf"))
-    course.set_aside(tmp_path, iteration=None, say=said.append)
     (tmp_path / "checkpoints" / "iter_0000004").mkdir()
     course.set_aside(tmp_path, iteration=0, say=said.append)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
