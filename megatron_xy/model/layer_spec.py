@@ -90,7 +90,7 @@ def connect_layers(gpt: torch.nn.Module, *, model: ModelConfig, choice: LayerCho
 
     The MLP calls its activation with what fc1 gave because the config says `use_te_activation_func`.
     """
-    angles = RotaryAngles(model, device=device.current())
+    angles = RotaryAngles(model)
     for module in gpt.modules():
         if isinstance(module, PackedAttention):
             module.connect(angles=angles, attend=choice.attention.attend)

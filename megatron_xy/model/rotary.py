@@ -51,8 +51,8 @@ class RotaryAngles:
     beside what the backward passes still need.
     """
 
-    def __init__(self, model: ModelConfig, *, device: torch.device) -> None:
-        self.inverse_frequencies = inverse_frequencies(model).to(device)
+    def __init__(self, model: ModelConfig) -> None:
+        self.inverse_frequencies = inverse_frequencies(model).to(device.current())
         self._positions: torch.Tensor | None = None
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -61,7 +61,7 @@ def hf_rotary(base, head_dim, scaling):
 
 def angles_of(model, positions):
     """cos and sin [tokens, head_dim / 2]."""
-    cos, sin = RotaryAngles(model, device=torch.device("cpu")).of(PackedDocuments(position_ids=positions))
+    cos, sin = RotaryAngles(model).of(PackedDocuments(position_ids=positions))
     return cos[:, 0, 0], sin[:, 0, 0]
 
 
@@ -69,7 +69,7 @@ def angles_of(model, positions):
 def test_frequencies_and_angles_are_those_of_transformers(base, head_dim, scaling):
     model = model_of(base, head_dim, scaling)
     theirs = hf_rotary(base, head_dim, scaling)
-    ours = RotaryAngles(model, device=torch.device("cpu"))
+    ours = RotaryAngles(model)
     assert ours.inverse_frequencies.dtype == torch.float32
     torch.testing.assert_close(ours.inverse_frequencies, theirs.inv_freq, rtol=1e-7, atol=0)
     assert theirs.attention_scaling == 1.0
@@ -92,9 +92,7 @@ def test_rotated_queries_are_those_of_transformers():
 
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2])
     query = torch.randn(len(positions), 1, 4, 64, generator=torch.Generator().manual_seed(0))
-    cos, sin = RotaryAngles(model_of(10000.0, 64, None), device=torch.device("cpu")).of(
-        PackedDocuments(position_ids=positions)
-    )
+    cos, sin = RotaryAngles(model_of(10000.0, 64, None)).of(PackedDocuments(position_ids=positions))
     rows = query.permute(1, 2, 0, 3)
     theirs, _ = apply_rotary_pos_emb(rows, rows, *hf_rotary(10000.0, 64, None)(torch.zeros(1), positions[None]))
     torch.testing.assert_close(rotate(query, cos, sin).permute(1, 2, 0, 3), theirs, rtol=0, atol=1e-6)
@@ -114,7 +112,7 @@ def test_angles_restart_with_every_document():
 
 
 def test_layers_of_a_micro_batch_share_their_angles():
-    rotary = RotaryAngles(model_of(10000.0, 16, None), device=torch.device("cpu"))
+    rotary = RotaryAngles(model_of(10000.0, 16, None))
     one, other = (PackedDocuments(position_ids=torch.arange(4) + start) for start in (0, 7))
     cos, sin = rotary.of(one)
     assert rotary.of(one)[0] is cos and rotary.of(one)[1] is sin
