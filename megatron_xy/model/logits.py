@@ -66,6 +66,4 @@ def _logprobs(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.T
 def _padded(row: Sequence[int], width: int) -> MicroBatch:
     """One row as a micro-batch: the document, then padding that nothing attends to."""
     sample = Sample(np.array(row, dtype=np.int64), np.array([len(row)]))
-    return collate(
-        [sample], source_indices=[0], num_sources=1, bucket=width, micro_batch_tokens=width, split_documents=True
-    )
+    return collate([sample], source_indices=[0], bucket=width, micro_batch_tokens=width, split_documents=True)
