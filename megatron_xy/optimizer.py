@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,12 +97,18 @@ def owned_parameters(
 
 
 @torch.no_grad()
-def global_grad_norm(optimizer: Any) -> float:
-    """L2 norm of the finished gradients over all ranks of the model, each element counted once. Collective.
+def finish_gradients(optimizer: Any, *, frozen: Iterable[torch.Tensor] = ()) -> float:
+    """Makes the reduced gradients ready for an update; returns their L2 norm over all ranks of the role, each element
+    counted once: the same number on all of them. Collective. Weights and moments stay as they are.
+
+    frozen: `main` of the owned parameters that have no part in the update, nor in the norm.
 
     Summed in fp64: megatron-core's own fp32 sum, where neither TE nor apex is there, loses digits with a tensor's size
     (1e-5 at 10^5 elements, 1e-3 at 10^7), so that the norm would depend on how the tensor is split. One host sync.
     """
+    optimizer.prepare_grads()
+    for main in frozen:
+        main.grad = None
     total = torch.zeros(1, dtype=torch.float64, device=device.current())
     for part in optimizer.chained_optimizers:
         squares = torch.zeros_like(total)
@@ -114,34 +119,12 @@ def global_grad_norm(optimizer: Any) -> float:
 
 
 @torch.no_grad()
-def apply_gradients(
-    optimizer: Any,
-    *,
-    lr: float,
-    clip_grad: float,
-    frozen: Iterable[torch.Tensor] = (),
-    accepts: Callable[[float], bool] = math.isfinite,
-    before_update: Callable[[], object] = lambda: None,
-) -> tuple[float, bool]:
-    """One update from the finished gradients; returns their global norm and whether the update was made.
-
-    frozen: `main` of the owned parameters that stay as they are, their moments too; the norm is that of the others.
-    accepts: whether an update is made from gradients of this norm, which is the same number on all ranks of the role,
-    as the answer must be. Where it is not, weights and moments stay untouched.
-    before_update: called right before they change.
-    """
+def apply_gradients(optimizer: Any, *, lr: float, clip_grad: float, grad_norm: float) -> None:
+    """One update of weights and moments from gradients that `finish_gradients` made ready; grad_norm: what it said."""
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-    optimizer.prepare_grads()
-    for main in frozen:
-        main.grad = None
-    grad_norm = global_grad_norm(optimizer)
-    if not accepts(grad_norm):
-        return grad_norm, False
     if clip_grad > 0.0:
         for part in optimizer.chained_optimizers:
             mcore.clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, grad_norm)
-    before_update()
     optimizer.step_with_ready_grads()
-    return grad_norm, True

@@ -148,7 +148,7 @@ def _logprobs(temperature: float, role: Role, packed: PackedBatch, logits: torch
     assert role.model.vocab_size, "the shape is complete once a run starts"
     logprobs, entropy = token_logprobs_and_entropy(
         logits[0, packed.before],
-        packed.batch.labels[0, packed.before],
+        packed.labels[0, packed.before],
         vocab_size=role.model.vocab_size,
         temperature=temperature,
         tp_group=role.groups.collection.tp,

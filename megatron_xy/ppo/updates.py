@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from megatron_xy import device
 from megatron_xy.config import PPOConfig
-from megatron_xy.optimizer import apply_gradients
+from megatron_xy.optimizer import apply_gradients, finish_gradients
 from megatron_xy.parallel import from_last_stage, max_over, sum_over
 from megatron_xy.ppo import functional
 from megatron_xy.ppo.experience import Experience
 from megatron_xy.ppo.transport import Shipment
 from megatron_xy.ppo.worker import PackedBatch, RoleWorker
 from megatron_xy.role import Role
-from megatron_xy.training.train_step import LossFunction, forward, forward_backward
+from megatron_xy.training.train_step import BatchLoss, forward_backward
 
 
 @dataclass(frozen=True)
@@ -57,76 +56,78 @@ def learn(
     """
     if worker.role is None or not mini_batches:
         return _shipped(names, {})
-    assert worker.placed.optimizer is not None, "a trained role has one"
-    clip_grad = worker.placed.optimizer.clip_grad
-    sums = torch.zeros(len(names), dtype=torch.float64, device=device.current())
-    norms: list[float] = []
-    num_updates, first_max = 0, 0.0
     with worker.working("update") as role:
-        groups = role.groups
+        updates = []
         for answers in mini_batches:
             chosen = torch.zeros_like(mask)
             chosen[list(answers)] = mask[list(answers)]
-            num_tokens = max(1, int(chosen.sum()))
-            # Times the number of tokens, by which megatron-core divides the gradients.
-            weights = num_tokens * functional.token_weights(chosen, aggregation=ppo.loss_aggregation)
-            role.zero_gradients()
+            weights = functional.token_weights(chosen, aggregation=ppo.loss_aggregation)
             batches = worker.packed(role, experience.rollout, answers)
-            outputs = forward_backward(
-                role,
-                batches,
-                forward_step=partial(_update_step, role, weights, mask, losses_of),
+            updates.append(
+                _update(worker, role, batches, names, weights=weights, mask=chosen, lr=lr, losses_of=losses_of)
             )
-            largest = torch.zeros(1, device=device.current())
-            for output in outputs:  # none but on the last stage
-                for index, name in enumerate(names):
-                    sums[index] += output[name] / num_tokens if name in output else 0.0
-                largest = torch.maximum(largest, output["largest"].reshape(1))
-            if not norms:
-                largest = from_last_stage(max_over(largest, groups.collection.dp), groups)
-                first_max = float(largest.exp().item())
-            has_tokens = bool(chosen.any())
-            grad_norm, updated = apply_gradients(
-                role.optimizer,
-                lr=lr,
-                clip_grad=clip_grad,
-                accepts=lambda norm: has_tokens and math.isfinite(norm),  # noqa: B023  asked within the call
-                before_update=worker.before_update,
-            )
-            norms.append(grad_norm)
-            num_updates += int(updated)
-        means = (sum_over(sums, groups.collection.dp) / len(norms)).tolist()  # the last stage's, where the leader is
-    if not groups.is_leader:
+        groups = role.groups
+        sums = sum_over(torch.stack([update.told for update in updates]).sum(dim=0), groups.collection.dp)
+        first_max = from_last_stage(max_over(updates[0].largest, groups.collection.dp), groups).exp().item()
+    if not groups.is_leader:  # the last stage's, where the losses are
         return _shipped(names, {})
     told = {
-        **dict(zip(names, means, strict=True)),
-        f"{worker.name}_grad_norm": sum(norms) / len(norms),
-        f"{worker.name}_updates": float(num_updates),
+        **dict(zip(names, (sums / len(updates)).tolist(), strict=True)),
+        f"{worker.name}_grad_norm": sum(update.grad_norm for update in updates) / len(updates),
+        f"{worker.name}_updates": float(sum(update.is_made for update in updates)),
         "ratio_first_max": first_max,
     }
     return _shipped(names, told)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What one update told on this rank."""
+
+    told: torch.Tensor  # what the losses tell, by `names`; 0 but on the last stage, and of other names
+    largest: torch.Tensor  # |log ratio|, likewise
+    grad_norm: float
+    is_made: bool
+
+
+def _update(
+    worker: RoleWorker,
+    role: Role,
+    batches: Sequence[PackedBatch],
+    names: Sequence[str],
+    *,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    lr: float,
+    losses_of: LossesOf,
+) -> _Update:
+    """mask, weights: of the mini-batch's tokens, 0 elsewhere."""
+    assert worker.placed.optimizer is not None, "a trained role has one"
+    num_tokens = max(1, int(mask.sum()))
+
+    def loss_of(packed: PackedBatch, output: torch.Tensor) -> BatchLoss:
+        place = packed.rows, packed.columns
+        # Times the number of tokens, by which megatron-core divides the gradients.
+        losses = losses_of(role, packed, num_tokens * weights[place], output)
+        return losses.loss, mask[place].sum().to(torch.int), {**losses.told, "largest": losses.largest}
+
+    role.zero_gradients()
+    outputs = forward_backward(role, batches, loss_of=loss_of)
+    told = torch.zeros(len(names), dtype=torch.float64, device=device.current())
+    largest = torch.zeros((), device=device.current())
+    for output in outputs:  # none but on the last stage
+        told += torch.stack([output.get(name, told.new_zeros(())) for name in names]) / num_tokens
+        largest = torch.maximum(largest, output["largest"])
+    grad_norm = finish_gradients(role.optimizer)
+    is_made = bool(mask.any()) and math.isfinite(grad_norm)
+    if is_made:
+        worker.before_update()
+        clip_grad = worker.placed.optimizer.clip_grad
+        apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad, grad_norm=grad_norm)
+    return _Update(told, largest, grad_norm, is_made)
 
 
 def _shipped(names: Sequence[str], metrics: dict[str, float]) -> Shipment:
     """Metrics, from the role's leader, which alone has some."""
     where = device.current()
     return Shipment({name: torch.tensor([metrics.get(name, 0.0)], dtype=torch.float64, device=where) for name in names})
-
-
-def _update_step(
-    role: Role,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    losses_of: LossesOf,
-    batches: Iterator[PackedBatch],
-    module: torch.nn.Module,
-) -> tuple[torch.Tensor, LossFunction]:
-    packed = next(batches)
-    output = forward(module, packed)
-
-    def learn(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        place = packed.rows, packed.columns
-        losses = losses_of(role, packed, weights[place], last)
-        return losses.loss, mask[place].sum().to(torch.int), {**losses.told, "largest": losses.largest}
-
-    return output, learn

@@ -17,31 +17,19 @@ import torch
 from megatron_xy import device
 from megatron_xy.config import PlacedRole
 from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers, width_of
-from megatron_xy.model.rotary import PackedDocuments
 from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.transport import Shipment
 from megatron_xy.role import Role
 from megatron_xy.training.train_step import DeviceBatch, forward_pass, on_device
 
 
-@dataclass(frozen=True)
-class PackedBatch:
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch(DeviceBatch):
     """A micro-batch of answers on the device, with where its response tokens are (see AnswerBatch)."""
 
-    batch: DeviceBatch
     before: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """[1, tokens]."""
-        return self.batch.tokens
-
-    @property
-    def packed(self) -> PackedDocuments:
-        """Where its documents are."""
-        return self.batch.packed
 
 
 OutputsOf = Callable[[Role, PackedBatch, torch.Tensor], dict[str, torch.Tensor]]
@@ -125,4 +113,4 @@ class RoleWorker:
 def _on_device(batch: AnswerBatch) -> PackedBatch:
     where: Any = device.current()
     before, rows, columns = (torch.from_numpy(array).to(where) for array in (batch.before, batch.rows, batch.columns))
-    return PackedBatch(on_device(batch.tokens), before, rows, columns)
+    return PackedBatch(**vars(on_device(batch.tokens)), before=before, rows=rows, columns=columns)

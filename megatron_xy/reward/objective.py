@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from megatron_xy.config import RewardConfig
 from megatron_xy.role import Role
-from megatron_xy.training.train_step import DeviceBatch, DevicePairs, LossFunction, Objective, forward
+from megatron_xy.training.train_step import BatchLoss, DeviceBatch, DevicePairs, Objective
 
 MEASURES = ("accuracy", "chosen_mean", "rejected_mean")  # of the scores: the values at the last tokens
 
 
 def reward_objective(reward: RewardConfig) -> Objective:
     """The pairwise loss of a run's section `reward`; it counts pairs."""
-    return Objective(partial(_reward_step, reward.centering_coef), measures=MEASURES)
+    return Objective(partial(_reward_loss, reward.centering_coef), measures=MEASURES)
 
 
 def pair_losses(values: torch.Tensor, pairs: DevicePairs, *, centering_coef: float = 0.0) -> torch.Tensor:
@@ -32,20 +31,10 @@ def pair_losses(values: torch.Tensor, pairs: DevicePairs, *, centering_coef: flo
     return losses
 
 
-def _reward_step(
-    centering_coef: float, role: Role, num_sources: int, batches: Iterator[DeviceBatch], module: torch.nn.Module
-) -> tuple[torch.Tensor, LossFunction]:
-    """Forward of one micro-batch; the loss function is called on the last stage only."""
-    batch = next(batches)
-    output = forward(module, batch)
-    return output, partial(_reward_loss, centering_coef, num_sources, batch)
-
-
 def _reward_loss(
-    centering_coef: float, num_sources: int, batch: DeviceBatch, output: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the micro-batch's losses and the number of its pairs (not yet averaged: megatron-core divides the
-    gradients by the number over all micro-batches and data parallel ranks), and the sums by source."""
+    centering_coef: float, role: Role, num_sources: int, batch: DeviceBatch, output: torch.Tensor
+) -> BatchLoss:
+    """As an Objective's loss: of the micro-batch's pairs."""
     pairs = batch.pairs
     assert pairs is not None, "the reward task's batches have pairs"
     values = output[0, :, 0]

@@ -8,7 +8,7 @@ Sums are kept in fp64, by token: the numbers depend neither on the layout nor on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from megatron_xy.log import RunLog
 from megatron_xy.losses import token_cross_entropy
 from megatron_xy.parallel import Groups, sum_over
 from megatron_xy.role import Role
-from megatron_xy.training.train_step import DeviceBatch, LossFunction, forward, forward_backward, on_device
+from megatron_xy.training.train_step import DeviceBatch, forward_pass, on_device
 
 POSITION_EDGES = (2048, 4096, 8192, 16384)
 MAX_PERPLEXITY_LOSS = 700.0  # beyond it e to the loss is no finite number
@@ -132,13 +132,12 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> d
             return []
         return [held_out.micro_batch(*rows[min(row, len(rows) - 1)]) for row, _ in passes[number]]
 
-    forward_step = partial(_held_out_step, role, held_out, num_sources)
     with Prefetcher(prepare, depth=1) as prefetcher, role.evaluating():
         for number, part in enumerate(passes):
             if not goes_on():
                 return None
             batches = [on_device(batch) for batch in prefetcher.get(number)[0]]
-            outputs = forward_backward(role, batches, forward_step=forward_step, forward_only=True)
+            outputs = forward_pass(role, batches, partial(_held_out_sums, role, num_sources))
             for (row, counts), output in zip(part, outputs, strict=False):  # none but on the last stage
                 if counts:
                     totals[buckets.index(rows[row][0])] += output["totals"]
@@ -146,29 +145,20 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> d
     return _losses(totals.reshape(len(buckets), num_sources, num_ranges, 2).cpu().numpy(), held_out)
 
 
-def _held_out_step(
-    role: Role, held_out: HeldOut, num_sources: int, batches: Iterator[DeviceBatch], module: torch.nn.Module
-) -> tuple[torch.Tensor, LossFunction]:
-    batch = next(batches)
-    output = forward(module, batch)
-
-    def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """{totals [sources x ranges of positions, 2]: sums of losses and counts, fp64}."""
-        assert role.model.vocab_size, "the shape is complete once a run starts"
-        losses = token_cross_entropy(
-            logits, batch.labels, vocab_size=role.model.vocab_size, tp_group=role.groups.collection.tp
-        )
-        positions = batch.packed.position_ids
-        assert positions is not None, "on_device sets them"
-        edges = torch.tensor(POSITION_EDGES, device=losses.device)
-        ranges = torch.bucketize(positions, edges, right=True)
-        cells = batch.source_ids * (len(edges) + 1) + ranges
-        pairs = torch.stack([(losses * batch.loss_mask)[0], batch.loss_mask[0]], dim=1).to(torch.float64)
-        totals = torch.zeros(num_sources * (len(edges) + 1), 2, dtype=torch.float64, device=losses.device)
-        totals.index_add_(0, cells, pairs)
-        return losses.sum(), batch.loss_mask.sum().to(torch.int), {"totals": totals}
-
-    return output, loss
+def _held_out_sums(role: Role, num_sources: int, batch: DeviceBatch, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{totals [sources x ranges of positions, 2]: sums of losses and counts, fp64}."""
+    assert role.model.vocab_size, "the shape is complete once a run starts"
+    losses = token_cross_entropy(
+        logits, batch.labels, vocab_size=role.model.vocab_size, tp_group=role.groups.collection.tp
+    )
+    positions = batch.packed.position_ids
+    assert positions is not None, "on_device sets them"
+    edges = torch.tensor(POSITION_EDGES, device=losses.device)
+    ranges = torch.bucketize(positions, edges, right=True)
+    cells = batch.source_ids * (len(edges) + 1) + ranges
+    pairs = torch.stack([(losses * batch.loss_mask)[0], batch.loss_mask[0]], dim=1).to(torch.float64)
+    totals = torch.zeros(num_sources * (len(edges) + 1), 2, dtype=torch.float64, device=losses.device)
+    return {"totals": totals.index_add_(0, cells, pairs)}
 
 
 def _losses(totals: np.ndarray[Any, np.dtype[np.float64]], held_out: HeldOut) -> dict[str, Any]:

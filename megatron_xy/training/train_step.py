@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,12 +19,9 @@ from megatron_xy import device, mcore
 from megatron_xy.data.dataset import MicroBatch
 from megatron_xy.losses import token_cross_entropy
 from megatron_xy.model.rotary import PackedDocuments
-from megatron_xy.optimizer import apply_gradients
+from megatron_xy.optimizer import apply_gradients, finish_gradients
 from megatron_xy.parallel import from_last_stage, sum_over
 from megatron_xy.role import Role
-
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
-Judge = Callable[[float, float], bool]
 
 
 @dataclass(frozen=True)
@@ -53,30 +50,23 @@ class DeviceBatch:
     pairs: DevicePairs | None = None
 
 
-class Batch(Protocol):
-    """What a schedule takes one micro-batch as; all of a pass are as long."""
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """[1, tokens]."""
-
-    @property
-    def packed(self) -> PackedDocuments:
-        """Where its documents are."""
-
-
-BatchType = TypeVar("BatchType", bound=Batch)
-ForwardStep = Callable[[Iterator[BatchType], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
-# Of the role and the number of sources: the forward pass of one micro-batch, and its loss. What the loss function
-# tells, {"totals": [sources, 2 + measures]} fp64, are sums by source of losses, their number, and the measures.
-ObjectiveStep = Callable[[Role, int, Iterator[DeviceBatch], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
+BatchType = TypeVar("BatchType", bound=DeviceBatch)
+# Of a micro-batch: the sum of its losses, their number (int32), by which megatron-core divides the gradients after it
+# has added up that of all micro-batches and data parallel ranks, and what else is to be known.
+BatchLoss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+Judge = Callable[[float, float], bool]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a task learns; measures: names of what it tells beside the loss, each a mean over what the loss counts."""
+    """What a task learns.
 
-    step: ObjectiveStep
+    loss: of the role, the number of sources, a micro-batch and the last stage's output; tells {totals [sources, 2 +
+    measures] fp64}: by source the sum of losses, their number, and the sums of the measures.
+    measures: names of what is told beside the loss, each a mean over what the loss counts.
+    """
+
+    loss: Callable[[Role, int, DeviceBatch, torch.Tensor], BatchLoss]
     measures: tuple[str, ...] = ()
 
 
@@ -114,62 +104,58 @@ def train_step(
     before_update: called right before weights and moments change.
     """
     began = time.perf_counter()
-    objective = objective or Objective(language_model_step)
+    objective = objective or Objective(language_model_loss)
     assert role.optimizer is not None, "a role that trains has an optimizer"
     role.zero_gradients()
     batches = [on_device(batch) for batch in micro_batches]
-    forward_step = partial(objective.step, role, num_sources)
-    outputs = forward_backward(role, batches, forward_step=forward_step)
+    outputs = forward_backward(role, batches, loss_of=partial(objective.loss, role, num_sources))
     columns = 2 + len(objective.measures)
     totals = torch.zeros(num_sources, columns, dtype=torch.float64, device=device.current())
     for output in outputs:
         totals += output["totals"]
     totals = from_last_stage(sum_over(totals, role.groups.collection.dp), role.groups)
-    known_at = began
-
-    def accepts(norm: float) -> bool:
-        nonlocal known_at
-        known_at = time.perf_counter()  # here all ranks have met, and the device has caught up
-        return math.isfinite(norm) and (judge is None or judge(_mean_loss(totals.tolist()), norm))
-
-    grad_norm, updated = apply_gradients(
-        role.optimizer,
-        lr=lr,
-        clip_grad=clip_grad,
-        frozen=[] if train_only is None else role.frozen(train_only),
-        accepts=accepts,
-        before_update=before_update,
-    )
+    grad_norm = finish_gradients(role.optimizer, frozen=[] if train_only is None else role.frozen(train_only))
+    forward_backward_seconds = time.perf_counter() - began  # all ranks have met, and the device has caught up
     by_source = totals.tolist()
-    num_counted = sum(int(row[1]) for row in by_source)
+    sums = [sum(column) for column in zip(*by_source, strict=True)]
+    num_counted = int(sums[1])
+    loss = sums[0] / num_counted if num_counted else math.nan
+    updated = math.isfinite(grad_norm) and (judge is None or judge(loss, grad_norm))
+    if updated:
+        before_update()
+        apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad, grad_norm=grad_norm)
     return StepResult(
-        loss=_mean_loss(by_source),
+        loss=loss,
         num_loss_tokens=num_counted,
         source_losses={index: row[0] / row[1] for index, row in enumerate(by_source) if row[1]},
         source_tokens={index: int(row[1]) for index, row in enumerate(by_source) if row[1]},
         grad_norm=grad_norm,
         updated=updated,
-        forward_backward_seconds=known_at - began,
-        measures={
-            name: sum(row[2 + place] for row in by_source) / max(num_counted, 1)
-            for place, name in enumerate(objective.measures)
-        },
+        forward_backward_seconds=forward_backward_seconds,
+        measures={name: total / max(num_counted, 1) for name, total in zip(objective.measures, sums[2:], strict=True)},
     )
 
 
-def _mean_loss(totals: Sequence[Sequence[float]]) -> float:
-    """Of sums and counts by source; not a number where nothing counts, as in a step without any label."""
-    num_counted = sum(row[1] for row in totals)
-    return sum(row[0] for row in totals) / num_counted if num_counted else math.nan
-
-
 def forward_backward(
-    role: Role, batches: Sequence[BatchType], *, forward_step: ForwardStep[BatchType], forward_only: bool = False
+    role: Role,
+    batches: Sequence[BatchType],
+    *,
+    loss_of: Callable[[BatchType, torch.Tensor], BatchLoss],
+    forward_only: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
-    """The micro-batches through megatron-core's schedule; gradients end reduced and divided by the global token count.
+    """The micro-batches through megatron-core's schedule; gradients end reduced and divided by the global number of
+    losses. All micro-batches are of one length.
 
-    Returns what the loss function gave for each micro-batch on the last stage; an empty list on the others.
+    loss_of: of a micro-batch and the last stage's output. Returns what it told of each one on the last stage; an empty
+    list on the others.
     """
+
+    def forward_step(
+        remaining: Iterator[BatchType], module: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], BatchLoss]]:
+        batch = next(remaining)
+        return forward(module, batch), partial(loss_of, batch)
+
     groups, num_chunks = role.groups, len(role.chunks)
     config: Any = role.chunks[0].config
     config.finalize_model_grads_func = partial(mcore.finalize_model_grads, pg_collection=groups.collection)
@@ -202,37 +188,21 @@ def forward_pass(
 ) -> list[dict[str, torch.Tensor]]:
     """What `outputs_of` makes of each micro-batch and the last stage's output; an empty list on the other stages."""
 
-    def step(remaining: Iterator[BatchType], module: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        batch = next(remaining)
+    def no_loss(batch: BatchType, last: torch.Tensor) -> BatchLoss:
+        one = torch.ones((), dtype=torch.int, device=last.device)
+        return torch.zeros((), device=last.device), one, outputs_of(batch, last)
 
-        def collect(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            return last.sum(), torch.tensor(1, dtype=torch.int, device=last.device), outputs_of(batch, last)
-
-        return forward(module, batch), collect
-
-    return forward_backward(role, batches, forward_step=step, forward_only=True)
+    return forward_backward(role, batches, loss_of=no_loss, forward_only=True)
 
 
-def language_model_step(
-    role: Role, num_sources: int, batches: Iterator[DeviceBatch], module: torch.nn.Module
-) -> tuple[torch.Tensor, LossFunction]:
-    """Forward of one micro-batch for next-token prediction; the loss function is called on the last stage only."""
-    batch = next(batches)
-    output = forward(module, batch)
-    return output, partial(_language_model_loss, role, num_sources, batch)
-
-
-def forward(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def forward(module: torch.nn.Module, batch: DeviceBatch) -> torch.Tensor:
     """Hidden states [tokens, 1, hidden] between stages; logits [1, tokens, padded vocabulary/tp] from the last."""
     output: torch.Tensor = module(batch.tokens, batch.packed.position_ids, None, packed_seq_params=batch.packed)
     return output
 
 
-def _language_model_loss(
-    role: Role, num_sources: int, batch: DeviceBatch, logits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the micro-batch's token losses and their number (not yet averaged: megatron-core divides the gradients by
-    the number over all micro-batches and data parallel ranks), and {totals [sources, 2]: sums and counts by source}."""
+def language_model_loss(role: Role, num_sources: int, batch: DeviceBatch, logits: torch.Tensor) -> BatchLoss:
+    """Next-token prediction, as an Objective's loss: of the tokens that the mask counts."""
     assert role.model.vocab_size, "the shape is complete once a run starts"
     losses = token_cross_entropy(
         logits, batch.labels, vocab_size=role.model.vocab_size, tp_group=role.groups.collection.tp

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_xy import parallel
 from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_xy.data.dataset import MicroBatch, Sample, collate
+from megatron_xy.optimizer import apply_gradients, finish_gradients
 from megatron_xy.role import Role, build_role
 
 BUCKET = 64
@@ -71,6 +75,14 @@ def make_role(
     if groups is None:
         return None
     return build_role(groups, model=model, parallel=layout.parallel, optimizer=optimizer, seed=seed)
+
+
+def update(role: Role, *, lr: float, clip_grad: float, frozen: Iterable[torch.Tensor] = ()) -> tuple[float, bool]:
+    """An update from the gradients of a forward_backward, as a step makes it: their norm, and whether it was made."""
+    grad_norm = finish_gradients(role.optimizer, frozen=frozen)
+    if math.isfinite(grad_norm):
+        apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad, grad_norm=grad_norm)
+    return grad_norm, math.isfinite(grad_norm)
 
 
 def global_batch(step: int, *, num_samples: int = 8) -> list[tuple[Sample, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -56,23 +55,14 @@ def pack(chosen: list[Sample], *, split_documents: bool, micro_batch_tokens: int
 def token_losses(role: Any, micro_batches: list[MicroBatch]) -> np.ndarray | None:
     """Loss of every token [samples, BUCKET] on the last stage."""
     from megatron_xy.losses import token_cross_entropy
-    from megatron_xy.training.train_step import forward, forward_backward, on_device
+    from megatron_xy.training.train_step import forward_pass, on_device
 
-    def step(batches: Iterator[Any], module: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch = next(batches)
-
-        def keep(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            losses = token_cross_entropy(
-                logits, batch.labels, vocab_size=VOCAB_SIZE, tp_group=role.groups.collection.tp
-            )
-            return losses.sum(), torch.tensor(1, dtype=torch.int), {"losses": losses[0]}
-
-        return forward(module, batch), keep
+    def losses_of(batch: Any, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        tp_group = role.groups.collection.tp
+        return {"losses": token_cross_entropy(logits, batch.labels, vocab_size=VOCAB_SIZE, tp_group=tp_group)[0]}
 
     with torch.no_grad():
-        outputs = forward_backward(
-            role, [on_device(batch) for batch in micro_batches], forward_step=step, forward_only=True
-        )
+        outputs = forward_pass(role, [on_device(batch) for batch in micro_batches], losses_of)
     if not role.groups.is_last_stage:
         return None
     return torch.cat([output["losses"] for output in outputs]).reshape(-1, BUCKET).numpy()
@@ -148,7 +138,7 @@ def test_packed_documents_have_the_losses_that_they_have_alone(layout: Layout, p
 
 def gradients(layout: Layout, split_documents: bool) -> list[dict[str, np.ndarray]]:
     """This rank's gradients: of the batch, with other padding and masked labels, with one true label changed."""
-    from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
+    from megatron_xy.training.train_step import forward_backward, language_model_loss, on_device
 
     role = models.make_role(layout, model=MODEL, optimizer=OptimizerConfig())
     assert role is not None
@@ -170,9 +160,7 @@ def gradients(layout: Layout, split_documents: bool) -> list[dict[str, np.ndarra
     for batches in (plain, other, changed):
         role.chunks[0].zero_grad_buffer()
         role.optimizer.zero_grad()
-        forward_backward(
-            role, [on_device(batch) for batch in batches], forward_step=partial(language_model_step, role, 2)
-        )
+        forward_backward(role, [on_device(batch) for batch in batches], loss_of=partial(language_model_loss, role, 2))
         results.append({named.name: named.parameter.main_grad.numpy().copy() for named in role.named_parameters()})
     return results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def train(layout: Layout, granularity: str) -> dict[str, Any]:
 
 def kept_bytes(role: Any) -> int:
     """Bytes of the distinct storages saved in the first micro-batch's forward pass, parameters left out."""
-    from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
+    from megatron_xy.training.train_step import forward_backward, language_model_loss, on_device
 
     own = {named.parameter.untyped_storage().data_ptr() for named in role.named_parameters()}
     held: dict[int, torch.Tensor] = {}
@@ -47,15 +48,16 @@ def kept_bytes(role: Any) -> int:
 
     measured: list[int] = []
 
-    def step(batches: Any, module: torch.nn.Module) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = language_model_step(role, 2, batches, module)
+            result = plain_forward(*args, **kwargs)
         measured.append(sum(tensor.untyped_storage().nbytes() for tensor in held.values()))
         return result
 
+    plain_forward, role.chunks[0].forward = role.chunks[0].forward, forward  # type: ignore[method-assign]
     batches = [on_device(batch) for batch in models.micro_batches(0, dp_size=1, dp_rank=0)]
     role.chunks[0].zero_grad_buffer()
-    forward_backward(role, batches, forward_step=step)
+    forward_backward(role, batches, loss_of=partial(language_model_loss, role, 2))
     return measured[0]
 
 

@@ -34,17 +34,16 @@ def state_of(role: Any) -> dict[str, torch.Tensor]:
 
 def step(role: Any, number: int, *, bad_rank: int | None = None, bad_value: float = 0.0) -> tuple[float, bool]:
     """One step in its pieces, with a bad value planted in a split weight's gradient on one rank in between."""
-    from megatron_xy.optimizer import apply_gradients
-    from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
+    from megatron_xy.training.train_step import forward_backward, language_model_loss, on_device
 
     role.chunks[0].zero_grad_buffer()
     role.optimizer.zero_grad()
     batches = [on_device(batch) for batch in models.micro_batches(number, dp_size=1, dp_rank=0)]
-    forward_backward(role, batches, forward_step=partial(language_model_step, role, 2))
+    forward_backward(role, batches, loss_of=partial(language_model_loss, role, 2))
     if dist.get_rank() == bad_rank:
         planted = next(named for named in role.named_parameters() if named.name.endswith("linear_fc1.weight"))
         planted.parameter.main_grad[3, 5] = bad_value
-    return apply_gradients(role.optimizer, lr=OPTIMIZER.lr, clip_grad=1.0)
+    return models.update(role, lr=OPTIMIZER.lr, clip_grad=1.0)
 
 
 def train_over_bad_steps(dtype: str) -> dict[str, Any]:

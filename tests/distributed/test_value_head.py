@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig
+from tests.distributed import models
 from tests.distributed.spawn import run_ranks
 
 MODEL = ModelConfig(
@@ -57,10 +58,9 @@ def two_steps(parallel: ParallelConfig, dtype: str, load: str | None = None) -> 
     import torch.distributed as dist
 
     from megatron_xy.model.weights import load_initial_weights
-    from megatron_xy.optimizer import apply_gradients
     from megatron_xy.parallel import build_groups, sum_over
     from megatron_xy.role import build_role
-    from megatron_xy.training.train_step import forward, forward_backward, on_device
+    from megatron_xy.training.train_step import forward_backward, on_device
 
     model = MODEL.model_copy(update={"params_dtype": dtype, "load": load})
     groups = build_groups("critic", ranks=range(dist.get_world_size()), parallel=parallel, timeout_seconds=60)
@@ -70,26 +70,21 @@ def two_steps(parallel: ParallelConfig, dtype: str, load: str | None = None) -> 
     load_initial_weights(role, seed=1)
     batches = [on_device(batch) for batch in micro_batches(4)[groups.dp_rank :: groups.dp_size]]
 
-    def step(iterator: Any, module: torch.nn.Module) -> Any:
-        output = forward(module, next(iterator))
-
-        def loss(values: torch.Tensor) -> Any:
-            assert values.shape == (1, TOKENS, 1)
-            assert values.dtype == torch.float32
-            total = (values - 1).square().sum()
-            count = torch.tensor(TOKENS, dtype=torch.int)
-            return total, count, {"total": total.detach()}
-
-        return output, loss
+    def loss_of(batch: Any, values: torch.Tensor) -> Any:
+        assert values.shape == (1, TOKENS, 1)
+        assert values.dtype == torch.float32
+        total = (values - 1).square().sum()
+        count = torch.tensor(TOKENS, dtype=torch.int)
+        return total, count, {"total": total.detach()}
 
     told: dict[str, Any] = {"losses": [], "norms": []}
     for _ in range(2):
         role.zero_gradients()
-        outputs = forward_backward(role, batches, forward_step=step)
+        outputs = forward_backward(role, batches, loss_of=loss_of)
         if groups.is_last_stage:
             total = torch.stack([output["total"] for output in outputs]).sum()
             told["losses"].append(float(sum_over(total, groups.collection.dp)))
-        norm, updated = apply_gradients(role.optimizer, lr=1e-3, clip_grad=0.0)
+        norm, updated = models.update(role, lr=1e-3, clip_grad=0.0)
         assert updated
         told["norms"].append(norm)
     for named in role.named_parameters():

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megatron_xy.config import OptimizerConfig, ParallelConfig
-from megatron_xy.optimizer import apply_gradients, torch_optimizers
+from megatron_xy.optimizer import torch_optimizers
 from megatron_xy.role import build_role
 from megatron_xy.tensors.names import EMBEDDING
-from megatron_xy.training.train_step import forward_backward, language_model_step, on_device
+from megatron_xy.training.train_step import forward_backward, language_model_loss, on_device
 from tests.distributed import models
 
 
@@ -19,7 +19,7 @@ def gradients(role, step):
     role.chunks[0].zero_grad_buffer()
     role.optimizer.zero_grad()
     batches = [on_device(batch) for batch in models.micro_batches(step, dp_size=1, dp_rank=0)]
-    forward_backward(role, batches, forward_step=partial(language_model_step, role, 2))
+    forward_backward(role, batches, loss_of=partial(language_model_loss, role, 2))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -50,7 +50,7 @@ def test_the_update_is_adamw_without_weight_decay_on_norms(alone, dtype, clip_gr
         for group in plain.param_groups:
             group["lr"] = lr
         plain.step()
-        norm, updated = apply_gradients(role.optimizer, lr=lr, clip_grad=clip_grad)
+        norm, updated = models.update(role, lr=lr, clip_grad=clip_grad)
         assert updated and norm == pytest.approx(want_norm, rel=1e-9)
         for part, copy in zip(named, copies, strict=True):
             weight = getattr(part.parameter, "main_param", part.parameter)
@@ -64,7 +64,7 @@ def test_weight_decay_alone_shrinks_matrices_and_leaves_norms(alone):
     role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=config, seed=1)
     before = {part.name: part.parameter.detach().clone() for part in role.named_parameters()}
     role.chunks[0].zero_grad_buffer()
-    assert apply_gradients(role.optimizer, lr=0.1, clip_grad=1.0) == (0.0, True)
+    assert models.update(role, lr=0.1, clip_grad=1.0) == (0.0, True)
     for part in role.named_parameters():
         factor = 1.0 if part.name.endswith("layernorm.weight") else 1 - 0.1 * 0.5
         torch.testing.assert_close(part.parameter.detach(), before[part.name] * factor)
@@ -78,7 +78,7 @@ def test_the_norm_is_that_of_what_is_trained_alone(alone, dtype):
     named = {part.name: part.parameter for part in role.named_parameters()}
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
     want = float(named[EMBEDDING].main_grad.double().norm())
-    norm, updated = apply_gradients(role.optimizer, lr=1e-2, clip_grad=1.0, frozen=role.frozen(["embedding"]))
+    norm, updated = models.update(role, lr=1e-2, clip_grad=1.0, frozen=role.frozen(["embedding"]))
     assert updated and norm == pytest.approx(want, rel=1e-9)
     assert [name for name, parameter in named.items() if not torch.equal(parameter, before[name])] == [EMBEDDING]
 
@@ -89,17 +89,17 @@ def test_a_non_finite_gradient_changes_nothing(alone, dtype, bad):
     model = models.MODEL.model_copy(update={"num_layers": 1, "params_dtype": dtype})
     role = build_role(alone, model=model, parallel=ParallelConfig(), optimizer=OptimizerConfig(), seed=1)
     gradients(role, 0)
-    assert apply_gradients(role.optimizer, lr=1e-2, clip_grad=1.0)[1]
+    assert models.update(role, lr=1e-2, clip_grad=1.0)[1]
     before = state_of(role)
     gradients(role, 1)
     planted = list(role.named_parameters())[-1].parameter
     planted.main_grad.view(-1)[7] = bad
-    norm, updated = apply_gradients(role.optimizer, lr=1e-2, clip_grad=1.0)
+    norm, updated = models.update(role, lr=1e-2, clip_grad=1.0)
     assert not updated and not math.isfinite(norm)
     assert state_of(role).keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in state_of(role).items())
     gradients(role, 1)
-    assert apply_gradients(role.optimizer, lr=1e-2, clip_grad=1.0)[1]
+    assert models.update(role, lr=1e-2, clip_grad=1.0)[1]
     assert any(not torch.equal(value, before[name]) for name, value in state_of(role).items())
 
 
