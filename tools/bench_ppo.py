@@ -81,7 +81,7 @@ def ours(steps: int) -> dict[str, Any]:
     from megatron_xy import mcore, parallel
     from megatron_xy.config import ModelConfig, OptimizerConfig, ParallelConfig, PlacedRole, PPOConfig
     from megatron_xy.model.sampling import SamplingOptions
-    from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
+    from megatron_xy.ppo.engine import PPO, PPOState
     from megatron_xy.ppo.prompts import DrawnPrompt
     from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel
     from megatron_xy.ppo.rollouts import GeneratedAnswers, as_rollout
@@ -134,7 +134,7 @@ def ours(steps: int) -> dict[str, Any]:
         times.append(time.process_time())
         experience = engine.collect(rollout, check=lambda rollout, judged: None)
         times.append(time.process_time())
-        metrics = engine.learn(experience, [list(range(PROMPTS))], LearningRates(1e-5, 1e-5), is_warmup=False)
+        metrics = engine.learn(experience, [list(range(PROMPTS))], {"actor": 1e-5, "critic": 1e-5}, is_warmup=False)
         times.append(time.process_time())
         assert metrics["response_length_mean"] == RESPONSE_LENGTH, "the work is fixed"
         if step >= WARM_UP:

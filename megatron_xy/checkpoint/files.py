@@ -39,6 +39,16 @@ class TrainingState:
     consumed_tokens: int = 0  # padding included
     optimizer_steps: int = 0  # updates made; skipped ones not counted
 
+    def after_step(self, *, num_samples: int, num_tokens: int, num_updates: int) -> TrainingState:
+        """Where it stands after one more iteration."""
+        return TrainingState(
+            iteration=self.iteration + 1,
+            data_step=self.data_step + 1,
+            consumed_samples=self.consumed_samples + num_samples,
+            consumed_tokens=self.consumed_tokens + num_tokens,
+            optimizer_steps=self.optimizer_steps + num_updates,
+        )
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -1,4 +1,4 @@
-"""What PPO adjusts as it goes, as small states that a checkpoint keeps: the KL coefficient and the scores' moments."""
+"""What PPO adjusts as it goes, and a checkpoint keeps: the KL coefficient and the scores' moments."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from dataclasses import dataclass
 MOST_KL_ERROR = 0.2
 
 
-@dataclass(frozen=True)
-class AdaptiveKL:
-    """The coefficient that holds the KL divergence per answer near `target` nats (Ziegler et al. 2019)."""
-
-    coefficient: float
-    target: float
-    horizon: int  # answers
-
-    def after(self, *, kl: float, num_answers: int) -> AdaptiveKL:
-        """The controller after a batch: `kl` is the sum over an answer's tokens, mean over the batch."""
-        error = min(max(kl / self.target - 1, -MOST_KL_ERROR), MOST_KL_ERROR)
-        return AdaptiveKL(self.coefficient * (1 + error * num_answers / self.horizon), self.target, self.horizon)
+def adapted_kl_coef(coefficient: float, *, kl: float, target: float, num_answers: int, horizon: int) -> float:
+    """The coefficient after a batch, so that the KL divergence per answer stays near `target` nats (Ziegler et al.
+    2019). kl: the sum over an answer's tokens, mean over the batch; horizon: answers."""
+    error = min(max(kl / target - 1, -MOST_KL_ERROR), MOST_KL_ERROR)
+    return coefficient * (1 + error * num_answers / horizon)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ update at the same time. What is branched on is the same on all ranks: config, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import torch
 
 from megatron_xy.config import PPOConfig
 from megatron_xy.ppo import functional
-from megatron_xy.ppo.controllers import AdaptiveKL, RunningMoments
+from megatron_xy.ppo.controllers import RunningMoments, adapted_kl_coef
 from megatron_xy.ppo.experience import Experience, Rollout
 from megatron_xy.ppo.roles import Actor, Critic, Policy
 from megatron_xy.ppo.transport import Shipment, exchange
@@ -26,14 +26,6 @@ class Scorer(Protocol):
 
     def score(self, rollout: Rollout) -> Shipment:
         """`scores` [answers]."""
-
-
-@dataclass(frozen=True)
-class LearningRates:
-    """Of one step."""
-
-    actor: float
-    critic: float
 
 
 @dataclass(frozen=True)
@@ -103,17 +95,30 @@ class PPO:
         )
 
     def learn(
-        self, experience: Experience, mini_batches: Sequence[Sequence[int]], rates: LearningRates, *, is_warmup: bool
+        self,
+        experience: Experience,
+        mini_batches: Sequence[Sequence[int]],
+        rates: Mapping[str, float],
+        *,
+        is_warmup: bool,
     ) -> dict[str, float]:
-        """Updates actor and critic, the critic alone while it warms up, and the KL coefficient; the step's metrics."""
-        critic = self.critic.update(experience, mini_batches, ppo=self.config, lr=rates.critic)
-        actor = self.actor.update(experience, [] if is_warmup else mini_batches, ppo=self.config, lr=rates.actor)
+        """Updates actor and critic, the critic alone while it warms up, and the KL coefficient; the step's metrics.
+
+        rates: learning rates by role.
+        """
+        critic = self.critic.update(experience, mini_batches, ppo=self.config, lr=rates["critic"])
+        actor = self.actor.update(experience, [] if is_warmup else mini_batches, ppo=self.config, lr=rates["actor"])
         told = {name: float(value) for shipped in exchange(actor, critic) for name, value in shipped.items()}
         metrics = {**told, **measure(experience), "kl_coef": self.state.kl_coef}
         if self.config.kl_target is not None:
-            controller = AdaptiveKL(self.state.kl_coef, target=self.config.kl_target, horizon=self.config.kl_horizon)
-            adapted = controller.after(kl=metrics["kl"], num_answers=len(experience.scores))
-            self.state = replace(self.state, kl_coef=adapted.coefficient)
+            adapted = adapted_kl_coef(
+                self.state.kl_coef,
+                kl=metrics["kl"],
+                target=self.config.kl_target,
+                num_answers=len(experience.scores),
+                horizon=self.config.kl_horizon,
+            )
+            self.state = replace(self.state, kl_coef=adapted)
         return metrics
 
     def _judged(self, scores: torch.Tensor, has_ended: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,8 @@ Every rank of the world runs it; ranks outside a role take part in the exchanges
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,26 +24,17 @@ from megatron_xy.ppo.alarms import SkippedUpdates, check_finite, ratio_alarm
 from megatron_xy.ppo.cast import TRAINED, Cast
 from megatron_xy.ppo.checkpoints import PPOCheckpoints
 from megatron_xy.ppo.dumps import cut_rollouts, dump_rollout
-from megatron_xy.ppo.engine import PPO, LearningRates
+from megatron_xy.ppo.engine import PPO
 from megatron_xy.ppo.experience import Experience, Rollout
 from megatron_xy.ppo.phases import Phases
 from megatron_xy.ppo.prompts import PromptFile
-from megatron_xy.ppo.record import Spent, step_record, step_work
+from megatron_xy.ppo.record import step_record, step_work
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout
 from megatron_xy.ppo.samples import sample_line, samples
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.training.schedule import learning_rate
-
-
-class _Gathered(NamedTuple):
-    """What a step's record needs of all ranks."""
-
-    stopping: bool  # whether any was asked to
-    busy: dict[str, float]  # seconds that each role has worked, mean of its ranks
-    padding: int  # tokens of padding in all roles' micro-batches
-    room: int  # all tokens of these
-    peak_memory_bytes: int  # of the device that holds most
+from megatron_xy.training.step_record import Spent
 
 
 class PPOTrainer:
@@ -106,62 +96,41 @@ class PPOTrainer:
     def _step(self, iteration: int) -> bool:
         """One PPO step, recorded; returns whether any rank was asked to stop."""
         began = time.perf_counter()
-        spent = Phases(self.watchdog, iteration, roles=self.cast.roles_here)
-        spent.enter("generate")
+        phases = Phases(self.watchdog, iteration, roles=self.cast.roles_here)
+        phases.enter("generate")
         rollout, waited = self._rollout()
-        spent.enter("score")
+        phases.enter("score")
         check = partial(check_finite, prompts=self.prompts, iteration=iteration)
         experience = self.engine.collect(rollout, check=check)
         if self.ppo.dump_rollouts and self.cast.world.role_rank == 0:
             dump_rollout(experience, self.config.run_dir / "rollouts", iteration=iteration)
-        spent.enter("update")
+        phases.enter("update")
         rates = self._rates(iteration, consumed_tokens=self.state.consumed_tokens + rollout.num_tokens)
         is_warmup = iteration <= self.ppo.critic_warmup_iters
         metrics = self.engine.learn(experience, self._mini_batches(iteration), rates, is_warmup=is_warmup)
-        spent.enter("record")
+        phases.enter("record")
         seconds = time.perf_counter() - began
         for name, before in self.states.items():
-            self.states[name] = replace(
-                before,
-                iteration=iteration,
-                data_step=before.data_step + 1,
-                consumed_samples=before.consumed_samples + len(rollout.drawn),
-                consumed_tokens=before.consumed_tokens + rollout.num_tokens,
-                optimizer_steps=before.optimizer_steps + int(metrics[f"{name}_updates"]),
+            self.states[name] = before.after_step(
+                num_samples=len(rollout.drawn),
+                num_tokens=rollout.num_tokens,
+                num_updates=int(metrics[f"{name}_updates"]),
             )
-        gathered = self._gather()
-        num_updates = self.ppo.ppo_epochs * len(rollout.drawn) // self.ppo.mini_batch_size
-        wanted = {"actor": 0 if is_warmup else num_updates, "critic": num_updates}
-        flops, recomputed = step_work(
-            {name: worker.placed.model for name, worker in self.cast.workers.items()},
-            rollout,
-            is_generated=self.ppo.responses is None,
-            epochs={name: self.ppo.ppo_epochs if count else 0 for name, count in wanted.items()},
-        )
-        available = seconds * len(self.cast.world.ranks) * self._peak_rate if self._peak_rate else None
+        spent, by_role, stopping = self._spent(rollout, seconds=seconds, waited=waited, is_warmup=is_warmup)
         record = step_record(
             self.state,
             experience,
             metrics,
             rates,
-            Spent(
-                seconds=seconds,
-                waited=waited,
-                by_phase=spent.seconds,
-                by_role=gathered.busy,
-                padding=gathered.padding,
-                room=gathered.room,
-                flops=flops,
-                recomputed_flops=recomputed,
-                available_flops=available,
-                peak_memory_bytes=gathered.peak_memory_bytes,
-            ),
+            spent,
+            by_phase=phases.seconds,
+            by_role=by_role,
             is_warmup=is_warmup,
             ppo_epochs=self.ppo.ppo_epochs,
             micro_batch_tokens=self.cast.workers["actor"].placed.micro_batch_tokens,
         )
-        self._tell(record, experience, metrics, wanted=wanted)
-        return gathered.stopping
+        self._tell(record, experience, metrics, is_warmup=is_warmup)
+        return stopping
 
     def _rollout(self) -> tuple[Rollout, float]:
         """The step's prompts with an answer each; the seconds for the prompts."""
@@ -177,10 +146,12 @@ class PPOTrainer:
         return as_rollout(drawn, prompts, self.source.answers(drawn, prompts["actor"], first=first)), waited
 
     def _tell(
-        self, record: dict[str, Any], experience: Experience, metrics: dict[str, float], *, wanted: dict[str, int]
+        self, record: dict[str, Any], experience: Experience, metrics: dict[str, float], *, is_warmup: bool
     ) -> None:
-        """Logs a step: its record, answers to look at, what is wrong with it. wanted: updates by role."""
+        """Logs a step: its record, answers to look at, what is wrong with it."""
         iteration = self.state.iteration
+        num_updates = self.ppo.ppo_epochs * self.ppo.rollout_batch_size // self.ppo.mini_batch_size
+        wanted = {"actor": 0 if is_warmup else num_updates, "critic": num_updates}
         skipped = {name: count - int(metrics[f"{name}_updates"]) for name, count in wanted.items()}
         record["skipped"] = any(skipped.values())
         self.log.ppo_step(record, train_iters=self.config.training.train_iters)
@@ -208,7 +179,8 @@ class PPOTrainer:
             ]
         return batches
 
-    def _rates(self, iteration: int, *, consumed_tokens: int) -> LearningRates:
+    def _rates(self, iteration: int, *, consumed_tokens: int) -> dict[str, float]:
+        """By role."""
         rates = {}
         for worker in self.cast.trained:
             assert worker.placed.optimizer is not None, "a trained role has one"
@@ -218,22 +190,42 @@ class PPOTrainer:
                 consumed_tokens=consumed_tokens,
                 train_iters=self.config.training.train_iters,
             )
-        return LearningRates(rates["actor"], rates["critic"])
+        return rates
 
-    def _gather(self) -> _Gathered:
-        """Collective."""
-        world = self.cast.world
-        busy = [worker.take_busy_seconds() for worker in self.cast.workers.values()]
-        padding, room = map(sum, zip(*(worker.take_padding() for worker in self.cast.workers.values()), strict=True))
-        told = torch.tensor([padding, room, *busy], dtype=torch.float64, device=device.current())
-        padding, room, *total = sum_over(told, world.all_ranks).tolist()
+    def _spent(
+        self, rollout: Rollout, *, seconds: float, waited: float, is_warmup: bool
+    ) -> tuple[Spent, dict[str, float], bool]:
+        """What the step took; the seconds that each role has worked, mean of its ranks; whether any rank was asked to
+        stop. Collective, for the counts."""
+        workers, world = self.cast.workers, self.cast.world
+        busy = [worker.take_busy_seconds() for worker in workers.values()]
+        paddings, rooms = zip(*(worker.take_padding() for worker in workers.values()), strict=True)
+        counts = torch.tensor([sum(paddings), sum(rooms), *busy], dtype=torch.float64, device=device.current())
+        padding, room, *total = sum_over(counts, world.all_ranks).tolist()
         largest = torch.tensor([int(self.stop.requested), device.peak_memory_bytes()], device=device.current())
         stopping, peak_memory = max_over(largest, world.all_ranks).tolist()
-        workers = self.cast.workers.items()
-        seconds = {
-            name: worked / len(worker.placed.ranks) for (name, worker), worked in zip(workers, total, strict=True)
+        epochs = self.ppo.ppo_epochs
+        flops, recomputed = step_work(
+            {name: worker.placed.model for name, worker in workers.items()},
+            rollout,
+            is_generated=self.ppo.responses is None,
+            epochs={"actor": 0 if is_warmup else epochs, "critic": epochs},
+        )
+        spent = Spent(
+            seconds,
+            waited,
+            int(padding),
+            int(room),
+            flops=flops,
+            recomputed_flops=recomputed,
+            peak_rate=len(world.ranks) * self._peak_rate if self._peak_rate else None,
+            peak_memory_bytes=peak_memory,
+        )
+        by_role = {
+            name: worked / len(worker.placed.ranks)
+            for (name, worker), worked in zip(workers.items(), total, strict=True)
         }
-        return _Gathered(bool(stopping), seconds, int(padding), int(room), peak_memory)
+        return spent, by_role, bool(stopping)
 
     def _save(self, iteration: int) -> None:
         self.watchdog.beat(iteration=iteration, phase="save")

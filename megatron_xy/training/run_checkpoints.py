@@ -16,6 +16,7 @@ from megatron_xy.checkpoint.replicas import check_replicas, check_unplanned_save
 from megatron_xy.checkpoint.state import FROZEN_UPDATES, load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import RunConfig
+from megatron_xy.data.loader import PreparedStep
 from megatron_xy.hf.convert import Exports
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.log import RunLog
@@ -37,9 +38,12 @@ class RunState:
     frozen_updates: dict[str, int] = field(default_factory=dict)  # by part of the model: made while it stayed as it was
     continued_from: dict[str, Any] | None = None  # the weights loaded at the beginning, and what is new
 
-    def add(self, bucket: int, result: StepResult, *, trained: Collection[str]) -> None:
-        """Remembers a step; trained: the parts of the model that it was to change."""
-        self.history.add(bucket=bucket, loss=result.loss, grad_norm=result.grad_norm, updated=result.updated)
+    def add(self, step: PreparedStep, result: StepResult, *, trained: Collection[str]) -> None:
+        """One step on; trained: the parts of the model that it was to change."""
+        self.training = self.training.after_step(
+            num_samples=step.num_samples, num_tokens=step.num_tokens, num_updates=int(result.updated)
+        )
+        self.history.add(bucket=step.bucket, loss=result.loss, grad_norm=result.grad_norm, updated=result.updated)
         for part in set(MODEL_PARTS) - set(trained) if result.updated else ():
             self.frozen_updates[part] = self.frozen_updates.get(part, 0) + 1
 

@@ -10,7 +10,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -36,7 +35,7 @@ from megatron_xy.training.run_checkpoints import RunCheckpoints, RunState
 from megatron_xy.training.schedule import learning_rate
 from megatron_xy.training.step_record import Spent, step_record
 from megatron_xy.training.stragglers import StragglerWatch
-from megatron_xy.training.train_step import Objective, train_step
+from megatron_xy.training.train_step import Objective, StepResult, train_step
 
 
 class Loader(Protocol):
@@ -173,11 +172,10 @@ class Trainer:
         before = self.state.training
         prepared, waited = self.loader.get(before.data_step)
         self._beat("step", iteration)
-        consumed_tokens = before.consumed_tokens + prepared.num_tokens
         lr = learning_rate(
             self.config.optimizer,
             iteration=iteration,
-            consumed_tokens=consumed_tokens,
+            consumed_tokens=before.consumed_tokens + prepared.num_tokens,
             train_iters=self.config.training.train_iters,
         )
         train_only = self.config.training.train_only_at(before.data_step)
@@ -195,38 +193,39 @@ class Trainer:
         )
         device.synchronize()
         seconds = time.perf_counter() - began
-        busy = seconds - waited - waits.end_timing()
+        stragglers = self.stragglers.add(seconds - waited - waits.end_timing())
         reasons = self._reasons(prepared, result.loss, result.grad_norm)
-        self.state.training = replace(
-            before,
-            iteration=iteration,
-            data_step=before.data_step + 1,
-            consumed_samples=before.consumed_samples + prepared.num_samples,
-            consumed_tokens=consumed_tokens,
-            optimizer_steps=before.optimizer_steps + int(result.updated),
-        )
-        self.state.add(prepared.bucket, result, trained=trained_parts(train_only, model=self.role.model))
+        self.state.add(prepared, result, trained=trained_parts(train_only, model=self.role.model))
         spent, stopping = self._spent(prepared, seconds=seconds, waited=waited)
-        record = step_record(
-            self.state.training,
-            prepared,
-            result,
-            spent,
-            lr=lr,
-            sources=self.loader.sources,
-            shares=self.loader.consumed_shares(before.data_step + 1),
-            epochs=self.loader.epochs_by_source(before.data_step + 1),
-        )
-        record["spike"] = bool(reasons)
+        record = self._record(prepared, result, spent, lr=lr, is_spike=bool(reasons))
         self.log.step(record, train_iters=self.config.training.train_iters)
         self.log.epochs(self.loader.begun_epochs(before.data_step), data_step=before.data_step)
-        for straggler in self.stragglers.add(busy):
+        for straggler in stragglers:
             self.log.straggler(straggler.rank, straggler.factor, straggler.busy_seconds, iteration=iteration)
         if self.profile.ends_with(iteration):
             self._write_profile(iteration)
         if reasons or not result.updated:
             self._note(record, prepared, reasons=reasons or [why_skipped(record)])
         return stopping
+
+    def _record(
+        self, prepared: PreparedStep, result: StepResult, spent: Spent, *, lr: float, is_spike: bool
+    ) -> dict[str, Any]:
+        state, loader = self.state.training, self.loader
+        record = step_record(
+            state,
+            prepared,
+            result,
+            spent,
+            lr=lr,
+            sources=loader.sources,
+            shares=loader.consumed_shares(state.data_step),
+            epochs=loader.epochs_by_source(state.data_step),
+            between_steps=self._seconds_between_steps,
+            is_spike=is_spike,
+        )
+        self._seconds_between_steps = dict.fromkeys(self._seconds_between_steps, 0.0)
+        return record
 
     def _reasons(self, prepared: PreparedStep, loss: float, grad_norm: float) -> list[str]:
         return self.state.history.reasons(
@@ -273,15 +272,13 @@ class Trainer:
         spent = Spent(
             seconds,
             waited,
-            self._seconds_between_steps,
             padding,
             room,
             flops=step_flops(model, **work),
             recomputed_flops=recomputed_flops(model, **work),
-            available_flops=seconds * len(groups.ranks) * self._peak_rate if self._peak_rate else None,
+            peak_rate=len(groups.ranks) * self._peak_rate if self._peak_rate else None,
             peak_memory_bytes=peak_memory,
         )
-        self._seconds_between_steps = dict.fromkeys(self._seconds_between_steps, 0.0)
         return spent, bool(stopping)
 
     def _is_evaluation_missing(self, iteration: int) -> bool:

@@ -103,7 +103,7 @@ def one_step(
 ) -> Any:
     """Rewards, advantages, metrics of a step, and the updates and gradients of what is trained (this rank's shards)."""
     from megatron_xy.parallel import build_groups
-    from megatron_xy.ppo.engine import PPO, LearningRates, PPOState
+    from megatron_xy.ppo.engine import PPO, PPOState
     from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel
     from megatron_xy.role import build_role
 
@@ -126,7 +126,7 @@ def one_step(
     answered = generated(engine.actor, ppo) if generates else rollout()
     experience = engine.collect(answered, check=check_finite)
     half = ANSWERS // 2
-    rates = LearningRates(1e-3, 1e-3)
+    rates = {"actor": 1e-3, "critic": 1e-3}
     batches = [list(range(ANSWERS))] if ppo.mini_batch_size == ANSWERS else [
         list(range(half)), list(range(half, ANSWERS))
     ]  # fmt: skip

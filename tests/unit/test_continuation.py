@@ -9,6 +9,7 @@ import pytest
 
 from megatron_xy.checkpoint import continuation
 from megatron_xy.config import InvalidConfig, RunConfig
+from megatron_xy.data.loader import PreparedStep
 from megatron_xy.training.run_checkpoints import RunState
 from megatron_xy.training.train_step import StepResult
 from tests.distributed import models
@@ -104,7 +105,8 @@ def test_groups_left_out_are_as_many_as_heads():
 
 
 def test_a_part_that_stays_as_it_is_misses_the_updates_that_were_made():
-    state, step = RunState(), StepResult(2.0, 8, {}, {}, 1.0, updated=True, forward_backward_seconds=0.0, measures={})
+    step, result = PreparedStep(64, [], 2, 128, {}), StepResult(2.0, 8, {}, {}, 1.0, True, 0.0, {})
+    state = RunState()
     for updated in (True, False, True):
-        state.add(64, replace(step, updated=updated), trained=["embedding"])
+        state.add(step, replace(result, updated=updated), trained=["embedding"])
     assert state.frozen_updates == {"rest": 2, "output_layer": 2}
