@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from megatron_xy.errors import DataError
-from megatron_xy.ppo.cast import TRAINED
 from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.prompts import PromptFile
+from megatron_xy.ppo.worker import TRAINED
 
 RATIO_ALARM = {"fp32": 1e-5, "bf16": 5e-2}  # |log ratio| at the first mini-batch beyond which something is wrong
 

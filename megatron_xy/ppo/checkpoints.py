@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from megatron_xy.checkpoint.files import Manifest, TrainingState, read_manifest
 from megatron_xy.checkpoint.replicas import check_replicas, check_unplanned_save
 from megatron_xy.checkpoint.state import load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
-from megatron_xy.config import RunConfig
+from megatron_xy.config import TRAINED_ROLES, RunConfig
 from megatron_xy.hf.convert import Exports
 from megatron_xy.hf.kept import kept_facts
 from megatron_xy.log import RunLog
@@ -22,10 +23,11 @@ from megatron_xy.model.source import split_origin
 from megatron_xy.model.weights import load_initial_weights
 from megatron_xy.parallel import barrier
 from megatron_xy.ppo.alarms import SkippedUpdates
-from megatron_xy.ppo.cast import TRAINED, Cast
 from megatron_xy.ppo.controllers import RunningMoments
 from megatron_xy.ppo.engine import PPO, PPOState
-from megatron_xy.ppo.facts import facts
+from megatron_xy.ppo.facts import facts, fingerprints
+from megatron_xy.ppo.material import Material
+from megatron_xy.ppo.worker import TRAINED, Cast
 from megatron_xy.runtime.liveness import went_forward
 
 SEED_OFFSETS = {"actor": 0, "reference": 0, "critic": 1, "reward": 2}  # fresh weights of the first two are the same
@@ -34,21 +36,12 @@ SEED_OFFSETS = {"actor": 0, "reference": 0, "critic": 1, "reward": 2}  # fresh w
 class PPOCheckpoints:
     """What a PPO run goes on from, and what it leaves. Every rank of the world calls all but `before_update`."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        cast: Cast,
-        fingerprints: Mapping[str, str | None],
-        tokenizer: str,
-        chat_templates: Mapping[str, str | None],
-        log: RunLog,
-    ) -> None:
-        """fingerprints: of what the run was given, by its keys; chat_templates: by role."""
-        self._config, self._cast, self._log = config, cast, log
-        self._tokenizer, self._chat_templates = tokenizer, chat_templates
-        roles = {worker.name: worker.placed for worker in cast.workers.values()}
-        self._facts = {name: facts(config, roles, of=name, fingerprints=fingerprints) for name in TRAINED}
+    def __init__(self, config: RunConfig, material: Material, *, cast: Cast, log: RunLog) -> None:
+        self._config, self._material, self._cast, self._log = config, material, cast, log
+        prints = fingerprints(config, material)
+        self._facts: dict[str, dict[str, Any]] = {
+            name: facts(config, material.roles, of=name, fingerprints=prints) for name in TRAINED_ROLES
+        }
         self._folder = config.run_dir / "checkpoints"
         # What becomes of a checkpoint the critic's leader knows, which need not be the one that speaks for the run. Of
         # the roles only the actor is released, once the whole is there: by the same rank.
@@ -123,8 +116,8 @@ class PPOCheckpoints:
                     "megatron_core": mcore.VERSION,
                     "torch": torch.__version__,
                     **self._kept[worker.name],
-                    "tokenizer": self._tokenizer,
-                    "chat_template": self._chat_templates[worker.name],
+                    "tokenizer": str(self._material.tokenizer.path),
+                    "chat_template": self._material.renderers[worker.name].template,
                 }
                 state = states[worker.name]
                 if not self.is_due(state.iteration):

@@ -20,7 +20,7 @@ FROZEN_ROLES: tuple[RoleName, ...] = ("reference", "reward")
 
 
 def facts(
-    config: RunConfig, roles: Mapping[str, PlacedRole], *, of: str, fingerprints: Mapping[str, str | None]
+    config: RunConfig, roles: Mapping[RoleName, PlacedRole], *, of: RoleName, fingerprints: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """What `continuation.check_continuation` compares of the trained role `of`: its model, what is drawn and measured
     against, and all settings, every role's included. fingerprints: as below.

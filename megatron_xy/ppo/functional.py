@@ -39,6 +39,11 @@ def last_token(mask: torch.Tensor) -> torch.Tensor:
     return lengths - 1
 
 
+def at_last(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The value at each answer's last token, [answers]."""
+    return values.gather(1, last_token(mask).unsqueeze(1)).squeeze(1)
+
+
 def gae(
     rewards: torch.Tensor,
     values: torch.Tensor,

@@ -6,7 +6,7 @@ roles on separate ranks work at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -27,15 +27,8 @@ CRITIC_METRICS = ("critic_loss", "critic_grad_norm", "value_clip_fraction", "cri
 class Policy(RoleWorker):
     """A language model that gives log-probabilities: the reference, and what the actor is built on."""
 
-    def __init__(
-        self,
-        placed: PlacedRole,
-        role: Role | None,
-        *,
-        temperature: float,
-        beat: Callable[[str], None] = lambda phase: None,
-    ) -> None:
-        super().__init__(placed, role, beat=beat)
+    def __init__(self, placed: PlacedRole, role: Role | None, *, temperature: float) -> None:
+        super().__init__(placed, role)
         self.temperature = temperature
 
     def logprobs(self, rollout: Rollout) -> Shipment:
@@ -85,25 +78,15 @@ class Actor(Policy):
 class Critic(RoleWorker):
     """The value model that is trained. Its output is shifted and scaled as the scores are."""
 
-    def __init__(
-        self,
-        placed: PlacedRole,
-        role: Role | None,
-        *,
-        shift: float = 0.0,
-        scale: float = 1.0,
-        beat: Callable[[str], None] = lambda phase: None,
-    ) -> None:
+    def __init__(self, placed: PlacedRole, role: Role | None, *, shift: float = 0.0, scale: float = 1.0) -> None:
         """Values are (output - shift) / scale."""
-        super().__init__(placed, role, beat=beat)
+        super().__init__(placed, role)
         self.shift, self.scale = shift, scale
 
     def values(self, rollout: Rollout) -> Shipment:
         """`values` at the position before every response token; `value_after` [answers] at each one's last token."""
         shipment = self.fill(rollout, "values", self._values, ("values", "values_at_token"))
-        at_token = shipment.tensors.pop("values_at_token")
-        last = functional.last_token(rollout.mask)
-        shipment.tensors["value_after"] = at_token.gather(1, last.unsqueeze(1)).squeeze(1)
+        shipment.tensors["value_after"] = functional.at_last(shipment.tensors.pop("values_at_token"), rollout.mask)
         return shipment
 
     def _values(self, role: Role, packed: PackedBatch, output: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -139,9 +122,7 @@ class RewardModel(RoleWorker):
     def score(self, rollout: Rollout) -> Shipment:
         """`scores` [answers]."""
         shipment = self.fill(rollout, "score", _values_at_tokens, ("at_token",))
-        last = functional.last_token(rollout.mask)
-        scores = shipment.tensors["at_token"].gather(1, last.unsqueeze(1)).squeeze(1)
-        return Shipment({"scores": scores})
+        return Shipment({"scores": functional.at_last(shipment.tensors["at_token"], rollout.mask)})
 
 
 def _logprobs(temperature: float, role: Role, packed: PackedBatch, logits: torch.Tensor) -> dict[str, torch.Tensor]:

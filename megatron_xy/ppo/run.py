@@ -5,7 +5,7 @@ What can be known to fail is found before any process group starts: files, promp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from megatron_xy import device, mcore, parallel
 from megatron_xy.config import ParallelConfig, PlacedRole, RunConfig, check_world, placed_roles
@@ -13,17 +13,14 @@ from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.sampling import SamplingOptions
 from megatron_xy.model.source import stored_head
-from megatron_xy.ppo.cast import Cast
-from megatron_xy.ppo.checkpoints import PPOCheckpoints
 from megatron_xy.ppo.engine import PPO, PPOState, Scorer
-from megatron_xy.ppo.facts import fingerprints
 from megatron_xy.ppo.material import Material, look_at
 from megatron_xy.ppo.placement import drawn
 from megatron_xy.ppo.reward_function import FunctionScorer, RewardFunction, load_reward_function
 from megatron_xy.ppo.roles import Actor, Critic, Policy, RewardModel
 from megatron_xy.ppo.rollouts import AnswersFromFile, AnswerSource, GeneratedAnswers
 from megatron_xy.ppo.trainer import PPOTrainer
-from megatron_xy.ppo.worker import RoleWorker
+from megatron_xy.ppo.worker import Cast, RoleWorker
 from megatron_xy.preflight import check_boards
 from megatron_xy.role import build_role
 from megatron_xy.run_dir import check_space, check_weights_to_load
@@ -31,6 +28,7 @@ from megatron_xy.runtime import environment
 from megatron_xy.runtime.session import session
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog, backend_timeout
+from megatron_xy.training.trainer import starting
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
@@ -53,8 +51,7 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
         log.say(line)
     with session(config, log=log, watchdog=watchdog, began=began):
         trainer = build(config, material, function=function, log=log, watchdog=watchdog, stop=stop)
-        watchdog.beat(iteration=0, phase="weights")
-        with log.phase("weights"):
+        with starting(log, watchdog, "weights"):
             trainer.restore()
         stop.can_save = True
         trainer.train()
@@ -93,56 +90,32 @@ def build(
 
     function: that stands in for the reward model.
     """
-    ppo, roles = config.ppo, material.roles
-    assert ppo is not None, "the config's rules ask for it"
     timeout = backend_timeout(config.runtime.timeout_seconds)
-    world_size = environment.world_size()
-    world = parallel.build_groups("world", ranks=range(world_size), parallel=ParallelConfig(), timeout_seconds=timeout)
+    everyone = range(environment.world_size())
+    world = parallel.build_groups("world", ranks=everyone, parallel=ParallelConfig(), timeout_seconds=timeout)
     assert world is not None, "every rank is in the world"
-    workers: dict[str, RoleWorker] = {}
 
     def beat(phase: str) -> None:
         watchdog.beat(iteration=trainer.state.iteration + 1, phase=phase, of_all=False)
 
-    for name, placed in roles.items():
+    workers: dict[str, RoleWorker] = {}
+    for name, placed in material.roles.items():
         watchdog.beat(iteration=0, phase=f"{name}: model and optimizer")
         with log.phase(f"{name}: groups and model"):
-            workers[name] = build_worker(config, placed, stored_scores=material.stored_scores, beat=beat)
-    actor, critic, reference = workers["actor"], workers["critic"], workers["reference"]
-    assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made above"
-    scorer: Scorer
+            workers[name] = build_worker(config, placed, stored_scores=material.stored_scores)
+            workers[name].beat = beat
     if function is not None:
-        scorer = FunctionScorer(function, prompts=material.prompts, tokenizer=material.tokenizer, beat=beat)
+        scorer: Scorer = FunctionScorer(function, prompts=material.prompts, tokenizer=material.tokenizer, beat=beat)
     else:
         reward = workers["reward"]
-        assert isinstance(reward, RewardModel), "made above"
+        assert isinstance(reward, RewardModel), "made by name"
         scorer = reward
-    engine = PPO(
-        config=ppo,
-        actor=actor,
-        critic=critic,
-        reference=reference,
-        scorer=scorer,
-        state=PPOState(kl_coef=ppo.kl_coef),
-        stored=material.stored_scores,
-    )
-    cast = Cast(world, workers)
-    checkpoints = PPOCheckpoints(
-        config,
-        cast=cast,
-        fingerprints=fingerprints(config, material),
-        tokenizer=str(material.tokenizer.path),
-        chat_templates={name: renderer.template for name, renderer in material.renderers.items()},
-        log=log,
-    )
     trainer = PPOTrainer(
         config,
-        cast=cast,
-        engine=engine,
-        source=_source(config, material, actor),
-        prompts=material.prompts,
-        renderers=material.renderers,
-        checkpoints=checkpoints,
+        material,
+        cast=Cast(world, workers),
+        engine=_engine(config, material, workers, scorer),
+        source=_source(config, material, workers["actor"]),
         log=log,
         watchdog=watchdog,
         stop=stop,
@@ -150,12 +123,16 @@ def build(
     return trainer
 
 
+def _engine(config: RunConfig, material: Material, workers: Mapping[str, RoleWorker], scorer: Scorer) -> PPO:
+    actor, critic, reference = workers["actor"], workers["critic"], workers["reference"]
+    assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made by name"
+    assert config.ppo is not None, "the config's rules ask for it"
+    state = PPOState(kl_coef=config.ppo.kl_coef)
+    return PPO(config.ppo, actor, critic, reference, scorer, state, stored=material.stored_scores)
+
+
 def build_worker(
-    config: RunConfig,
-    placed: PlacedRole,
-    *,
-    stored_scores: tuple[float, float] = (0.0, 1.0),
-    beat: Callable[[str], None] = lambda phase: None,
+    config: RunConfig, placed: PlacedRole, *, stored_scores: tuple[float, float] = (0.0, 1.0)
 ) -> RoleWorker:
     """A role's groups, and its part on this rank, if it has one, the weights still to come. Collective over the world.
 
@@ -181,15 +158,15 @@ def build_worker(
         )
     shift, scale = stored_scores
     if placed.name == "actor":
-        return Actor(placed, role, temperature=ppo.temperature, beat=beat)
+        return Actor(placed, role, temperature=ppo.temperature)
     if placed.name == "critic":
-        return Critic(placed, role, shift=shift, scale=scale, beat=beat)
+        return Critic(placed, role, shift=shift, scale=scale)
     if placed.name == "reference":
-        return Policy(placed, role, temperature=ppo.temperature, beat=beat)
-    return RewardModel(placed, role, beat=beat)
+        return Policy(placed, role, temperature=ppo.temperature)
+    return RewardModel(placed, role)
 
 
-def _source(config: RunConfig, material: Material, actor: Actor) -> AnswerSource:
+def _source(config: RunConfig, material: Material, actor: RoleWorker) -> AnswerSource:
     ppo, vocab_size = config.ppo, actor.placed.model.vocab_size
     assert ppo is not None and vocab_size, "the config's rules ask for them"
     if material.responses is not None:

@@ -16,21 +16,19 @@ from megatron_xy import device
 from megatron_xy.checkpoint import course
 from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.config import RunConfig
-from megatron_xy.data.chat.renderer import Renderer
 from megatron_xy.log import RunLog
 from megatron_xy.parallel import max_over, sum_over
 from megatron_xy.peak import peak_rate
 from megatron_xy.ppo.alarms import SkippedUpdates, check_finite, ratio_alarm
-from megatron_xy.ppo.cast import TRAINED, Cast
 from megatron_xy.ppo.checkpoints import PPOCheckpoints
 from megatron_xy.ppo.dumps import cut_rollouts, dump_rollout
 from megatron_xy.ppo.engine import PPO
 from megatron_xy.ppo.experience import Experience, Rollout
-from megatron_xy.ppo.phases import Phases
-from megatron_xy.ppo.prompts import PromptFile
+from megatron_xy.ppo.material import Material
 from megatron_xy.ppo.record import step_record, step_work
 from megatron_xy.ppo.rollouts import AnswerSource, as_rollout
 from megatron_xy.ppo.samples import sample_line, samples
+from megatron_xy.ppo.worker import TRAINED, Cast
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.training.schedule import learning_rate
@@ -43,22 +41,20 @@ class PPOTrainer:
     def __init__(
         self,
         config: RunConfig,
+        material: Material,
         *,
         cast: Cast,
         engine: PPO,
         source: AnswerSource,
-        prompts: PromptFile,
-        renderers: dict[str, Renderer],
-        checkpoints: PPOCheckpoints,
         log: RunLog,
         watchdog: Watchdog,
         stop: StopRequest,
     ) -> None:
-        """renderers: of prompts, by role."""
         assert config.ppo is not None, "the config's rules ask for it"
-        self.config, self.ppo, self.cast, self.engine = config, config.ppo, cast, engine
-        self.source, self.prompts, self.renderers = source, prompts, renderers
-        self.checkpoints, self.log, self.watchdog, self.stop = checkpoints, log, watchdog, stop
+        self.config, self.ppo, self.cast, self.engine, self.source = config, config.ppo, cast, engine, source
+        self.prompts, self.renderers = material.prompts, material.renderers
+        self.log, self.watchdog, self.stop = log, watchdog, stop
+        self.checkpoints = PPOCheckpoints(config, material, cast=cast, log=log)
         self.states = {name: TrainingState() for name in TRAINED}
         self._skipped = SkippedUpdates(limit=config.training.max_skipped_in_a_row)
         self._peak_rate = peak_rate()
@@ -96,7 +92,7 @@ class PPOTrainer:
     def _step(self, iteration: int) -> bool:
         """One PPO step, recorded; returns whether any rank was asked to stop."""
         began = time.perf_counter()
-        phases = Phases(self.watchdog, iteration, roles=self.cast.roles_here)
+        phases = _Phases(self.watchdog, iteration, roles=self.cast.roles_here)
         phases.enter("generate")
         rollout, waited = self._rollout()
         phases.enter("score")
@@ -234,3 +230,21 @@ class PPOTrainer:
     def _finish(self) -> None:
         self.watchdog.beat(iteration=self.state.iteration, phase="finish")
         self.checkpoints.finish()
+
+
+class _Phases:
+    """The seconds of a step by phase; the watchdog is told each."""
+
+    def __init__(self, watchdog: Watchdog, iteration: int, *, roles: str) -> None:
+        """roles: of this rank, which a hang's report tells where the rank waits for other ones."""
+        self._watchdog, self._iteration, self._roles = watchdog, iteration, roles
+        self._name, self._began = "", time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def enter(self, name: str) -> None:
+        """The next phase; the time so far belongs to the one before."""
+        now = time.perf_counter()
+        if self._name:
+            self.seconds[self._name] = now - self._began
+        self._name, self._began = name, now
+        self._watchdog.beat(iteration=self._iteration, phase=f"{name} (roles: {self._roles})")

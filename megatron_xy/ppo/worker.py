@@ -1,6 +1,6 @@
-"""A role of PPO as seen from one rank: its share of the answers, packed, and a forward pass over them.
+"""The roles of PPO as seen from one rank: their share of the answers, packed, and a forward pass over them.
 
-The answers of a batch are spread over the role's replicas and packed.
+The answers of a batch are spread over a role's replicas and packed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from megatron_xy import device
-from megatron_xy.config import PlacedRole
+from megatron_xy.config import TRAINED_ROLES, PlacedRole
 from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers, width_of
+from megatron_xy.parallel import Groups
 from megatron_xy.ppo.experience import Rollout
 from megatron_xy.ppo.transport import Shipment
 from megatron_xy.role import Role
@@ -32,6 +33,7 @@ class PackedBatch(DeviceBatch):
     columns: torch.Tensor
 
 
+TRAINED: tuple[str, ...] = TRAINED_ROLES
 OutputsOf = Callable[[Role, PackedBatch, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -41,10 +43,10 @@ class RoleWorker:
     busy_seconds: what this rank has worked for the role since `take_busy_seconds`.
     """
 
-    def __init__(self, placed: PlacedRole, role: Role | None, *, beat: Callable[[str], None] = lambda phase: None):
+    def __init__(self, placed: PlacedRole, role: Role | None) -> None:
         self.placed, self.role = placed, role
+        self.beat: Callable[[str], object] = lambda phase: None  # called with each phase of work
         self.before_update: Callable[[], object] = lambda: None  # called right before weights change
-        self._beat = beat
         self._busy_seconds = 0.0
         self._padding = (0, 0)
 
@@ -62,7 +64,7 @@ class RoleWorker:
     def working(self, phase: str) -> Iterator[Role]:
         """Inside, this rank works as the role, in a phase of a name; the time counts as busy."""
         assert self.role is not None, "only the role's own ranks work"
-        self._beat(f"{self.name}.{phase}")
+        self.beat(f"{self.name}.{phase}")
         began = time.perf_counter()
         yield self.role
         device.synchronize()
@@ -108,6 +110,24 @@ class RoleWorker:
                     for name, tensor in tensors.items():
                         tensor[packed.rows, packed.columns] = output[name]
         return Shipment(tensors)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A worker for every role; `world` has all ranks."""
+
+    world: Groups
+    workers: dict[str, RoleWorker]
+
+    @property
+    def trained(self) -> list[RoleWorker]:
+        """Actor and critic."""
+        return [self.workers[name] for name in TRAINED]
+
+    @property
+    def roles_here(self) -> str:
+        """The roles that this rank has a part in."""
+        return ", ".join(name for name, worker in self.workers.items() if worker.role is not None)
 
 
 def _on_device(batch: AnswerBatch) -> PackedBatch:

@@ -14,7 +14,6 @@ from megatron_xy.reward.pairs import Pair, PairData
 from megatron_xy.reward.scoring import score_answers
 from megatron_xy.reward.table import Scores, lines_of, stored_scores, table_of
 from megatron_xy.role import Role
-from megatron_xy.training.evaluation import Evaluated
 
 
 class PairEvaluator:
@@ -34,8 +33,8 @@ class PairEvaluator:
         is_asked_for = training.eval_interval > 0 and iteration % training.eval_interval == 0
         return is_asked_for or iteration == training.train_iters or self._order.step(iteration - 1).ends_epoch
 
-    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> Evaluated | None:
-        """The table, and what the checkpoint keeps for PPO: the scores' mean and deviation."""
+    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> dict[str, Any] | None:
+        """The tables, and the scores' mean and deviation, which PPO takes from the checkpoint."""
         scores = self._scores(role, [*self._held_out, *self._training], goes_on=goes_on)
         if scores is None:
             return None
@@ -56,9 +55,8 @@ class PairEvaluator:
         measured = (self._held_out, chosen[:size], rejected[:size])
         if held_out is None:
             measured = (self._training, chosen[size:], rejected[size:])
-        stored = stored_scores(*measured, model=self._config.reward_section.stored_scores_of)
-        record["scores"] = stored or None
-        return Evaluated(record, {"scores": stored} if stored else {})
+        record["scores"] = stored_scores(*measured, model=self._config.reward_section.stored_scores_of) or None
+        return record
 
     def tell(self, log: RunLog, record: dict[str, Any], *, seconds: float) -> None:
         """Logs a record."""

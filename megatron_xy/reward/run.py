@@ -16,12 +16,11 @@ from megatron_xy.reward.evaluator import PairEvaluator
 from megatron_xy.reward.loader import PairLoader
 from megatron_xy.reward.objective import reward_objective
 from megatron_xy.reward.pairs import PairData
-from megatron_xy.role import Role
 from megatron_xy.runtime.session import session
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
 from megatron_xy.training.pretrain import build, open_log, with_model
-from megatron_xy.training.trainer import Trainer, timed
+from megatron_xy.training.trainer import Trainer, starting
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
@@ -45,7 +44,8 @@ def train(
     config: RunConfig, *, data: PairData, order: PairOrder, log: RunLog, watchdog: Watchdog, stop: StopRequest
 ) -> None:
     """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
-    role: Role = timed(log, watchdog, "model and optimizer", lambda: build(config))
+    with starting(log, watchdog, "model and optimizer"):
+        role = build(config)
     groups = role.groups
     loader = PairLoader(config, data=data, order=order, dp_size=groups.dp_size, dp_rank=groups.dp_rank)
     trainer = Trainer(
@@ -60,7 +60,8 @@ def train(
         keeps_epochs=True,
     )
     with contextlib.closing(loader):
-        timed(log, watchdog, "weights", trainer.restore)
+        with starting(log, watchdog, "weights"):
+            trainer.restore()
         stop.can_save = True
         trainer.train()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,14 +33,12 @@ MAX_PERPLEXITY_LOSS = 700.0  # beyond it e to the loss is no finite number
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out data, and in what portions this data parallel rank goes through it."""
+    """Held-out data, and in what portions a data parallel rank goes through it."""
 
     dataset: PackedDataset
     micro_batch_tokens: int
     split_documents: bool
     micro_batches_per_pass: int
-    dp_size: int
-    dp_rank: int
 
     def rows(self) -> list[tuple[int, list[SampleId]]]:
         """(bucket, samples) of all ranks' micro-batches, bucket by bucket; a bucket's last one may be short."""
@@ -82,31 +80,21 @@ class HeldOutEvaluator:
                 micro_batch_tokens=training.micro_batch_tokens,
                 split_documents=config.data.split_documents,
                 micro_batches_per_pass=training.global_batch_tokens // (training.micro_batch_tokens * groups.dp_size),
-                dp_size=groups.dp_size,
-                dp_rank=groups.dp_rank,
             )
 
     def is_due(self, iteration: int) -> bool:
         """Whether one follows on this iteration."""
         return self._held_out is not None and (iteration % self._interval == 0 or iteration == self._train_iters)
 
-    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> Evaluated | None:
+    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> dict[str, Any] | None:
         """Its record; None where `goes_on` said no."""
         assert self._held_out is not None, "only then is an evaluation due"
-        result = evaluate(role, self._held_out, goes_on=goes_on)
-        return None if result is None else Evaluated({"iteration": iteration, **result})
+        losses = evaluate(role, self._held_out, goes_on=goes_on)
+        return None if losses is None else {"iteration": iteration, **losses}
 
     def tell(self, log: RunLog, record: dict[str, Any], *, seconds: float) -> None:
         """Logs a record."""
         log.evaluation(record, seconds=seconds)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The object in eval.jsonl, and what the checkpoint of this iteration is to say of itself from now on."""
-
-    record: dict[str, Any]
-    checkpoint_facts: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -116,14 +104,13 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> d
 
     Weights, gradients and moments stay as they are. The numbers are the whole's on the last stage.
     """
-    rows = held_out.rows()
+    rows, groups = held_out.rows(), role.groups
     buckets, num_sources = held_out.dataset.buckets, len(held_out.dataset.sources)
     num_ranges = len(POSITION_EDGES) + 1
     totals = torch.zeros(len(buckets), num_sources * num_ranges, 2, dtype=torch.float64, device=device.current())
     # Ranks take rows in turn. Where rows do not come out even, the last one is run again and counts nothing.
-    mine = [
-        (row, row < len(rows)) for row in range(held_out.dp_rank, _up(len(rows), held_out.dp_size), held_out.dp_size)
-    ]
+    end = len(rows) + -len(rows) % groups.dp_size
+    mine = [(row, row < len(rows)) for row in range(groups.dp_rank, end, groups.dp_size)]
     size = held_out.micro_batches_per_pass
     passes = [mine[first : first + size] for first in range(0, len(mine), size)]
 
@@ -141,7 +128,7 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> d
             for (row, counts), output in zip(part, outputs, strict=False):  # none but on the last stage
                 if counts:
                     totals[buckets.index(rows[row][0])] += output["totals"]
-    sum_over(totals, role.groups.collection.dp)
+    sum_over(totals, groups.collection.dp)
     return _losses(totals.reshape(len(buckets), num_sources, num_ranges, 2).cpu().numpy(), held_out)
 
 
@@ -187,7 +174,3 @@ def _range_names(edges: Sequence[int]) -> list[str]:
     units = ["k" if edge % 1024 == 0 else "" for edge in edges]
     ranges = [f"{low}-{high}{unit}" for low, high, unit in zip(shown[:-1], shown[1:], units, strict=True)]
     return [*ranges, f"{shown[-1]}{units[-1]}-"]
-
-
-def _up(count: int, unit: int) -> int:
-    return -(-count // unit) * unit

@@ -27,7 +27,7 @@ from megatron_xy.runtime.session import session
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog, backend_timeout
 from megatron_xy.training.evaluation import HeldOutEvaluator
-from megatron_xy.training.trainer import Trainer, timed
+from megatron_xy.training.trainer import Trainer, starting
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
@@ -59,18 +59,16 @@ def train(
     stop: StopRequest,
 ) -> None:
     """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
-    role: Role = timed(log, watchdog, "model and optimizer", lambda: build(config))
+    with starting(log, watchdog, "model and optimizer"):
+        role = build(config)
     groups = role.groups
-    loader = timed(
-        log,
-        watchdog,
-        "data",
-        lambda: StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank),
-    )
+    with starting(log, watchdog, "data"):
+        loader = StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank)
     evaluator = HeldOutEvaluator(config, held_out, groups)
     trainer = Trainer(config, role=role, loader=loader, evaluator=evaluator, log=log, watchdog=watchdog, stop=stop)
     with contextlib.closing(loader):
-        timed(log, watchdog, "weights", trainer.restore)
+        with starting(log, watchdog, "weights"):
+            trainer.restore()
         stop.can_save = True
         trainer.train()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,7 +29,6 @@ from megatron_xy.role import Role
 from megatron_xy.runtime import waits
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
-from megatron_xy.training.evaluation import Evaluated
 from megatron_xy.training.profiling import ProfileWindow
 from megatron_xy.training.run_checkpoints import RunCheckpoints, RunState
 from megatron_xy.training.schedule import learning_rate
@@ -67,8 +66,9 @@ class Evaluator(Protocol):
     def is_due(self, iteration: int) -> bool:
         """Whether one follows on this iteration, and on its checkpoint."""
 
-    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> Evaluated | None:
-        """Makes it; None where `goes_on`, asked now and then, said no. Collective over the role."""
+    def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> dict[str, Any] | None:
+        """Its record, whose `scores`, if there are some, the checkpoint keeps, too; None where `goes_on`, asked now and
+        then, said no. Collective over the role."""
 
     def tell(self, log: RunLog, record: dict[str, Any], *, seconds: float) -> None:
         """Logs its record."""
@@ -297,15 +297,15 @@ class Trainer:
             asked = torch.tensor([int(self.stop.requested)], device=device.current())
             return not max_over(asked, self.role.groups.all_ranks).item()
 
-        result = self.evaluator.evaluate(self.role, iteration=iteration, goes_on=goes_on)
-        if result is not None and result.checkpoint_facts:
+        record = self.evaluator.evaluate(self.role, iteration=iteration, goes_on=goes_on)
+        if record is not None and record.get("scores"):
             self._beat("save", iteration)
-            self.checkpoints.amend(iteration, result.checkpoint_facts)
+            self.checkpoints.amend(iteration, {"scores": record["scores"]})
         seconds = time.perf_counter() - began
         self._seconds_between_steps["evaluate"] += seconds
-        if result is not None and self.role.groups.is_leader:
-            self.evaluator.tell(self.log, result.record, seconds=seconds)
-        return result is not None
+        if record is not None and self.role.groups.is_leader:
+            self.evaluator.tell(self.log, record, seconds=seconds)
+        return record is not None
 
     def _save(self, iteration: int) -> None:
         self._beat("save", iteration)
@@ -315,8 +315,9 @@ class Trainer:
         self.watchdog.beat(iteration=iteration, phase=phase)
 
 
-def timed(log: RunLog, watchdog: Watchdog, name: str, work: Callable[[], Any]) -> Any:
-    """Runs one phase of the start-up under its name, with its seconds said which the watchdog is told."""
-    watchdog.beat(iteration=0, phase=name)
-    with log.phase(name):
-        return work()
+@contextlib.contextmanager
+def starting(log: RunLog, watchdog: Watchdog, phase: str) -> Iterator[None]:
+    """Around a phase of the start-up: the watchdog is told it, and its seconds are said."""
+    watchdog.beat(iteration=0, phase=phase)
+    with log.phase(phase):
+        yield

@@ -343,8 +343,7 @@ def evaluated_twice(folder: Path) -> tuple[Any, Any]:
     streams = [dataclasses.replace(stream, num_samples=7) for stream in whole.streams]
     data: Any = SimpleNamespace(buckets=whole.buckets, sources=whole.sources, sample=whole.sample, streams=streams)
     sizes = {"micro_batch_tokens": 2 * BUCKETS[-1], "micro_batches_per_pass": 2}
-    place = {"dp_size": role.groups.dp_size, "dp_rank": role.groups.dp_rank}
-    held_out = evaluation.HeldOut(data, split_documents=True, **sizes, **place)
+    held_out = evaluation.HeldOut(data, split_documents=True, **sizes)
     assert len(held_out.rows()) % role.groups.dp_size, "the last row is run again, and counts nothing"
     assert any(len(ids) * bucket < 2 * BUCKETS[-1] for bucket, ids in held_out.rows()), "nor does what fills one up"
     told = evaluation.evaluate(role, held_out, goes_on=lambda: True)
