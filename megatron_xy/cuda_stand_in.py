@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -28,58 +28,56 @@ def install(device: torch.device) -> list[str]:
     """Replaces, once, what megatron-core reaches in torch.cuda, in the factories and in two methods of Tensor; returns
     the names of what is replaced. What asks for a GPU's memory gets `device`'s.
     """
-    cuda = torch.cuda
-    patched = []
-    # One function object per name: torch._dynamo refuses one object that stands under two.
-    replacements: dict[str, Any] = {
-        "current_device": lambda: device,
-        "set_device": lambda number: None,
-        "device_count": lambda: 1,
-        "synchronize": lambda number=None: None,
-        "empty_cache": lambda: None,
-        "current_stream": lambda number=None: _Stream(),
-        "default_stream": lambda number=None: _Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
-        "reset_peak_memory_stats": lambda number=None: None,
-        "get_rng_state": lambda number=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, number=None: torch.set_rng_state(state),
-        # manual_seed_all stays as it is: torch.manual_seed calls it.
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
-        "Stream": _Stream,
-        "Event": _Event,
-    }
-    for counter in _MEMORY_COUNTERS:
-        replacements[counter] = _zero_counter()
-    for attribute, replacement in replacements.items():
-        setattr(cuda, attribute, replacement)
-        patched.append(f"torch.cuda.{attribute}")
-    cuda.random.get_rng_state = lambda device="": torch.get_rng_state()
-    cuda.random.set_rng_state = lambda new_state, device="": torch.set_rng_state(new_state)
-    cuda.nvtx.range_push = lambda message: None
-    cuda.nvtx.range_pop = lambda: None
-    patched.extend(f"torch.cuda.random.{name}" for name in ("get_rng_state", "set_rng_state"))
-    patched.extend(f"torch.cuda.nvtx.{name}" for name in ("range_push", "range_pop"))
     # torch lists the factories that obey `with torch.device(...)` at its first use; it must list those that are called.
     torch.utils._device._device_constructors()
-    for factory in FACTORIES:
-        setattr(torch, factory, _on(device, getattr(torch, factory)))
-        patched.append(f"torch.{factory}")
-    torch.compile = _left_as_it_is  # type: ignore[assignment]
-    patched.extend(("torch.compile", "torch.Tensor.cuda", "torch.Tensor.type"))
-    _install_tensor_methods()
-    return patched
+    # One function object per name: torch._dynamo refuses one object that stands under two.
+    return _replace(
+        {
+            "torch.cuda.current_device": lambda: device,
+            "torch.cuda.set_device": lambda number: None,
+            "torch.cuda.device_count": lambda: 1,
+            "torch.cuda.synchronize": lambda number=None: None,
+            "torch.cuda.empty_cache": lambda: None,
+            "torch.cuda.current_stream": lambda number=None: _Stream(),
+            "torch.cuda.default_stream": lambda number=None: _Stream(),
+            "torch.cuda.stream": lambda stream: contextlib.nullcontext(),
+            "torch.cuda.reset_peak_memory_stats": lambda number=None: None,
+            "torch.cuda.get_rng_state": lambda number=None: torch.get_rng_state(),
+            "torch.cuda.set_rng_state": lambda state, number=None: torch.set_rng_state(state),
+            # manual_seed_all stays as it is: torch.manual_seed calls it.
+            "torch.cuda.manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+            "torch.cuda.Stream": _Stream,
+            "torch.cuda.Event": _Event,
+            **{f"torch.cuda.{counter}": lambda number=None: 0 for counter in _MEMORY_COUNTERS},
+            "torch.cuda.random.get_rng_state": lambda device="": torch.get_rng_state(),
+            "torch.cuda.random.set_rng_state": lambda new_state, device="": torch.set_rng_state(new_state),
+            "torch.cuda.nvtx.range_push": lambda message: None,
+            "torch.cuda.nvtx.range_pop": lambda: None,
+            **{f"torch.{factory}": _on(device, getattr(torch, factory)) for factory in FACTORIES},
+            "torch.compile": _left_as_it_is,
+            "torch.Tensor.cuda": lambda self, *args, **kwargs: self,
+            "torch.Tensor.type": _named_as_on_a_gpu(torch.Tensor.type),
+        }
+    )
 
 
 def install_dry(device: torch.device) -> list[str]:
     """`install` for tensors without data, and what else has no kernel for them."""
-    patched = install(device)
-    # torch's one-kernel AdamW gives shapes on this device, which its list of devices leaves out.
-    optimizers: Any = importlib.import_module("torch.optim.optimizer")
-    optimizers._get_fused_kernels_supported_devices = lambda: [device.type]
-    torch.nn.functional.scaled_dot_product_attention = _flash_attention  # type: ignore[assignment]
-    patched.append("torch.optim.optimizer._get_fused_kernels_supported_devices")
-    patched.append("torch.nn.functional.scaled_dot_product_attention")
-    return patched
+    return install(device) + _replace(
+        {
+            # torch's one-kernel AdamW gives shapes on this device, which its list of devices leaves out.
+            "torch.optim.optimizer._get_fused_kernels_supported_devices": lambda: [device.type],
+            "torch.nn.functional.scaled_dot_product_attention": _flash_attention,
+        }
+    )
+
+
+def _replace(replacements: dict[str, Any]) -> list[str]:
+    """Puts each in the place of what bears its name; returns the names."""
+    for name, replacement in replacements.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(pkgutil.resolve_name(owner), attribute, replacement)
+    return list(replacements)
 
 
 def _flash_attention(
@@ -136,10 +134,6 @@ def _left_as_it_is(function: Callable[..., Any] | None = None, **options: Any) -
     return _left_as_it_is if function is None else function
 
 
-def _zero_counter() -> Callable[..., int]:
-    return lambda number=None: 0
-
-
 def _on(device: torch.device, factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`factory` with a CUDA device read as `device` and without pinned memory."""
 
@@ -163,9 +157,8 @@ def _names_cuda(device: Any) -> bool:
     return (device if isinstance(device, str) else device.type).startswith("cuda")
 
 
-def _install_tensor_methods() -> None:
-    """`Tensor.cuda()` stays here; `Tensor.type()` says CUDA, since megatron-core's optimizer compares its strings."""
-    plain_type = torch.Tensor.type
+def _named_as_on_a_gpu(plain_type: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type`, which says CUDA where it says a kind, since megatron-core's optimizer compares its strings."""
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = plain_type(self, *args, **kwargs)
@@ -173,5 +166,4 @@ def _install_tensor_methods() -> None:
             return result
         return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    return type_
