@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_xy.config.problems import InvalidConfig, Problem, as_written, nearest_multiples
+from megatron_xy.config.problems import as_written, nearest_multiples, refuse
 from megatron_xy.config.sections import DataConfig, Phase, RunConfig, TrainingConfig
 from megatron_xy.rows_files import is_file_of_rows
 
@@ -23,7 +23,7 @@ def check_buckets(training: TrainingConfig, *, buckets: Sequence[int], whose: st
             f"({', '.join(map(str, buckets))}); it is none of {', '.join(map(str, bad))}; "
             f"nearest: {nearest_multiples(training.micro_batch_tokens, math.lcm(*buckets))}"
         )
-        raise InvalidConfig([Problem("training.micro_batch_tokens", rule)])
+        refuse([("training.micro_batch_tokens", rule)])
 
 
 def reward_rules(config: RunConfig) -> Iterator[tuple[str, str]]:

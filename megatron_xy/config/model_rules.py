@@ -9,16 +9,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_xy.config.problems import InvalidConfig, Problem, as_written, nearest_divisors, nearest_multiples
+from megatron_xy.config.problems import as_written, nearest_divisors, nearest_multiples, refuse
 from megatron_xy.config.roles import PlacedRole
 from megatron_xy.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, RoleName, RunConfig
 
 
 def check_shape(config: RunConfig) -> None:
     """The rules of the model's shape once it is complete: `model.load` has filled it in. Raises InvalidConfig."""
-    problems = [Problem(name, text) for name, text in shape_rules(config.model, config.parallel)]
-    if problems:
-        raise InvalidConfig(problems)
+    refuse(shape_rules(config.model, config.parallel))
 
 
 def check_role_shapes(roles: Mapping[RoleName, PlacedRole]) -> None:
@@ -26,14 +24,12 @@ def check_role_shapes(roles: Mapping[RoleName, PlacedRole]) -> None:
 
     Raises InvalidConfig with all problems.
     """
-    problems = [
-        Problem(f"roles.{name}.{key}", f"roles.{name}: {text}")
+    shapes = [
+        (f"roles.{name}.{key}", f"roles.{name}: {text}")
         for name, role in roles.items()
         for key, text in shape_rules(role.model, role.parallel)
     ]
-    problems += [Problem(name, text) for name, text in vocabulary_rules(roles)]
-    if problems:
-        raise InvalidConfig(problems)
+    refuse([*shapes, *vocabulary_rules(roles)])
 
 
 def vocabulary_rules(roles: Mapping[RoleName, PlacedRole]) -> Iterator[tuple[str, str]]:
@@ -51,7 +47,7 @@ def vocabulary_rules(roles: Mapping[RoleName, PlacedRole]) -> Iterator[tuple[str
 def data_parallel_size(parallel: ParallelConfig, *, world_size: int) -> int:
     """Replicas of the model over `world_size` ranks; raises InvalidConfig where that does not divide."""
     if world_size % parallel.model_parallel_size:
-        raise InvalidConfig([Problem("parallel", world_rule(parallel, world_size))])
+        refuse([("parallel", world_rule(parallel, world_size))])
     return world_size // parallel.model_parallel_size
 
 

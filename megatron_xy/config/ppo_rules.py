@@ -29,11 +29,30 @@ from megatron_xy.errors import ConfigError
 
 def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
     """What a PPO run needs, role by role."""
-    ppo, roles = config.ppo or PPOConfig(), config.roles or {}
+    ppo, roles, names = config.ppo or PPOConfig(), config.roles or {}, role_names(config)
     if ppo.prompts is None:
         yield "ppo.prompts", "ppo.prompts is missing; name a jsonl file of rows with a prompt"
     if config.data.tokenizer is None:
         yield "data.tokenizer", "data.tokenizer is missing; prompts are text, and answers end with its end token"
+    yield from _number_rules(ppo)
+    yield from _score_rules(config, ppo)
+    yield from _left_out_rules(config)
+    for name in ROLE_NAMES:
+        if name not in names and name in roles:
+            yield f"roles.{name}", "roles.reward: ppo.reward_function stands in for it; leave one of them out"
+        elif name in names and name not in roles:
+            yield f"roles.{name}", f"roles.{name} is missing; task ppo has the roles {', '.join(names)}"
+    given = [name for name in names if name in roles]
+    for name in given:
+        yield from _role_rules(config, name)
+    if "actor" in roles:
+        yield from _common_rules({name: settled_role(config, name) for name in given}, ppo)
+    if all(name in roles and (roles[name].ranks is None) != (roles[name].share is None) for name in names):
+        yield from _placement_rules(config, world_size=world_size)
+
+
+def _number_rules(ppo: PPOConfig) -> Iterator[tuple[str, str]]:
+    """The algorithm's numbers, beside one another."""
     if ppo.rollout_batch_size % ppo.mini_batch_size:
         yield (
             "ppo.mini_batch_size",
@@ -54,6 +73,10 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             f"ppo.kl_horizon ({ppo.kl_horizon}) counts answers, and a step has {ppo.rollout_batch_size} "
             f"(rollout_batch_size): kl_coef would leap, even below 0; give at least as many, such as 10000",
         )
+
+
+def _score_rules(config: RunConfig, ppo: PPOConfig) -> Iterator[tuple[str, str]]:
+    """Where scores come from, and what they are normalised by."""
     if ppo.reward_function is not None and not re.fullmatch(r"[^\0:]+\.py:[A-Za-z_]\w*", ppo.reward_function):
         yield "ppo.reward_function", f"ppo.reward_function ({ppo.reward_function}) must be FILE.py:FUNCTION"
     if ppo.reward_function is not None and ppo.reward_normalization == "stored":
@@ -61,7 +84,7 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
             "ppo.reward_normalization",
             "ppo.reward_normalization (stored): a function has no stored statistics; take running or none",
         )
-    elif ppo.reward_normalization == "stored" and "reward" in roles:
+    elif ppo.reward_normalization == "stored" and "reward" in (config.roles or {}):
         load = role_sections(config, "reward")[0].load
         if load is None or not load.startswith("ckpt:"):
             yield (
@@ -69,8 +92,12 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
                 f"ppo.reward_normalization (stored): roles.reward.model.load ({load}) must be the ckpt:DIR of a reward "
                 f"run, whose manifest keeps mean and deviation of its scores; name one, or take running or none",
             )
+
+
+def _left_out_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What other tasks have is refused, as nothing would come of it."""
     training, runtime = config.training, config.runtime
-    for key, value, why in (  # refused, as nothing would come of them
+    for key, value, why in (
         ("training.eval_interval", training.eval_interval, "task ppo evaluates nothing by itself"),
         ("training.epochs", training.epochs, "task ppo counts in train_iters"),
         ("training.phases", training.phases, "task ppo has one phase"),
@@ -79,18 +106,6 @@ def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
     ):
         if value:
             yield key, f"{key}: {why}; leave it out"
-    names = role_names(config)
-    for name in ROLE_NAMES:
-        if name not in names and name in roles:
-            yield f"roles.{name}", "roles.reward: ppo.reward_function stands in for it; leave one of them out"
-        elif name in names and name not in roles:
-            yield f"roles.{name}", f"roles.{name} is missing; task ppo has the roles {', '.join(names)}"
-    for name in (name for name in names if name in roles):
-        yield from _role_rules(config, name)
-    if "actor" in roles:
-        yield from _common_rules({name: settled_role(config, name) for name in names if name in roles}, ppo)
-    if all(name in roles and (roles[name].ranks is None) != (roles[name].share is None) for name in names):
-        yield from _placement_rules(config, world_size=world_size)
 
 
 def _role_rules(config: RunConfig, name: RoleName) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,12 @@ class InvalidConfig(ConfigError):
         self.problems = list(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in self.problems))
+
+
+def refuse(rules: Iterable[tuple[str, str]]) -> None:
+    """Raises InvalidConfig with all (key, sentence), if there are any."""
+    if problems := [Problem(key, text) for key, text in rules]:
+        raise InvalidConfig(problems)
 
 
 def as_written(value: Any) -> str:

@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from megatron_xy.config.data_rules import conversation_rules, phase_rules, reward_rules, weight_rules
 from megatron_xy.config.model_rules import layout_rules, schedule_rules, shape_rules, world_rule
 from megatron_xy.config.ppo_rules import ppo_rules
-from megatron_xy.config.problems import InvalidConfig, Problem, nearest_multiples
+from megatron_xy.config.problems import nearest_multiples, refuse
 from megatron_xy.config.sections import Head, RunConfig
 
 
 def check_world(config: RunConfig, *, world_size: int) -> None:
     """The rules between keys, those that need the number of ranks included; raises InvalidConfig."""
-    problems = [Problem(name, text) for name, text in run_rules(config, world_size=world_size)]
-    if problems:
-        raise InvalidConfig(problems)
+    refuse(run_rules(config, world_size=world_size))
 
 
 def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
@@ -39,29 +37,9 @@ def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
         yield "model.head", f"model.head ({config.model.head}): task {config.task} has {head_of(config)}; leave it out"
     yield from shape_rules(config.model, config.parallel)
     yield from _batch_rules(config, world_size=world_size)
-    training, data, parallel = config.training, config.data, config.parallel
-    tp = parallel.tensor_model_parallel_size
-    if parallel.sequence_parallel and training.micro_batch_tokens % tp:
-        yield (
-            "training.micro_batch_tokens",
-            f"training.micro_batch_tokens ({training.micro_batch_tokens}) must be a multiple of "
-            f"tensor_model_parallel_size ({tp}) under sequence_parallel; nearest: "
-            f"{nearest_multiples(training.micro_batch_tokens, tp)}",
-        )
-    yield from layout_rules(parallel)
-    last = max(config.runtime.profile_ranks, default=0)
-    if config.runtime.profile is not None and world_size is not None and last >= world_size:
-        yield (
-            "runtime.profile_ranks",
-            f"runtime.profile_ranks names rank {last}, and the ranks go from 0 to {world_size - 1}; leave it out",
-        )
-    window = config.runtime.profiled_iterations
-    if training.epochs is None and window.start > training.train_iters:
-        yield (
-            "runtime.profile",
-            f"runtime.profile ({config.runtime.profile}) begins after the last step, training.train_iters "
-            f"({training.train_iters}); take an earlier window, or leave it out",
-        )
+    training, data = config.training, config.data
+    yield from layout_rules(config.parallel)
+    yield from _profile_rules(config, world_size=world_size)
     yield from schedule_rules(config.optimizer)
     if training.eval_interval and data.eval_path is None and config.task != "reward":
         yield (
@@ -87,6 +65,14 @@ def head_of(config: RunConfig) -> Head:
 def _batch_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
     """The world divides into replicas, and a step's tokens into their micro-batches; pairs are packed as they come."""
     training, parallel = config.training, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and training.micro_batch_tokens % tp:
+        yield (
+            "training.micro_batch_tokens",
+            f"training.micro_batch_tokens ({training.micro_batch_tokens}) must be a multiple of "
+            f"tensor_model_parallel_size ({tp}) under sequence_parallel; nearest: "
+            f"{nearest_multiples(training.micro_batch_tokens, tp)}",
+        )
     factors = {"micro_batch_tokens": training.micro_batch_tokens}
     if parallel.num_chunks > 1:  # the interleaved schedule takes them in rounds of as many as there are stages
         factors["pipeline_model_parallel_size"] = parallel.pipeline_model_parallel_size
@@ -108,6 +94,24 @@ def _batch_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple
             name = f"{key}.global_batch_tokens"
             rule = f"{name} ({tokens}) must be a multiple of {unit_name}; nearest: {nearest_multiples(tokens, unit)}"
             yield name.split("[")[0], rule
+
+
+def _profile_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
+    """The profiled ranks and iterations are some of the run's."""
+    runtime, training = config.runtime, config.training
+    last = max(runtime.profile_ranks, default=0)
+    if runtime.profile is not None and world_size is not None and last >= world_size:
+        yield (
+            "runtime.profile_ranks",
+            f"runtime.profile_ranks names rank {last}, and the ranks go from 0 to {world_size - 1}; leave it out",
+        )
+    window = runtime.profiled_iterations
+    if training.epochs is None and window.start > training.train_iters:
+        yield (
+            "runtime.profile",
+            f"runtime.profile ({runtime.profile}) begins after the last step, training.train_iters "
+            f"({training.train_iters}); take an earlier window, or leave it out",
+        )
 
 
 def _sections_of_other_tasks(config: RunConfig) -> Iterator[tuple[str, str]]:
