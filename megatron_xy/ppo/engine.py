@@ -56,42 +56,34 @@ class PPO:
             self.critic.values(rollout),
             self.scorer.score(rollout),
         )
-        judged = {
-            "scores": scored["scores"],
-            "logprobs": policy["logprobs"],
-            "ref_logprobs": reference["logprobs"],
-            "values": critic["values"],
-        }
-        check(rollout, judged)
-        config, mask, scores = self.config, rollout.mask, judged["scores"]
+        scores, values = scored["scores"], critic["values"]
+        logprobs, ref_logprobs = policy["logprobs"], reference["logprobs"]
+        check(rollout, {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values})
+        config, mask, has_ended = self.config, rollout.mask, rollout.has_ended
         self.state = replace(self.state, moments=self.state.moments.merged(scores.tolist()))
         rewards = functional.shape_rewards(
-            self._judged(scores, rollout.has_ended),
-            policy["logprobs"],
-            reference["logprobs"],
-            mask,
-            kl_coef=self.state.kl_coef,
+            self._judged(scores, has_ended), logprobs, ref_logprobs, mask, kl_coef=self.state.kl_coef
         )
         is_bootstrapped = config.missing_end == "bootstrap"
         advantages, returns = functional.gae(
             rewards,
-            critic["values"],
+            values,
             mask,
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
-            value_after=torch.where(rollout.has_ended, 0.0, critic["value_after"]) if is_bootstrapped else None,
+            value_after=torch.where(has_ended, 0.0, critic["value_after"]) if is_bootstrapped else None,
         )
-        actor_mask = mask
-        if config.missing_end == "mask":
-            actor_mask = mask * rollout.has_ended.unsqueeze(1)
         return Experience(
             rollout=rollout,
-            **judged,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
             entropy=policy["entropy"],
+            values=values,
+            scores=scores,
             rewards=rewards,
             advantages=functional.whiten(advantages, mask) if config.whiten_advantages else advantages,
             returns=returns,
-            actor_mask=actor_mask,
+            actor_mask=mask * has_ended.unsqueeze(1) if config.missing_end == "mask" else mask,
         )
 
     def learn(
