@@ -200,6 +200,11 @@ def max_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return tensor
 
 
+def any_over(is_so: bool, group: dist.ProcessGroup) -> bool:
+    """Whether it is so on any rank of `group`, the same answer on all of them."""
+    return bool(max_over(torch.tensor([int(is_so)], device=device.current()), group).item())
+
+
 def gathered_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The ranks' tensors of one shape, one above the other, on every rank of `group`: [ranks, ...]."""
     if group.size() == 1:

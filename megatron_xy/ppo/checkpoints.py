@@ -7,9 +7,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
-
-from megatron_xy import mcore
 from megatron_xy.checkpoint import course
 from megatron_xy.checkpoint.files import Manifest, TrainingState, read_manifest
 from megatron_xy.checkpoint.replicas import check_replicas, check_unplanned_save
@@ -17,9 +14,7 @@ from megatron_xy.checkpoint.state import load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
 from megatron_xy.config import TRAINED_ROLES, RunConfig
 from megatron_xy.hf.convert import Exports
-from megatron_xy.hf.kept import kept_facts
 from megatron_xy.log import RunLog
-from megatron_xy.model.source import split_origin
 from megatron_xy.model.weights import load_initial_weights
 from megatron_xy.parallel import barrier
 from megatron_xy.ppo.alarms import SkippedUpdates
@@ -29,6 +24,7 @@ from megatron_xy.ppo.facts import facts, fingerprints
 from megatron_xy.ppo.material import Material
 from megatron_xy.ppo.worker import TRAINED, Cast
 from megatron_xy.runtime.liveness import went_forward
+from megatron_xy.training.run_checkpoints import release_facts
 
 SEED_OFFSETS = {"actor": 0, "reference": 0, "critic": 1, "reward": 2}  # fresh weights of the first two are the same
 
@@ -37,7 +33,7 @@ class PPOCheckpoints:
     """What a PPO run goes on from, and what it leaves. Every rank of the world calls all but `before_update`."""
 
     def __init__(self, config: RunConfig, material: Material, *, cast: Cast, log: RunLog) -> None:
-        self._config, self._material, self._cast, self._log = config, material, cast, log
+        self._config, self._cast, self._log = config, cast, log
         prints = fingerprints(config, material)
         self._facts: dict[str, dict[str, Any]] = {
             name: facts(config, material.roles, of=name, fingerprints=prints) for name in TRAINED_ROLES
@@ -49,9 +45,14 @@ class PPOCheckpoints:
         self._exports = Exports(config.run_dir, config.checkpoint.hf_interval, self._say_aloud, part="actor")
         self._writers = {name: self._writer(name) for name in TRAINED}
         self._compared = dict.fromkeys(TRAINED, 0)  # the step in which a role's replicas were
-        loads = {worker.name: worker.placed.model.load for worker in cast.trained}
-        self._kept = {  # for a release
-            name: {} if load is None else kept_facts(*split_origin(load)) for name, load in loads.items()
+        self._release_facts: dict[str, dict[str, Any]] = {
+            name: release_facts(
+                material.roles[name].model,
+                task="ppo",
+                tokenizer=material.tokenizer.path,
+                chat_template=material.renderers[name].template,
+            )
+            for name in TRAINED_ROLES
         }
 
     def restore(self, engine: PPO, skipped: SkippedUpdates) -> dict[str, TrainingState]:
@@ -109,16 +110,7 @@ class PPOCheckpoints:
         }
         for worker in self._cast.trained:
             if worker.role is not None:
-                facts = {
-                    "task": "ppo",
-                    **self._facts[worker.name],
-                    "ppo": kept,
-                    "megatron_core": mcore.VERSION,
-                    "torch": torch.__version__,
-                    **self._kept[worker.name],
-                    "tokenizer": str(self._material.tokenizer.path),
-                    "chat_template": self._material.renderers[worker.name].template,
-                }
+                facts = {**self._facts[worker.name], **self._release_facts[worker.name], "ppo": kept}
                 state = states[worker.name]
                 if not self.is_due(state.iteration):
                     check_unplanned_save(worker.role, iteration=state.iteration)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import numpy as np
 from megatron_xy.config import RunConfig
 from megatron_xy.log import RunLog
 from megatron_xy.reward.batches import PairOrder
-from megatron_xy.reward.pairs import Pair, PairData
+from megatron_xy.reward.pairs import PairData
 from megatron_xy.reward.scoring import score_answers
-from megatron_xy.reward.table import Scores, lines_of, stored_scores, table_of
+from megatron_xy.reward.table import lines_of, stored_scores, table_of
 from megatron_xy.role import Role
 
 
@@ -35,10 +35,17 @@ class PairEvaluator:
 
     def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> dict[str, Any] | None:
         """The tables, and the scores' mean and deviation, which PPO takes from the checkpoint."""
-        scores = self._scores(role, [*self._held_out, *self._training], goes_on=goes_on)
+        pairs = [*self._held_out, *self._training]
+        scores = score_answers(
+            role,
+            [pair.prompt for pair in pairs for _ in range(2)],
+            [answer for pair in pairs for answer in (pair.chosen, pair.rejected)],
+            micro_batch_tokens=self._config.training.micro_batch_tokens,
+            goes_on=goes_on,
+        )
         if scores is None:
             return None
-        chosen, rejected = scores
+        chosen, rejected = scores[0::2], scores[1::2]
         size = len(self._held_out)
         step = self._order.step(iteration - 1)
         held_out = table_of(self._held_out, chosen[:size], rejected[:size])
@@ -61,16 +68,3 @@ class PairEvaluator:
     def tell(self, log: RunLog, record: dict[str, Any], *, seconds: float) -> None:
         """Logs a record."""
         log.pair_evaluation(record, lines=lines_of(record, seconds=seconds))
-
-    def _scores(
-        self, role: Role, pairs: Sequence[Pair], *, goes_on: Callable[[], bool]
-    ) -> tuple[Scores, Scores] | None:
-        """Of chosen and of rejected."""
-        scores = score_answers(
-            role,
-            [pair.prompt for pair in pairs for _ in range(2)],
-            [answer for pair in pairs for answer in (pair.chosen, pair.rejected)],
-            micro_batch_tokens=self._config.training.micro_batch_tokens,
-            goes_on=goes_on,
-        )
-        return None if scores is None else (scores[0::2], scores[1::2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatron_xy.checkpoint.folders import iteration_folder
 from megatron_xy.checkpoint.replicas import check_replicas, check_unplanned_save
 from megatron_xy.checkpoint.state import FROZEN_UPDATES, load_state
 from megatron_xy.checkpoint.writer import CheckpointWriter
-from megatron_xy.config import RunConfig
+from megatron_xy.config import ModelConfig, RunConfig
 from megatron_xy.data.loader import PreparedStep
 from megatron_xy.hf.convert import Exports
 from megatron_xy.hf.kept import kept_facts
@@ -48,6 +49,21 @@ class RunState:
             self.frozen_updates[part] = self.frozen_updates.get(part, 0) + 1
 
 
+def release_facts(
+    model: ModelConfig, *, task: str, tokenizer: Path | None, chat_template: str | None
+) -> dict[str, Any]:
+    """What a manifest says for who makes a release of it, or looks at it later; chat_template: its text."""
+    kept = {} if model.load is None else kept_facts(*split_origin(model.load))
+    return {
+        "task": task,
+        **kept,
+        "tokenizer": str(tokenizer) if tokenizer else None,
+        "chat_template": chat_template,
+        "megatron_core": mcore.VERSION,
+        "torch": torch.__version__,
+    }
+
+
 class RunCheckpoints:
     """Restores a run's state and saves it. Every rank of the role calls each method."""
 
@@ -65,8 +81,7 @@ class RunCheckpoints:
         """ends_epoch: whether an iteration ends an epoch that leaves a checkpoint; keeps_epochs: these are not let go
         of."""
         self._config, self._role, self._log = config, role, log
-        self._data_fingerprints, self._chat_template = data_fingerprints, chat_template
-        self._ends_epoch = ends_epoch
+        self._data_fingerprints, self._ends_epoch = data_fingerprints, ends_epoch
         self._folder = config.run_dir / "checkpoints"
         self._exports = Exports(config.run_dir, config.checkpoint.hf_interval, log.say)
         self._writer = CheckpointWriter(
@@ -79,8 +94,9 @@ class RunCheckpoints:
             is_kept=ends_epoch if keeps_epochs else lambda iteration: False,
             on_published=self._exports.make,
         )
-        load = role.model.load
-        self._kept = {} if load is None else kept_facts(*split_origin(load))  # for a release
+        self._release_facts = release_facts(
+            role.model, task=config.task, tokenizer=config.data.tokenizer, chat_template=chat_template
+        )
 
     def restore(self) -> RunState:
         """Goes on from the checkpoint that the config asks for; else from `model.load`, else from fresh weights."""
@@ -123,13 +139,8 @@ class RunCheckpoints:
         if not self.is_due(iteration):
             check_unplanned_save(self._role, iteration=iteration)
         facts = {
-            "task": self._config.task,
             **self._facts(),
-            **self._kept,
-            "tokenizer": str(self._config.data.tokenizer) if self._config.data.tokenizer else None,
-            "chat_template": self._chat_template,
-            "megatron_core": mcore.VERSION,
-            "torch": torch.__version__,
+            **self._release_facts,
             "history": state.history.to_json(),
             FROZEN_UPDATES: dict(state.frozen_updates),  # written later, while the next steps count on
             "continued_from": state.continued_from,

@@ -23,7 +23,7 @@ from megatron_xy.errors import DataError
 from megatron_xy.flops import recomputed_flops, step_flops
 from megatron_xy.log import EVENTS, RunLog, why_skipped
 from megatron_xy.model.parts import trained_parts
-from megatron_xy.parallel import barrier, max_over, sum_over
+from megatron_xy.parallel import any_over, barrier, max_over, sum_over
 from megatron_xy.peak import peak_rate
 from megatron_xy.role import Role
 from megatron_xy.runtime import waits
@@ -239,8 +239,8 @@ class Trainer:
         """
         if not math.isfinite(loss) or self.config.training.spike_policy != "skip":
             return math.isfinite(loss)
-        stands_out = torch.tensor([int(bool(self._reasons(prepared, loss, grad_norm)))], device=device.current())
-        return not max_over(stands_out, self.role.groups.all_ranks).item()
+        stands_out = bool(self._reasons(prepared, loss, grad_norm))
+        return not any_over(stands_out, self.role.groups.all_ranks)
 
     def _note(self, record: dict[str, Any], prepared: PreparedStep, *, reasons: list[str]) -> None:
         """Records a step that stands out or was skipped with its samples; raises DataError after too many in a row."""
@@ -285,8 +285,7 @@ class Trainer:
         """Whether the run that is resumed ended before it was evaluated here. Collective: the leader has the file."""
         if not self.evaluator.is_due(iteration):
             return False
-        there = torch.tensor([int(self.log.has_evaluation(iteration))], device=device.current())
-        return not max_over(there, self.role.groups.all_ranks).item()
+        return not any_over(self.log.has_evaluation(iteration), self.role.groups.all_ranks)
 
     def _evaluate(self, iteration: int) -> bool:
         """Evaluates and records it; False where a request to stop came first, the same answer on all ranks."""
@@ -294,8 +293,7 @@ class Trainer:
 
         def goes_on() -> bool:
             self._beat("evaluate", iteration)
-            asked = torch.tensor([int(self.stop.requested)], device=device.current())
-            return not max_over(asked, self.role.groups.all_ranks).item()
+            return not any_over(self.stop.requested, self.role.groups.all_ranks)
 
         record = self.evaluator.evaluate(self.role, iteration=iteration, goes_on=goes_on)
         if record is not None and record.get("scores"):

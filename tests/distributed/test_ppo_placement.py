@@ -155,18 +155,16 @@ def weigh_micro_batches_alike() -> None:
 
     from megatron_xy.ppo import updates
 
-    right = updates._update_step
+    right = updates.forward_backward
 
-    def wrong(*arguments: Any) -> Any:
-        output, learn = right(*arguments)
-
-        def averaged(last: torch.Tensor) -> Any:
-            loss, num_tokens, told = learn(last)
+    def wrong(role: Any, batches: Any, *, loss_of: Any) -> Any:
+        def averaged(packed: Any, output: torch.Tensor) -> Any:
+            loss, num_tokens, told = loss_of(packed, output)
             return loss / num_tokens.clamp(min=1), torch.ones_like(num_tokens), told
 
-        return output, averaged
+        return right(role, batches, loss_of=averaged)
 
-    updates._update_step = wrong
+    updates.forward_backward = wrong
 
 
 def values_one_position_late() -> None:
