@@ -24,6 +24,12 @@ def token_cross_entropy(
     return losses
 
 
+def _columns_here(columns: int, vocab_size: int, tp_group: dist.ProcessGroup) -> tuple[int, int]:
+    """The token id of this rank's first column, and how many of its columns are token ids: the last may be padding."""
+    first = tp_group.rank() * columns
+    return first, max(0, min(columns, vocab_size - first))
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Softmax cross-entropy with the vocabulary split over a group; two small all-reduces forward, none backward."""
 
@@ -32,8 +38,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, tp_group: dist.ProcessGroup
     ) -> torch.Tensor:
         columns = logits.size(-1)
-        first = tp_group.rank() * columns
-        valid = max(0, min(columns, vocab_size - first))
+        first, valid = _columns_here(columns, vocab_size, tp_group)
         largest = (
             logits[..., :valid].amax(dim=-1).float() if valid else logits.new_full(labels.shape, -torch.inf).float()
         )
@@ -69,8 +74,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         rows, column = logits.flatten(0, -2), labels.flatten()
         columns = rows.size(-1)
-        first = tp_group.rank() * columns
-        valid = max(0, min(columns, vocab_size - first))
+        first, valid = _columns_here(columns, vocab_size, tp_group)
         column = column - first  # of no row of this rank's part: below 0, or beyond its columns
         owned = (column >= 0) & (column < valid)
         largest = _largest(rows[:, :valid]) if valid else rows.new_full(column.shape, -torch.inf, dtype=torch.float32)
@@ -147,8 +151,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         tp_group: dist.ProcessGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         columns = logits.size(-1)
-        first = tp_group.rank() * columns
-        valid = max(0, min(columns, vocab_size - first))
+        first, valid = _columns_here(columns, vocab_size, tp_group)
         owned = (labels >= first) & (labels < first + valid)
         column = (labels - first).clamp(0, columns - 1)
         results = [logits.new_empty(3, 0, dtype=torch.float32)]  # a micro-batch may have no answers, and so no tokens

@@ -5,7 +5,6 @@ The order is a function of (seed, position): nothing is carried along, and a res
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from megatron_xy.data.chat.conversations import BadConversation, parse_prompt
 from megatron_xy.data.chat.renderer import Renderer
 from megatron_xy.data.corpus.rows import BadRow, Row, read_rows
-from megatron_xy.data.draws.permutation import PERMUTATION_ROUNDS, permute
+from megatron_xy.data.draws.permutation import shuffled
 from megatron_xy.errors import DataError
 
 
@@ -47,13 +46,8 @@ class PromptFile:
         drawn = []
         for position in range(first, first + count):
             epoch, place = divmod(position, size)
-            keys = np.frombuffer(
-                hashlib.sha256(f"prompts/{self._seed}/{epoch}".encode()).digest() * 2, dtype=np.uint64
-            )[:PERMUTATION_ROUNDS]
-            row = permute(
-                np.array([place], dtype=np.uint64), np.array([size], dtype=np.uint64), keys.reshape(1, -1).copy()
-            )
-            drawn.append(DrawnPrompt(int(row[0]), epoch))
+            (row,) = shuffled([place], size=size, key=f"prompts/{self._seed}/{epoch}")
+            drawn.append(DrawnPrompt(row, epoch))
         return drawn
 
     def tokens(self, row: int, renderer: Renderer) -> list[int]:

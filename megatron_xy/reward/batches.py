@@ -7,7 +7,6 @@ tokens stay within its budget. Both answers of a pair lie in one micro-batch; al
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import threading
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers
 from megatron_xy.data.dataset import MicroBatch, PairIndex
-from megatron_xy.data.draws.permutation import PERMUTATION_ROUNDS, permute
+from megatron_xy.data.draws.permutation import shuffled
 from megatron_xy.reward.pairs import Pair, first_difference
 
 PairLoss = Literal["token", "sentence"]
@@ -40,7 +39,7 @@ class PairOrder:
 
     def __init__(self, num_tokens: Sequence[int], *, seed: int, global_batch_tokens: int) -> None:
         """num_tokens: of each pair."""
-        self._num_tokens, self._seed = np.array(num_tokens, dtype=np.int64), seed
+        self._num_tokens, self._seed = num_tokens, seed
         self._budget = global_batch_tokens
         self._first_steps = [0]  # of each epoch, as far as any were asked for
         self._lock = threading.Lock()  # a step is asked for while another is prepared
@@ -70,18 +69,16 @@ class PairOrder:
     def _plan(self, epoch: int) -> list[tuple[int, ...]]:
         """The steps of an epoch: at least one pair each, then as many as fit."""
         size = len(self._num_tokens)
-        digest = hashlib.sha256(f"pairs/{self._seed}/{epoch}".encode()).digest() * 2
-        keys = np.tile(np.frombuffer(digest, dtype=np.uint64)[:PERMUTATION_ROUNDS], (size, 1))
-        order = permute(np.arange(size, dtype=np.uint64), np.full(size, size, dtype=np.uint64), keys).astype(np.int64)
+        order = shuffled(range(size), size=size, key=f"pairs/{self._seed}/{epoch}")
         steps: list[tuple[int, ...]] = []
         taken: list[int] = []
         tokens = 0
-        for pair, length in zip(order.tolist(), self._num_tokens[order].tolist(), strict=True):
-            if taken and tokens + length > self._budget:
+        for pair in order:
+            if taken and tokens + self._num_tokens[pair] > self._budget:
                 steps.append(tuple(taken))
                 taken, tokens = [], 0
             taken.append(pair)
-            tokens += length
+            tokens += self._num_tokens[pair]
         return [*steps, tuple(taken)]
 
 

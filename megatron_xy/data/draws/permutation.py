@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,14 @@ def permute(positions: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDAr
     while len(outside := np.flatnonzero(results >= sizes)):
         results[outside] = _through_the_network(results[outside], rows[outside], columns[outside], keys[outside])
     return results
+
+
+def shuffled(positions: Sequence[int], *, size: int, key: str) -> list[int]:
+    """Where the shuffle of range(size) that `key` names puts positions."""
+    keys = np.frombuffer(hashlib.sha256(key.encode()).digest() * 2, dtype=np.uint64)
+    places = np.array(positions, dtype=np.uint64)
+    numbers: list[int] = permute(places, np.full_like(places, size), np.tile(keys, (len(places), 1))).tolist()
+    return numbers
 
 
 def _through_the_network(
