@@ -162,10 +162,7 @@ def _along(grid: torch.Tensor, *dimensions: Dimension) -> list[list[int]]:
     """Rank lists of the groups whose members differ in `dimensions` only; `grid` is [pp, dp, cp, tp]."""
     vary = [axis for axis, name in enumerate(_DIMENSIONS) if name in dimensions]
     keep = [axis for axis in range(len(_DIMENSIONS)) if axis not in vary]
-    group_size = 1
-    for axis in vary:
-        group_size *= grid.shape[axis]
-    lists: list[list[int]] = grid.permute(*keep, *vary).reshape(-1, group_size).tolist()
+    lists: list[list[int]] = grid.permute(*keep, *vary).flatten(len(keep)).flatten(0, -2).tolist()
     return lists
 
 

@@ -151,30 +151,22 @@ def check_boards(runtime: RuntimeConfig) -> None:
         )
 
 
-def open_data(config: RunConfig) -> PackedDataset:
-    """The run's data, checked against its model, tokenizer, weights and batch sizes. Raises as `check_paths` does.
+def open_data(config: RunConfig) -> tuple[PackedDataset, PackedDataset | None]:
+    """The run's data, checked against its model, tokenizer, weights and batch sizes, and what is held out, None where
+    nothing is evaluated. Raises as `check_paths` does.
 
-    Any number of ranks may call it at once: files of rows are built into the run folder by whichever comes first.
+    Any number of ranks may call it at once: files of rows are built into the run folder by whichever comes first. Each
+    looks at its share of the shards: one rank's end is that of all.
     """
-    findings = _Findings()
-    dataset = _look_at_data(config, findings, build_into=config.run_dir / BUILT_DATA, looked_at=_share())
-    findings.end()
-    assert dataset is not None, "what keeps it from being opened was raised"
-    return dataset
-
-
-def open_held_out(config: RunConfig, dataset: PackedDataset) -> PackedDataset | None:
-    """The run's held-out data, checked, beside what it trains on; None where nothing is evaluated.
-
-    Raises as `check_paths` does.
-    """
-    findings = _Findings()
-    into = config.run_dir / BUILT_DATA
+    findings, into = _Findings(), config.run_dir / BUILT_DATA
+    share = slice(environment.rank(), None, environment.world_size())
+    dataset = _look_at_data(config, findings, build_into=into, looked_at=share)
     held_out: PackedDataset | None = findings.of(
-        "data.eval_path", lambda: _held_out(config, dataset, build_into=into, looked_at=_share())
+        "data.eval_path", lambda: _held_out(config, dataset, build_into=into, looked_at=share)
     )
     findings.end()
-    return held_out
+    assert dataset is not None, "what keeps it from being opened was raised"
+    return dataset, held_out
 
 
 def _look_at_run_dir(config: RunConfig, findings: _Findings, *, data_fingerprints: Sequence[str] | None) -> None:
@@ -244,11 +236,6 @@ def _held_out(
     _check_vocabulary(config.model, held_out)
     _check_context(config.model, held_out)
     return held_out
-
-
-def _share() -> slice:
-    """Of a data set's shards those that this rank looks at before the first step: one rank's end is that of all."""
-    return slice(environment.rank(), None, environment.world_size())
 
 
 class _Findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def table_of(pairs: Sequence[Pair], chosen: Scores, rejected: Scores) -> dict[st
         "accuracy_by_source": _by_group(sources, wins),
         "accuracy_by_model": _by_group([_models(pair) for pair in pairs], wins),
         "loss_by_source": _by_group(sources, losses),
-        "num_pairs_by_source": _counts(sources),
+        "num_pairs_by_source": dict(sorted(Counter(sources).items())),
     }
 
 
@@ -93,10 +94,6 @@ def _by_group(groups: Sequence[str], values: NDArray[Any]) -> dict[str, float]:
     """The mean of each group."""
     names = np.array(groups)
     return {str(name): float(values[names == name].mean()) for name in sorted(set(groups))}
-
-
-def _counts(groups: Sequence[str]) -> dict[str, int]:
-    return {name: groups.count(name) for name in sorted(set(groups))}
 
 
 def _correlation(scores: Scores, lengths: Scores) -> float | None:

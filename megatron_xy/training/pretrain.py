@@ -19,7 +19,7 @@ from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.model.source import check_head, resolve_model
-from megatron_xy.preflight import check_boards, open_data, open_held_out
+from megatron_xy.preflight import check_boards, open_data
 from megatron_xy.role import Role, build_role
 from megatron_xy.run_dir import check_space, check_weights_to_load
 from megatron_xy.runtime import environment
@@ -36,9 +36,8 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     Raises ConfigError, DataError, StorageError, Stopped or PeerLost.
     """
     config = with_model(config)
-    dataset = open_data(config)
+    dataset, held_out = open_data(config)
     config = with_epochs(config, dataset.streams, conversation_sources=dataset.conversation_sources)
-    held_out = open_held_out(config, dataset)
     if config.data.tokenizer is None:
         data = config.data.model_copy(update={"tokenizer": dataset.tokenizer_path})
         config = config.model_copy(update={"data": data})

@@ -11,7 +11,7 @@ from megatron_xy import run_folder
 from megatron_xy.config import RunConfig
 from megatron_xy.errors import MegatronXYError
 from megatron_xy.log import RunLog
-from megatron_xy.preflight import open_data, open_held_out
+from megatron_xy.preflight import open_data
 from megatron_xy.runtime import signals
 from megatron_xy.runtime.watchdog import END, Watchdog
 from megatron_xy.training import pretrain
@@ -54,8 +54,7 @@ def train(*configs: RunConfig) -> None:
         run_folder.prepare(config.run_dir)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log = RunLog(config.run_dir, rank=rank, is_leader=rank == pretrain.leader_rank(config, world_size=world_size))
-        dataset = open_data(config)
-        held_out = open_held_out(config, dataset)
+        dataset, held_out = open_data(config)
         watchdog = Watchdog(
             config.run_dir, rank=rank, world_size=world_size, timeout_seconds=120, phase="import", stop=stop
         )
