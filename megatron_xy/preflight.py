@@ -32,7 +32,7 @@ from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.hf.tokenizer import check_export
 from megatron_xy.model.source import check_head, resolve_model
 from megatron_xy.ppo.facts import facts, fingerprints
-from megatron_xy.ppo.material import look_at
+from megatron_xy.ppo.material import look_at, reward_file
 from megatron_xy.ppo.prompts import GivenResponses, PromptFile
 from megatron_xy.reward.pairs import PairData, load_pairs
 from megatron_xy.rows_files import is_file_of_rows
@@ -122,7 +122,7 @@ def _check_ppo_paths(config: RunConfig) -> None:
     if responses_path is not None:
         findings.of("ppo.responses", lambda: GivenResponses(responses_path))
     if reward_function is not None:
-        findings.of("ppo.reward_function", lambda: _check_reward_function(reward_function))
+        findings.of("ppo.reward_function", lambda: reward_file(reward_function))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.of("run_dir", lambda: check_place(config.run_dir))
     findings.end()
@@ -134,12 +134,6 @@ def _check_ppo_paths(config: RunConfig) -> None:
     findings.of("checkpoint.resume", lambda: check_resume(config, now))
     findings.end()
     check_space(config, material.trained_models)
-
-
-def _check_reward_function(name: str) -> None:
-    path = Path(name.rpartition(":")[0])
-    if not path.is_file():
-        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there; name FILE.py:FUNCTION")
 
 
 def check_boards(runtime: RuntimeConfig) -> None:

@@ -12,7 +12,7 @@ from megatron_xy.checkpoint.continuation import fixed_keys
 from megatron_xy.checkpoint.files import MANIFEST
 from megatron_xy.config import PlacedRole, RoleName, RunConfig
 from megatron_xy.model.source import split_origin
-from megatron_xy.ppo.material import Material
+from megatron_xy.ppo.material import Material, reward_file
 from megatron_xy.ppo.placement import spelt_ranks
 from megatron_xy.storage import file_sha256, sampled_sha256
 
@@ -34,7 +34,7 @@ def facts(
             order |= {f"roles.{frozen}.model.{key}": value for key, value in kept.items()}
     sections = {"ppo": ppo.model_dump(mode="json"), "training": config.training.model_dump(mode="json")}
     if ppo.reward_function is not None:
-        contents = file_sha256(Path(ppo.reward_function.rpartition(":")[0]))
+        contents = file_sha256(reward_file(ppo.reward_function))
         sections["ppo"]["reward_function"] = f"{ppo.reward_function} (sha256 {contents[:12]})"
     for name, role in roles.items():
         sections[f"roles.{name}"] = {"ranks": spelt_ranks(role.ranks), "micro_batch_tokens": role.micro_batch_tokens}

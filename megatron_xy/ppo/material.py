@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_xy.checkpoint.files import read_manifest
 from megatron_xy.config import (
@@ -79,6 +80,14 @@ def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Materia
     if ppo.reward_normalization == "stored":
         stored = _stored_scores(roles["reward"])
     return Material(roles, prompts, responses, tokenizer, renderers, stop_ids, stored)
+
+
+def reward_file(name: str) -> Path:
+    """FILE of a reward function's FILE.py:FUNCTION. Raises ConfigError where it is not there."""
+    path = Path(name.rpartition(":")[0])
+    if not path.is_file():
+        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there; name FILE.py:FUNCTION")
+    return path
 
 
 def _stop_ids(actor: ModelConfig, renderer: Renderer) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from megatron_xy import device
 from megatron_xy.data.encoding.tokenizer import Tokenizer
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.ppo.experience import Rollout
+from megatron_xy.ppo.material import reward_file
 from megatron_xy.ppo.prompts import PromptFile
 from megatron_xy.ppo.transport import Shipment
 
@@ -24,10 +24,7 @@ RewardFunction = Callable[[Sequence[Any], Sequence[str], Sequence[dict[str, Any]
 
 def load_reward_function(name: str) -> RewardFunction:
     """The function that FILE.py:FUNCTION names. Raises ConfigError where it is not there, or the file cannot be run."""
-    file, _, function = name.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"ppo.reward_function ({name}): {path} is not there; name FILE.py:FUNCTION")
+    path, function = reward_file(name), name.rpartition(":")[2]
     spec = importlib.util.spec_from_file_location("megatron_xy_reward_function", path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)

@@ -27,7 +27,7 @@ from megatron_xy.parallel import Groups, sum_over
 from megatron_xy.role import Role
 from megatron_xy.training.train_step import DeviceBatch, forward_pass, on_device
 
-POSITION_EDGES = (2048, 4096, 8192, 16384)
+POSITION_RANGES = {"0-2k": 0, "2-4k": 2048, "4-8k": 4096, "8-16k": 8192, "16k-": 16384}  # where each begins
 MAX_PERPLEXITY_LOSS = 700.0  # beyond it e to the loss is no finite number
 
 
@@ -106,7 +106,7 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> d
     """
     rows, groups = held_out.rows(), role.groups
     buckets, num_sources = held_out.dataset.buckets, len(held_out.dataset.sources)
-    num_ranges = len(POSITION_EDGES) + 1
+    num_ranges = len(POSITION_RANGES)
     totals = torch.zeros(len(buckets), num_sources * num_ranges, 2, dtype=torch.float64, device=device.current())
     # Ranks take rows in turn. Where rows do not come out even, the last one is run again and counts nothing.
     end = len(rows) + -len(rows) % groups.dp_size
@@ -140,11 +140,10 @@ def _held_out_sums(role: Role, num_sources: int, batch: DeviceBatch, logits: tor
     )
     positions = batch.packed.position_ids
     assert positions is not None, "on_device sets them"
-    edges = torch.tensor(POSITION_EDGES, device=losses.device)
-    ranges = torch.bucketize(positions, edges, right=True)
-    cells = batch.source_ids * (len(edges) + 1) + ranges
+    begins = torch.tensor(list(POSITION_RANGES.values()), device=losses.device)
+    cells = batch.source_ids * len(begins) + torch.bucketize(positions, begins, right=True) - 1
     pairs = torch.stack([(losses * batch.loss_mask)[0], batch.loss_mask[0]], dim=1).to(torch.float64)
-    totals = torch.zeros(num_sources * (len(edges) + 1), 2, dtype=torch.float64, device=losses.device)
+    totals = torch.zeros(num_sources * len(begins), 2, dtype=torch.float64, device=losses.device)
     return {"totals": totals.index_add_(0, cells, pairs)}
 
 
@@ -164,13 +163,5 @@ def _losses(totals: np.ndarray[Any, np.dtype[np.float64]], held_out: HeldOut) ->
         "num_loss_tokens": int(count),
         "loss_by_bucket": means((1, 2), list(map(str, held_out.dataset.buckets))),
         "loss_by_source": means((0, 2), held_out.dataset.sources),
-        "loss_by_position": means((0, 1), _range_names(POSITION_EDGES)),
+        "loss_by_position": means((0, 1), list(POSITION_RANGES)),
     }
-
-
-def _range_names(edges: Sequence[int]) -> list[str]:
-    """Such as 0-2k, 2-4k, 16k-: from one edge to below the next."""
-    shown = [f"{edge // 1024}" if edge % 1024 == 0 else str(edge) for edge in (0, *edges)]
-    units = ["k" if edge % 1024 == 0 else "" for edge in edges]
-    ranges = [f"{low}-{high}{unit}" for low, high, unit in zip(shown[:-1], shown[1:], units, strict=True)]
-    return [*ranges, f"{shown[-1]}{units[-1]}-"]

@@ -338,7 +338,7 @@ def evaluated_twice(folder: Path) -> tuple[Any, Any]:
     one_layer = models.MODEL.model_copy(update={"num_layers": 1})
     role = models.make_role(models.Layout(dp=dist.get_world_size()), model=one_layer)
     assert role is not None
-    evaluation.POSITION_EDGES = (8, 64)
+    evaluation.POSITION_RANGES = {"0-8": 0, "8-64": 8, "64-": 64}
     whole = PackedDataset([folder])
     streams = [dataclasses.replace(stream, num_samples=7) for stream in whole.streams]
     data: Any = SimpleNamespace(buckets=whole.buckets, sources=whole.sources, sample=whole.sample, streams=streams)
