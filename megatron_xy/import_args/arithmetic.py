@@ -1,15 +1,17 @@
-"""bash's arithmetic of whole decimal numbers: $((...)), ((...)), let; what bits and powers come to is not known."""
+"""bash's arithmetic of whole numbers: $((...)), ((...)), let."""
 
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_xy.import_args.state import NAME, NUMBER, UNKNOWN_MARK, State
 from megatron_xy.import_args.syntax import Node
 
-_MOST = 2**63  # bash's numbers have 64 bits
+_NUMBERS = ((NUMBER, 10), (re.compile("-?0[0-7]{1,20}"), 8), (re.compile("-?0[xX][0-9a-fA-F]{1,15}"), 16))
+_WIDTH = 64
 COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
@@ -21,9 +23,16 @@ def _quotient(one: int, other: int) -> int:
     return quotient if (one < 0) == (other < 0) else -quotient
 
 
+def _power(one: int, other: int) -> int:
+    if other < 0:
+        raise ValueError("bash has no fractions")
+    return int(one ** min(other, _WIDTH))
+
+
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": _quotient,
     "%": lambda one, other: one - other * _quotient(one, other),
+    "**": _power,
     **COMPARISONS,
 }  # fmt: skip
 
@@ -58,7 +67,7 @@ class Arithmetic:
             values = self.state.get(text)
             text = UNKNOWN_MARK if values is None else "".join(values[:1])
         text = text.strip() or "0"
-        return int(text) if NUMBER.fullmatch(text) else None
+        return next((int(text, base) for form, base in _NUMBERS if form.fullmatch(text)), None)
 
     def _stepped(self, node: Node) -> int | None:
         """i++ and the like."""
@@ -96,6 +105,6 @@ def _calculated(sign: str, one: int | None, other: int | None) -> int | None:
         return None
     try:
         number = int(_OPERATIONS[sign](one, other))
-    except ZeroDivisionError:
+    except (ArithmeticError, ValueError):
         return None
-    return number if abs(number) < _MOST else None
+    return number if abs(number) < 2 ** (_WIDTH - 1) else None

@@ -1,6 +1,8 @@
-"""The truth of bash's tests, as far as it is known without running anything; how texts sort hangs on the language."""
+"""The truth of bash's tests, as far as it is known without running anything."""
 
 from __future__ import annotations
+
+import re
 
 from megatron_xy.import_args.arithmetic import COMPARISONS
 from megatron_xy.import_args.expansion import Expansion
@@ -8,6 +10,7 @@ from megatron_xy.import_args.state import NUMBER, UNKNOWN_MARK, has_unknown
 from megatron_xy.import_args.syntax import Node
 
 _NUMERIC = {"-eq": "==", "-ne": "!=", "-lt": "<", "-le": "<=", "-gt": ">", "-ge": ">="}
+_SORTED_ALIKE = re.compile(r"[0-9a-z]*")  # in every language
 
 
 def negated(truth: bool | None) -> bool | None:
@@ -30,7 +33,7 @@ def truth_of_words(words: list[str]) -> bool | None:
             return bool(text)
         case [one, ("=" | "==" | "!=") as sign, other]:
             return (one == other) == (sign != "!=")
-        case [one, sign, other] if sign in _NUMERIC:
+        case [one, sign, other] if sign in _NUMERIC or sign in ("<", ">"):
             return _compared(one, sign, other)
         case ["!", *others]:
             return negated(truth_of_words(others))
@@ -65,6 +68,8 @@ def truth_of_clause(node: Node, expansion: Expansion) -> bool | None:
 
 
 def _compared(one: str, sign: str, other: str) -> bool | None:
+    if sign in ("<", ">") and _SORTED_ALIKE.fullmatch(one + other):
+        return one < other if sign == "<" else one > other
     if sign in _NUMERIC and NUMBER.fullmatch(one) and NUMBER.fullmatch(other):
         return COMPARISONS[_NUMERIC[sign]](int(one), int(other))
     return None

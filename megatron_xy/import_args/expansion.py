@@ -12,6 +12,7 @@ from megatron_xy.import_args.patterns import compiled, trimmed
 from megatron_xy.import_args.state import MOST_TEXT, NAME, UNKNOWN_MARK, State, count, element, has_unknown
 from megatron_xy.import_args.syntax import Node
 
+_ANSI = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
 _HOME = re.compile(r"(?<![^:])~[^/:]*")
 _FILES = re.compile(r"[*?]|\[.*\]", re.DOTALL)
 _LIST = re.compile(r"\{.*(,|\.\.).*\}", re.DOTALL)
@@ -179,7 +180,11 @@ def _single_quoted(part: Node, *, is_quoted: bool) -> str:
     text = str(part.get("Value", ""))
     if is_quoted:  # in "${A:-'b'}", where they are text
         return f"'{text}'" if not re.search(r"[$`\\]", text) and "Dollar" not in part else UNKNOWN_MARK
-    return UNKNOWN_MARK if "Dollar" in part and "\\" in text else text
+    if "Dollar" not in part:
+        return text
+    return "".join(
+        _ANSI.get(piece, UNKNOWN_MARK) if number % 2 else piece for number, piece in enumerate(re.split(r"\\(.)", text))
+    )
 
 
 def _filled_in(field: list[_Piece]) -> str:
