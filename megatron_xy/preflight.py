@@ -155,6 +155,7 @@ def open_data(config: RunConfig) -> tuple[PackedDataset, PackedDataset | None]:
     findings, into = _Findings(), config.run_dir / BUILT_DATA
     share = slice(environment.rank(), None, environment.world_size())
     dataset = _look_at_data(config, findings, build_into=into, looked_at=share)
+    findings.end()  # before rows that are held out are built for ranks that are not to come
     held_out: PackedDataset | None = findings.of(
         "data.eval_path", lambda: _held_out(config, dataset, build_into=into, looked_at=share)
     )
@@ -210,6 +211,8 @@ def _held_out(
     config: RunConfig, dataset: PackedDataset | None, *, build_into: Path, looked_at: slice = slice(None)
 ) -> PackedDataset | None:
     if config.data.eval_path is None or not config.training.eval_interval:
+        return None
+    if dataset is None and is_file_of_rows(config.data.eval_path):  # it would get the buckets of that data
         return None
     if not is_file_of_rows(config.data.eval_path) and not config.data.eval_path.is_dir():
         raise ConfigError(

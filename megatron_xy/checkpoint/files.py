@@ -264,7 +264,10 @@ def _parsed(body: dict[str, Any], path: Path) -> Manifest:
     for name, entry in body["tensors"].items():
         shape = tuple(entry["shape"])
         if not shape:
-            raise DataError(f"{path}: {name} has no dimension, and tensors have one or more; the manifest is foreign")
+            raise DataError(
+                f"{path}: {name} has no dimension, and tensors have one or more; the manifest is foreign: go on from "
+                f"another checkpoint"
+            )
         if entry["dtype"] not in DTYPES:
             raise DataError(f"{path}: {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
         pieces = []

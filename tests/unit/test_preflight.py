@@ -93,6 +93,21 @@ def test_held_out_data_that_do_not_fit_are_named_themselves(config, built, tmp_p
         check_paths(config(*evaluated, *shorter, "checkpoint.allow_changes=true"))
 
 
+def test_what_is_wrong_with_the_data_is_not_told_of_the_rows_that_are_held_out_too(config, built, tmp_path):
+    data = tmp_path / "copy"
+    shutil.copytree(built, data)
+    (data / "manifest.json").write_text("{")
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = write_rows(tmp_path / "held_out.jsonl", [{"messages": conversation}])
+    tokenizer = f"data.tokenizer={built / 'tokenizer.model'}"
+    evaluated = f"data.eval_path={rows}", "training.eval_interval=4"
+    spoilt = config("task=sft", f"data.path={data}", tokenizer, *evaluated)
+    for look in (check_paths, open_data):
+        with pytest.raises(DataError) as raised:
+            look(spoilt)
+        assert str(raised.value).count("manifest.json") == 1
+
+
 def test_a_stop_signal_leaves_no_folder_behind(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
