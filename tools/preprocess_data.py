@@ -20,7 +20,7 @@ from megatron_xy.data.building.token_shards import make_token_shard
 from megatron_xy.data.building.tokenize import TokenizeTask
 from megatron_xy.data.building.workers import Workers
 from megatron_xy.data.corpus.documents import LineReport
-from megatron_xy.data.corpus.inputs import find_inputs, group_parts, input_size, part_bytes_for, scan_file
+from megatron_xy.data.corpus.inputs import find_texts, group_parts, input_size, part_bytes_for, scan_file
 from megatron_xy.data.corpus.row_contents import RowFields
 from megatron_xy.data.encoding.loaded import load_anew, load_engines
 from megatron_xy.data.indexed import IndexedReader, IndexedWriter, dtype_for
@@ -69,7 +69,7 @@ def preprocess(
     try:
         prepare = partial(load_engines, loaded.path)
         with showing_progress() as progress, Workers(workers, progress=progress, prepare=prepare) as pool:
-            files = find_inputs(inputs)
+            files = find_texts(inputs)
             total = sum(input_size(file) for file in files)
             part_bytes = part_bytes_for(total)
             scanned = [scan_file(file, part_bytes=part_bytes, file=index) for index, file in enumerate(files)]

@@ -79,11 +79,15 @@ class GrowingFile:
             self._stream.write(np.ascontiguousarray(items).data)
         self.num_items += len(items)
 
-    def finish(self) -> None:
-        """Gives the file its name."""
+    def close(self) -> None:
+        """Ends the file: all of it is written, and nothing but its name is to come."""
         assert self._stream is not None, "the writer is used inside its with block"
         with storage_errors(self._path):
             self._stream.close()
+
+    def finish(self) -> None:
+        """Ends the file and gives it its name."""
+        self.close()
         replace(self._temporary, self._path)
 
     def take_back(self) -> None:
@@ -166,6 +170,8 @@ class IndexedWriter:
         self._idx.open()
         for part in (np.frombuffer(header, np.uint8), lengths, _offsets(lengths, self.dtype.itemsize), documents):
             self._idx.write(part)
+        for file in (self._bin, self._idx):
+            file.close()  # a full disk must end here, where the older pair still stands
         with storage_errors(self.prefix):
             idx_path(self.prefix).unlink(missing_ok=True)  # a new .bin must never stand beside an old .idx
         self._bin.finish()

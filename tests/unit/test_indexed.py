@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -79,6 +80,19 @@ def test_an_exception_leaves_nothing_and_the_older_files_whole(tmp_path):
     with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "a", dtype=np.uint16) as writer:
         add_document(writer, [np.array([1])])
         raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+    assert read(tmp_path / "a") == DOCUMENTS
+
+
+def test_a_disk_that_is_full_at_the_last_byte_leaves_the_older_files_whole(tmp_path):
+    write(tmp_path / "a", DOCUMENTS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # for .bin of 2,000 bytes, not for .idx of 20,000
+    try:
+        with pytest.raises(StorageError, match=r"a\.idx"):
+            write(tmp_path / "a", [[[1]]] * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
     assert read(tmp_path / "a") == DOCUMENTS
 

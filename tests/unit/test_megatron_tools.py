@@ -1,6 +1,7 @@
 """The tools under Megatron's names write what Megatron's builder writes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -69,6 +70,18 @@ def test_a_bad_line_leaves_nothing_behind(corpus, tmp_path):
     answer = run("preprocess_data", *flags)
     assert answer.returncode == 65 and "bad.jsonl:2" in answer.stderr
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_preprocess_data_takes_no_tokens_for_text(corpus, tmp_path):
+    file, tokenizer, _ = corpus
+    (tmp_path / "in").mkdir()
+    shutil.copy(file, tmp_path / "in")
+    flags = ["--input", tmp_path / "in", "--output-prefix", tmp_path / "in" / "out", "--tokenizer-model", tokenizer]
+    assert run("preprocess_data", *flags).returncode == 0
+    written = (tmp_path / "in" / "out_text_document.bin").read_bytes()
+    again = run("preprocess_data", *flags)  # now its own output lies among what it is to read
+    assert again.returncode == 78 and "out_text_document.bin) holds tokens, not text" in again.stderr
+    assert (tmp_path / "in" / "out_text_document.bin").read_bytes() == written
 
 
 def test_merge_datasets_joins_pairs_in_the_order_of_their_names(tmp_path):

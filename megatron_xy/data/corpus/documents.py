@@ -140,7 +140,7 @@ def read_part(
         rows = _read_row_groups(part, fields._replace(conversations=False))
     else:
         rows = _read_lines(part, advance, fields)
-    duplicates = _duplicates(part)
+    duplicates, takes_all = _duplicates(part), part.selection == EVERY_DOCUMENT
     with reading_unchanged(part):
         for line, row in rows:
             report.lines += 1
@@ -148,7 +148,7 @@ def read_part(
                 report.bad(part.path, line, str(row))
             elif not row.text:
                 report.skipped_empty += 1
-            elif _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
+            elif takes_all or _takes(part.selection, row.text, line, duplicates=duplicates, report=report):
                 yield Document(row.text, row.source, part.path, line, part.file, row.conversation)
     if not part.path.endswith(JSON_LINES):
         advance(part.stop - part.start)

@@ -113,6 +113,15 @@ def group_parts(files: Sequence[ScannedFile], *, part_bytes: int) -> list[tuple[
     return groups
 
 
+def find_texts(inputs: Sequence[Path | str]) -> list[Path]:
+    """As `find_inputs`. Raises ConfigError for Megatron's .bin/.idx, which hold no text."""
+    files = find_inputs(inputs)
+    for path in files:
+        if is_prefix(path):
+            raise ConfigError(f"input ({path}) holds tokens, not text; name text files here")
+    return files
+
+
 def read_documents(
     inputs: Sequence[Path | str],
     *,
@@ -123,9 +132,7 @@ def read_documents(
     Megatron's .bin/.idx, which hold no text.
     """
     total = LineReport()
-    for path in find_inputs(inputs):
-        if is_prefix(path):
-            raise ConfigError(f"input ({path}) holds tokens, not text; name text files here")
+    for path in find_texts(inputs):
         whole = Part(str(path), 0, path.stat().st_size, 1, stamp=file_stamp(path))
         yield from read_part(whole, RowFields(text_field, source_field), report=total)
     total.raise_if_too_bad()
