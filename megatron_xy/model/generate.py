@@ -64,8 +64,9 @@ def generate_share(
 ) -> None:
     """Generates this replica's share of the answers and hands each, as it ends, to `on_answer` with its place.
 
-    All ranks of the replica are told the same, in the same order; replicas do not wait for each other. An answer ends
-    with a stop token, or where `ends_at` says so ("stop"), or at max_response_length or the model's longest sequence
+    Collective over the role, whose weights are gathered first where the last update left that to be done; from then on
+    replicas do not wait for each other. All ranks of one are told the same, in the same order. An answer ends with a
+    stop token, or where `ends_at` says so ("stop"), or at max_response_length or the model's longest sequence
     ("length"). max_sequences: of this replica at a time. Raises DataError where a prompt has no room, or a token that
     the model does not know.
     """
@@ -73,12 +74,11 @@ def generate_share(
     check_requests(requests, longest=role.model.max_position_embeddings, vocab_size=role.model.vocab_size or 0)
     groups = role.groups
     mine = share_of(requests, dp_size=groups.dp_size, dp_rank=groups.dp_rank)
-    if mine:
-        with torch.inference_mode():
-            replica = _Replica(
-                role, requests, mine, options, on_answer=on_answer, ends_at=ends_at, max_sequences=max_sequences
-            )
-            replica.run()
+    with torch.inference_mode():  # also of a share that is empty: the weights may have to be gathered
+        replica = _Replica(
+            role, requests, mine, options, on_answer=on_answer, ends_at=ends_at, max_sequences=max_sequences
+        )
+        replica.run()
 
 
 def check_requests(requests: Iterable[Request], *, longest: int, vocab_size: int) -> None:
