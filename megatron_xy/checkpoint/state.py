@@ -35,16 +35,17 @@ class StatePart:
 
 
 @torch.no_grad()
-def load_weights(role: Role, folder: Path, manifest: files.Manifest) -> None:
+def load_weights(role: Role, folder: Path, manifest: files.Manifest, *, as_released: bool = False) -> None:
     """Fills the role's weights, main weights included, from a folder's tensors of any layout; nothing else of it.
 
-    A value head stays as it is where the folder, a language model's, holds none.
+    as_released: fp32 parameters get the stored weights, as a release of the folder has them, not the main weights of
+    which these are rounded. A value head stays as it is where the folder, a language model's, holds none.
     """
     owned = role.owned_parameters()
     with TensorReader(folder, manifest) as reader:
         for named in role.named_parameters():
             if named.name in reader or named.name != VALUE_HEAD:
-                _load_weight(reader, named, owned.get(named.parameter))
+                _load_weight(reader, named, owned.get(named.parameter), as_released=as_released)
 
 
 def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingState:
@@ -98,9 +99,11 @@ def state_parts(role: Role) -> list[StatePart]:
 
 
 @torch.no_grad()
-def _load_weight(reader: TensorReader, named: NamedParameter, owned: OwnedParameter | None) -> None:
+def _load_weight(
+    reader: TensorReader, named: NamedParameter, owned: OwnedParameter | None, *, as_released: bool = False
+) -> None:
     main_name = f"optimizer.{MAIN_PARAM}.{named.name}"
-    full_precision = named.parameter.dtype == torch.float32 and main_name in reader
+    full_precision = named.parameter.dtype == torch.float32 and main_name in reader and not as_released
     reader.read_into(main_name if full_precision else named.name, named.parameter, named.shard)
     if owned is not None and owned.has_main_weights:
         # Without stored main weights: in the stored precision, which may be more than the parameter's.

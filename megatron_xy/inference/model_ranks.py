@@ -65,7 +65,7 @@ def joined(config: RunConfig) -> Iterator[Role]:
         role = build_role(
             groups, model=config.model, parallel=config.parallel, optimizer=None, seed=config.seed, draw=False
         )
-        load_initial_weights(role, seed=config.seed)
+        load_initial_weights(role, seed=config.seed, as_released=True)
         yield role
         if not is_alone:
             parallel.stop_distributed()

@@ -14,9 +14,10 @@ from megatron_xy.tensors.names import VALUE_HEAD
 
 
 @torch.no_grad()
-def load_initial_weights(role: Role, *, seed: int) -> None:
+def load_initial_weights(role: Role, *, seed: int, as_released: bool = False) -> None:
     """Fills a role from `model.load`, each rank with what it holds; where there is none, with fresh weights.
 
+    as_released: as of `load_weights`.
     A ckpt: folder's checksums are compared first, each rank its share of the files. Collective over the role's ranks.
     Raises DataError, on all ranks alike, where they do not hold, StorageError where that cannot be told.
     """
@@ -27,4 +28,4 @@ def load_initial_weights(role: Role, *, seed: int) -> None:
     role.draw_weights(seed=seed, names={VALUE_HEAD})  # fresh where the loaded model, a language model, has none
     if kind == "ckpt" and (problem := shared_problem(folder, role.groups)):
         raise DataError(problem)
-    load_weights(role, folder, manifest_of(kind, folder))
+    load_weights(role, folder, manifest_of(kind, folder), as_released=as_released)

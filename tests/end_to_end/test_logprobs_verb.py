@@ -9,16 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from megatron_xy import run_folder
 from megatron_xy.config import ModelConfig
 from megatron_xy.hf.config import hf_config
+from megatron_xy.hf.convert import to_hf
 from megatron_xy.hf.names import global_names, hf_shards
+from megatron_xy.hf.source import open_source
 from megatron_xy.hf.verify import transformers_logits
 from megatron_xy.inference.answers import identity_of
 from megatron_xy.inference.partial_results import PartialResults
 from megatron_xy.storage import file_sha256
+from tests.distributed import models
+from tests.distributed.models import Layout
+from tests.distributed.spawn import run_ranks
+from tests.distributed.test_checkpoint import train_and_save
+from tests.distributed.test_hf import load_role
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=301,
@@ -88,3 +96,30 @@ def test_rows_get_the_logprobs_of_transformers_on_one_rank_and_on_four(tmp_path:
     PartialResults(tmp_path / "two").folder.touch()
     answer = verb(f"hf:{folder}", given, tmp_path / "two")
     assert answer.returncode == 74 and "two) cannot be written: File exists" in answer.stderr
+
+
+def test_a_bf16_checkpoint_and_what_is_exported_of_it_are_one_model(tmp_path: Path) -> None:
+    """To verbs, which compute in fp32 on a CPU; a run in fp32 goes on from the main weights."""
+    model = models.MODEL.model_copy(update={"params_dtype": "bf16"})
+    run_ranks(train_and_save, Layout(), model, tmp_path, world_size=1)
+    checkpoint, exported = tmp_path / "iter_0000003", tmp_path / "released"
+    to_hf(open_source("ckpt", checkpoint), exported, dtype=None, tokenizer=None, say=print)
+    given = tmp_path / "rows.jsonl"
+    given.write_text(json.dumps({"tokens": list(range(30))}) + "\n")
+    for source in (f"ckpt:{checkpoint}", f"hf:{exported}"):
+        answer = verb(source, given, tmp_path / source.partition(":")[0])
+        assert answer.returncode == 0, answer.stderr
+    found, theirs = (load_file(tmp_path / kind)["0"] for kind in ("ckpt", "hf"))
+    assert torch.equal(found, theirs)
+
+    (norm,) = run_ranks(final_norm, f"ckpt:{checkpoint}", world_size=1)
+    name = "decoder.final_layernorm.weight"
+    stored = load_file(checkpoint / "rank-00000-of-00001.safetensors")
+    assert torch.equal(torch.from_numpy(norm), stored[f"optimizer.main_param.{name}"])
+    assert not torch.equal(torch.from_numpy(norm), stored[name].float())
+
+
+def final_norm(load: str) -> NDArray[np.float32]:
+    role = load_role(Layout(), load, params_dtype="fp32")
+    names = {named.name: named.parameter for named in role.named_parameters()}
+    return names["decoder.final_layernorm.weight"].numpy(force=True)  # type: ignore[no-any-return]
