@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_xy.config.fields import LARGEST_INTEGER
 from megatron_xy.config.problems import as_written, nearest_divisors, nearest_multiples, refuse
 from megatron_xy.config.roles import PlacedRole
 from megatron_xy.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, RoleName, RunConfig
@@ -108,10 +109,10 @@ def _rope_scaling_rules(scaling: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "model.rope_scaling", f"model.rope_scaling of kind {kind} lacks {', '.join(missing)}"
     for key in sorted(needed[kind] & set(scaling)):
         value = scaling[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_INTEGER:
             yield (
                 "model.rope_scaling",
-                f"model.rope_scaling.{key} ({as_written(value)}) must be a number above 0, such as 8.0",
+                f"model.rope_scaling.{key} ({as_written(value)}) must be a number above 0 and in 64 bits, such as 8.0",
             )
             return
     low, high = (scaling.get(f"{edge}_freq_factor", 0) for edge in ("low", "high"))

@@ -22,6 +22,8 @@ def _folder_of_weights(value: str) -> str:
 
 
 MIN_TEMPERATURE = 1e-4  # below, logits over it leave the range of fp32
+LARGEST_CLIP = 1e6  # bounds nothing; above fp32's range torch takes none
+MOST_THREADS = 1024  # of a rank; OpenMP ends the process where it gets no more
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 Head = Literal["language_model", "value"]
@@ -248,7 +250,7 @@ class RuntimeConfig(Section):
     timeout_seconds: float = Field(
         120, gt=0, le=7 * 24 * 3600, description="without progress on any rank, after which the run ends with 76"
     )
-    num_threads: int = Field(1, ge=1, description="CPU threads a rank")
+    num_threads: int = Field(1, ge=1, le=MOST_THREADS, description="CPU threads a rank")
     deterministic: bool = Field(False, description="the same bits again on a GPU, with slower kernels")
     profile: str | None = Field(None, description="A:B, iterations from A to B - 1, by torch's profiler")
     profile_ranks: list[Annotated[int, Field(ge=0)]] = Field([0], description="ranks that write RUN/profile")
@@ -308,11 +310,20 @@ class PPOConfig(Section):
     gamma: float = Field(1.0, ge=0, le=1, description="discount of rewards, a token")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of generalised advantage estimation")
     whiten_advantages: bool = Field(True, description="over the global batch")
-    clip_ratio: float = Field(0.2, gt=0, description="how far below and above 1 the ratio to the old policy counts")
-    clip_ratio_high: float | None = Field(None, gt=0, description="the bound above 1; null: clip_ratio")
-    dual_clip: float | None = Field(None, gt=1, description="bounds the loss of negative advantages; null: unbounded")
+    clip_ratio: float = Field(
+        0.2, gt=0, le=LARGEST_CLIP, description="how far below and above 1 the ratio to the old policy counts"
+    )
+    clip_ratio_high: float | None = Field(
+        None, gt=0, le=LARGEST_CLIP, description="the bound above 1; null: clip_ratio"
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, le=LARGEST_CLIP, description="bounds the loss of negative advantages; null: unbounded"
+    )
     value_clip: float | None = Field(
-        0.2, gt=0, description="how far a value may move from the old one in the critic's loss; null: any"
+        0.2,
+        gt=0,
+        le=LARGEST_CLIP,
+        description="how far a value may move from the old one in the critic's loss; null: any",
     )
     loss_aggregation: Literal["token_mean", "sequence_sum_mean", "sequence_token_mean"] = Field(
         "token_mean", description="mean over all tokens; over answers, of sums over tokens; over answers, of means"
@@ -321,7 +332,7 @@ class PPOConfig(Section):
     reward_normalization: Literal["none", "running", "stored"] = Field(
         "none", description="running: by all scores so far; stored: by what the reward model's checkpoint keeps"
     )
-    reward_clip: float | None = Field(None, gt=0, description="of the normalised score; null: no clip")
+    reward_clip: float | None = Field(None, gt=0, le=LARGEST_CLIP, description="of the normalised score; null: no clip")
     missing_end: Literal["penalty", "mask", "bootstrap"] = Field(
         "penalty", description="of answers that were cut: taken off the score; not learned from; valued by the critic"
     )

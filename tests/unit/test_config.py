@@ -413,9 +413,12 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
          "checkpoint.hf_interval (60) must be a multiple of save_interval (50): an HF folder is made of a checkpoint; "
          "nearest: 50, 100"),
         ("model.rope_scaling={type: linear, factor: x}",
-         "model.rope_scaling.factor (x) must be a number above 0, such as 8.0"),
+         "model.rope_scaling.factor (x) must be a number above 0 and in 64 bits, such as 8.0"),
+        ("model.rope_scaling={type: linear, factor: 100000000000000000000}",
+         "model.rope_scaling.factor (100000000000000000000) must be a number above 0 and in 64 bits, such as 8.0"),
+        ("runtime.num_threads=1000000", "runtime.num_threads (1000000): must be less than or equal to 1024"),
         ("model.rope_scaling={type: linear, factor: 0}",
-         "model.rope_scaling.factor (0) must be a number above 0, such as 8.0"),
+         "model.rope_scaling.factor (0) must be a number above 0 and in 64 bits, such as 8.0"),
     ],
 )  # fmt: skip
 def test_bad_values(run_yaml: Path, override: str, text: str) -> None:

@@ -143,6 +143,8 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
             {"roles": {"reward": {"ranks": "1-2", "optimizer": {"lr": 1}}}},
             "roles.reward: the reward is not trained; leave",
         ),
+        ({"ppo": {"clip_ratio": 1e39}}, "ppo.clip_ratio (1e+39): must be less than or equal to 1000000"),
+        ({"ppo": {"value_clip": 1e308}}, "ppo.value_clip (1e+308): must be less than or equal to 1000000"),
         ({"ppo": {"temperature": 0}}, "ppo.temperature (0): must be greater than or equal to 0.0001"),
         ({"ppo": {"reward_function": "score"}}, "ppo.reward_function (score) must be FILE.py:FUNCTION"),
         ({"ppo": {"reward_function": "a.py:score"}}, "roles.reward: ppo.reward_function stands in for it"),
