@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_xy import run_folder
 from megatron_xy.config import RunConfig, load_config, run_dir_of
 from megatron_xy.errors import (
+    EXIT_BAD_CONFIG,
     EXIT_BUG,
     EXIT_DONE,
     EXIT_IO,
@@ -88,6 +89,8 @@ def _live(begin: Callable[[], RunConfig], work: Work, *, run_dir_at_start: Calla
         code, message = error.exit_code, str(error)
     except OSError as error:
         code, message = EXIT_IO, f"{type(error).__name__}: {error}"
+    except MemoryError as error:
+        code, message = EXIT_BAD_CONFIG, f"memory does not suffice ({error}); take smaller batches, or more memory"
     except BaseException as error:  # a bug of ours: the traceback, and the documented code
         code, message, trace = EXIT_BUG, f"{type(error).__name__}: {error}", traceback.format_exc()
     standing = _record(run_dir, code=code, message=message, rank=rank)

@@ -341,6 +341,11 @@ def test_a_micro_batch_that_a_bucket_does_not_divide_is_78(job, tmp_path):
     _fails(job, tmp_path / "run", "training.micro_batch_tokens=128", code=78, message=message)
 
 
+def test_a_batch_that_no_memory_holds_is_78(job, tmp_path):
+    batch = "training.global_batch_tokens=128000000000000"
+    _fails(job, tmp_path / "run", batch, code=78, message="memory does not suffice (Unable to allocate ")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
