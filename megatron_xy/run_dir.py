@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,19 +59,32 @@ def check_weights_to_load(config: RunConfig, model: ModelConfig, *, is_trained: 
 
 
 def check_space(config: RunConfig, models: Iterable[ModelConfig]) -> None:
-    """Raises StorageError where the disk has no room for the checkpoints that a run keeps.
+    """Raises StorageError where the disk has no room for the checkpoints that a run keeps, or will come to write.
 
-    models: complete, those that it trains.
+    models: complete, those that it trains. Raises ConfigError as `iterations_to_resume`.
     """
     checkpoints, kept = config.run_dir / "checkpoints", config.checkpoint.keep_latest
     there = len(saved_iterations(checkpoints))
     size = sum(map(checkpoint_bytes, models))
-    num_to_come = max(1, kept + 1 - there)  # one more than are kept, while it is written
+    # One more than are kept, while it is written.
+    num_to_come = max(1, min(kept + 1 - there, _most_saves(config)))
     disk = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists()))
     free = disk.free + swept_bytes(checkpoints)  # which the run does first
     if disk.total and free < num_to_come * size:  # some network file systems tell no size at all
         raise StorageError(
             f"run_dir ({config.run_dir}) has {free / 1e6:,.1f} MB free, and {num_to_come * size / 1e6:,.1f} are "
-            f"needed: a checkpoint takes {size / 1e6:,.1f} MB, checkpoint.keep_latest ({kept}) are kept while another "
-            f"is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
+            f"needed, for {num_to_come} of {size / 1e6:,.1f} MB: checkpoint.keep_latest ({kept}) are kept while "
+            f"another is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
         )
+
+
+def _most_saves(config: RunConfig) -> int:
+    """Checkpoints that the run may write from where it begins, at most; a number above all where the data tell it."""
+    training, ppo = config.training, config.ppo
+    done = next(iter(iterations_to_resume(config)), 0)
+    if training.epochs is not None:
+        return sys.maxsize
+    if config.task == "reward":  # after each epoch, too
+        return training.train_iters - done
+    intervals = [config.checkpoint.save_interval, 0 if ppo is None else ppo.snapshot_interval]
+    return 1 + sum(training.train_iters // interval - done // interval for interval in intervals if interval)

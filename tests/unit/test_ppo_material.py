@@ -98,7 +98,7 @@ def test_a_critic_may_begin_as_a_reward_or_a_language_model(tmp_path: Path, load
         ({}, "ppo.max_response_length=64", 78, "ppo.max_response_length (64) leaves no room for a prompt"),
         ({}, "roles.reward.micro_batch_tokens=24", 65, "prompts.jsonl:2: the prompt has 17 tokens, must have 1 to 16"),
         ({}, "training.train_iters=3", 65, "responses.jsonl holds 8 answers, and place 12 is drawn"),
-        ({"critic": "huge"}, "seed=1", 74, " are needed: a checkpoint takes"),
+        ({"critic": "huge"}, "seed=1", 74, " needed, for 1 of"),
         ({}, "ppo.reward_normalization=stored", 78, "keeps mean and deviation of its scores"),
     ],
 )

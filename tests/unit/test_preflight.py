@@ -185,12 +185,16 @@ def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_o
         "model.hidden_size=32768",
         "model.ffn_hidden_size=131072",
         "checkpoint.keep_latest=4",
+        "training.train_iters=1000",
     )
-    told = r"run_dir \(.*\) has [\d,.]+ MB free, and 1,030,[\d,.]+ are needed: .*\.keep_latest \(4\) are .* 0 are there"
+    told = r"run_dir \(.*\) has [\d,.]+ MB free, and 1,030,.* needed, for 5 .*\.keep_latest \(4\) are .* 0 are there"
     with pytest.raises(StorageError, match=told):
         check_paths(config(*huge, f"run_dir={built.parent / 'another'}"))
     with pytest.raises(StorageError, match=r", and 824,.* 1 are there"):
         check_space(config(*huge), [config(*huge).model])
+    few = config(*huge, "checkpoint.keep_latest=1000000", "training.train_iters=60", "checkpoint.save_interval=50")
+    with pytest.raises(StorageError, match=r"needed, for 2 of"):  # of steps 50 and 60
+        check_space(few, [few.model])
 
 
 def test_hf_folders_that_could_not_have_the_tokenizer_are_refused(config, tmp_path):
