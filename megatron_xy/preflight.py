@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
@@ -122,7 +123,7 @@ def _check_ppo_paths(config: RunConfig) -> None:
     if responses_path is not None:
         findings.of("ppo.responses", lambda: GivenResponses(responses_path))
     if reward_function is not None:
-        findings.of("ppo.reward_function", lambda: reward_file(reward_function))
+        findings.of("ppo.reward_function", lambda: _check_reward_function(reward_function))
     findings.of("runtime.wandb_project", lambda: check_boards(config.runtime))
     findings.of("run_dir", lambda: check_place(config.run_dir))
     findings.end()
@@ -134,6 +135,28 @@ def _check_ppo_paths(config: RunConfig) -> None:
     findings.of("checkpoint.resume", lambda: check_resume(config, now))
     findings.end()
     check_space(config, material.trained_models)
+
+
+def _check_reward_function(name: str) -> None:
+    """That the file is there and defines, assigns or imports the function; the user's code is not run."""
+    path, wanted = reward_file(name), name.rpartition(":")[2]
+    try:
+        todo: list[ast.AST] = [ast.parse(path.read_bytes())]
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"ppo.reward_function ({name}): {path} is no Python: {error}; mend it") from None
+    found = set()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        else:
+            todo += ast.iter_child_nodes(node)
+    if not found & {wanted, "*", "__getattr__"}:
+        raise ConfigError(f"ppo.reward_function ({name}): {path} has no function {wanted}; name one that it has")
 
 
 def check_boards(runtime: RuntimeConfig) -> None:

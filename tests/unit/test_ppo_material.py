@@ -147,6 +147,19 @@ def test_a_reward_function_that_is_not_there_is_named(tmp_path: Path, loads: dic
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(InvalidConfig, match=text):
         check_paths(load_config(path, overrides=["ppo.reward_function=gone.py:score"]))
+    rules = tmp_path / "rules.py"
+    for source, named in {
+        "def score(): raise SystemExit": None,
+        "if True:\n    import math as score": None,
+        "raise SystemExit\nscore = lambda *_: [1.0]": None,
+        "from os.path import *": None,
+        "class Rules:\n    def score(self): pass": r"rules\.py has no function score; name one that it has",
+        "def score(:": r"rules\.py is no Python: .*; mend it",
+    }.items():
+        rules.write_text(source)
+        config = load_config(path, overrides=[f"ppo.reward_function={rules}:score"])
+        with contextlib.nullcontext() if named is None else pytest.raises(InvalidConfig, match=named):
+            check_paths(config)
 
 
 def planned(path: Path, *overrides: str) -> Plan:
