@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 LARGEST_INTEGER = 2**63 - 1
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes: Linux's NAME_MAX and PATH_MAX, the latter with a NUL at the end
 
 
 def _plain_number(value: Any) -> Any:
@@ -33,14 +34,21 @@ def _path_text(value: Any) -> Any:
         raise ValueError("must be a path; put it in quotes if it is one")
     if not str(value) or "\0" in str(value):
         raise ValueError("must be a path; it is empty or holds a NUL character")
-    no_home(str(value))
-    return value
+    return possible_path(value)
 
 
-def no_home(path: str) -> None:
-    """Refuses ~/DIR, which would be a folder named ~; home folders differ between machines and in containers."""
+def possible_path(value: Any) -> Any:
+    """Refuses ~/DIR, which would be a folder named ~ (home folders differ between machines and in containers), and what
+    no file system takes."""
+    path = str(value)
     if path.startswith("~"):
         raise ValueError("must not begin with ~, which only a shell knows; write the path out")
+    parts = [part.encode(errors="replace") for part in path.split("/")]
+    if max(map(len, parts)) > LONGEST_NAME or sum(map(len, parts)) + len(parts) > LONGEST_PATH:
+        raise ValueError(
+            f"must be a path of at most {LONGEST_PATH} bytes, {LONGEST_NAME} between slashes: no file has a longer one"
+        )
+    return value
 
 
 FilePath = Annotated[Path, BeforeValidator(_path_text)]

@@ -11,16 +11,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_serializer, field_validator
 
-from megatron_xy.config.fields import FilePath, Section, Weight, no_home
+from megatron_xy.config.fields import FilePath, Section, Weight, possible_path
 
 
 def _folder_of_weights(value: str) -> str:
     if not re.fullmatch(r"(ckpt|hf):[^\0]+", value):
         raise ValueError("must be ckpt:DIR or hf:DIR")
-    no_home(value.partition(":")[2])
+    possible_path(value.partition(":")[2])
     return value
 
 
+TemplateOrFile = Annotated[str, Field(min_length=1), AfterValidator(possible_path)]
 MIN_TEMPERATURE = 1e-4  # below, logits over it leave the range of fp32
 LARGEST_CLIP = 1e6  # bounds nothing; above fp32's range torch takes none
 MOST_THREADS = 1024  # of a rank; OpenMP ends the process where it gets no more
@@ -130,9 +131,8 @@ class DataConfig(Section):
     )
     split_documents: bool = Field(True, description="attention and positions stop at document borders")
     eval_path: FilePath | None = Field(None, description="held-out data, such as DIR/held_out of `data build`")
-    chat_template: str | None = Field(
+    chat_template: TemplateOrFile | None = Field(
         None,
-        min_length=1,
         description="of jsonl files: xuanyuan | xuanyuan-70b | llama-2 | chatml | FILE; null: the tokenizer's own",
     )
     chat_overflow: Literal["refuse", "truncate_left", "split"] = Field(
@@ -282,7 +282,9 @@ class RoleConfig(Section):
     parallel: ParallelConfig = Field(ParallelConfig(), description="likewise; what is left out is the run's")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="likewise; of actor and critic")
     micro_batch_tokens: int | None = Field(None, ge=1, description="null: training.micro_batch_tokens")
-    chat_template: str | None = Field(None, description="renders prompts that are messages; null: data.chat_template")
+    chat_template: TemplateOrFile | None = Field(
+        None, description="renders prompts that are messages; null: data.chat_template"
+    )
 
     @field_serializer("model", "parallel", "optimizer")
     def _what_differs(self, section: Section) -> dict[str, Any]:
@@ -339,7 +341,9 @@ class PPOConfig(Section):
     missing_end_penalty: float = Field(
         0.0, ge=0, description="missing_end penalty: taken off the normalised and clipped score of a cut answer"
     )
-    reward_function: str | None = Field(None, description="FILE.py:FUNCTION in place of the role reward")
+    reward_function: Annotated[str, AfterValidator(possible_path)] | None = Field(
+        None, description="FILE.py:FUNCTION in place of the role reward"
+    )
     snapshot_interval: int = Field(0, ge=0, description="steps; the actor's checkpoints of these are kept; 0: none")
     responses: FilePath | None = Field(None, description="given answers, in the order in which prompts are drawn")
     dump_rollouts: bool = Field(False, description="each step's tensors into RUN/rollouts")

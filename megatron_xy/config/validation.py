@@ -19,6 +19,8 @@ RULES_BY_KIND = {  # by the beginning of pydantic's name for what is wrong
     "int_": "must be a whole number",
     "float_": "must be a number",
     "bool_": "must be true or false",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
     "string_type": "must be text; put it in quotes",
     "list_type": "must be a list",
     "tuple_": PAIR,

@@ -367,6 +367,16 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("run_dir=~/runs", "run_dir (~/runs): must not begin with ~, which only a shell knows; write the path out"),
         ("model={load: 'hf:~/base'}",
          "model.load (hf:~/base): must not begin with ~, which only a shell knows; write the path out"),
+        ("run_dir=" + "x" * 256,
+         f"run_dir ({'x' * 57}...): must be a path of at most 4096 bytes, 255 between slashes: no file has a "
+         "longer one"),
+        ("model={load: 'ckpt:" + "x/" * 2048 + "'}",
+         f"model.load (ckpt:{'x/' * 26}...): must be a path of at most 4096 bytes, 255 between slashes: no file has a "
+         "longer one"),
+        ("data.chat_template=''",
+         'data.chat_template (""): must not be empty'),
+        ("training.phases=[{from_iter: 1, train_only: []}]",
+         "training.phases.0.train_only ([]): must not be empty"),
         ("data.weights={a: .inf}", "data.weights.a (inf): must be a finite number"),
         ("data.weights={1: 0.5}", "the value: the key 1 must be text; put it in quotes"),
         ("data.weights=[1]", "data.weights ([1]): must be a section: `key: value` lines below it"),
