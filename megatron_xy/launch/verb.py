@@ -39,5 +39,7 @@ def prepare_job(asked: dict[str, Any]) -> Job:
 
 def _name_of(config: RunConfig) -> str:
     """The run folder's name, as every scheduler takes it."""
-    name = re.sub(r"[^a-z0-9-]+", "-", config.run_dir.name.lower())[:32].strip("-")
-    return name or config.task
+    name = re.sub(r"[^a-z0-9-]+", "-", config.run_dir.name.lower()).strip("-")
+    if not name[:1].isalpha():  # kubernetes wants a letter first
+        name = f"{config.task}-{name}"
+    return name[:32].strip("-")

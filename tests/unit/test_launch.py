@@ -229,6 +229,15 @@ def test_slurm_passes_usr1_to_the_ranks_and_requeues(cluster: Path) -> None:
     assert (cluster / "record" / "scontrol").read_text() == "requeue 7\n"
 
 
+@pytest.mark.parametrize(
+    ("run_dir", "name"),
+    [("runs/2026-11-27", "pretrain-2026-11-27"), ("runs/__", "pretrain"), (f"9{'x' * 40}", f"pretrain-9{'x' * 22}")],
+)
+def test_a_jobset_s_name_begins_with_a_letter(cluster: Path, run_dir: str, name: str) -> None:
+    manifest = yaml.safe_load(launched("run.yaml", *KUBERNETES, f"run_dir={run_dir}"))
+    assert manifest["metadata"]["name"] == name
+
+
 def test_jobset_fields(cluster: Path) -> None:
     arguments = ("--nodes", "16", "--exclude", "a,b", "--time", "24:00:00", "--rdma-resource", "rdma/hca", *KUBERNETES)
     manifest = yaml.safe_load(launched(PPO, *arguments))
