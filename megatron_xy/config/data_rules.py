@@ -31,7 +31,10 @@ def reward_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
     data, training, defaults = config.data, config.training, DataConfig()
     for key, path in _named_paths(data):
         if not is_file_of_rows(path):
-            yield key, f"{key} ({path}): task reward takes jsonl files of rows with prompt, chosen and rejected"
+            yield (
+                key,
+                f"{key} ({as_written(path)}): task reward takes jsonl files of rows with prompt, chosen and rejected",
+            )
     if data.tokenizer is None:
         yield "data.tokenizer", "data.tokenizer is missing; pairs are text, and answers end with its end token"
     for key in ("weights", "max_epochs", "chat_overflow", "last_turn_only", "split_documents"):
@@ -52,7 +55,8 @@ def conversation_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
         for key, path in files:
             yield (
                 key,
-                f"{key} ({path}): task pretrain takes folders that `megatron-xy data build` wrote; build one from it",
+                f"{key} ({as_written(path)}): task pretrain takes folders that `megatron-xy data build` wrote; build "
+                f"one from it",
             )
         if training.epochs is not None:
             yield (
@@ -60,7 +64,10 @@ def conversation_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
                 f"training.epochs ({training.epochs}): task pretrain counts in train_iters; use them",
             )
     elif files and data.tokenizer is None:
-        yield "data.tokenizer", f"data.tokenizer is missing; {files[0][1]} is to be tokenised: name a tokenizer.model"
+        yield (
+            "data.tokenizer",
+            f"data.tokenizer is missing; {as_written(files[0][1])} is to be tokenised: name a tokenizer.model",
+        )
     if training.epochs is not None and any(phase.from_iter for phase in training.phases):
         yield (
             "training.epochs",

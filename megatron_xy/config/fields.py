@@ -6,7 +6,7 @@ What YAML reads as a number, a flag or a path and nobody means as one is refused
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
@@ -66,6 +66,12 @@ class Section(BaseModel):
         """Numbers are numbers, flags are flags, and `model:` with nothing below it is a section without keys."""
         assert info.field_name is not None, "a field's validator knows its field"
         kind = cls.model_fields[info.field_name].annotation
-        if value is None and isinstance(kind, type) and issubclass(kind, Section):
+        if value is None and _is_section(kind):
             return {}
+        if any(_is_section(part) or get_origin(part) is dict for part in (kind, *get_args(kind))):
+            return value  # pydantic says that it must be a section
         return _plain_flag(value) if kind is bool else _plain_number(value)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

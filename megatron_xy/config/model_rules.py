@@ -103,10 +103,18 @@ def _rope_scaling_rules(scaling: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
     if not isinstance(kind, str) or kind not in needed:
-        yield "model.rope_scaling", f"model.rope_scaling: kind {kind!r} is not supported; linear and llama3 are"
+        yield (
+            "model.rope_scaling",
+            f"model.rope_scaling: kind {as_written(kind)} is not supported; linear and llama3 are",
+        )
         return
     if missing := sorted(needed[kind] - set(scaling)):
         yield "model.rope_scaling", f"model.rope_scaling of kind {kind} lacks {', '.join(missing)}"
+    for key in sorted(set(scaling) - needed[kind] - {"rope_type", "type"}):
+        yield (
+            "model.rope_scaling",
+            f"model.rope_scaling.{as_written(key)}: unknown key; kind {kind} has {', '.join(sorted(needed[kind]))}",
+        )
     for key in sorted(needed[kind] & set(scaling)):
         value = scaling[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_INTEGER:

@@ -78,7 +78,7 @@ def _number_rules(ppo: PPOConfig) -> Iterator[tuple[str, str]]:
 def _score_rules(config: RunConfig, ppo: PPOConfig) -> Iterator[tuple[str, str]]:
     """Where scores come from, and what they are normalised by."""
     if ppo.reward_function is not None and not re.fullmatch(r"[^\0:]+\.py:[A-Za-z_]\w*", ppo.reward_function):
-        yield "ppo.reward_function", f"ppo.reward_function ({ppo.reward_function}) must be FILE.py:FUNCTION"
+        yield "ppo.reward_function", f"ppo.reward_function ({as_written(ppo.reward_function)}) must be FILE.py:FUNCTION"
     if ppo.reward_function is not None and ppo.reward_normalization == "stored":
         yield (
             "ppo.reward_normalization",
@@ -89,8 +89,9 @@ def _score_rules(config: RunConfig, ppo: PPOConfig) -> Iterator[tuple[str, str]]
         if load is None or not load.startswith("ckpt:"):
             yield (
                 "ppo.reward_normalization",
-                f"ppo.reward_normalization (stored): roles.reward.model.load ({load}) must be the ckpt:DIR of a reward "
-                f"run, whose manifest keeps mean and deviation of its scores; name one, or take running or none",
+                f"ppo.reward_normalization (stored): roles.reward.model.load ({as_written(load)}) must be the "
+                f"ckpt:DIR of a reward run, whose manifest keeps mean and deviation of its scores; name one, or take "
+                f"running or none",
             )
 
 

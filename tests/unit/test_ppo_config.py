@@ -109,7 +109,7 @@ def test_run_yaml_reads_back_the_same(tmp_path: Path) -> None:
         ({"roles": {"critic": {"ranks": "2-3", "share": 0.5}}}, "roles.critic has both ranks and a share (0.5) of the"),
         (
             {"ppo": {"reward_normalization": "stored"}},
-            "ppo.reward_normalization (stored): roles.reward.model.load (None) must be the ckpt:DIR of a reward run",
+            "ppo.reward_normalization (stored): roles.reward.model.load (null) must be the ckpt:DIR of a reward run",
         ),
         (
             {"roles": {"actor": {"ranks": 0, "parallel": {"tensor_model_parallel_size": 2}}}},
