@@ -35,11 +35,13 @@ def plan(
     picture: Path | None = None,
     as_json: bool,
 ) -> Plan:
-    """Plans a run, prints the plan, returns it. Raises ConfigError: as `check` does; where GPU or shape are not known.
+    """Plans a run, prints the plan, returns it. Raises ConfigError: as `check` does; where GPU or shape are not known;
+    UsageError for a bad number of tokens, before anything is looked at.
 
     do_search: ranks layouts too; a config whose own does not go with so many ranks is planned in the fastest of them.
     calibrate_by: a run's folder, whose speeds set the efficiencies. picture: a file to draw ranks and memory into.
     """
+    num_tokens = None if tokens is None else parsed_tokens(tokens)
     cluster = Cluster(device(gpu), gpus_per_node=gpus_per_node, num_nodes=num_nodes)
     refused = None
     try:
@@ -59,7 +61,7 @@ def plan(
     made = make_plan(
         found[0].config if refused and found else given,
         cluster,
-        num_tokens=None if tokens is None else parsed_tokens(tokens),
+        num_tokens=num_tokens,
     )
     if found is None and not made.fits:
         found = search(given, cluster)

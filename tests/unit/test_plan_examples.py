@@ -101,6 +101,9 @@ def test_numbers_of_tokens(text, number):
 def test_bad_numbers_of_tokens(text):
     with pytest.raises(UsageError, match="366B"):
         parsed_tokens(text)
+    options = {"overrides": [], "num_nodes": 1, "gpus_per_node": 4, "gpu": "h100", "calibrate_by": None}
+    with pytest.raises(UsageError, match="366B"):  # before the config is read
+        verb.plan(Path("none.yaml"), **options, tokens=text, do_search=True, as_json=False)
 
 
 def test_a_gpu_that_the_planner_does_not_know():
