@@ -6,8 +6,20 @@ import threading
 import time
 from dataclasses import asdict, replace
 
+import pytest
+
+from megatron_xy.errors import DataError
 from megatron_xy.run_folder import prepare
-from megatron_xy.runtime.hang_report import Answer, answer_seconds, claim, gather, new_request, tell
+from megatron_xy.runtime.hang_report import (
+    REQUEST,
+    Answer,
+    answer_seconds,
+    claim,
+    gather,
+    new_request,
+    read_request,
+    tell,
+)
 from megatron_xy.storage import write_json
 
 
@@ -21,6 +33,14 @@ def test_one_process_reports_and_an_earlier_start_on_the_same_address_keeps_none
     began = time.time() - 300
     assert claim(tmp_path, new_request(rank=0, stalled_seconds=120.0), since=began)
     assert not claim(tmp_path, new_request(rank=1, stalled_seconds=120.1), since=began)
+
+
+def test_a_damaged_request_is_named(tmp_path):
+    prepare(tmp_path)
+    path = tmp_path / "heartbeats" / REQUEST
+    path.write_text('{"start": "cut')
+    with pytest.raises(DataError, match=rf"{path} must be JSON as the run wrote it: .*; remove it"):
+        read_request(tmp_path, since=0.0)
 
 
 def test_ranks_that_have_not_come_as_far_are_named_whatever_a_role_does_on_its_own(tmp_path):
