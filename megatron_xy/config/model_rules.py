@@ -14,6 +14,8 @@ from megatron_xy.config.problems import as_written, nearest_divisors, nearest_mu
 from megatron_xy.config.roles import PlacedRole
 from megatron_xy.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, RoleName, RunConfig
 
+MOST_LAYERS = 10_000  # they are gone through one by one
+
 
 def check_shape(config: RunConfig) -> None:
     """The rules of the model's shape once it is complete: `model.load` has filled it in. Raises InvalidConfig."""
@@ -75,6 +77,8 @@ def shape_rules(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[
     if model.num_attention_heads is not None and model.num_attention_heads % tp == 0:
         yield from divides("num_query_groups", groups, "tensor_model_parallel_size", tp)
     yield from divides("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
+    if model.num_layers is not None and model.num_layers > MOST_LAYERS:
+        yield "model.num_layers", f"model.num_layers ({model.num_layers}) must be at most {MOST_LAYERS}; is it a typo?"
     num_chunks = pp * parallel.num_chunks
     if model.num_layers is not None and model.num_layers < num_chunks:
         yield (

@@ -462,6 +462,7 @@ def test_numbers_that_yaml_reads_as_text_or_the_other_kind(run_yaml: Path) -> No
         (["model.num_query_groups=3"],
          "model.num_attention_heads (4) must be a multiple of num_query_groups (3); nearest: 3, 6"),
         (["model.hidden_size=12"], "model.hidden_size / num_attention_heads (3) must be even for RoPE"),
+        (["model.num_layers=1000000000"], "model.num_layers (1000000000) must be at most 10000; is it a typo?"),
         (["model.num_layers=3", "parallel.pipeline_model_parallel_size=2",
           "parallel.virtual_pipeline_model_parallel_size=2"],
          "model.num_layers (3) must be at least pipeline x virtual pipeline size (2 x 2 = 4), a layer a chunk; "
