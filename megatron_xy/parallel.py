@@ -285,12 +285,13 @@ def errors_told(*, when_memory_runs_out: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        rank = environment.rank()
-        raise ConfigError(
-            f"rank {rank} ran out of device memory ({str(error).splitlines()[0]}); {when_memory_runs_out}"
-        ) from error
     except RuntimeError as error:
+        # The second: CUDA's own words, as NCCL passes them on, which needs memory for every communicator it opens.
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            rank = environment.rank()
+            raise ConfigError(
+                f"rank {rank} ran out of device memory ({_told(error)}); {when_memory_runs_out}"
+            ) from error
         lost = as_peer_lost(error)
         if lost is None:
             raise
@@ -300,15 +301,21 @@ def errors_told(*, when_memory_runs_out: str) -> Iterator[None]:
 def as_peer_lost(error: BaseException) -> PeerLost | None:
     """`error` as PeerLost where a collective failed or timed out, or this rank's GPU broke; None for anything else."""
     text = str(error)
-    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if isinstance(error, RuntimeError) and any(mark in text for mark in device.BROKEN_GPU_MARKS):
         return PeerLost(
-            f"the GPU of rank {environment.rank()} on {socket.gethostname()} has failed: {first_line}; look at dmesg "
+            f"the GPU of rank {environment.rank()} on {socket.gethostname()} has failed: {_told(error)}; look at dmesg "
             f"(Xid) and nvidia-smi -q there, and leave the host out where that comes again"
         )
     marked = isinstance(error, RuntimeError) and any(mark in text for mark in device.COLLECTIVE_ERROR_MARKS)
     if marked or isinstance(error, dist.DistError):
-        first_line = re.sub(r"^\[\S+:\d+\] ", "", first_line)  # gloo begins with the place in its own source
-        first_line = first_line.partition(" This is typically caused by")[0]  # and ends with guesses
-        return PeerLost(f"a collective failed because another rank is gone or stands still: {first_line}")
+        return PeerLost(f"a collective failed because another rank is gone or stands still: {_told(error)}")
     return None
+
+
+def _told(error: BaseException) -> str:
+    """What torch's `error` says in its first line, and after it what NCCL said last, where that comes along."""
+    text = str(error).strip() or type(error).__name__
+    first_line = re.sub(r"^\[\S+:\d+\] ", "", text.splitlines()[0])  # gloo begins with the place in its own source
+    first_line = first_line.partition(" This is typically caused by")[0]  # and ends with guesses
+    last_of_nccl = " ".join(text.partition("Last error:")[2].split())
+    return f"{first_line}: {last_of_nccl}" if last_of_nccl else first_line

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_xy import cuda_stand_in, device, parallel
 from megatron_xy.errors import ConfigError, PeerLost
@@ -107,6 +108,13 @@ def test_errors_of_torch_are_told_in_our_words(monkeypatch: pytest.MonkeyPatch) 
     told = r"^rank 3 ran out of device memory \(no room\); buy some$"
     with pytest.raises(ConfigError, match=told), parallel.errors_told(when_memory_runs_out="buy some"):
         raise torch.OutOfMemoryError("no room\nfor 3 GB")
+    nccl = "NCCL error in: NCCLUtils.cpp:93, unhandled cuda error\nncclUnhandledCudaError: Call failed.\nLast error:\n"
+    told = r"^rank 3 ran out of device memory \(NCCL error.* cuda error: Cuda failure 2 'out of memory'\); buy some$"
+    with pytest.raises(ConfigError, match=told), parallel.errors_told(when_memory_runs_out="buy some"):
+        raise dist.DistBackendError(f"{nccl}Cuda failure 2 'out of memory'")
+    told = "unhandled cuda error: Cuda failure 700 'an illegal memory access was encountered'$"
+    with pytest.raises(PeerLost, match=told), parallel.errors_told(when_memory_runs_out=""):
+        raise dist.DistBackendError(f"{nccl}Cuda failure 700 'an illegal memory access was encountered'")
     with pytest.raises(PeerLost, match="Broken pipe"), parallel.errors_told(when_memory_runs_out=""):
         raise RuntimeError("writev: Broken pipe")
     with pytest.raises(RuntimeError, match=r"^shape$"), parallel.errors_told(when_memory_runs_out=""):
