@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from megatron_xy import cuda_stand_in
 from megatron_xy.errors import ConfigError
@@ -198,6 +199,12 @@ def beside_training(*, after: Point | None) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
         stream.synchronize()
+
+
+def moved_here(array: NDArray[Any]) -> torch.Tensor:
+    """An array of the host as a tensor on the device, in place in its queue: nobody waits for the work before it."""
+    tensor = torch.from_numpy(array)
+    return (tensor if _patched else tensor.pin_memory()).to(current(), non_blocking=True)
 
 
 def host_buffer(tensor: torch.Tensor) -> torch.Tensor:

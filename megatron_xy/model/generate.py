@@ -292,9 +292,9 @@ class _Replica:
         keys = too_short = None
         if options.temperature:
             of_sequences = np.array([sequence.key for sequence in group.running], dtype=np.uint64)
-            keys = torch.from_numpy(position_keys(of_sequences, lengths)).to(device.current())
+            keys = device.moved_here(position_keys(of_sequences, lengths))
         if (lengths + 1 < options.min_response_length).any():
-            too_short = torch.from_numpy(lengths + 1 < options.min_response_length).to(device.current())
+            too_short = device.moved_here(lengths + 1 < options.min_response_length)
         group.drawn = self._sampler.sample(logits, keys=keys, too_short=too_short)
         if self._groups.pp_size > 1:
             group.arriving = broadcast_from_last_stage(group.drawn, self._groups)

@@ -164,4 +164,4 @@ def wait_until_sent(sent: Sent) -> None:
 
 def on_device(values: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
     """Token ids or places, int64, on this process's device."""
-    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device.current())
+    return device.moved_here(np.asarray(values, dtype=np.int64))

@@ -32,7 +32,7 @@ class PackedDocuments(mcore.PackedSeqParams):  # type: ignore[misc]
     @classmethod
     def of(cls, lengths: Sequence[int], *, position_ids: torch.Tensor | None = None) -> PackedDocuments:
         """Segments of these lengths, one after another, on this process's device."""
-        borders = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device.current())
+        borders = device.moved_here(np.cumsum([0, *lengths], dtype=np.int32))
         return cls(
             qkv_format="sbhd",
             cu_seqlens_q=borders,

@@ -215,18 +215,17 @@ def language_model_loss(role: Role, num_sources: int, batch: DeviceBatch, logits
 
 def on_device(batch: MicroBatch) -> DeviceBatch:
     """A collated micro-batch as tensors on this process's device."""
-    target = device.current()
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
-    packed = PackedDocuments.of(lengths, position_ids=torch.from_numpy(batch.position_ids).to(target))
+    packed = PackedDocuments.of(lengths, position_ids=device.moved_here(batch.position_ids))
     pairs = None
     if batch.pairs is not None:
-        arrays = {part.name: getattr(batch.pairs, part.name) for part in fields(batch.pairs)}
-        pairs = DevicePairs(**{name: torch.from_numpy(array).to(target) for name, array in arrays.items()})
+        names = [part.name for part in fields(batch.pairs)]
+        pairs = DevicePairs(**{name: device.moved_here(getattr(batch.pairs, name)) for name in names})
     return DeviceBatch(
-        tokens=torch.from_numpy(batch.tokens).to(target)[None],
-        labels=torch.from_numpy(batch.labels).to(target)[None],
-        loss_mask=torch.from_numpy(batch.loss_mask).to(target, torch.float32)[None],
-        source_ids=torch.from_numpy(batch.source_ids).to(target, torch.int64),
+        tokens=device.moved_here(batch.tokens)[None],
+        labels=device.moved_here(batch.labels)[None],
+        loss_mask=device.moved_here(batch.loss_mask)[None],
+        source_ids=device.moved_here(batch.source_ids).to(torch.int64),
         packed=packed,
         pairs=pairs,
     )
