@@ -29,7 +29,7 @@ class Batches(NamedTuple):
 
     long: tuple[tuple[int, tuple[int, ...]], ...]  # (padded length, documents that are padded to it)
     short: tuple[int, ...]  # the others
-    packed_short: PackedDocuments | None  # their borders, put together
+    packed_short: PackedDocuments | None  # their borders, put together, where there are long ones
 
 
 def attend_by_torch_cudnn(
@@ -82,7 +82,10 @@ def _batches(lengths: tuple[int, ...], least_tokens: int) -> Batches:
     long = {length: tuple(places) for length, places in by_length.items() if length * len(places) >= least_tokens}
     batched = {place for places in long.values() for place in places}
     short = tuple(place for place in range(len(lengths)) if place not in batched)
-    packed = PackedDocuments.of([lengths[place] for place in short]) if short else None
+    packed = None
+    if long and short:
+        with torch.inference_mode(False):  # while answers are drawn, too: what is kept may be of use to training
+            packed = PackedDocuments.of([lengths[place] for place in short])
     return Batches(tuple(long.items()), short, packed)
 
 

@@ -80,6 +80,15 @@ def test_batches_too_small_for_a_gpu_go_to_the_flash_kernel_with_the_short(
     assert (kernels_of_a_cpu, together) == ([(3, 72, 4, 8)], [(40, 3, 35)])
 
 
+def test_borders_are_made_where_they_are_needed_and_of_use_to_training_though_answers_were_drawn_first() -> None:
+    assert cudnn_attention._batches((5, 1, 31), 0).packed_short is None
+    assert cudnn_attention._batches((64, 64), 0).packed_short is None
+    with torch.inference_mode():
+        cudnn_attention._batches((64, 5), 0)
+    packed = cudnn_attention._batches((64, 5), 0).packed_short
+    assert packed is not None and packed.cu_seqlens_q.tolist() == [0, 5] and not packed.cu_seqlens_q.is_inference()
+
+
 def test_few_padded_lengths_and_little_padding() -> None:
     padded = {length: padded_length(length) for length in range(1024, 16385)}
     assert all(length <= found <= length * (1 + 1 / LENGTHS_PER_DOUBLING) for length, found in padded.items())
