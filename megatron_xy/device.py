@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 import resource
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -208,8 +210,23 @@ def moved_here(array: NDArray[Any]) -> torch.Tensor:
 
 
 def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory of the host for a copy of `tensor`, contiguous; pinned where the device is a GPU."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=not is_cpu())
+    """Memory of the host for a copy of `tensor`, contiguous; pinned where the device is a GPU, while it is held.
+
+    Raises ConfigError where the host has no room.
+    """
+    # In pages of its own, pinned in place: torch would round up to a power of two, and keep what is let go of.
+    buffer = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype).view(tensor.shape)
+    if not is_cpu():
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        failure = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1)  # 1: for all threads and devices
+        if int(failure):
+            raise ConfigError(
+                f"{buffer.nbytes / 1e6:,.1f} MB of this host's memory cannot be pinned for the copy of a checkpoint "
+                f"({runtime.cudaGetErrorString(failure)}); `plan` says what a node needs for these copies: give it as "
+                f"much, or spread the state over more ranks"
+            )
+        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    return buffer
 
 
 def adapt_megatron_random(module: Any) -> None:

@@ -1,5 +1,8 @@
 """The device that a verb settles, and the stand-in for what megatron-core reaches in torch.cuda, in one process."""
 
+import mmap
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,6 +75,26 @@ def test_streams_and_events_are_in_order() -> None:
 def test_peak_memory_is_in_bytes() -> None:
     megabyte = 1024**2
     assert 20 * megabyte < device.peak_memory_bytes() < 1024 * 1024 * megabyte
+
+
+def test_a_host_buffer_is_pinned_in_place_to_the_byte_while_it_is_referred_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: dict[int, int] = {}
+    codes = [0, 2]
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda pointer, size, flags: pinned.update({pointer: size}) or codes.pop(0),
+        cudaHostUnregister=pinned.pop,
+        cudaGetErrorString=lambda code: "out of memory",
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(device, "_device", torch.device("cuda", 0))
+    tensor = torch.arange(15, dtype=torch.bfloat16).view(3, 5).T
+    buffer = device.host_buffer(tensor)
+    assert pinned == {buffer.data_ptr(): 30} and buffer.data_ptr() % mmap.PAGESIZE == 0
+    assert buffer.is_contiguous() and torch.equal(buffer.copy_(tensor), tensor)
+    del buffer
+    assert not pinned
+    with pytest.raises(ConfigError, match=r"memory cannot be pinned .*\(out of memory\); `plan` says"):
+        device.host_buffer(tensor)
 
 
 @pytest.mark.parametrize(
