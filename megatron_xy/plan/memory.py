@@ -116,9 +116,36 @@ def held_between_steps(job: Job, *, stage: int, replica: int = 0) -> Held:
             weights -= sum(parameter.num_elements * parameter.num_bytes for parameter in parameters)
         gradients += sum(buffer.num_elements * FP32 for buffer in buffers)
         for buffer in buffers:
-            main_and_moments = 3 if buffer.num_bytes < FP32 else 2  # fp32 weights are their own main weights
-            optimizer += main_and_moments * FP32 * buffer.owned_by_replica[replica]
+            optimizer += _main_and_moments(buffer.num_bytes) * buffer.owned_by_replica[replica]
     return Held(elements, weights, gradients, optimizer)
+
+
+def copied_bytes(job: Job, *, stage: int) -> list[int]:
+    """What a rank of this stage writes of a checkpoint, and keeps a copy of in its host's memory; by replica.
+
+    At most: tensor parallel ranks but the first leave out what is not split, the last stage a tied embedding, and all
+    of them the vocabulary's padding.
+    """
+    copied = [0] * job.dp_size
+    if not job.is_trained:
+        return copied
+    parallel = job.parallel
+    for chunk in range(parallel.num_chunks):
+        parameters = chunk_parameters(job.model, parallel, stage=stage, chunk=chunk)
+        if not parallel.use_distributed_optimizer:  # each to the replica that has least so far: checkpoint/state.py
+            for parameter in parameters:
+                size = parameter.num_elements * (parameter.num_bytes + _main_and_moments(parameter.num_bytes))
+                copied[copied.index(min(copied))] += size
+            continue
+        for buffer in chunk_buffers(parameters, parallel=parallel, stage=stage, chunk=chunk, dp_size=job.dp_size):
+            for replica, num_elements in enumerate(buffer.owned_by_replica):
+                copied[replica] += num_elements * (buffer.num_bytes + _main_and_moments(buffer.num_bytes))
+    return copied
+
+
+def _main_and_moments(width: int) -> int:
+    """Bytes of an element's, whose weight has `width`; fp32 weights are their own main weights."""
+    return (3 if width < FP32 else 2) * FP32
 
 
 def _cache_bytes(job: Job, *, answers: Answers, num_layers: int) -> int:

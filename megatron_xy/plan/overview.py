@@ -18,7 +18,7 @@ from megatron_xy.errors import ConfigError
 from megatron_xy.flops import checkpoint_bytes, num_parameters, shape_of
 from megatron_xy.plan.assumptions import Cluster, section
 from megatron_xy.plan.job import Job, jobs
-from megatron_xy.plan.memory import RECOMPUTATIONS, RoleMemory, stage_memory
+from megatron_xy.plan.memory import RECOMPUTATIONS, RoleMemory, copied_bytes, stage_memory
 from megatron_xy.plan.ppo import Split, TimeLine, answer_length, best_split, time_line, useful_flops
 from megatron_xy.plan.quantising import Quantising, quantising
 from megatron_xy.plan.speed import StepTime, Traffic, step_time, traffic
@@ -101,6 +101,20 @@ class Plan:
         """Whether the worst rank has room."""
         return self.worst_bytes <= self.cluster.gpu.memory_bytes
 
+    @property
+    def host_copy_bytes(self) -> dict[str, int]:
+        """What the copies of checkpoints take of a host's memory: of the rank with most, and of the node."""
+        size = self.cluster.gpus_per_node
+        copied = [0] * self.cluster.world_size
+        for role in self.roles:
+            tp = role.job.parallel.tensor_model_parallel_size
+            for stage in range(len(role.stages)):
+                by_replica = copied_bytes(role.job, stage=stage)
+                for place, rank in enumerate(role.ranks_of(stage)):
+                    copied[rank] += by_replica[place // tp]
+        nodes = [sum(copied[first : first + size]) for first in range(0, len(copied), size)]
+        return {"rank": max(copied), "node": max(nodes)}
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; bytes, seconds, tokens."""
         return {
@@ -112,6 +126,7 @@ class Plan:
             "worst_rank": self.worst_rank,
             "worst_bytes": self.worst_bytes,
             "margin_bytes": self.margin_bytes,
+            "host_copy_bytes": self.host_copy_bytes,
             "bucket_shares": self.bucket_shares,
             "tokens_per_second_per_gpu": self.tokens_per_second,
             "mfu": self.mfu,

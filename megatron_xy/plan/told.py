@@ -177,6 +177,8 @@ def _memory(plan: Plan) -> RenderableType:
                 *(f"{total / unit:.1f}" for total in role.totals_of(memory.stage).values()),
                 style="bold" if memory is role.worst else "",
             )
+    copies = {of: f"{_number(value)}B" for of, value in plan.host_copy_bytes.items()}
+    table.caption = f"of the hosts' memory, copies of checkpoints take {copies['rank']} a rank, {copies['node']} a node"
     return table
 
 

@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from megatron_xy import compiling, device, losses
+from megatron_xy.checkpoint.host_copy import HostCopy
+from megatron_xy.checkpoint.state import state_parts
 from megatron_xy.config import RunConfig
 from megatron_xy.dryrun.ledger import Ledger, as_kernel
 from megatron_xy.dryrun.training import micro_batches, note_training_step
 from megatron_xy.flops import DTYPE_BYTES
 from megatron_xy.model import kernels
+from megatron_xy.plan.job import jobs
+from megatron_xy.plan.memory import copied_bytes
 from megatron_xy.runtime import environment
 from megatron_xy.training import pretrain
 from tests.distributed.dry_runs import dry_runs
@@ -108,7 +112,9 @@ def on_real_ranks() -> list[dict[str, Any]]:
             saved = SavedTensors([named.parameter for named in role.named_parameters()])
             with saved:
                 found = note_training_step(chosen, role, batches, ledger=ledger, rank=environment.rank())
-        findings.append({**asdict(found), "saved": saved.peak})
+        copies = HostCopy().run({part.name: part.shard.trim(part.tensor) for part in state_parts(role)})
+        copied = sum(copy.nbytes for copy in copies.values())
+        findings.append({**asdict(found), "saved": saved.peak, "copied": copied})
     return findings
 
 
@@ -165,4 +171,7 @@ def test_the_planner_says_what_the_real_rank_holds(found: Any, name: str) -> Non
         (planned,) = rank_memory(CONFIGS[name], world_size=WORLD_SIZE, rank=real["rank"])
         assert planned.parameters == real["parameters"]
         assert (planned.weights, planned.gradients) == (real["weights"], real["gradients"])
+        (job,) = jobs(CONFIGS[name], world_size=WORLD_SIZE)
+        copied = copied_bytes(job, stage=real["pp_rank"])[real["dp_rank"]]
+        assert (0.9 if real["tp_rank"] else 0.99) * copied < real["copied"] <= copied
         assert planned.activations == pytest.approx(real["activations"], rel=0.07 + ON_A_CPU.get(name, 0.0))

@@ -48,7 +48,8 @@ def planned(name: str, *overrides: str, num_nodes: int | None = None) -> Plan:
 def test_the_examples_fit_and_plan_as_their_headers_say(name):
     plan = planned(name)
     assert plan.fits
-    json.dumps(plan.to_json())
+    copies = json.loads(json.dumps(plan.to_json()))["host_copy_bytes"]
+    assert 0 < copies["rank"] <= copies["node"] <= 8 * copies["rank"]
     header = re.search(r"by `plan`: (\d+) GB .*?([\d,]+)\s+tokens/s a GPU", (EXAMPLES / name).read_text())
     assert header is not None
     assert float(header[1]) == pytest.approx(plan.worst_bytes / 1e9, abs=1)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_xy.config import ModelConfig, ParallelConfig, load_config
-from megatron_xy.flops import num_parameters
+from megatron_xy.flops import checkpoint_bytes, num_parameters
 from megatron_xy.plan.job import jobs
-from megatron_xy.plan.memory import stage_memory
+from megatron_xy.plan.memory import copied_bytes, stage_memory
 from megatron_xy.plan.parameters import chunk_buffers, chunk_parameters
 from megatron_xy.plan.speed import traffic
 from tests.planned import rank_memory
@@ -98,6 +98,17 @@ def test_replicas_own_every_parameter_once(dp_size, overlap):
     (buffer,) = chunk_buffers(parameters, parallel=parallel, stage=0, chunk=0, dp_size=dp_size)
     assert sum(buffer.owned_by_replica) == sum(parameter.num_elements for parameter in parameters)
     assert buffer.num_elements % dp_size == 0
+
+
+@pytest.mark.parametrize("is_distributed", ["false", "true"])
+def test_the_copies_of_all_ranks_are_a_checkpoint(is_distributed):
+    layout = {"tensor_model": 1, "pipeline_model": 2}
+    changes = [f"parallel.{name}_parallel_size={size}" for name, size in layout.items()]
+    changes += [f"parallel.{name}=false" for name in ("sequence_parallel", "overlap_param_gather")]
+    changes.append(f"parallel.use_distributed_optimizer={is_distributed}")
+    (job,) = jobs(load_config(EXAMPLES / "xuanyuan_6b/pretrain.yaml", overrides=changes, world_size=16), world_size=16)
+    copied = [copied_bytes(job, stage=stage) for stage in range(2)]
+    assert sum(map(sum, copied)) == pytest.approx(checkpoint_bytes(job.model), rel=1e-3) and all(map(all, copied))
 
 
 def test_first_stages_hold_more_micro_batches_and_fewer_with_recomputation():
