@@ -215,7 +215,9 @@ def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
     Raises ConfigError where the host has no room.
     """
     # In pages of its own, pinned in place: torch would round up to a power of two, and keep what is let go of.
-    buffer = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype).view(tensor.shape)
+    buffer = torch.frombuffer(
+        mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=tensor.dtype
+    ).view(tensor.shape)
     if not is_cpu():
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         failure = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1)  # 1: for all threads and devices
