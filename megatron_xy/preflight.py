@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def open_data(config: RunConfig) -> tuple[PackedDataset, PackedDataset | None]:
     return dataset, held_out
 
 
-def _look_at_run_dir(config: RunConfig, findings: _Findings, *, data_fingerprints: Sequence[str] | None) -> None:
+def _look_at_run_dir(config: RunConfig, findings: _Findings, *, data_fingerprints: Mapping[str, Any] | None) -> None:
     findings.of("run_dir", lambda: check_place(config.run_dir))
     if data_fingerprints is not None:
         now = continuation.facts(config, model=config.model, data_fingerprints=data_fingerprints)

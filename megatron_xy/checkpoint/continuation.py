@@ -5,7 +5,7 @@ Plain values of configs and manifests: `check` asks before a run what the run as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,22 @@ from megatron_xy.hf.config import SHAPE_KEYS
 FIXED_MODEL_KEYS = (*SHAPE_KEYS, "rotary_base", "rope_scaling", "norm_epsilon")
 
 
-def facts(config: RunConfig, *, model: ModelConfig, data_fingerprints: Sequence[str]) -> dict[str, Any]:
-    """What a manifest keeps of the config, for `check_continuation`. data_fingerprints: of the folders' contents."""
+def facts(config: RunConfig, *, model: ModelConfig, data_fingerprints: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest keeps of the config, for `check_continuation`. data_fingerprints: of what is drawn, by key."""
     order = {
         "seed": config.seed,
-        "data.path": list(data_fingerprints),
+        **data_fingerprints,
         "data.weights": config.data.weights,
         "training.global_batch_tokens": config.training.global_batch_tokens,
         "training.phases": [phase.model_dump(mode="json") for phase in config.training.phases],
     }
     settings: dict[str, Any] = {"data.split_documents": config.data.split_documents}
-    for section in ("training", "optimizer", "parallel"):
-        values = getattr(config, section).model_dump(mode="json")
-        settings |= {f"{section}.{name}": value for name, value in values.items() if f"{section}.{name}" not in order}
+    sections = {"training": config.training, "optimizer": config.optimizer, "parallel": config.parallel}
+    if config.task == "reward":
+        sections["reward"] = config.reward_section
+    for section, values in sections.items():
+        dumped = {f"{section}.{name}": value for name, value in values.model_dump(mode="json").items()}
+        settings |= {name: value for name, value in dumped.items() if name not in order}
     settings["model.params_dtype"] = model.params_dtype
     return {"model": model.model_dump(mode="json"), "data_order": order, "settings": settings}
 

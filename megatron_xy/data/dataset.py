@@ -97,7 +97,7 @@ class PackedDataset:
         _check_joinable(self.paths, manifests)
         self.buckets = sorted(manifests[0].buckets)
         self.vocab_size = manifests[0].tokenizer.vocab_size
-        self.fingerprints = [manifest.fingerprint for manifest in manifests]
+        self.fingerprints: dict[str, Any] = {"data.path": [manifest.fingerprint for manifest in manifests]}
         self.tokenizer_sha256 = manifests[0].tokenizer.sha256
         chats = [manifest.chat for manifest in manifests if manifest.chat is not None]
         self.chat_template = chats[0].template if chats else None

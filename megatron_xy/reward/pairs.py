@@ -58,7 +58,7 @@ class PairData:
 
     training: list[Pair]
     held_out: list[Pair]
-    fingerprints: list[str]  # of all that decides what is drawn and what is held out
+    fingerprints: dict[str, Any]  # of all that decides what is drawn and what is held out, by key
     notes: list[str]  # what was left out, in lines
     chat_template: str | None = None  # its text
 
@@ -83,8 +83,12 @@ def load_pairs(config: RunConfig) -> PairData:
     reader = _Reader(config, renderer)
     pairs = [pair for path in data.paths for pair in reader.read(path, option="data.path")]
     notes = [f"{reader.num_dropped:,} pairs without a clear preference (A0, B0) are dropped"] * bool(reader.num_dropped)
-    prints = [file_sha256(path) for path in data.paths]
-    settled: list[Any] = [tokenizer.sha256, template and template.source, reward.test_fraction]
+    fingerprints: dict[str, Any] = {
+        "data.path": [file_sha256(path) for path in data.paths],
+        "data.tokenizer": tokenizer.sha256,
+        "data.chat_template": template and hashlib.sha256(template.source.encode()).hexdigest(),
+        "data.eval_path": None,
+    }
     if data.eval_path is not None:
         held_out = reader.read(data.eval_path, option="data.eval_path")
         clusters = clusters_of([pair.text for pair in (*held_out, *pairs)])
@@ -93,8 +97,9 @@ def load_pairs(config: RunConfig) -> PairData:
         pairs = [pair for pair, cluster in zip(pairs, clusters[len(held_out) :], strict=True) if cluster not in taken]
         if num_before != len(pairs):
             notes.append(f"{num_before - len(pairs):,} pairs are left out: their prompt, or one like it, is held out")
-        settled.append(file_sha256(data.eval_path))
+        fingerprints["data.eval_path"] = file_sha256(data.eval_path)
     else:
+        fingerprints["reward.test_fraction"] = reward.test_fraction
         clusters = clusters_of([pair.text for pair in pairs])
         is_held_out = split_by_cluster(clusters, [pair.text for pair in pairs], fraction=reward.test_fraction)
         held_out = [pair for pair, is_out in zip(pairs, is_held_out, strict=True) if is_out]
@@ -106,8 +111,7 @@ def load_pairs(config: RunConfig) -> PairData:
             )
     if not pairs:
         raise DataError("data.path holds no pairs to learn from; give some with a clear preference")
-    prints.append(hashlib.sha256(repr(settled).encode()).hexdigest())
-    return PairData(pairs, held_out, prints, notes, None if template is None else template.source)
+    return PairData(pairs, held_out, fingerprints, notes, None if template is None else template.source)
 
 
 class _Reader:

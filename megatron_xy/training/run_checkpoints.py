@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class RunCheckpoints:
         config: RunConfig,
         *,
         role: Role,
-        data_fingerprints: Sequence[str],
+        data_fingerprints: Mapping[str, Any],
         chat_template: str | None,
         ends_epoch: Callable[[int], bool],
         keeps_epochs: bool,

@@ -41,7 +41,7 @@ class Loader(Protocol):
     """A task's data: data steps as micro-batches."""
 
     sources: list[str]
-    data_fingerprints: list[str]
+    data_fingerprints: dict[str, Any]
     chat_template: str | None
 
     def get(self, data_step: int) -> tuple[PreparedStep, float]:

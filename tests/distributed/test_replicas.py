@@ -81,7 +81,7 @@ def save_on_a_stop(run_dir: Path) -> str:
     config = RunConfig.model_validate({"run_dir": str(run_dir), "data": {"path": "data"}})
     with RunLog(run_dir, rank=dist.get_rank(), is_leader=False) as log:
         checkpoints = RunCheckpoints(
-            config, role=role, data_fingerprints=[], chat_template=None, ends_epoch=lambda iteration: False,
+            config, role=role, data_fingerprints={}, chat_template=None, ends_epoch=lambda iteration: False,
             keeps_epochs=False, log=log,
         )  # fmt: skip
         checkpoints.save(RunState(TrainingState(iteration=2)))

@@ -14,7 +14,7 @@ from megatron_xy.training.run_checkpoints import RunState
 from megatron_xy.training.train_step import StepResult
 from tests.distributed import models
 
-FINGERPRINTS = ["a" * 64]
+FINGERPRINTS = {"data.path": ["a" * 64]}
 
 
 def facts(**changes):
@@ -98,6 +98,9 @@ def test_other_settings_are_said_and_equal_ones_are_not():
     assert differences(facts(), facts()) == []
     (line,) = differences(facts(), facts(training={"train_iters": 7}))
     assert line.endswith("training.train_iters 100 -> 7")
+    pairs = {"task": "reward", "reward": {"loss": "token"}}
+    (line,) = differences(facts(**pairs), facts(**{**pairs, "reward": {"loss": "sentence"}}))
+    assert line.endswith("reward.loss token -> sentence")
 
 
 def test_groups_left_out_are_as_many_as_heads():

@@ -230,6 +230,22 @@ def test_places_at_which_a_pair_is_compared(toy: Path) -> None:
     assert batch.pairs.weights.tolist() == pytest.approx([1 / 3] * 3) and batch.pairs.margins.tolist() == [0.5]
 
 
+def test_a_fingerprint_names_the_key_that_changes_what_is_drawn(toy: Path) -> None:
+    def prints(test_fraction: float, **data: Any) -> dict[str, Any]:
+        config = config_of(toy, test_fraction=test_fraction)
+        config = config.model_copy(update={"data": config.data.model_copy(update=data)})
+        return load_pairs(config).fingerprints
+
+    def changed(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+        return {name for name in one.keys() & other.keys() if one[name] != other[name]}
+
+    held_out = {"eval_path": toy / "held_out.jsonl"}
+    assert changed(prints(0.1), prints(0.2)) == {"reward.test_fraction"}
+    assert prints(0.1, **held_out) == prints(0.2, **held_out), "that key is then not read"
+    assert changed(prints(0.1), prints(0.1, **held_out)) == {"data.eval_path"}
+    assert changed(prints(0.1), prints(0.1, chat_template="xuanyuan")) == {"data.chat_template"}
+
+
 def test_a_system_text_that_all_prompts_share_makes_no_two_alike() -> None:
     system = {"role": "system", "content": "You are a careful assistant that answers questions about money. " * 3}
     questions = ["What is a bond?", "How do I pay taxes abroad?", "Name three banks of Peru.", "Why do prices rise?"]
