@@ -48,7 +48,7 @@ def note_training_step(
 def micro_batches(config: RunConfig, *, dp_size: int, bucket: int) -> list[MicroBatch]:
     """A step's micro-batches of one data parallel rank, of samples, or pairs, that fill the bucket."""
     training = config.training
-    number = training.global_batch_tokens // (training.micro_batch_tokens * dp_size)
+    number = max(1, training.global_batch_tokens // (training.micro_batch_tokens * dp_size))  # pairs may fill less
     per_micro_batch = training.micro_batch_tokens // bucket
     if config.task == "reward":
         parallel = config.parallel

@@ -8,7 +8,7 @@ import torch
 
 from megatron_xy import device
 from megatron_xy.config import load_config
-from megatron_xy.dryrun import verb
+from megatron_xy.dryrun import training, verb
 from megatron_xy.dryrun.ledger import Ledger, as_kernel, storage_bytes
 from megatron_xy.errors import ConfigError, UsageError
 
@@ -104,6 +104,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     pairs = config.model_copy(update={"task": "reward"})
     with pytest.raises(ConfigError, match=r"--bucket 1: a pair has two answers, so at least 2 tokens"):
         verb.run(pairs, ranks=[0], world_size=8, bucket=1, say=print)
+    (batch,) = training.micro_batches(pairs, dp_size=8, bucket=1024)
+    assert batch.pairs is not None and len(batch.pairs.margins) == 1, (
+        "a step of less than its micro-batches is one, too"
+    )
     roles = run_of(PPO, tmp_path, world_size=7)
     with pytest.raises(ConfigError, match=r"--bucket 200: .* more than ppo.max_response_length \(256\)"):
         verb.run(roles, ranks=[0], world_size=7, bucket=200, say=print)
