@@ -12,7 +12,7 @@ UNKNOWN_KEY = "unknown key"
 
 # What stays outside this project, and a tool that has it.
 OUT_OF_SCOPE = {
-    r"num_experts|moe_.*|expert_model_parallel_size": (
+    r"num_experts|moe.*|expert_model_parallel_size": (
         "mixture of experts is not part of megatron_xy; Megatron-LM has it"
     ),
     r"multi_latent_attention|q_lora_rank|kv_lora_rank": (
@@ -21,6 +21,10 @@ OUT_OF_SCOPE = {
     r"lora.*|peft.*|adapter.*": (
         "adapters are not part of megatron_xy, all weights train; PEFT and LLaMA-Factory have them"
     ),
+    r"(dpo|grpo).*": (
+        "DPO and GRPO are not part of megatron_xy, which learns preferences by tasks reward and ppo; TRL has them"
+    ),
+    r"fp8.*": "FP8 is not part of megatron_xy; Megatron-LM has it",
 }
 
 # Megatron's and HF's spellings of what is called otherwise here.

@@ -302,6 +302,8 @@ def test_bad_overrides(run_yaml: Path, override: str, text: str) -> None:
         ("parallel.expert_model_parallel_size=2", "mixture of experts is not part"),
         ("model.multi_latent_attention=true", "latent attention is not part of megatron_xy; Megatron-LM has it"),
         ("lora.rank=8", "adapters are not part of megatron_xy"),
+        ("dpo.beta=0.1", "DPO and GRPO are not part of megatron_xy, which learns preferences by tasks reward"),
+        ("model.fp8=e4m3", "FP8 is not part of megatron_xy; Megatron-LM has it"),
     ],
 )
 def test_unknown_keys(run_yaml: Path, override: str, text: str) -> None:
