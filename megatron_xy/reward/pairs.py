@@ -25,7 +25,7 @@ from megatron_xy.data.chat.renderer import Renderer
 from megatron_xy.data.chat.template import load_chat_template
 from megatron_xy.data.corpus.rows import BadRow, read_rows
 from megatron_xy.data.encoding.tokenizer import load_tokenizer
-from megatron_xy.errors import DataError
+from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.reward.split import clusters_of, split_by_cluster
 from megatron_xy.storage import file_sha256
 
@@ -111,6 +111,12 @@ def load_pairs(config: RunConfig) -> PairData:
             )
     if not pairs:
         raise DataError("data.path holds no pairs to learn from; give some with a clear preference")
+    models = sorted({name for pair in held_out or pairs for name in pair.models})  # whose scores are measured
+    if reward.stored_scores_of not in (None, *models):
+        raise ConfigError(
+            f"reward.stored_scores_of ({reward.stored_scores_of}): no {'held-out ' * bool(held_out)}pair has an answer "
+            f"of that model, only of {', '.join(models[:8])}; name one of these, or leave it out"
+        )
     return PairData(pairs, held_out, fingerprints, notes, None if template is None else template.source)
 
 

@@ -230,6 +230,20 @@ def test_places_at_which_a_pair_is_compared(toy: Path) -> None:
     assert batch.pairs.weights.tolist() == pytest.approx([1 / 3] * 3) and batch.pairs.margins.tolist() == [0.5]
 
 
+def test_a_model_whose_scores_are_kept_is_one_of_the_measured_pairs(toy: Path) -> None:
+    rows = [{**GOOD, "model": {"chosen": "small", "rejected": "large"}}]
+    assert load_pairs(config_of(toy, rows, stored_scores_of="large")).training
+    with pytest.raises(
+        ConfigError, match=r"_of \(nobody\): no pair has an answer of that model, only of large, small;"
+    ):
+        load_pairs(config_of(toy, rows, stored_scores_of="nobody"))
+    config = config_of(toy, rows, stored_scores_of="large")
+    write_rows(toy / "measured.jsonl", [{**GOOD, "prompt": "blue", "model": "small"}])
+    data = config.data.model_copy(update={"eval_path": toy / "measured.jsonl"})
+    with pytest.raises(ConfigError, match=r"no held-out pair has .* only of small; name one"):
+        load_pairs(config.model_copy(update={"data": data}))
+
+
 def test_a_fingerprint_names_the_key_that_changes_what_is_drawn(toy: Path) -> None:
     def prints(test_fraction: float, **data: Any) -> dict[str, Any]:
         config = config_of(toy, test_fraction=test_fraction)
