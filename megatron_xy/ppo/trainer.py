@@ -196,10 +196,10 @@ class PPOTrainer:
         workers, world = self.cast.workers, self.cast.world
         busy = [worker.take_busy_seconds() for worker in workers.values()]
         paddings, rooms = zip(*(worker.take_padding() for worker in workers.values()), strict=True)
-        counts = torch.tensor([sum(paddings), sum(rooms), *busy], dtype=torch.float64, device=device.current())
-        padding, room, *total = sum_over(counts, world.all_ranks).tolist()
-        largest = torch.tensor([int(self.stop.requested), device.peak_memory_bytes()], device=device.current())
-        stopping, peak_memory = max_over(largest, world.all_ranks).tolist()
+        local = [int(self.stop.requested), device.peak_memory_bytes(), sum(paddings), sum(rooms), *busy]
+        mine = torch.tensor(local, dtype=torch.float64, device=device.current())
+        largest, sums = max_over(mine[:2], world.all_ranks), sum_over(mine[2:], world.all_ranks)
+        stopping, peak_memory, padding, room, *total = torch.cat([largest, sums]).tolist()
         epochs = self.ppo.ppo_epochs
         flops, recomputed = step_work(
             {name: worker.placed.model for name, worker in workers.items()},
@@ -215,7 +215,7 @@ class PPOTrainer:
             flops=flops,
             recomputed_flops=recomputed,
             peak_rate=len(world.ranks) * self._peak_rate if self._peak_rate else None,
-            peak_memory_bytes=peak_memory,
+            peak_memory_bytes=int(peak_memory),
         )
         by_role = {
             name: worked / len(worker.placed.ranks)

@@ -258,15 +258,16 @@ class Trainer:
 
     def _spent(self, prepared: PreparedStep, *, seconds: float, waited: float) -> tuple[Spent, bool]:
         """What the step took, and whether any rank was asked to stop. Collective, for the counts."""
+        groups, model = self.role.groups, self.role.model
         local = [
             sum(batch.num_padding_tokens for batch in prepared.micro_batches),
             sum(batch.sum_squared_lengths for batch in prepared.micro_batches),
+            int(self.stop.requested),
+            device.peak_memory_bytes(),
         ]
-        groups, model = self.role.groups, self.role.model
-        counts = torch.tensor(local, dtype=torch.float64, device=device.current())
-        padding, squares = map(int, sum_over(counts, groups.collection.dp).tolist())
-        largest = torch.tensor([int(self.stop.requested), device.peak_memory_bytes()], device=device.current())
-        stopping, peak_memory = max_over(largest, groups.all_ranks).tolist()
+        mine = torch.tensor(local, dtype=torch.float64, device=device.current())
+        sums, largest = sum_over(mine[:2], groups.collection.dp), max_over(mine[2:], groups.all_ranks)
+        padding, squares, stopping, peak_memory = map(int, torch.cat([sums, largest]).tolist())
         room = groups.dp_size * sum(batch.tokens.size for batch in prepared.micro_batches)
         work = {"num_tokens": room - padding, "sum_squared_lengths": squares}
         spent = Spent(
