@@ -103,12 +103,13 @@ def _update(
 ) -> _Update:
     """mask, weights: of the mini-batch's tokens, 0 elsewhere."""
     assert worker.placed.optimizer is not None, "a trained role has one"
-    num_tokens = max(1, int(mask.sum()))
+    num_tokens = int(mask.count_nonzero())
+    divisor = max(1, num_tokens)
 
     def loss_of(packed: PackedBatch, output: torch.Tensor) -> BatchLoss:
         place = packed.rows, packed.columns
         # Times the number of tokens, by which megatron-core divides the gradients.
-        losses = losses_of(role, packed, num_tokens * weights[place], output)
+        losses = losses_of(role, packed, divisor * weights[place], output)
         return losses.loss, mask[place].sum().to(torch.int), {**losses.told, "largest": losses.largest}
 
     role.zero_gradients()
@@ -116,10 +117,10 @@ def _update(
     told = torch.zeros(len(names), dtype=torch.float64, device=device.current())
     largest = torch.zeros((), device=device.current())
     for output in outputs:  # none but on the last stage
-        told += torch.stack([output.get(name, told.new_zeros(())) for name in names]) / num_tokens
+        told += torch.stack([output.get(name, told.new_zeros(())) for name in names]) / divisor
         largest = torch.maximum(largest, output["largest"])
     grad_norm = finish_gradients(role.optimizer)
-    is_made = bool(mask.any()) and math.isfinite(grad_norm)
+    is_made = num_tokens > 0 and math.isfinite(grad_norm)
     if is_made:
         worker.before_update()
         clip_grad = worker.placed.optimizer.clip_grad
