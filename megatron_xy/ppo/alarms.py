@@ -20,9 +20,9 @@ RATIO_ALARM = {"fp32": 1e-5, "bf16": 5e-2}  # |log ratio| at the first mini-batc
 
 def check_finite(rollout: Rollout, judged: Mapping[str, torch.Tensor], prompts: PromptFile, *, iteration: int) -> None:
     """Raises DataError for scores, values and log-probabilities that are no numbers; judged: [answers, ...] by name."""
-    for name, tensor in judged.items():
-        is_finite = torch.isfinite(tensor.reshape(tensor.size(0), -1)).all(dim=1)
-        rows = torch.nonzero(~is_finite).reshape(-1).tolist()
+    are_finite = [torch.isfinite(tensor).reshape(tensor.size(0), -1).all(dim=1) for tensor in judged.values()]
+    for name, of_answers in zip(judged, torch.stack(are_finite).tolist(), strict=True):
+        rows = [row for row, is_finite in enumerate(of_answers) if not is_finite]
         if rows:
             lines = [prompts.rows[rollout.drawn[row].row].line for row in rows[:5]]
             raise DataError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -100,8 +100,8 @@ class PPO:
         """
         critic = self.critic.update(experience, mini_batches, ppo=self.config, lr=rates["critic"])
         actor = self.actor.update(experience, [] if is_warmup else mini_batches, ppo=self.config, lr=rates["actor"])
-        told = {name: float(value) for shipped in exchange(actor, critic) for name, value in shipped.items()}
-        metrics = {**told, **measure(experience), "kl_coef": self.state.kl_coef}
+        told = {name: value.squeeze() for shipped in exchange(actor, critic) for name, value in shipped.items()}
+        metrics = {**read({**told, **measure(experience)}), "kl_coef": self.state.kl_coef}
         if self.config.kl_target is not None:
             adapted = adapted_kl_coef(
                 self.state.kl_coef,
@@ -129,11 +129,16 @@ class PPO:
         return judged
 
 
-def measure(experience: Experience) -> dict[str, float]:
-    """The metrics that follow from an experience alone."""
+def read(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars of the device, as one."""
+    return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
+
+
+def measure(experience: Experience) -> dict[str, torch.Tensor]:
+    """The metrics that follow from an experience alone, on the device."""
     rollout, mask = experience.rollout, experience.rollout.mask
     divergence = functional.masked_sum(functional.kl_k1(experience.logprobs, experience.ref_logprobs), mask)
-    tensors: dict[str, Any] = {
+    return {
         "score_mean": experience.scores.mean(),
         "score_std": experience.scores.std(unbiased=False),
         "reward_mean": experience.rewards.sum(dim=1).mean(),
@@ -144,4 +149,3 @@ def measure(experience: Experience) -> dict[str, float]:
         "response_length_mean": mask.sum(dim=1).mean(),
         "end_rate": rollout.has_ended.float().mean(),
     }
-    return {name: float(value) for name, value in tensors.items()}
