@@ -5,11 +5,11 @@ What can be known to fail is found before any process group starts: rows, tokeni
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 
 from megatron_xy.config import RunConfig
-from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
+from megatron_xy.parallel import Groups
 from megatron_xy.preflight import open_pairs
 from megatron_xy.reward.batches import PairOrder
 from megatron_xy.reward.evaluator import PairEvaluator
@@ -19,8 +19,7 @@ from megatron_xy.reward.pairs import PairData
 from megatron_xy.runtime.session import session
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog
-from megatron_xy.training.pretrain import build, open_log, with_model
-from megatron_xy.training.trainer import Trainer, starting
+from megatron_xy.training.pretrain import open_log, train, with_model
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
@@ -37,33 +36,21 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
         log.say(line)
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
     with session(config, log=log, watchdog=watchdog, began=began):
-        train(config, data=data, order=order, log=log, watchdog=watchdog, stop=stop)
+        train(
+            config,
+            partial(data_of, config, data, order),
+            log=log,
+            watchdog=watchdog,
+            stop=stop,
+            objective=reward_objective(config.reward_section),
+            keeps_epochs=True,
+        )
 
 
-def train(
-    config: RunConfig, *, data: PairData, order: PairOrder, log: RunLog, watchdog: Watchdog, stop: StopRequest
-) -> None:
-    """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
-    with starting(log, watchdog, "model and optimizer"):
-        role = build(config)
-    groups = role.groups
+def data_of(config: RunConfig, data: PairData, order: PairOrder, groups: Groups) -> tuple[PairLoader, PairEvaluator]:
+    """What the ranks of `groups` learn from and are measured on."""
     loader = PairLoader(config, data=data, order=order, dp_size=groups.dp_size, dp_rank=groups.dp_rank)
-    trainer = Trainer(
-        config,
-        role=role,
-        loader=loader,
-        evaluator=PairEvaluator(config, data=data, order=order),
-        log=log,
-        watchdog=watchdog,
-        stop=stop,
-        objective=reward_objective(config.reward_section),
-        keeps_epochs=True,
-    )
-    with contextlib.closing(loader):
-        with starting(log, watchdog, "weights"):
-            trainer.restore()
-        stop.can_save = True
-        trainer.train()
+    return loader, PairEvaluator(config, data=data, order=order)
 
 
 def order_of(config: RunConfig, data: PairData) -> PairOrder:

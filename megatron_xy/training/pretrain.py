@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from collections.abc import Callable
+from functools import partial
 
 from megatron_xy import device, mcore, parallel
 from megatron_xy.config import RunConfig, check_shape, check_world
@@ -19,6 +21,7 @@ from megatron_xy.flops import num_parameters
 from megatron_xy.log import RunLog
 from megatron_xy.model.layer_spec import choose_layers
 from megatron_xy.model.source import check_head, resolve_model
+from megatron_xy.parallel import Groups
 from megatron_xy.preflight import check_boards, open_data
 from megatron_xy.role import Role, build_role
 from megatron_xy.run_dir import check_space, check_weights_to_load
@@ -27,7 +30,8 @@ from megatron_xy.runtime.session import session
 from megatron_xy.runtime.signals import StopRequest
 from megatron_xy.runtime.watchdog import Watchdog, backend_timeout
 from megatron_xy.training.evaluation import HeldOutEvaluator
-from megatron_xy.training.trainer import Trainer, starting
+from megatron_xy.training.train_step import Objective
+from megatron_xy.training.trainer import Evaluator, Loader, Trainer, starting
 
 
 def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: float) -> None:
@@ -45,26 +49,44 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     log.say(describe_epochs(config, run_sampler(config, dataset.streams)))
     log.say(str(choose_layers(config.model)))  # here, before a process group starts, it may still be refused
     with session(config, log=log, watchdog=watchdog, began=began):
-        train(config, dataset=dataset, held_out=held_out, log=log, watchdog=watchdog, stop=stop)
+        train(config, partial(data_of, config, dataset, held_out), log=log, watchdog=watchdog, stop=stop)
+
+
+def data_of(
+    config: RunConfig, dataset: PackedDataset, held_out: PackedDataset | None, groups: Groups
+) -> tuple[StepLoader, HeldOutEvaluator]:
+    """What the ranks of `groups` learn from and are measured on."""
+    loader = StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank)
+    return loader, HeldOutEvaluator(config, held_out, groups)
 
 
 def train(
     config: RunConfig,
+    data_of: Callable[[Groups], tuple[Loader, Evaluator]],
     *,
-    dataset: PackedDataset,
-    held_out: PackedDataset | None,
     log: RunLog,
     watchdog: Watchdog,
     stop: StopRequest,
+    objective: Objective | None = None,
+    keeps_epochs: bool = False,
 ) -> None:
-    """Builds this rank's part, restores it and trains it to the end, in a world that has begun."""
+    """Builds this rank's part, restores it and trains it to the end, in a world that has begun: the job of every task
+    with one role. objective, keeps_epochs: as `Trainer` has them."""
     with starting(log, watchdog, "model and optimizer"):
         role = build(config)
-    groups = role.groups
     with starting(log, watchdog, "data"):
-        loader = StepLoader(config, dataset=dataset, dp_size=groups.dp_size, dp_rank=groups.dp_rank)
-    evaluator = HeldOutEvaluator(config, held_out, groups)
-    trainer = Trainer(config, role=role, loader=loader, evaluator=evaluator, log=log, watchdog=watchdog, stop=stop)
+        loader, evaluator = data_of(role.groups)
+    trainer = Trainer(
+        config,
+        role=role,
+        loader=loader,
+        evaluator=evaluator,
+        log=log,
+        watchdog=watchdog,
+        stop=stop,
+        objective=objective,
+        keeps_epochs=keeps_epochs,
+    )
     with contextlib.closing(loader):
         with starting(log, watchdog, "weights"):
             trainer.restore()

@@ -59,6 +59,9 @@ class Loader(Protocol):
     def ends_epoch(self, iteration: int) -> bool:
         """Whether an iteration is the last of an epoch that leaves a checkpoint."""
 
+    def close(self) -> None:
+        """Ends what prepares steps."""
+
 
 class Evaluator(Protocol):
     """A task's evaluations during training."""

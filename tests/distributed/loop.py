@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def train(*configs: RunConfig) -> None:
             config.run_dir, rank=rank, world_size=world_size, timeout_seconds=120, phase="import", stop=stop
         )
         try:
-            pretrain.train(config, dataset=dataset, held_out=held_out, log=log, watchdog=watchdog, stop=stop)
+            data_of = partial(pretrain.data_of, config, dataset, held_out)
+            pretrain.train(config, data_of, log=log, watchdog=watchdog, stop=stop)
         finally:
             watchdog.close(phase=END)
         log.close()
