@@ -57,8 +57,7 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
 
 
 def _describe_ppo(config: RunConfig, *, path: Path, world_size: int | None) -> list[str]:
-    ppo = config.ppo
-    assert ppo is not None, "the config's rules ask for it"
+    ppo = config.ppo_section
     lines = [f"{path}: valid, task ppo, run folder {config.run_dir}"]
     if world_size is None:
         lines.append("  give --world-size to see where the roles stand")

@@ -38,6 +38,12 @@ class Role:
         """The role's name: "model" in a training job, actor, critic and so on in PPO."""
         return self.groups.name
 
+    @property
+    def vocab_size(self) -> int:
+        """The true size, without padding."""
+        assert self.model.vocab_size, "the shape is complete once a model is built"
+        return self.model.vocab_size
+
     def named_parameters(self) -> Iterator[NamedParameter]:
         """Every parameter of this rank under its global name."""
         for chunk in self.chunks:

@@ -29,7 +29,7 @@ from megatron_xy.errors import ConfigError
 
 def ppo_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[str, str]]:
     """What a PPO run needs, role by role."""
-    ppo, roles, names = config.ppo or PPOConfig(), config.roles or {}, role_names(config)
+    ppo, roles, names = config.ppo_section, config.roles or {}, role_names(config)
     if ppo.prompts is None:
         yield "ppo.prompts", "ppo.prompts is missing; name a jsonl file of rows with a prompt"
     if config.data.tokenizer is None:

@@ -53,7 +53,7 @@ class PlacedRole:
 
 def role_names(config: RunConfig) -> tuple[RoleName, ...]:
     """The roles that a PPO run has; a function may stand in for the reward model."""
-    has_function = config.ppo is not None and config.ppo.reward_function is not None
+    has_function = config.ppo_section.reward_function is not None
     return ROLE_NAMES[:-1] if has_function else ROLE_NAMES
 
 

@@ -387,6 +387,11 @@ class RunConfig(Section):
         """`reward`, or its defaults."""
         return self.reward or RewardConfig()
 
+    @property
+    def ppo_section(self) -> PPOConfig:
+        """`ppo`, or its defaults."""
+        return self.ppo or PPOConfig()
+
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,

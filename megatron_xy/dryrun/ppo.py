@@ -27,8 +27,7 @@ def dry_run(
     config: RunConfig, roles: Mapping[RoleName, PlacedRole], *, rank: int, world_size: int, length: int
 ) -> list[RankFindings]:
     """The roles on `rank`, each built and run. length: tokens of every answer with its prompt."""
-    ppo = config.ppo
-    assert ppo is not None, "the config's rules ask for it"
+    ppo = config.ppo_section
     with pretended_rank(rank, world_size=world_size) as ledger:
         workers = [build_worker(config, placed) for placed in roles.values()]
         mine = [worker for worker in workers if worker.role is not None]

@@ -91,13 +91,13 @@ def _of_ppo(config: RunConfig, bucket: int | None, world_size: int) -> tuple[OfR
         for name, role in placed_roles(config, world_size=world_size).items()
     }
     check_role_shapes(roles)
-    assert config.ppo is not None, "the config's rules ask for it"
-    _, room = room_for_answers(roles.values(), config.ppo)
-    length = bucket or filling_answer(roles.values(), config.ppo)
-    if not config.ppo.max_response_length < length <= room:
+    answer_limit = config.ppo_section.max_response_length
+    _, room = room_for_answers(roles.values(), config.ppo_section)
+    length = bucket or filling_answer(roles.values(), config.ppo_section)
+    if not answer_limit < length <= room:
         raise ConfigError(
             f"--bucket {length}: an answer with its prompt has more than ppo.max_response_length "
-            f"({config.ppo.max_response_length}) and at most {room} tokens, the roles' room; give such a number"
+            f"({answer_limit}) and at most {room} tokens, the roles' room; give such a number"
         )
     return partial(ppo.dry_run, config, roles, length=length), length
 

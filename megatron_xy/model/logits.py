@@ -52,15 +52,12 @@ def _logits(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     if role.model.head == "value":
         return logits.float()
     parts = gathered_over(logits.float(), role.groups.collection.tp)  # [tp, tokens, vocabulary/tp]
-    return parts.movedim(0, 1).flatten(1)[:, : role.model.vocab_size]
+    return parts.movedim(0, 1).flatten(1)[:, : role.vocab_size]
 
 
 def _logprobs(role: Role, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    assert role.model.vocab_size, "the shape is complete once a model is built"
     tp_group = role.groups.collection.tp
-    return token_logprobs_and_entropy(
-        logits, labels, vocab_size=role.model.vocab_size, temperature=1.0, tp_group=tp_group
-    )[0]
+    return token_logprobs_and_entropy(logits, labels, vocab_size=role.vocab_size, temperature=1.0, tp_group=tp_group)[0]
 
 
 def _padded(row: Sequence[int], width: int) -> MicroBatch:

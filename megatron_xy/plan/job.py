@@ -74,11 +74,10 @@ class Job:
 def jobs(config: RunConfig, *, world_size: int) -> list[Job]:
     """The roles of a run over `world_size` ranks; one, named model, but for task ppo."""
     if config.task == "ppo":
-        assert config.ppo is not None, "the config's rules ask for it"
-        placed = placed_roles(config, world_size=world_size)
-        _, room = room_for_answers(placed.values(), config.ppo)
-        length = filling_answer(placed.values(), config.ppo)
-        return [_job_of_role(role, ppo=config.ppo, room=room, length=length) for role in placed.values()]
+        ppo, placed = config.ppo_section, placed_roles(config, world_size=world_size)
+        _, room = room_for_answers(placed.values(), ppo)
+        length = filling_answer(placed.values(), ppo)
+        return [_job_of_role(role, ppo=ppo, room=room, length=length) for role in placed.values()]
     dp_size = data_parallel_size(config.parallel, world_size=world_size)
     training = config.training
     return [

@@ -58,8 +58,7 @@ class PPOCheckpoints:
     def restore(self, engine: PPO, skipped: SkippedUpdates) -> dict[str, TrainingState]:
         """Goes on from the checkpoint that the config asks for, else from what each role's `model.load` names; returns
         the trained roles' states, and sets those of the engine and of what counts skipped updates."""
-        config, ppo, world = self._config, self._config.ppo, self._cast.world
-        assert ppo is not None, "the config's rules ask for it"
+        config, ppo, world = self._config, self._config.ppo_section, self._cast.world
         found = course.find_start(config, world, current=self._facts, say=self._log.say)
         for worker in self._cast.workers.values():
             if worker.role is not None and (found is None or worker.name not in TRAINED):
@@ -126,8 +125,7 @@ class PPOCheckpoints:
 
     def _goes_on_adapting(self, manifest: Manifest) -> bool:
         """Whether the KL coefficient is the one that was reached; one that is fixed, or new in the config, is that."""
-        ppo = self._config.ppo
-        assert ppo is not None, "the config's rules ask for it"
+        ppo = self._config.ppo_section
         return ppo.kl_target is not None and manifest.state.get("settings", {}).get("ppo.kl_coef") == ppo.kl_coef
 
     def _writer(self, name: str) -> CheckpointWriter:
@@ -147,6 +145,5 @@ class PPOCheckpoints:
 
     def _is_snapshot(self, iteration: int) -> bool:
         """Whether the checkpoint of an iteration is never let go of."""
-        assert self._config.ppo is not None, "the config's rules ask for it"
-        interval = self._config.ppo.snapshot_interval
+        interval = self._config.ppo_section.snapshot_interval
         return interval > 0 and iteration % interval == 0

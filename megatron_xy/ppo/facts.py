@@ -25,8 +25,7 @@ def facts(
     """What `continuation.check_continuation` compares of the trained role `of`: its model, what is drawn and measured
     against, and all settings, every role's included. fingerprints: as below.
     """
-    ppo = config.ppo
-    assert ppo is not None, "the config's rules ask for it"
+    ppo = config.ppo_section
     order = {"seed": config.seed, "ppo.rollout_batch_size": ppo.rollout_batch_size, **fingerprints}
     for frozen in FROZEN_ROLES:
         if frozen in roles:
@@ -51,8 +50,8 @@ def facts(
 def fingerprints(config: RunConfig, material: Material) -> dict[str, str | None]:
     """Of the files that decide what is drawn and what it is measured against; None where there is none: one that comes
     or goes shows, too."""
-    ppo = config.ppo
-    assert ppo is not None and ppo.prompts is not None, "the config's rules ask for them"
+    ppo = config.ppo_section
+    assert ppo.prompts is not None, "the config's rules ask for them"
     loads = {name: material.roles[name].model.load if name in material.roles else None for name in FROZEN_ROLES}
     return {
         "ppo.prompts": file_sha256(ppo.prompts),

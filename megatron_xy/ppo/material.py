@@ -50,8 +50,8 @@ class Material:
 
 def look_at(config: RunConfig, placed: Mapping[RoleName, PlacedRole]) -> Material:
     """Opens and checks what the config names, all but the weights themselves. Raises ConfigError or DataError."""
-    ppo = config.ppo
-    assert ppo is not None and ppo.prompts is not None and config.data.tokenizer is not None, "the rules ask for them"
+    ppo = config.ppo_section
+    assert ppo.prompts is not None and config.data.tokenizer is not None, "the rules ask for them"
     roles = {name: replace(role, model=resolve_model(role.model)) for name, role in placed.items()}
     check_role_shapes(roles)
     _check_heads(roles)

@@ -126,11 +126,10 @@ class RewardModel(RoleWorker):
 
 
 def _logprobs(temperature: float, role: Role, packed: PackedBatch, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    assert role.model.vocab_size, "the shape is complete once a run starts"
     logprobs, entropy = token_logprobs_and_entropy(
         logits[0, packed.before],
         packed.labels[0, packed.before],
-        vocab_size=role.model.vocab_size,
+        vocab_size=role.vocab_size,
         temperature=temperature,
         tp_group=role.groups.collection.tp,
     )

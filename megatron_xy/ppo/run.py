@@ -39,13 +39,13 @@ def run(config: RunConfig, *, stop: StopRequest, watchdog: Watchdog, began: floa
     rank, world_size = environment.rank(), environment.world_size()
     check_world(config, world_size=world_size)
     check_boards(config.runtime)
-    assert config.ppo is not None, "the config's rules ask for it"
     material = look_at(config, placed_roles(config, world_size=world_size))
     if rank == 0:  # one rank's end is that of all, and one asks the file system
         check_space(config, material.trained_models)
         for role in material.roles.values():
             check_weights_to_load(config, role.model, is_trained=role.optimizer is not None)
-    function = None if config.ppo.reward_function is None else load_reward_function(config.ppo.reward_function)
+    named = config.ppo_section.reward_function
+    function = None if named is None else load_reward_function(named)
     log = RunLog(config.run_dir, rank=rank, is_leader=rank == 0, wandb_project=config.runtime.wandb_project)
     for line in told(material, world_size=world_size):
         log.say(line)
@@ -126,9 +126,9 @@ def build(
 def _engine(config: RunConfig, material: Material, workers: Mapping[str, RoleWorker], scorer: Scorer) -> PPO:
     actor, critic, reference = workers["actor"], workers["critic"], workers["reference"]
     assert isinstance(actor, Actor) and isinstance(critic, Critic) and isinstance(reference, Policy), "made by name"
-    assert config.ppo is not None, "the config's rules ask for it"
-    state = PPOState(kl_coef=config.ppo.kl_coef)
-    return PPO(config.ppo, actor, critic, reference, scorer, state, stored=material.stored_scores)
+    ppo = config.ppo_section
+    state = PPOState(kl_coef=ppo.kl_coef)
+    return PPO(ppo, actor, critic, reference, scorer, state, stored=material.stored_scores)
 
 
 def build_worker(
@@ -138,8 +138,7 @@ def build_worker(
 
     stored_scores: mean and deviation, on whose scale the critic's values are.
     """
-    ppo = config.ppo
-    assert ppo is not None, "the config's rules ask for it"
+    ppo = config.ppo_section
     groups = parallel.build_groups(
         placed.name,
         ranks=placed.ranks,
@@ -167,8 +166,8 @@ def build_worker(
 
 
 def _source(config: RunConfig, material: Material, actor: RoleWorker) -> AnswerSource:
-    ppo, vocab_size = config.ppo, actor.placed.model.vocab_size
-    assert ppo is not None and vocab_size, "the config's rules ask for them"
+    ppo, vocab_size = config.ppo_section, actor.placed.model.vocab_size
+    assert vocab_size, "the shape is complete"
     if material.responses is not None:
         return AnswersFromFile(material.responses, stop_tokens=material.stop_ids)
     options = SamplingOptions(

@@ -50,8 +50,7 @@ class PPOTrainer:
         watchdog: Watchdog,
         stop: StopRequest,
     ) -> None:
-        assert config.ppo is not None, "the config's rules ask for it"
-        self.config, self.ppo, self.cast, self.engine, self.source = config, config.ppo, cast, engine, source
+        self.config, self.ppo, self.cast, self.engine, self.source = config, config.ppo_section, cast, engine, source
         self.prompts, self.renderers = material.prompts, material.renderers
         self.log, self.watchdog, self.stop = log, watchdog, stop
         self.checkpoints = PPOCheckpoints(config, material, cast=cast, log=log)

@@ -134,10 +134,7 @@ def evaluate(role: Role, held_out: HeldOut, *, goes_on: Callable[[], bool]) -> d
 
 def _held_out_sums(role: Role, num_sources: int, batch: DeviceBatch, logits: torch.Tensor) -> dict[str, torch.Tensor]:
     """{totals [sources x ranges of positions, 2]: sums of losses and counts, fp64}."""
-    assert role.model.vocab_size, "the shape is complete once a run starts"
-    losses = token_cross_entropy(
-        logits, batch.labels, vocab_size=role.model.vocab_size, tp_group=role.groups.collection.tp
-    )
+    losses = token_cross_entropy(logits, batch.labels, vocab_size=role.vocab_size, tp_group=role.groups.collection.tp)
     positions = batch.packed.position_ids
     assert positions is not None, "on_device sets them"
     begins = torch.tensor(list(POSITION_RANGES.values()), device=losses.device)

@@ -203,10 +203,7 @@ def forward(module: torch.nn.Module, batch: DeviceBatch) -> torch.Tensor:
 
 def language_model_loss(role: Role, num_sources: int, batch: DeviceBatch, logits: torch.Tensor) -> BatchLoss:
     """Next-token prediction, as an Objective's loss: of the tokens that the mask counts."""
-    assert role.model.vocab_size, "the shape is complete once a run starts"
-    losses = token_cross_entropy(
-        logits, batch.labels, vocab_size=role.model.vocab_size, tp_group=role.groups.collection.tp
-    )
+    losses = token_cross_entropy(logits, batch.labels, vocab_size=role.vocab_size, tp_group=role.groups.collection.tp)
     masked = losses * batch.loss_mask
     by_source = torch.nn.functional.one_hot(batch.source_ids, num_sources).to(torch.float64)  # [tokens, sources]
     pairs = torch.stack([masked.detach()[0], batch.loss_mask[0]], dim=1).to(torch.float64)  # [tokens, 2]
