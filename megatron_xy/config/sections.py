@@ -110,6 +110,11 @@ class ParallelConfig(Section):
         return self.virtual_pipeline_model_parallel_size or 1
 
     @property
+    def micro_batches_a_round(self) -> int:
+        """What their number is a multiple of: an interleaved schedule takes as many at a time as there are stages."""
+        return self.pipeline_model_parallel_size if self.num_chunks > 1 else 1
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one replica of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

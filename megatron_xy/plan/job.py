@@ -32,8 +32,8 @@ class Answers:
 
     def shape(self, number: int, *, length: int, parallel: ParallelConfig, dp_size: int) -> tuple[int, int]:
         """Micro-batches of a rank, and tokens of each, where `number` answers of one length are shared out."""
-        rounds = parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 1
-        batches, most = equal_answers(number, length=length, budget=self.budget, dp_size=dp_size, multiple=rounds)
+        multiple = parallel.micro_batches_a_round
+        batches, most = equal_answers(number, length=length, budget=self.budget, dp_size=dp_size, multiple=multiple)
         tp = parallel.tensor_model_parallel_size
         return batches, -(-most * length // tp) * tp
 

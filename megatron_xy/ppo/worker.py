@@ -81,9 +81,8 @@ class RoleWorker:
         prompts, responses = rollout.prompts[self.name], rollout.responses
         lengths = [len(prompts[answer]) + len(responses[answer]) for answer in answers]
         groups = role.groups
-        rounds = groups.pp_size if len(role.chunks) > 1 else 1  # as an interleaved schedule has them
-        budget = self.placed.micro_batch_tokens
-        plan = plan_answers(lengths, budget=budget, dp_size=groups.dp_size, multiple=rounds)
+        budget, multiple = self.placed.micro_batch_tokens, role.parallel.micro_batches_a_round
+        plan = plan_answers(lengths, budget=budget, dp_size=groups.dp_size, multiple=multiple)
         width = width_of(plan, lengths, multiple=groups.tp_size)
         mine = [[answers[index] for index in batch] for batch in plan[groups.dp_rank]]
         batches = pack_answers(mine, prompts, responses, width=width)
