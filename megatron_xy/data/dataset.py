@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from megatron_xy.data.origins import Rows, read_mask, read_rows
 from megatron_xy.errors import ConfigError, DataError
 
 MOST_OPEN_SHARDS = 8192  # Linux gives a process 65,530 maps, if nobody has raised it
+Array = TypeVar("Array")
 NO_LABEL = 0  # stands where loss_mask is 0; a valid id, so that an embedding or a loss may read it
 
 
@@ -43,20 +44,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class PairIndex:
-    """Where the pairs of answers in a row are: p pairs, compared at n places in all.
+class PairIndex(Generic[Array]):
+    """Where the pairs of answers in a row are: p pairs, in n comparisons; as arrays, or as tensors on the device.
 
-    At place i, the value at `chosen[i]` is to exceed that at `rejected[i]`; it weighs weights[i], 1 in all of a pair.
+    In comparison i, which is one of pair owners[i] and counts weights[i] of it, the value at `chosen[i]` is to exceed
+    that at `rejected[i]`; the weights of a pair sum to 1.
     """
 
-    chosen: NDArray[np.int64]  # [n] positions in the row
-    rejected: NDArray[np.int64]  # [n]
-    pairs: NDArray[np.int64]  # [n] 0 to p - 1
-    weights: NDArray[np.float32]  # [n]
-    chosen_ends: NDArray[np.int64]  # [p] positions of the last tokens, where the scores are
-    rejected_ends: NDArray[np.int64]  # [p]
-    margins: NDArray[np.float32]  # [p] by how much the chosen one is to win
-    source_ids: NDArray[np.int64]  # [p]
+    chosen: Array  # [n] int64 positions in the row
+    rejected: Array  # [n] int64
+    owners: Array  # [n] int64, 0 to p - 1
+    weights: Array  # [n] fp32
+    chosen_ends: Array  # [p] int64 positions of the last tokens, where the scores are
+    rejected_ends: Array  # [p] int64
+    margins: Array  # [p] fp32, by how much the chosen one is to win
+    source_ids: Array  # [p] int64
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class MicroBatch:
     source_ids: NDArray[np.int32]  # of every token, that of its sample for padding
     num_padding_tokens: int
     sum_squared_lengths: int  # of n^2 over the texts that attend within themselves: what attention costs
-    pairs: PairIndex | None = None  # of task reward, in place of labels
+    pairs: PairIndex[NDArray[Any]] | None = None  # of task reward, which learns from them alone
 
 
 class PackedDataset:

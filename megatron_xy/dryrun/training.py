@@ -51,16 +51,14 @@ def micro_batches(config: RunConfig, *, dp_size: int, bucket: int) -> list[Micro
     number = max(1, training.global_batch_tokens // (training.micro_batch_tokens * dp_size))  # pairs may fill less
     per_micro_batch = training.micro_batch_tokens // bucket
     if config.task == "reward":
-        parallel = config.parallel
         return pair_micro_batches(
             [_pair(bucket)] * (number * per_micro_batch),
             source_ids=[0] * (number * per_micro_batch),
             width=training.micro_batch_tokens,
-            loss=config.reward_section.loss,
-            margin_scale=config.reward_section.margin_scale,
+            reward=config.reward_section,
             dp_size=1,
             dp_rank=0,
-            multiple=parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 1,
+            multiple=config.parallel.micro_batches_a_round,
         )
     sample = Sample(tokens=np.ones(bucket, dtype=np.int64), piece_lengths=np.array([bucket]))
     batch = collate(

@@ -35,3 +35,8 @@ class ValueHead(torch.nn.Module):
                 values, tensor_parallel_output_grad=False, group=self.tp_group
             )
         return values, None
+
+
+def values_of(output: torch.Tensor) -> torch.Tensor:
+    """The value at every token, fp32 [tokens], of what a model with this head gives: [1, tokens, 1]."""
+    return output[0, :, 0]

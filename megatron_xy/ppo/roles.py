@@ -13,6 +13,7 @@ import torch
 
 from megatron_xy.config import PlacedRole, PPOConfig
 from megatron_xy.losses import token_logprobs_and_entropy
+from megatron_xy.model.heads import values_of
 from megatron_xy.ppo import functional
 from megatron_xy.ppo.experience import Experience, Rollout
 from megatron_xy.ppo.transport import Shipment
@@ -90,7 +91,7 @@ class Critic(RoleWorker):
         return shipment
 
     def _values(self, role: Role, packed: PackedBatch, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        values = (output[0, :, 0] - self.shift) / self.scale
+        values = (values_of(output) - self.shift) / self.scale
         return {"values": values[packed.before], "values_at_token": values[packed.before + 1]}
 
     def update(
@@ -137,4 +138,4 @@ def _logprobs(temperature: float, role: Role, packed: PackedBatch, logits: torch
 
 
 def _values_at_tokens(role: Role, packed: PackedBatch, output: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"at_token": output[0, packed.before + 1, 0]}
+    return {"at_token": values_of(output)[packed.before + 1]}

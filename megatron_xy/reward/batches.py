@@ -7,7 +7,6 @@ tokens stay within its budget. Both answers of a pair lie in one micro-batch; al
 from __future__ import annotations
 
 import bisect
-import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xy.config import RewardConfig
 from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers
 from megatron_xy.data.dataset import MicroBatch, PairIndex
 from megatron_xy.data.draws.permutation import shuffled
@@ -87,23 +87,22 @@ def pair_micro_batches(
     *,
     source_ids: Sequence[int],
     width: int,
-    loss: PairLoss,
-    margin_scale: float,
+    reward: RewardConfig,
     dp_size: int,
     dp_rank: int,
     multiple: int = 1,
 ) -> list[MicroBatch]:
     """This data parallel rank's micro-batches of a step's pairs: as many on every rank, some perhaps without pairs.
 
-    source_ids: of each pair. multiple: of which their number is one.
+    source_ids: of each pair. Their number is a multiple of `multiple`.
     """
-    plan = plan_answers([pair.num_tokens for pair in pairs], budget=width, dp_size=dp_size * multiple)
-    mine = list(itertools.chain.from_iterable(plan[dp_rank * multiple : (dp_rank + 1) * multiple]))
+    lengths = [pair.num_tokens for pair in pairs]
+    mine = plan_answers(lengths, budget=width, dp_size=dp_size, multiple=multiple)[dp_rank]
     prompts = [pair.prompt.tolist() for pair in pairs for _ in range(2)]
     responses = [answer.tolist() for pair in pairs for answer in (pair.chosen, pair.rejected)]
     answers = [[answer for pair in numbers for answer in (2 * pair, 2 * pair + 1)] for numbers in mine]
     return [
-        replace(batch.tokens, pairs=_index(batch, numbers, pairs, source_ids, loss=loss, margin_scale=margin_scale))
+        replace(batch.tokens, pairs=_index(batch, numbers, pairs, source_ids, reward))
         for batch, numbers in zip(pack_answers(answers, prompts, responses, width=width), mine, strict=True)
     ]
 
@@ -113,16 +112,14 @@ def _index(
     numbers: Sequence[int],
     pairs: Sequence[Pair],
     source_ids: Sequence[int],
-    *,
-    loss: PairLoss,
-    margin_scale: float,
-) -> PairIndex:
+    reward: RewardConfig,
+) -> PairIndex[NDArray[Any]]:
     is_first = batch.columns == 0
     begins = dict(zip(batch.rows[is_first].tolist(), (batch.before[is_first] + 1).tolist(), strict=True))
     chosen, rejected, owners, weights = [], [], [], []
     for place, number in enumerate(numbers):
         pair = pairs[number]
-        columns = compared_columns(pair, loss=loss)
+        columns = compared_columns(pair, loss=reward.loss)
         chosen.append(begins[2 * number] + np.minimum(columns, len(pair.chosen) - 1))
         rejected.append(begins[2 * number + 1] + np.minimum(columns, len(pair.rejected) - 1))
         owners.append(np.full(len(columns), place))
@@ -130,11 +127,11 @@ def _index(
     return PairIndex(
         chosen=_joined(chosen).astype(np.int64),
         rejected=_joined(rejected).astype(np.int64),
-        pairs=_joined(owners).astype(np.int64),
+        owners=_joined(owners).astype(np.int64),
         weights=_joined(weights).astype(np.float32),
         chosen_ends=np.array([part[-1] for part in chosen], dtype=np.int64),
         rejected_ends=np.array([part[-1] for part in rejected], dtype=np.int64),
-        margins=np.array([margin_scale * pairs[number].strength for number in numbers], dtype=np.float32),
+        margins=np.array([reward.margin_scale * pairs[number].strength for number in numbers], dtype=np.float32),
         source_ids=np.array([source_ids[number] for number in numbers], dtype=np.int64),
     )
 

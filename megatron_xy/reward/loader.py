@@ -56,17 +56,14 @@ class PairLoader:
 
     def _prepare(self, data_step: int) -> PreparedStep:
         numbers, config = self._order.step(data_step).pairs, self._config
-        parallel, reward = config.parallel, config.reward_section
         micro_batches = pair_micro_batches(
             [self._pairs[number] for number in numbers],
             source_ids=[self._source_ids[number] for number in numbers],
             width=config.training.micro_batch_tokens,
-            loss=reward.loss,
-            margin_scale=reward.margin_scale,
+            reward=config.reward_section,
             dp_size=self._dp_size,
             dp_rank=self._dp_rank,
-            # The interleaved schedule takes them in rounds of as many as there are stages.
-            multiple=parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 1,
+            multiple=config.parallel.micro_batches_a_round,
         )
         samples: dict[str, list[int]] = {}
         for number in numbers:

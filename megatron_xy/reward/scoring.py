@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_xy import device
 from megatron_xy.data.answer_batches import AnswerBatch, pack_answers, plan_answers, width_of
+from megatron_xy.model.heads import values_of
 from megatron_xy.parallel import from_last_stage, sum_over
 from megatron_xy.role import Role
 from megatron_xy.training.train_step import forward_pass, on_device
@@ -69,7 +70,7 @@ def score_pass(
     )
     batches = [on_device(batch.tokens) for batch in packed]
     scores = torch.zeros(len(responses), dtype=torch.float64, device=device.current())
-    outputs = forward_pass(role, batches, lambda batch, last: {"values": last[0, :, 0]})
+    outputs = forward_pass(role, batches, lambda batch, last: {"values": values_of(last)})
     for batch, output in zip(packed, outputs, strict=False):  # none but on the last stage
         answers, places = _last_tokens(batch, responses)
         scores[torch.from_numpy(answers)] = output["values"][torch.from_numpy(places)].double()

@@ -16,26 +16,12 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_xy import device, mcore
-from megatron_xy.data.dataset import MicroBatch
+from megatron_xy.data.dataset import MicroBatch, PairIndex
 from megatron_xy.losses import token_cross_entropy
 from megatron_xy.model.rotary import PackedDocuments
 from megatron_xy.optimizer import apply_gradients, finish_gradients
 from megatron_xy.parallel import from_last_stage, sum_over
 from megatron_xy.role import Role
-
-
-@dataclass(frozen=True)
-class DevicePairs:
-    """A PairIndex on the device."""
-
-    chosen: torch.Tensor
-    rejected: torch.Tensor
-    pairs: torch.Tensor
-    weights: torch.Tensor
-    chosen_ends: torch.Tensor
-    rejected_ends: torch.Tensor
-    margins: torch.Tensor
-    source_ids: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class DeviceBatch:
     loss_mask: torch.Tensor  # [1, tokens] fp32
     source_ids: torch.Tensor  # [tokens] int64
     packed: PackedDocuments
-    pairs: DevicePairs | None = None
+    pairs: PairIndex[torch.Tensor] | None = None
 
 
 BatchType = TypeVar("BatchType", bound=DeviceBatch)
@@ -217,7 +203,7 @@ def on_device(batch: MicroBatch) -> DeviceBatch:
     pairs = None
     if batch.pairs is not None:
         names = [part.name for part in fields(batch.pairs)]
-        pairs = DevicePairs(**{name: device.moved_here(getattr(batch.pairs, name)) for name in names})
+        pairs = PairIndex(**{name: device.moved_here(getattr(batch.pairs, name)) for name in names})
     return DeviceBatch(
         tokens=device.moved_here(batch.tokens)[None],
         labels=device.moved_here(batch.labels)[None],

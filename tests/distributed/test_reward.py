@@ -110,11 +110,10 @@ def three_steps(case: Case, reward: RewardConfig, load: str | None = None) -> di
         PAIRS,
         source_ids=[index % NUM_SOURCES for index in range(len(PAIRS))],
         width=case.width,
-        loss=reward.loss,
-        margin_scale=reward.margin_scale,
+        reward=reward,
         dp_size=groups.dp_size,
         dp_rank=groups.dp_rank,
-        multiple=groups.pp_size if parallel.num_chunks > 1 else 1,
+        multiple=parallel.micro_batches_a_round,
     )
     told: dict[str, Any] = {"losses": [], "norms": [], "by_source": [], "measures": []}
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_xy.config import RunConfig, RuntimeConfig
+from megatron_xy.config import RewardConfig, RunConfig, RuntimeConfig
 from megatron_xy.errors import ConfigError, DataError
 from megatron_xy.preflight import check_paths, open_pairs
 from megatron_xy.reward.batches import PairOrder, compared_columns, pair_micro_batches
@@ -220,7 +220,7 @@ def test_places_at_which_a_pair_is_compared(toy: Path) -> None:
     assert compared_columns(pair, loss="token").tolist() == [2, 3, 4]
     assert compared_columns(pair, loss="sentence").tolist() == [4]
     (batch,) = pair_micro_batches(
-        [pair], source_ids=[0], width=32, loss="token", margin_scale=0.5, dp_size=1, dp_rank=0
+        [pair], source_ids=[0], width=32, reward=RewardConfig(margin_scale=0.5), dp_size=1, dp_rank=0
     )
     assert batch.pairs is not None
     # The prompt has 2 tokens, the chosen answer 5, the rejected one 4, whose end stands for what is behind it.
