@@ -33,7 +33,7 @@ def describe(config: RunConfig, *, path: Path, world_size: int | None) -> str:
     else:
         replicas = data_parallel_size(layout, world_size=world_size)
         micro_batches = training.global_batch_tokens // (training.micro_batch_tokens * replicas)
-        of_a_step = "micro-batches as pairs fit" if config.task == "reward" else f"{micro_batches} micro-batches a step"
+        of_a_step = "micro-batches as pairs fit" if config.has_pairs else f"{micro_batches} micro-batches a step"
         lines.append(f"  layout: {sizes} x dp {replicas} on {world_size} ranks, {of_a_step}")
     phases = sampler_phases(config)
     sizes_of_steps, size = "", 0

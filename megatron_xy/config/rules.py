@@ -41,7 +41,7 @@ def run_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple[st
     yield from layout_rules(config.parallel)
     yield from _profile_rules(config, world_size=world_size)
     yield from schedule_rules(config.optimizer)
-    if training.eval_interval and data.eval_path is None and config.task != "reward":
+    if training.eval_interval and data.eval_path is None and not config.has_pairs:
         yield (
             "data.eval_path",
             f"data.eval_path is missing; training.eval_interval ({training.eval_interval}) needs held-out data, such "
@@ -80,7 +80,7 @@ def _batch_rules(config: RunConfig, *, world_size: int | None) -> Iterator[tuple
         yield "parallel", world_rule(parallel, world_size)
     elif world_size is not None:
         factors["data parallel size"] = world_size // parallel.model_parallel_size
-    if config.task == "reward":
+    if config.has_pairs:
         return
     unit = math.prod(factors.values())
     unit_name = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))}"

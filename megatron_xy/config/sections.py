@@ -388,6 +388,11 @@ class RunConfig(Section):
     reward: RewardConfig | None = None
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether the task learns from pairs of answers, in place of packed documents."""
+        return self.task == "reward"
+
+    @property
     def reward_section(self) -> RewardConfig:
         """`reward`, or its defaults."""
         return self.reward or RewardConfig()

@@ -50,7 +50,7 @@ def micro_batches(config: RunConfig, *, dp_size: int, bucket: int) -> list[Micro
     training = config.training
     number = max(1, training.global_batch_tokens // (training.micro_batch_tokens * dp_size))  # pairs may fill less
     per_micro_batch = training.micro_batch_tokens // bucket
-    if config.task == "reward":
+    if config.has_pairs:
         return pair_micro_batches(
             [_pair(bucket)] * (number * per_micro_batch),
             source_ids=[0] * (number * per_micro_batch),

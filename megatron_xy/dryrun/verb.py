@@ -77,7 +77,7 @@ def _of_training(config: RunConfig, bucket: int | None) -> tuple[OfRank, int]:
         raise ConfigError(
             f"--bucket {bucket}: training.micro_batch_tokens ({width}) must be a multiple of it; give one of the data's"
         )
-    if config.task == "reward" and bucket == 1:
+    if config.has_pairs and bucket == 1:
         raise ConfigError("--bucket 1: a pair has two answers, so at least 2 tokens; give such a number")
     config = config.model_copy(update={"model": _shaped(config.model)})
     check_shape(config)

@@ -109,12 +109,11 @@ def _pictures(metrics: Metrics, *, evaluations: Metrics, config: RunConfig) -> d
             "losses": Picture(draw_losses, "What actor and critic learn."),
             "time": Picture(draw_time, "Where a step's time goes, and how long each role waits for the others."),
         }
-    is_of_pairs = config.task == "reward"
     return {
         "pairs": Picture(
             partial(draw_pairs, evaluations=evaluations, reward=config.reward_section),
             "How often the better answer wins, what both score, on what scale, and for whom.",
-            is_there=is_of_pairs and bool(evaluations.records),
+            is_there=config.has_pairs and bool(evaluations.records),
         ),
         "loss": Picture(
             draw_loss,
@@ -123,7 +122,7 @@ def _pictures(metrics: Metrics, *, evaluations: Metrics, config: RunConfig) -> d
         "evaluation": Picture(
             partial(draw_evaluation, evaluations=evaluations),
             "Loss on held-out data beside the training's: in all, by bucket, by source, by position in the document.",
-            is_there=not is_of_pairs and bool(evaluations.records),
+            is_there=not config.has_pairs and bool(evaluations.records),
         ),
         "learning_rate_and_grad_norm": Picture(
             draw_schedule, "Learning rate and the gradient's norm before clipping. Odd steps on top."
