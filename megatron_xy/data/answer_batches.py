@@ -19,8 +19,8 @@ from megatron_xy.data.dataset import MicroBatch
 class AnswerBatch:
     """One micro-batch, and where the response tokens of its answers are.
 
-    For response token t of answer a, standing at `after[i]` of the row (the position whose output predicts it is
-    `before[i]` = after[i] - 1): rows[i] = a, columns[i] = t. All are int64 [response tokens].
+    Response token i is number columns[i] of answer rows[i], and stands in the row behind before[i], whose output
+    predicts it. All are int64 [response tokens].
     """
 
     tokens: MicroBatch

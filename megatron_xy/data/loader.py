@@ -18,7 +18,7 @@ from megatron_xy.data.prefetcher import Prefetcher
 class PreparedStep:
     """The micro-batches of one data step for this data parallel rank, and what the whole step's batch is."""
 
-    bucket: int
+    bucket: int  # of its samples; of pairs, which have none, the micro-batch's tokens
     micro_batches: list[MicroBatch]
     num_samples: int  # of all ranks
     num_tokens: int  # of all ranks, the same in every layout: with the samples' padding, without that of their packing

@@ -25,7 +25,7 @@ class PairEvaluator:
         # As many training pairs as held-out ones, spread over all of them; all, where nothing is held out.
         number = min(len(data.training), len(data.held_out) or len(data.training))
         places = np.linspace(0, len(data.training) - 1, num=number).astype(int)
-        self._training = [data.training[place] for place in places]
+        self._learned = [data.training[place] for place in places]
 
     def is_due(self, iteration: int) -> bool:
         """After each epoch, after the last iteration, and every `eval_interval` iterations where that is asked for."""
@@ -35,7 +35,7 @@ class PairEvaluator:
 
     def evaluate(self, role: Role, *, iteration: int, goes_on: Callable[[], bool]) -> dict[str, Any] | None:
         """The tables, and the scores' mean and deviation, which PPO takes from the checkpoint."""
-        pairs = [*self._held_out, *self._training]
+        pairs = [*self._held_out, *self._learned]
         scores = score_answers(
             role,
             [pair.prompt for pair in pairs for _ in range(2)],
@@ -56,12 +56,12 @@ class PairEvaluator:
             "loss": held_out["loss"] if held_out else None,  # where every task's records have them
             "loss_by_source": held_out["loss_by_source"] if held_out else {},
             "held_out": held_out,
-            "training": table_of(self._training, chosen[size:], rejected[size:]),
+            "training": table_of(self._learned, chosen[size:], rejected[size:]),
         }
         # Held-out answers say more of scale and spread than those it has learned from.
         measured = (self._held_out, chosen[:size], rejected[:size])
         if held_out is None:
-            measured = (self._training, chosen[size:], rejected[size:])
+            measured = (self._learned, chosen[size:], rejected[size:])
         record["scores"] = stored_scores(*measured, model=self._config.reward_section.stored_scores_of) or None
         return record
 

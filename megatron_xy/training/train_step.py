@@ -61,9 +61,9 @@ class StepResult:
     """What one step did, the same on every rank of the role."""
 
     loss: float  # mean over the global batch's unmasked tokens, or what else the objective counts; nan of none
-    num_loss_tokens: int
+    num_loss_tokens: int  # unmasked ones, or pairs, as the objective counts
     source_losses: dict[int, float]  # by source index, for the sources drawn
-    source_tokens: dict[int, int]  # unmasked tokens, likewise
+    source_tokens: dict[int, int]  # as num_loss_tokens, likewise
     grad_norm: float
     updated: bool
     forward_backward_seconds: float  # until the gradient norm is known
@@ -192,8 +192,8 @@ def language_model_loss(role: Role, num_sources: int, batch: DeviceBatch, logits
     losses = token_cross_entropy(logits, batch.labels, vocab_size=role.vocab_size, tp_group=role.groups.collection.tp)
     masked = losses * batch.loss_mask
     by_source = torch.nn.functional.one_hot(batch.source_ids, num_sources).to(torch.float64)  # [tokens, sources]
-    pairs = torch.stack([masked.detach()[0], batch.loss_mask[0]], dim=1).to(torch.float64)  # [tokens, 2]
-    return masked.sum(), batch.loss_mask.sum().to(torch.int), {"totals": by_source.T @ pairs}
+    told = torch.stack([masked.detach()[0], batch.loss_mask[0]], dim=1).to(torch.float64)  # [tokens, 2]
+    return masked.sum(), batch.loss_mask.sum().to(torch.int), {"totals": by_source.T @ told}
 
 
 def on_device(batch: MicroBatch) -> DeviceBatch:
