@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -130,6 +129,5 @@ class Cast:
 
 
 def _on_device(batch: AnswerBatch) -> PackedBatch:
-    where: Any = device.current()
-    before, rows, columns = (torch.from_numpy(array).to(where) for array in (batch.before, batch.rows, batch.columns))
+    before, rows, columns = (device.moved_here(array) for array in (batch.before, batch.rows, batch.columns))
     return PackedBatch(**vars(on_device(batch.tokens)), before=before, rows=rows, columns=columns)
