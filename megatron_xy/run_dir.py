@@ -61,27 +61,29 @@ def check_weights_to_load(config: RunConfig, model: ModelConfig, *, is_trained: 
 def check_space(config: RunConfig, models: Iterable[ModelConfig]) -> None:
     """Raises StorageError where the disk has no room for the checkpoints that a run keeps, or will come to write.
 
-    models: complete, those that it trains. Raises ConfigError as `iterations_to_resume`.
+    models: complete, those that it trains.
     """
     checkpoints, kept = config.run_dir / "checkpoints", config.checkpoint.keep_latest
-    there = len(saved_iterations(checkpoints))
+    found = saved_iterations(checkpoints)
     size = sum(map(checkpoint_bytes, models))
     # One more than are kept, while it is written.
-    num_to_come = max(1, min(kept + 1 - there, _most_saves(config)))
+    num_to_come = max(1, min(kept + 1 - len(found), _most_saves(config, found)))
     disk = shutil.disk_usage(next(folder for folder in checkpoints.parents if folder.exists()))
     free = disk.free + swept_bytes(checkpoints)  # which the run does first
     if disk.total and free < num_to_come * size:  # some network file systems tell no size at all
         raise StorageError(
             f"run_dir ({config.run_dir}) has {free / 1e6:,.1f} MB free, and {num_to_come * size / 1e6:,.1f} are "
             f"needed, for {num_to_come} of {size / 1e6:,.1f} MB: checkpoint.keep_latest ({kept}) are kept while "
-            f"another is written, {there} are there; make room, choose another run_dir, or lower checkpoint.keep_latest"
+            f"another is written, {len(found)} are there; make room, choose another run_dir, or lower "
+            f"checkpoint.keep_latest"
         )
 
 
-def _most_saves(config: RunConfig) -> int:
+def _most_saves(config: RunConfig, found: list[int]) -> int:
     """Checkpoints that the run may write from where it begins, at most; a number above all where the data tell it."""
-    training, ppo = config.training, config.ppo
-    done = next(iter(iterations_to_resume(config)), 0)
+    training, ppo, resume = config.training, config.ppo, config.checkpoint.resume
+    # A number may be of a checkpoint that is gone by now: what restarts a run goes on from the newest.
+    done = resume if isinstance(resume, int) else 0 if resume == "never" else max(found, default=0)
     if training.epochs is not None:
         return sys.maxsize
     if config.task == "reward":  # after each epoch, too

@@ -195,6 +195,8 @@ def test_checkpoints_for_which_the_disk_has_no_room_are_found_before_the_first_o
     few = config(*huge, "checkpoint.keep_latest=1000000", "training.train_iters=60", "checkpoint.save_interval=50")
     with pytest.raises(StorageError, match=r"needed, for 2 of"):  # of steps 50 and 60
         check_space(few, [few.model])
+    restarted = config("checkpoint.resume=6")  # whose first start has gone on from there, and let go of it since
+    check_space(restarted, [restarted.model])
 
 
 def test_hf_folders_that_could_not_have_the_tokenizer_are_refused(config, tmp_path):
