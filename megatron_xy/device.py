@@ -215,20 +215,26 @@ def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
     Raises ConfigError where the host has no room.
     """
     # In pages of its own, pinned in place: torch would round up to a power of two, and keep what is let go of.
-    buffer = torch.frombuffer(
-        mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=tensor.dtype
-    ).view(tensor.shape)
+    try:
+        pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise _no_room(tensor, error) from error
+    buffer = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
     if not is_cpu():
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         failure = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1)  # 1: for all threads and devices
         if int(failure):
-            raise ConfigError(
-                f"{buffer.nbytes / 1e6:,.1f} MB of this host's memory cannot be pinned for the copy of a checkpoint "
-                f"({runtime.cudaGetErrorString(failure)}); `plan` says what a node needs for these copies: give it as "
-                f"much, or spread the state over more ranks"
-            )
+            raise _no_room(tensor, runtime.cudaGetErrorString(failure))
         weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
     return buffer
+
+
+def _no_room(tensor: torch.Tensor, reason: object) -> ConfigError:
+    return ConfigError(
+        f"{tensor.nbytes / 1e6:,.1f} MB of this host's memory cannot be had, or pinned, for the copy of a checkpoint "
+        f"({reason}); `plan` says what a node needs for these copies: give it as much, or spread the state over more "
+        f"ranks"
+    )
 
 
 def adapt_megatron_random(module: Any) -> None:

@@ -64,6 +64,11 @@ class PeerLost(MegatronXYError):
     exit_code = EXIT_PEER_LOST
 
 
+def memory_error(error: MemoryError) -> ConfigError:
+    """What a user is told of memory that the host has not."""
+    return ConfigError(f"memory does not suffice ({error}); take smaller batches, or more memory")
+
+
 def with_exit_code(main: Callable[Arguments, None]) -> Callable[Arguments, int]:
     """A script's main that returns an exit code: 0, or that of the error with which it ends, told on stderr."""
 

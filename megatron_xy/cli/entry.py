@@ -20,7 +20,7 @@ from megatron_xy.cli.looking import bench, check, doctor, dryrun, plan, report, 
 from megatron_xy.cli.models import convert, generate, logprobs, model_rank, score, vocab_app
 from megatron_xy.cli.options import failure
 from megatron_xy.cli.training import ppo, pretrain, reward, run, sft
-from megatron_xy.errors import EXIT_BUG, EXIT_IO, MegatronXYError
+from megatron_xy.errors import EXIT_BAD_CONFIG, EXIT_BUG, EXIT_IO, MegatronXYError, memory_error
 
 app = typer.Typer(
     add_completion=False,
@@ -53,6 +53,8 @@ def main() -> None:
         sys.exit(EXIT_IO)
     except OSError as error:
         fail(error, code=EXIT_IO)
+    except MemoryError as error:
+        fail(memory_error(error), code=EXIT_BAD_CONFIG)
     except Exception as error:
         traceback.print_exc()
         print("this is a bug in megatron_xy", file=sys.stderr)

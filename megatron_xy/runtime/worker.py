@@ -21,6 +21,7 @@ from megatron_xy.errors import (
     ConfigError,
     MegatronXYError,
     PeerLost,
+    memory_error,
 )
 from megatron_xy.inference.model_job import ModelJob
 from megatron_xy.runtime import environment, orphans, signals
@@ -90,7 +91,7 @@ def _live(begin: Callable[[], RunConfig], work: Work, *, run_dir_at_start: Calla
     except OSError as error:
         code, message = EXIT_IO, f"{type(error).__name__}: {error}"
     except MemoryError as error:
-        code, message = EXIT_BAD_CONFIG, f"memory does not suffice ({error}); take smaller batches, or more memory"
+        code, message = EXIT_BAD_CONFIG, str(memory_error(error))
     except BaseException as error:  # a bug of ours: the traceback, and the documented code
         code, message, trace = EXIT_BUG, f"{type(error).__name__}: {error}", traceback.format_exc()
     standing = _record(run_dir, code=code, message=message, rank=rank)
