@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -138,24 +139,14 @@ def _check_ppo_paths(config: RunConfig) -> None:
 
 
 def _check_reward_function(name: str) -> None:
-    """That the file is there and defines, assigns or imports the function; the user's code is not run."""
+    """That the file is Python and names the function somewhere: the user's code is not run."""
     path, wanted = reward_file(name), name.rpartition(":")[2]
+    source = path.read_bytes()
     try:
-        todo: list[ast.AST] = [ast.parse(path.read_bytes())]
-    except (SyntaxError, ValueError) as error:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"ppo.reward_function ({name}): {path} is no Python: {error}; mend it") from None
-    found = set()
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.alias):
-            found.add(node.asname or node.name.partition(".")[0])
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-        else:
-            todo += ast.iter_child_nodes(node)
-    if not found & {wanted, "*", "__getattr__"}:
+    if not re.search(rf"(?<!\w){wanted}(?!\w)|import \*|__getattr__", source.decode(errors="replace")):
         raise ConfigError(f"ppo.reward_function ({name}): {path} has no function {wanted}; name one that it has")
 
 

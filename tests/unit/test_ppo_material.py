@@ -153,7 +153,8 @@ def test_a_reward_function_that_is_not_there_is_named(tmp_path: Path, loads: dic
         "if True:\n    import math as score": None,
         "raise SystemExit\nscore = lambda *_: [1.0]": None,
         "from os.path import *": None,
-        "class Rules:\n    def score(self): pass": r"rules\.py has no function score; name one that it has",
+        "globals()['score'] = len": None,
+        "class Rules:\n    def scores(self): pass": r"rules\.py has no function score; name one that it has",
         "def score(:": r"rules\.py is no Python: .*; mend it",
     }.items():
         rules.write_text(source)
