@@ -32,6 +32,7 @@ def facts(config: RunConfig, *, model: ModelConfig, data_fingerprints: Mapping[s
     for section, values in sections.items():
         dumped = {f"{section}.{name}": value for name, value in values.model_dump(mode="json").items()}
         settings |= {name: value for name, value in dumped.items() if name not in order}
+    settings.pop("reward.test_fraction", None)  # no order of pairs depends on it, or it is told there
     settings["model.params_dtype"] = model.params_dtype
     return {"model": model.model_dump(mode="json"), "data_order": order, "settings": settings}
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 LARGEST_INTEGER = 2**63 - 1
-LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes: Linux's NAME_MAX and PATH_MAX, the latter with a NUL at the end
+LONGEST_NAME, LONGEST_PATH = 255, 3800  # bytes: Linux's NAME_MAX, and its PATH_MAX less what lies below a folder
 
 
 def _plain_number(value: Any) -> Any:

@@ -26,7 +26,7 @@ def _quotient(one: int, other: int) -> int:
 def _power(one: int, other: int) -> int:
     if other < 0:
         raise ValueError("bash has no fractions")
-    return int(one ** min(other, _WIDTH))
+    return int(one ** min(other, _WIDTH + other % 2))  # what is larger has no number here
 
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {

@@ -10,7 +10,7 @@ from megatron_xy.import_args.state import NUMBER, UNKNOWN_MARK, has_unknown
 from megatron_xy.import_args.syntax import Node
 
 _NUMERIC = {"-eq": "==", "-ne": "!=", "-lt": "<", "-le": "<=", "-gt": ">", "-ge": ">="}
-_SORTED_ALIKE = re.compile(r"[0-9a-z]*")  # in every language
+_SORTED_ALIKE = re.compile(r"[0-9a-z]*")  # but for a few languages
 
 
 def negated(truth: bool | None) -> bool | None:

@@ -115,7 +115,7 @@ def load_pairs(config: RunConfig) -> PairData:
     if reward.stored_scores_of not in (None, *models):
         raise ConfigError(
             f"reward.stored_scores_of ({reward.stored_scores_of}): no {'held-out ' * bool(held_out)}pair has an answer "
-            f"of that model, only of {', '.join(models[:8])}; name one of these, or leave it out"
+            f"of that model, only of {', '.join(models[:8]) or 'unnamed ones'}; name one of these, or leave it out"
         )
     return PairData(pairs, held_out, fingerprints, notes, None if template is None else template.source)
 

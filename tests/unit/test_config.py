@@ -370,10 +370,10 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("model={load: 'hf:~/base'}",
          "model.load (hf:~/base): must not begin with ~, which only a shell knows; write the path out"),
         ("run_dir=" + "x" * 256,
-         f"run_dir ({'x' * 57}...): must be a path of at most 4096 bytes, 255 between slashes: no file has a "
+         f"run_dir ({'x' * 57}...): must be a path of at most 3800 bytes, 255 between slashes: no file has a "
          "longer one"),
         ("model={load: 'ckpt:" + "x/" * 2048 + "'}",
-         f"model.load (ckpt:{'x/' * 26}...): must be a path of at most 4096 bytes, 255 between slashes: no file has a "
+         f"model.load (ckpt:{'x/' * 26}...): must be a path of at most 3800 bytes, 255 between slashes: no file has a "
          "longer one"),
         ("data.chat_template=''",
          'data.chat_template (""): must not be empty'),
