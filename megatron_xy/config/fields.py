@@ -39,14 +39,15 @@ def _path_text(value: Any) -> Any:
 
 def possible_path(value: Any) -> Any:
     """Refuses ~/DIR, which would be a folder named ~ (home folders differ between machines and in containers), and what
-    no file system takes."""
+    no file system takes, or leaves no room for names below it."""
     path = str(value)
     if path.startswith("~"):
         raise ValueError("must not begin with ~, which only a shell knows; write the path out")
     parts = [part.encode(errors="replace") for part in path.split("/")]
     if max(map(len, parts)) > LONGEST_NAME or sum(map(len, parts)) + len(parts) > LONGEST_PATH:
         raise ValueError(
-            f"must be a path of at most {LONGEST_PATH} bytes, {LONGEST_NAME} between slashes: no file has a longer one"
+            f"must be a path of at most {LONGEST_PATH} bytes, {LONGEST_NAME} between slashes: the names of files in it "
+            f"need room, too"
         )
     return value
 

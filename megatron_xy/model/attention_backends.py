@@ -164,9 +164,8 @@ def _difference_from_sdpa(attend: Attend, dtype: torch.dtype, head_dim: int) -> 
         (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
         for ours, theirs in zip(*results, strict=True)
     ]
-    return (
-        torch.stack(differences).max().item()
-    )  # not a number where one of them is none; Python's max may pass it over
+    # Not a number where one of them is none, which Python's max may pass over.
+    return torch.stack(differences).max().item()
 
 
 def _obstacle_of_flash(module: str | None) -> Callable[[torch.dtype, int], str | None]:

@@ -215,7 +215,8 @@ def test_a_restart_by_torchrun_itself_goes_on_with_what_this_start_has_saved(job
         ended = _kill_rank(process, run_dir, rank=0, iteration=SAVE_INTERVAL + 2)
     assert ended.code == 0, ended
     # From the last one saved before the kill, which comes a step late or two, and may be of a later step then.
-    assert re.search(rf"resuming from {run_dir}/checkpoints/iter_\d+ \(\d+ iterations done\)", ended.out), ended.out
+    resumed = re.search(rf"resuming from {run_dir}/checkpoints/iter_\d+ \((\d+) iterations done\)", ended.out)
+    assert resumed and int(resumed[1]) in range(SAVE_INTERVAL, TRAIN_ITERS, SAVE_INTERVAL), ended.out
     assert (read_exit(run_dir).code, read_exit(run_dir).attempt) == (0, 1)
 
 

@@ -370,11 +370,11 @@ def test_other_spellings_lead_to_keys_that_exist() -> None:
         ("model={load: 'hf:~/base'}",
          "model.load (hf:~/base): must not begin with ~, which only a shell knows; write the path out"),
         ("run_dir=" + "x" * 256,
-         f"run_dir ({'x' * 57}...): must be a path of at most 3800 bytes, 255 between slashes: no file has a "
-         "longer one"),
+         f"run_dir ({'x' * 57}...): must be a path of at most 3800 bytes, 255 between slashes: the names "
+         "of files in it need room, too"),
         ("model={load: 'ckpt:" + "x/" * 2048 + "'}",
-         f"model.load (ckpt:{'x/' * 26}...): must be a path of at most 3800 bytes, 255 between slashes: no file has a "
-         "longer one"),
+         f"model.load (ckpt:{'x/' * 26}...): must be a path of at most 3800 bytes, 255 between slashes: the names "
+         "of files in it need room, too"),
         ("data.chat_template=''",
          'data.chat_template (""): must not be empty'),
         ("training.phases=[{from_iter: 1, train_only: []}]",
