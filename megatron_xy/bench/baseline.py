@@ -59,7 +59,7 @@ def train_plainly(
 def answer_of(
     command: list[str], request: dict[str, Any], *, hide_gpu: bool = False, seconds: float | None = None
 ) -> dict[str, Any]:
-    """What a process answers: behind `command` come the files of request and result, both JSON.
+    """What a process answers: behind `command` come the files of request and result, both JSON; {"error"} is a failure.
 
     request: num_threads, and what else the process asks for. seconds: the longest that it may take. Raises
     MeasurementFailed with its last words.
@@ -81,4 +81,6 @@ def answer_of(
             lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
             raise MeasurementFailed(lines[-1])
         result: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+        if "error" in result:
+            raise MeasurementFailed(result["error"])
         return result
