@@ -1,14 +1,14 @@
 """A role's tensors as they are between two updates, copied to the host while training already computes the next step.
 
 Forward and backward passes only read what is copied, so the copying may run beside them; the update has to wait for it.
-The buffers are kept from one copy to the next (pinned ones on a GPU: the copy then runs on a stream of its own).
+The buffers are made before the first step and kept (pinned ones on a GPU: the copy then runs on a stream of its own).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -24,6 +24,17 @@ class HostCopy:
         self._done.set()
         self._point: device.Point | None = None
 
+    def prepare(self, tensors: Mapping[str, torch.Tensor], *, on_progress: Callable[[int], object]) -> None:
+        """Makes the buffers for copies of such tensors. While memory is pinned, no kernel starts: on an H200's host for
+        0.4 s a GB.
+
+        on_progress: called with the bytes of each. Raises ConfigError where the host has no room.
+        """
+        kept, self._buffers = self._buffers, {}
+        for name, tensor in tensors.items():
+            self._buffers[name] = _buffer_for(tensor, kept.get(name))
+            on_progress(tensor.nbytes)
+
     def mark(self) -> None:
         """The tensors are to be copied as they are once the work queued so far is done."""
         self._point = device.mark_point()
@@ -33,8 +44,7 @@ class HostCopy:
     def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The marked copy, in the host's memory; valid until the next one."""
         try:
-            kept = self._buffers
-            self._buffers = {name: _buffer_for(tensor, kept.get(name)) for name, tensor in tensors.items()}
+            self.prepare(tensors, on_progress=lambda num_bytes: None)
             with device.beside_training(after=self._point):
                 for name, tensor in tensors.items():
                     self._buffers[name].copy_(tensor, non_blocking=True)

@@ -21,7 +21,7 @@ from megatron_xy.checkpoint import files
 from megatron_xy.checkpoint.files import TrainingState
 from megatron_xy.checkpoint.folders import iteration_folder, remove, saved_iterations
 from megatron_xy.checkpoint.host_copy import HostCopy
-from megatron_xy.checkpoint.state import state_parts
+from megatron_xy.checkpoint.state import StatePart, state_parts
 from megatron_xy.errors import PeerLost, StorageError
 from megatron_xy.parallel import Groups, barrier
 from megatron_xy.role import Role
@@ -60,7 +60,7 @@ class CheckpointWriter:
         self.part, self.publishes, self.is_kept = part, tuple(publishes), is_kept
         self.keep_latest = keep_latest
         # Of the checkpoints behind that which the run has gone on from, those are whole that are its own.
-        self.resumed_from = 0
+        self._resumed_from = 0
         self._own: set[int] = set()
         self._wanted_before = 0
         self.asynchronous = asynchronous
@@ -70,6 +70,14 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._held_seconds = 0.0  # of the save under way
+
+    def begin(self, role: Role, *, iteration: int) -> None:
+        """Before the first save: what the run goes on from, and the room for its copies in this host's memory.
+
+        Raises ConfigError where the host has no room.
+        """
+        self._resumed_from = iteration
+        self._copy.prepare(_tensors(state_parts(role)), on_progress=self._on_progress)
 
     def save(
         self, role: Role, state: TrainingState, *, facts: dict[str, Any], wanted_before: int | None = None
@@ -84,7 +92,7 @@ class CheckpointWriter:
         self.wait()
         self._wanted_before = wanted_before or 0
         parts = state_parts(role)
-        tensors = {part.name: part.shard.trim(part.tensor) for part in parts}
+        tensors = _tensors(parts)
         shards = {part.name: part.shard for part in parts}
         place = {"world_size": len(role.groups.ranks), "device": device.current().type}
         body = {**asdict(state), **place, "parallel": role.parallel.model_dump(), **facts}
@@ -240,7 +248,7 @@ class CheckpointWriter:
     def _let_go_of_the_oldest(self) -> None:
         """Removes all but those to keep; what the run has passed over does not count among these."""
         saved = saved_iterations(self.checkpoints)
-        course = [number for number in saved if number <= self.resumed_from or number in self._own]
+        course = [number for number in saved if number <= self._resumed_from or number in self._own]
         wanted = next((number for number in course if number < self._wanted_before), None)
         for old in course[self.keep_latest :]:
             if old != wanted and not self.is_kept(old):
@@ -253,6 +261,10 @@ class CheckpointWriter:
             if time.monotonic() > deadline:
                 raise PeerLost(f"{path} did not appear: that rank's part of the checkpoint was never written")
             time.sleep(0.01)
+
+
+def _tensors(parts: Sequence[StatePart]) -> dict[str, torch.Tensor]:
+    return {part.name: part.shard.trim(part.tensor) for part in parts}
 
 
 def _whole(part: Path) -> Path:

@@ -78,8 +78,9 @@ class PPOCheckpoints:
                     load_state(worker.role, folder / worker.name, part)
             origin = f"resuming from {folder} ({states['actor'].iteration} iterations done)"
         iteration = states["actor"].iteration
-        for writer in self._writers.values():
-            writer.resumed_from = iteration
+        for worker in self._cast.trained:
+            if worker.role is not None:
+                self._writers[worker.name].begin(worker.role, iteration=iteration)
         course.begin(config, world, iteration=iteration)
         self._log.say(origin)
         critic = self._cast.workers["critic"].role

@@ -2,9 +2,13 @@
 
 import threading
 
+import pytest
 import torch
 
+from megatron_xy import device
 from megatron_xy.checkpoint.host_copy import HostCopy
+
+device.start(num_threads=1)
 
 
 def test_an_update_waits_for_the_copy_that_another_thread_makes():
@@ -37,6 +41,33 @@ def test_buffers_are_kept_where_shapes_stay_and_nothing_waits_without_a_copy():
         assert copies["weight"].shape == shape and (copies["weight"] == len(pointers)).all()
         pointers.append(copies["weight"].data_ptr())
     assert pointers[0] == pointers[1] != pointers[2]
+
+
+def test_the_room_of_all_copies_is_made_before_the_first_one():
+    told, copy = [], HostCopy()
+    tensors = {"weight": torch.ones(2, 3), "moment": torch.ones(4, dtype=torch.bfloat16)}
+    copy.prepare(tensors, on_progress=told.append)
+    assert told == [24, 8]
+    pointers = {name: buffer.data_ptr() for name, buffer in copy._buffers.items()}
+    copy.mark()
+    assert {name: made.data_ptr() for name, made in copy.run(tensors).items()} == pointers
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_that_begins_has_the_room_of_its_first_checkpoint(tmp_path):
+    from megatron_xy.checkpoint.state import TrainingState
+    from megatron_xy.checkpoint.writer import CheckpointWriter
+    from megatron_xy.config import ModelConfig, OptimizerConfig
+    from megatron_xy.role import build_role_alone
+
+    shape = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 2, "vocab_size": 64}
+    role = build_role_alone(ModelConfig(**shape, max_position_embeddings=32), optimizer=OptimizerConfig(), seed=1)
+    writer = CheckpointWriter(tmp_path, keep_latest=1, asynchronous=True, timeout_seconds=60)
+    writer.begin(role, iteration=0)
+    before = {name: buffer.data_ptr() for name, buffer in writer._copy._buffers.items()}
+    writer.save(role, TrainingState(), facts={})
+    writer.finish(role.groups)
+    assert before and {name: buffer.data_ptr() for name, buffer in writer._copy._buffers.items()} == before
 
 
 def test_a_copy_that_fails_does_not_hold_up_training():
