@@ -43,9 +43,11 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import layers as _layers  # noqa: E402
 from megatron.core.tensor_parallel import random as tensor_parallel_random  # noqa: E402
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.attention import SelfAttention  # noqa: E402
 from megatron.core.transformer.enums import LayerType  # noqa: E402
 from megatron.core.transformer.mlp import MLP  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
@@ -57,6 +59,24 @@ device.adapt_megatron_random(tensor_parallel_random)
 # torch's AdamW everywhere, also where TE or apex is installed: theirs keep the step elsewhere, and a checkpoint written
 # with one optimizer must go on with the other.
 _optimizer.USING_PYTORCH_OPTIMIZER = True
+
+
+class _WeightGradients:
+    """What megatron-core looks for in apex: weight gradients that are added up as they are multiplied, in fp32."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
+        """total [out, in] fp32 becomes total + grad^T inputs, of [tokens, out] and [tokens, in] in fp32 or bf16."""
+        if inputs.dtype == total.dtype:
+            total.addmm_(grad.t(), inputs)
+        elif inputs.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and newer, of CUDA alone
+            torch.addmm(total, grad.t(), inputs, out_dtype=total.dtype, out=total)
+        else:
+            total.add_(grad.t() @ inputs)
+
+
+_layers.fused_weight_gradient_mlp_cuda = _WeightGradients
+_layers._grad_accum_fusion_available = True
 
 VERSION = importlib.metadata.version("megatron-core")
 
@@ -88,6 +108,7 @@ __all__ = [
     "PackedSeqParams",
     "PipelineParallelLayerLayout",
     "ProcessGroupCollection",
+    "SelfAttention",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "clip_grad_by_total_norm_fp32",

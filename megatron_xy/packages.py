@@ -33,7 +33,7 @@ PACKAGES = {
     "transformer-engine": Accepted("1.13", note="optional: layer_spec transformer_engine, and its attention"),
     "flash-attn": Accepted("2.5", note="optional: attention"),
     "flash-attn-3": Accepted("3.0", note="flash_attn_interface, optional: attention on Hopper"),
-    "apex": Accepted(note="optional and not used: AdamW is torch's fused one"),
+    "apex": Accepted(note="optional and not used: AdamW and the sums of weight gradients are torch's"),
     "triton": Accepted(note="optional: what torch compiles to"),
     "tensorboard": Accepted(note="for RUN/tensorboard"),
 }

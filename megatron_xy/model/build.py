@@ -123,8 +123,8 @@ def transformer_config(model: ModelConfig, *, parallel: ParallelConfig, groups: 
         use_cpu_initialization=device.is_cpu(),
         # A GPU adds up the embedding's gradient in any order, else; a CPU has one order.
         deterministic_mode=torch.are_deterministic_algorithms_enabled() and not device.is_cpu(),
+        gradient_accumulation_fusion=True,  # by torch itself: see mcore.py
         # The fused kernels want CUDA extensions that are not required here.
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
