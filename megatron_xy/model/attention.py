@@ -1,7 +1,8 @@
 """Attention over packed documents: each document of a micro-batch attends within itself, causally, after RoPE.
 
 Stands in megatron-core's layer spec as `core_attention`. How the scores are computed is the backend's; that queries
-and keys are rotated here, and not by megatron-core, lets all layers of a micro-batch share one cos and sin.
+and keys are rotated here, and not by megatron-core, lets all layers of a micro-batch share one cos and sin, and parts
+and rotates what their layer has projected in one pass over it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,20 @@ import torch
 
 from megatron_xy import mcore
 from megatron_xy.model.attention_backends import Attend
-from megatron_xy.model.kernels import rotate
+from megatron_xy.model.kernels import rotated_heads
 from megatron_xy.model.rotary import PackedDocuments, RotaryAngles
 from megatron_xy.runtime.liveness import went_forward
+
+
+class SelfAttention(mcore.SelfAttention):  # type: ignore[misc]
+    """megatron-core's, with a projection that goes whole to PackedAttention."""
+
+    def get_query_key_value_tensors(
+        self, hidden_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value in one, [tokens, 1, (heads + 2 groups)/tp x head_dim], in the place of all three."""
+        projected, _ = self.linear_qkv(hidden_states)
+        return projected, projected, projected
 
 
 class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
@@ -35,6 +47,8 @@ class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
         super().__init__(config=config)
         assert pg_collection is not None, "groups are parameters here, never globals"
         self.softmax_scale = softmax_scale
+        self.groups = config.num_query_groups // pg_collection.tp.size()
+        self.head_dim = config.kv_channels
         self.tp_group = pg_collection.tp  # megatron-core's sharded_state_dict reads it
         self._angles: RotaryAngles | None = None
         self._attend: Attend | None = None
@@ -56,14 +70,14 @@ class PackedAttention(mcore.MegatronModule):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Attends within each document.
 
-        query [tokens, 1, heads/tp, head_dim], key and value [tokens, 1, groups/tp, head_dim] -> [tokens, 1, hidden/tp].
+        query, which key and value are, too: what SelfAttention has projected -> [tokens, 1, hidden/tp].
         """
         assert packed_seq_params is not None, "every forward step packs its documents"
         assert self._angles is not None and self._attend is not None, "connect() follows the model's construction"
         went_forward()  # for the watchdog: a step may be long, a layer is not
         cos, sin = self._angles.of(packed_seq_params)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        output = self._attend(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params, self.softmax_scale)
+        projected = query.view(query.size(0), self.groups, -1, self.head_dim)
+        output = self._attend(*rotated_heads(projected, cos, sin), packed_seq_params, self.softmax_scale)
         if output.requires_grad:
             output.register_hook(lambda grad: went_forward())  # type: ignore[no-untyped-call]
         return output.reshape(output.size(0), 1, -1)

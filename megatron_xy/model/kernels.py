@@ -33,14 +33,17 @@ def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     return activated.view(*gate_and_up.shape[:-1], activated.size(-1))
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE in the halves convention of HF and Megatron.
+def rotated_heads(
+    projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of a projection, the first two rotated by RoPE in the halves convention of HF and
+    Megatron.
 
-    heads [tokens, 1, heads, head_dim]; cos, sin [tokens, 1, 1, head_dim / 2] fp32. Keeps cos and sin, which all layers
-    of a micro-batch share.
+    projected [tokens, groups, queries a group + 2, head_dim], megatron-core's layout; cos, sin [tokens, 1, 1,
+    head_dim / 2] fp32. Returns [tokens, heads, head_dim] and twice [tokens, groups, head_dim], each contiguous: the
+    projection is free to go. Keeps cos and sin, which all layers of a micro-batch share.
     """
-    rotated: torch.Tensor = _Rotate.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
-    return rotated
+    return _RotatedHeads.apply(projected, cos, sin)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
@@ -98,11 +101,12 @@ def _swiglu_forward(gate_and_up: torch.Tensor) -> torch.Tensor:
 
 
 def _swiglu_backward(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
-    if compiler().works:
-        return _swiglu_gradient(grad, gate_and_up)  # type: ignore[no-any-return]
     gate, up = gate_and_up.chunk(2, dim=-1)
     result = torch.empty_like(gate_and_up)
     gate_grad, up_grad = result.chunk(2, dim=-1)  # written in place: on a CPU half the time of joining two parts
+    if compiler().works:
+        _swiglu_gradient(grad, gate, up, gate_grad, up_grad)
+        return result
     torch.mul(grad, up, out=gate_grad)
     torch.ops.aten.silu_backward.grad_input(gate_grad, gate, grad_input=gate_grad)
     torch.ops.aten.silu.out(gate, out=up_grad)
@@ -111,25 +115,64 @@ def _swiglu_backward(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Ten
 
 
 @compiled
-def _swiglu_gradient(grad: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
-    """The same without writing in place, which torch.compile does not make one kernel of."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+def _swiglu_gradient(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gate_grad: torch.Tensor, up_grad: torch.Tensor
+) -> None:
+    """The same as torch.compile makes one kernel of, which reads everything once: each part is given as it lies."""
+    gate_grad.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    up_grad.copy_(grad * F.silu(gate))
 
 
-class _Rotate(torch.autograd.Function):
+class _RotatedHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(heads, cos, sin)  # type: ignore[no-any-return]
+        tokens, groups, per_group, head_dim = projected.shape
+        query = projected.new_empty(tokens, groups * (per_group - 2), head_dim)
+        key, value = (projected.new_empty(tokens, groups, head_dim) for _ in range(2))
+        _part(*_parts_of(projected), *_parts(query, key, value), cos, sin)
+        return query, key, value
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None  # a rotation's transpose turns the other way
+        query_grad, key_grad, _ = grads
+        tokens, groups, head_dim = key_grad.shape
+        result = key_grad.new_empty(tokens, groups, query_grad.size(1) // groups + 2, head_dim)
+        _join(*_parts(*grads), *_parts_of(result), cos, -sin)  # a rotation's transpose turns the other way
+        return result, None, None
+
+
+def _parts_of(projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of a projection: both halves of its queries and of its keys, and its values."""
+    queries, keys, values = projected[:, :, :-2], projected[:, :, -2:-1], projected[:, :, -1:]
+    return *queries.chunk(2, dim=-1), *keys.chunk(2, dim=-1), values
+
+
+def _parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same views of what it falls into."""
+    groups = key.size(1)
+    queries = query.view(query.size(0), groups, -1, query.size(-1))
+    return *queries.chunk(2, dim=-1), *key[:, :, None].chunk(2, dim=-1), value[:, :, None]
+
+
+def _turn_parts(*arguments: torch.Tensor) -> None:
+    """The parts of one of the two into those of the other, all as they lie: nothing is joined, each is read once."""
+    *parts, cos, sin = arguments
+    source, target = parts[:5], parts[5:]
+    for half in (0, 2):  # of queries, of keys
+        first, second = source[half : half + 2]
+        target[half].copy_(first * cos - second * sin)
+        target[half + 1].copy_(second * cos + first * sin)
+    target[-1].copy_(source[-1])
 
 
 @compiled
-def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
+def _part(*arguments: torch.Tensor) -> None:
+    _turn_parts(*arguments)
+
+
+@compiled
+def _join(*arguments: torch.Tensor) -> None:
+    """A function of its own: torch.compile would make of one that meets both layouts a slower kernel, for any."""
+    _turn_parts(*arguments)

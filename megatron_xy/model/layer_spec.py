@@ -19,7 +19,7 @@ from megatron_xy import device, mcore
 from megatron_xy.compiling import compiler
 from megatron_xy.config import ModelConfig
 from megatron_xy.errors import ConfigError
-from megatron_xy.model.attention import PackedAttention
+from megatron_xy.model.attention import PackedAttention, SelfAttention
 from megatron_xy.model.attention_backends import Choice, choose_backend
 from megatron_xy.model.kernels import swiglu
 from megatron_xy.model.norm import RMSNorm
@@ -81,6 +81,7 @@ def layer_submodules(choice: LayerChoice) -> Any:
         layer = mcore.get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.module = SelfAttention
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
     return layer
 

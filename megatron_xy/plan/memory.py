@@ -192,12 +192,16 @@ class _Sizes:
 
     @cached_property
     def attention(self) -> int:
-        """Kept inside an attention block: queries, keys and values in one, rotated queries and keys, the output, and
-        the logarithm of each row's sum."""
-        shape = self.shape
-        kv_size, q_size = shape.num_query_groups * shape.head_dim, shape.num_attention_heads * shape.head_dim
-        values = (q_size + 2 * kv_size) + (q_size + kv_size) + q_size
-        return (self.width * values + FP32 * shape.num_attention_heads) * self.tokens // self.tp
+        """Kept inside an attention block: rotated queries and keys, values, the output, and the logarithm of each row's
+        sum."""
+        heads = self.shape.num_attention_heads
+        return self.projected + (self.width * self.shape.head_dim + FP32) * heads * self.tokens // self.tp
+
+    @cached_property
+    def projected(self) -> int:
+        """Queries, keys and values."""
+        heads = self.shape.num_attention_heads + 2 * self.shape.num_query_groups
+        return self.width * heads * self.shape.head_dim * self.tokens // self.tp
 
     @cached_property
     def mlp(self) -> int:
@@ -246,8 +250,9 @@ class _Sizes:
         passing = 2 * self.hidden  # received and sent
         if not self.job.is_trained:
             gathered = self.whole_hidden if self.is_sequence_parallel else 0
-            # The last two: fc1's input and output, and fc2's.
-            widest = max(self.attention, self.mlp, gathered + 2 * self.ffn, self.ffn + self.whole_hidden)
+            # What was projected and what came of it; the last two: fc1's input and output, and fc2's.
+            attending = self.projected + self.attention
+            widest = max(attending, self.mlp, gathered + 2 * self.ffn, self.ffn + self.whole_hidden)
             # Its input, residual sum and norm besides, what was received, and what goes on to the next stage.
             layer = (4 if is_last else 5) * self.hidden + self._positions + widest
             received = self.hidden if self.job.parallel.pipeline_model_parallel_size > 1 else 0

@@ -161,7 +161,7 @@ def test_activations_are_those_of_the_real_rank(found: Any, name: str) -> None:
 def test_activations_are_what_autograd_keeps_and_the_work_at_hand(found: Any, name: str) -> None:
     """Counted by another way: what is saved for backward passes is most of what is held at the peak."""
     for dry, real in found[name]:
-        assert real["saved"] < dry["activations"] * (1 + ON_A_CPU.get(name, 0.0)) < 1.5 * real["saved"]
+        assert real["saved"] < dry["activations"] * (1 + ON_A_CPU.get(name, 0.0)) < 1.6 * real["saved"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

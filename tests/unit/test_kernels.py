@@ -29,10 +29,21 @@ def plain_swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def plain_rotation(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = heads.chunk(2, dim=-1)
+def plain_heads(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = projected.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return heads * torch.cat([cos, cos], dim=-1) + turned * torch.cat([sin, sin], dim=-1)
+    rotated = projected * torch.cat([cos, cos], dim=-1) + turned * torch.cat([sin, sin], dim=-1)
+    return in_one(rotated[:, :, :-2].flatten(1, 2), rotated[:, :, -2], projected[:, :, -1])
+
+
+def in_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.cat([query, key, value], dim=1).to(query.dtype)
+
+
+def our_heads(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    parts = kernels.rotated_heads(projected, cos, sin)
+    assert all(part.is_contiguous() for part in parts)
+    return in_one(*parts)
 
 
 def angles(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +58,7 @@ CASES: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor],
         (drawn(TOKENS, 1, WIDTH), drawn(WIDTH)),
     ),
     "swiglu": (kernels.swiglu, plain_swiglu, (drawn(TOKENS, 1, WIDTH),)),
-    "rotate": (kernels.rotate, plain_rotation, (drawn(TOKENS, 1, 3, WIDTH), *angles())),
+    "rotated_heads": (our_heads, plain_heads, (drawn(TOKENS, 2, 5, WIDTH), *angles())),
 }
 
 
@@ -72,7 +83,7 @@ def test_values_and_gradients_are_those_of_plain_torch(name: str) -> None:
     [
         ("rms_norm", (TOKENS * WIDTH + WIDTH + TOKENS) * 8),  # input, weight, one number a token
         ("swiglu", TOKENS * WIDTH * 8),  # its input
-        ("rotate", 2 * TOKENS * WIDTH // 2 * 8),  # cos and sin, which other layers keep too
+        ("rotated_heads", 2 * TOKENS * WIDTH // 2 * 8),  # cos and sin, which other layers keep too
     ],
 )
 def test_the_backward_pass_keeps_no_more_than_it_needs(name: str, bytes_kept: int) -> None:
@@ -97,14 +108,17 @@ def test_on_a_cpu_nothing_is_compiled() -> None:
 
 
 ROWS, WEIGHT = drawn(TOKENS, WIDTH).detach(), drawn(WIDTH).detach()
-HALF_ROWS, HEADS = ROWS[:, : WIDTH // 2].contiguous(), drawn(TOKENS, 1, 3, WIDTH).detach()
+HALF_ROWS, PROJECTED = ROWS[:, : WIDTH // 2].contiguous(), drawn(TOKENS, 2, 5, WIDTH).detach()
+HEADS = tuple(drawn(TOKENS, heads, WIDTH).detach() for heads in (6, 2, 2))
+ANGLES = tuple(tensor.detach() for tensor in angles())
 COLUMNS = torch.randint(WIDTH, (TOKENS,), generator=GENERATOR)
 COMPILED: dict[Callable[..., Any], tuple[Any, ...]] = {
     kernels._rms_norm_forward: (ROWS, WEIGHT, 1e-3),
     kernels._rms_norm_backward: (ROWS, ROWS, WEIGHT, ROWS[:, :1]),
     kernels._swiglu_forward: (ROWS,),
-    kernels._swiglu_gradient: (HALF_ROWS, ROWS),
-    kernels._rotated: (HEADS, *(tensor.detach() for tensor in angles())),
+    kernels._swiglu_gradient: (HALF_ROWS, *ROWS.chunk(2, dim=-1), *torch.zeros_like(ROWS).chunk(2, dim=-1)),
+    kernels._part: (*kernels._parts_of(PROJECTED), *kernels._parts(*map(torch.zeros_like, HEADS)), *ANGLES),
+    kernels._join: (*kernels._parts(*HEADS), *kernels._parts_of(torch.zeros_like(PROJECTED)), *ANGLES),
     losses._largest: (ROWS,),
     losses._sum_of_exponentials: (ROWS, ROWS[:, 0]),
     losses._softmax_gradient: (ROWS, ROWS[:, 0], ROWS[:, 1], COLUMNS, ROWS[:, 2], WIDTH - 3),
@@ -115,11 +129,21 @@ def test_what_a_gpu_compiles_is_each_one_graph_with_the_same_result() -> None:
     optimize = importlib.import_module("torch._dynamo").optimize  # torch.compile, which the stand-in replaces
     for compiled, arguments in COMPILED.items():
         function = compiled.__wrapped__  # type: ignore[attr-defined]
-        expected = function(*arguments)
-        with torch.no_grad():
-            torch.testing.assert_close(optimize("eager", nopython=True)(function)(*arguments), expected)
+        results = []
+        for call in (function, optimize("eager", nopython=True)(function)):
+            copies = copied(arguments)
+            with torch.no_grad():
+                returned = call(*copies)
+            results.append((returned, copies))  # what is written in place, too
+        torch.testing.assert_close(results[1], results[0])
+        assert returned is not None or not all(map(torch.equal, copies, arguments))
+
+
+def copied(arguments: tuple[Any, ...]) -> list[Any]:
+    return [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
 
 
 def test_the_gradient_of_swiglu_that_a_gpu_compiles_is_the_one_in_place() -> None:
-    expected = kernels._swiglu_backward(HALF_ROWS, ROWS)
-    torch.testing.assert_close(kernels._swiglu_gradient(HALF_ROWS, ROWS), expected)
+    result = torch.empty_like(ROWS)
+    kernels._swiglu_gradient(HALF_ROWS, *ROWS.chunk(2, dim=-1), *result.chunk(2, dim=-1))
+    torch.testing.assert_close(result, kernels._swiglu_backward(HALF_ROWS, ROWS))

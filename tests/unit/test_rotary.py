@@ -6,7 +6,7 @@ import torch
 
 from megatron_xy.config import ModelConfig
 from megatron_xy.data.dataset import Sample, collate
-from megatron_xy.model.kernels import rotate
+from megatron_xy.model.kernels import rotated_heads
 from megatron_xy.model.rotary import PackedDocuments, RotaryAngles, inverse_frequencies
 from megatron_xy.training.train_step import on_device
 
@@ -87,15 +87,18 @@ def test_the_scalings_differ_from_none_and_from_each_other():
     assert between.sum() >= 5
 
 
-def test_rotated_queries_are_those_of_transformers():
+def test_rotated_queries_and_keys_are_those_of_transformers():
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2])
-    query = torch.randn(len(positions), 1, 4, 64, generator=torch.Generator().manual_seed(0))
+    projected = torch.randn(len(positions), 2, 5, 64, generator=torch.Generator().manual_seed(0))
     cos, sin = RotaryAngles(model_of(10000.0, 64, None)).of(PackedDocuments(position_ids=positions))
-    rows = query.permute(1, 2, 0, 3)
-    theirs, _ = apply_rotary_pos_emb(rows, rows, *hf_rotary(10000.0, 64, None)(torch.zeros(1), positions[None]))
-    torch.testing.assert_close(rotate(query, cos, sin).permute(1, 2, 0, 3), theirs, rtol=0, atol=1e-6)
+    query, key, value = rotated_heads(projected, cos, sin)
+    given = [part.permute(1, 0, 2)[None] for part in (projected[:, :, :-2].flatten(1, 2), projected[:, :, -2])]
+    theirs = apply_rotary_pos_emb(*given, *hf_rotary(10000.0, 64, None)(torch.zeros(1), positions[None]))
+    for mine, other in zip((query, key), theirs, strict=True):
+        torch.testing.assert_close(mine.permute(1, 0, 2)[None], other, rtol=0, atol=1e-6)
+    assert torch.equal(value, projected[:, :, -1])
 
 
 def test_angles_restart_with_every_document():
