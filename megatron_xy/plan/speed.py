@@ -23,11 +23,9 @@ from megatron_xy.plan.memory import Held, held_between_steps
 from megatron_xy.plan.parameters import stage_layers, telling_stages
 
 # What a layer's element-wise kernels take for a token, forward and backward, as bytes at the rate of a copy: norms,
-# residual sums, RoPE and copies by hidden size, SwiGLU by ffn size. From a profile on an H200 (docs/benchmarks); were
-# each operand read and written once, it would be 44 and 16.
-HIDDEN_BYTES, FFN_BYTES = 95, 26
-# A micro-batch's gradient of a weight is added to the sum in fp32: bf16 read, fp32 read and written.
-ACCUMULATION_BYTES = 10
+# residual sums and RoPE by hidden size, SwiGLU by ffn size. From a profile on an H200 and, of the kernels that have
+# changed since, their operands (docs/log.md); were each of all read and written once, it would be 44 and 16.
+HIDDEN_BYTES, FFN_BYTES = 72, 16
 # AdamW reads gradient, weight, moments (16), writes the last three and the bf16 weight; norm, clip.
 OPTIMIZER_BYTES = 34
 
@@ -83,13 +81,10 @@ def traffic(job: Job) -> Traffic:
     )
 
 
-def step_time(
-    job: Job, cluster: Cluster, *, bucket: int, held: Held | None = None, adds_gradients: bool = True
-) -> StepTime:
+def step_time(job: Job, cluster: Cluster, *, bucket: int, held: Held | None = None) -> StepTime:
     """A step whose samples are documents of `bucket` tokens, attention over the whole of each.
 
-    held: what a rank of the first stage does, where it is known already. adds_gradients: a micro-batch's gradients are
-    added to the sums by kernels of their own, as here; not within the matrix products, as others do.
+    held: what a rank of the first stage does, where it is known already.
     """
     parallel, model, gpu = job.parallel, job.model, cluster.gpu
     tp, stages, chunks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_chunks
@@ -98,8 +93,7 @@ def step_time(
         held = None
     elif held is None:
         held = held_between_steps(job, stage=0)
-    summed = held.parameters if held is not None and adds_gradients else 0
-    one = _micro_batch_time(job, cluster, bucket=bucket, summed=summed)
+    one = _micro_batch_time(job, cluster, bucket=bucket)
     bubble = one.seconds * (stages - 1) / chunks
     pipeline = _pipeline_seconds(job, cluster)
     data_parallel = optimizer = 0.0
@@ -143,8 +137,7 @@ class _MicroBatchTime:
         return self.matmul + self.attention + self.elementwise + self.tensor_parallel
 
 
-def _micro_batch_time(job: Job, cluster: Cluster, *, bucket: int, summed: int) -> _MicroBatchTime:
-    """summed: parameters whose gradients are added up by kernels of their own."""
+def _micro_batch_time(job: Job, cluster: Cluster, *, bucket: int) -> _MicroBatchTime:
     model, gpu, rates = job.model, cluster.gpu, cluster.rates
     shape = shape_of(model)
     tp, tokens = job.parallel.tensor_model_parallel_size, job.micro_batch_tokens
@@ -160,7 +153,7 @@ def _micro_batch_time(job: Job, cluster: Cluster, *, bucket: int, summed: int) -
     return _MicroBatchTime(
         matmul=(dense * share + again_dense * layer_share) / tp / (gpu.peak_flops * rates.matmul),
         attention=(whole - dense + again - again_dense) * layer_share / tp / (gpu.peak_flops * rates.attention),
-        elementwise=_moved_bytes(job, layers=layers, summed=summed) / (gpu.memory_bandwidth * rates.memory),
+        elementwise=_moved_bytes(job, layers=layers) / (gpu.memory_bandwidth * rates.memory),
         tensor_parallel=sent / cluster.link(num_ranks=tp) * rates.exposed_tensor_parallel,
         recomputed_flops=again,
     )
@@ -188,12 +181,12 @@ def _pipeline_seconds(job: Job, cluster: Cluster) -> float:
     return waits * DTYPE_BYTES[model.params_dtype] * hidden * job.micro_batch_tokens / link
 
 
-def _moved_bytes(job: Job, *, layers: int, summed: int) -> float:
-    """By a micro-batch's element-wise kernels in so many layers; summed: parameters whose gradients are added up."""
+def _moved_bytes(job: Job, *, layers: int) -> float:
+    """By a micro-batch's element-wise kernels in so many layers."""
     shape, tp = shape_of(job.model), job.parallel.tensor_model_parallel_size
     hidden = shape.hidden_size / (tp if job.parallel.sequence_parallel else 1)
     a_token = HIDDEN_BYTES * hidden + FFN_BYTES * shape.ffn_hidden_size / tp
-    return layers * job.micro_batch_tokens * a_token + ACCUMULATION_BYTES * summed
+    return layers * job.micro_batch_tokens * a_token
 
 
 def _layer_collectives(granularity: str) -> tuple[int, int]:

@@ -64,9 +64,7 @@ def megatron_lm(rates: Efficiencies | None = None) -> list[Comparison]:
         )
         dp_size, sequences = table["data_parallel_size"], SEQUENCES_A_MICRO_BATCH.get(pp, 1)
         job = Job("model", model, parallel, dp_size, SEQUENCE * sequences, batch // dp_size // sequences)
-        predicted = step_time(
-            job, Cluster(device("h100"), rates), bucket=SEQUENCE, adds_gradients=False
-        ).tokens_per_second
+        predicted = step_time(job, Cluster(device("h100"), rates), bucket=SEQUENCE).tokens_per_second
         reached = teraflops * 1e12 / flops_per_token(model, attention_length=2 * SEQUENCE)
         comparisons.append(Comparison(name, f"tp {tp} x pp {pp} x dp {dp_size}", reached, predicted))
     return comparisons
