@@ -102,6 +102,9 @@ def on_real_ranks() -> list[dict[str, Any]]:
     torch.compile = as_kernel  # type: ignore[assignment]
     for module in (compiling, kernels, losses):
         module.compiler = lambda: compiling.Compiler(True, "as on a GPU")  # type: ignore[attr-defined]
+    # Of a weight that went through hooks, autograd gives back another object, without what megatron-core has written on
+    # it: that its gradient has been added up. So a gradient of zeros is added once more.
+    torch.Tensor.grad_added_to_main_grad, torch.Tensor.zero_out_wgrad = False, True  # type: ignore[attr-defined]
     findings = []
     for chosen in CONFIGS.values():
         ledger = Ledger(device.current())
