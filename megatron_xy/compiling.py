@@ -36,10 +36,11 @@ def compiler() -> Compiler:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled where a compiler works.
+    """The function, compiled where a compiler works; it may write into its arguments, tensors and tuples of them.
 
-    torch compiles it again for each new kind of arguments, eight times at most, and then no more. So all come as rows
-    of tokens, and without their history: whether gradients are wanted of them would make another kind.
+    torch compiles it again for each new kind of arguments, eight times at most, and then no more. So all come with
+    tokens in their first dimension, the only one that changes, and without their history: whether gradients are wanted
+    of them would make another kind.
     """
     kernels = functools.cache(lambda: torch.compile(function))
 
@@ -47,9 +48,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if not compiler().works:
             return function(*arguments)
-        return kernels()(*(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments))
+        return kernels()(*map(_without_history, arguments))
 
     return call
+
+
+def _without_history(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(map(_without_history, argument))
+    return argument.detach() if isinstance(argument, torch.Tensor) else argument
 
 
 def _double(values: torch.Tensor) -> torch.Tensor:

@@ -221,8 +221,8 @@ def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
         raise _no_room(tensor, error) from error
     buffer = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
     if not is_cpu():
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)  # large pages, where the system has them, are pinned in half the time
+        with contextlib.suppress(AttributeError, OSError):  # systems without
+            pages.madvise(mmap.MADV_HUGEPAGE)  # large pages are pinned in half the time
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         failure = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1)  # 1: for all threads and devices
         if int(failure):

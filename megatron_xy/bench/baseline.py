@@ -62,7 +62,7 @@ def answer_of(
     """What a process answers: behind `command` come the files of request and result, both JSON; {"error"} is a failure.
 
     request: num_threads, and what else the process asks for. seconds: the longest that it may take. Raises
-    MeasurementFailed with its last words.
+    MeasurementFailed with what it tells of its failure, else its last words.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(request["num_threads"])}
     if hide_gpu:

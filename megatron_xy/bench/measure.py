@@ -13,7 +13,6 @@ import math
 import statistics
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ def main() -> int:
     """Settles the device, measures, writes the result, or {"error": what went wrong}."""
     name, asked, answered = sys.argv[1:]
     request = json.loads(Path(asked).read_text(encoding="utf-8"))
-    device.start(num_threads=request["num_threads"])
     measurement = {"speed": measure_speed, "losses": measure_losses, "attention": measure_attention}[name]
     try:
+        device.start(num_threads=request["num_threads"])
         answer = {**measurement(request), "device": device.name(), "device_type": device.current().type}
     except Exception as error:
-        traceback.print_exc()
         answer = {"error": f"{type(error).__name__}: {error}"}
     Path(answered).write_text(json.dumps(answer), encoding="utf-8")
     return 0

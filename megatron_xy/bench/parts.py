@@ -226,7 +226,7 @@ def kill_and_resume(*, steps: int) -> dict[str, Any]:
 
 
 def measure(name: str, request: dict[str, Any], *, hide_gpu: bool = False) -> dict[str, Any]:
-    """What megatron_xy.bench.measure answers, in a process of its own. Raises MeasurementFailed with its last words."""
+    """What megatron_xy.bench.measure answers, in a process of its own. Raises MeasurementFailed with its error."""
     command = [sys.executable, "-m", "megatron_xy.bench.measure", name]
     return answer_of(command, {"num_threads": 1, **request}, hide_gpu=hide_gpu, seconds=PART_SECONDS)
 

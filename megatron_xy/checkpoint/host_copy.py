@@ -26,13 +26,12 @@ class HostCopy:
 
     def prepare(self, tensors: Mapping[str, torch.Tensor], *, on_progress: Callable[[int], object]) -> None:
         """Makes the buffers for copies of such tensors. While memory is pinned, no kernel starts: on an H200's host for
-        0.2 s a GB.
+        0.2 to 0.5 s a GB.
 
         on_progress: called with the bytes of each. Raises ConfigError where the host has no room.
         """
-        kept, self._buffers = self._buffers, {}
         for name, tensor in tensors.items():
-            self._buffers[name] = _buffer_for(tensor, kept.get(name))
+            self._buffers[name] = _buffer_for(tensor, self._buffers.get(name))
             on_progress(tensor.nbytes)
 
     def mark(self) -> None:
@@ -48,7 +47,7 @@ class HostCopy:
             with device.beside_training(after=self._point):
                 for name, tensor in tensors.items():
                     self._buffers[name].copy_(tensor, non_blocking=True)
-            return dict(self._buffers)
+            return {name: self._buffers[name] for name in tensors}
         finally:
             self._done.set()
 

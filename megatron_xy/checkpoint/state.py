@@ -63,8 +63,10 @@ def load_state(role: Role, folder: Path, manifest: files.Manifest) -> TrainingSt
     return state
 
 
-def state_parts(role: Role) -> list[StatePart]:
+def state_parts(role: Role, *, with_moments_to_come: bool = False) -> list[StatePart]:
     """The tensors of the state that this rank writes.
+
+    with_moments_to_come: those too that AdamW has yet to make, in its first update; what they are of stands for them.
 
     Replicas share the writing: under the distributed optimizer each writes the part that it updates, weights included
     (the rest may be stale until it is gathered); otherwise a tensor goes to the data parallel rank with the fewest
@@ -82,7 +84,7 @@ def state_parts(role: Role) -> list[StatePart]:
         if is_distributed and mine is None:
             continue
         shard = mine.shard_of(named.shard) if mine is not None else named.shard
-        tensors = _state_tensors(named, mine)
+        tensors = _state_tensors(named, mine, with_moments_to_come=with_moments_to_come)
         if is_distributed:
             writer = groups.dp_rank
         else:
@@ -121,12 +123,15 @@ def _load_moments(reader: TensorReader, named: NamedParameter, owned: OwnedParam
     owned.inner.state[main] = {"step": step, **moments} if steps else {}
 
 
-def _state_tensors(named: NamedParameter, owned: OwnedParameter | None) -> dict[str, torch.Tensor]:
+def _state_tensors(
+    named: NamedParameter, owned: OwnedParameter | None, *, with_moments_to_come: bool
+) -> dict[str, torch.Tensor]:
     """A parameter's tensors by their names in the checkpoint: itself, its main weights, its moments; what is owned."""
     if owned is None:
         return {named.name: named.parameter.detach()}
     tensors = {named.name: owned.part_of(named.parameter.detach())}
     if owned.has_main_weights:
         tensors[f"optimizer.{MAIN_PARAM}.{named.name}"] = owned.main.detach()
-    moments = owned.inner.state.get(owned.main, {})
+    to_come = dict.fromkeys(MOMENTS, owned.main.detach()) if with_moments_to_come else {}
+    moments = owned.inner.state.get(owned.main) or to_come
     return {**tensors, **{f"optimizer.{name}.{named.name}": moments[name] for name in MOMENTS if name in moments}}

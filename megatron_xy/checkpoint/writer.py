@@ -71,13 +71,16 @@ class CheckpointWriter:
         self._failure: BaseException | None = None
         self._held_seconds = 0.0  # of the save under way
 
-    def begin(self, role: Role, *, iteration: int) -> None:
-        """Before the first save: what the run goes on from, and the room for its copies in this host's memory.
+    def begin(self, role: Role, *, iteration: int, train_iters: int) -> None:
+        """Before the first step, if there is one: what the run goes on from, and the room for copies of its state in
+        this host's memory.
 
         Raises ConfigError where the host has no room.
         """
         self._resumed_from = iteration
-        self._copy.prepare(_tensors(state_parts(role)), on_progress=self._on_progress)
+        if iteration < train_iters:
+            parts = state_parts(role, with_moments_to_come=True)
+            self._copy.prepare(_tensors(parts), on_progress=self._on_progress)
 
     def save(
         self, role: Role, state: TrainingState, *, facts: dict[str, Any], wanted_before: int | None = None

@@ -127,10 +127,10 @@ class _RotatedHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        tokens, groups, per_group, head_dim = projected.shape
-        query = projected.new_empty(tokens, groups * (per_group - 2), head_dim)
+        tokens, groups, heads_a_group, head_dim = projected.shape
+        query = projected.new_empty(tokens, groups * (heads_a_group - 2), head_dim)
         key, value = (projected.new_empty(tokens, groups, head_dim) for _ in range(2))
-        _part(*_parts_of(projected), *_parts(query, key, value), cos, sin)
+        _rotate_apart(_views_of_projection(projected), _views_of_heads(query, key, value), cos, sin)
         return query, key, value
 
     @staticmethod
@@ -138,28 +138,28 @@ class _RotatedHeads(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         query_grad, key_grad, _ = grads
         tokens, groups, head_dim = key_grad.shape
-        result = key_grad.new_empty(tokens, groups, query_grad.size(1) // groups + 2, head_dim)
-        _join(*_parts(*grads), *_parts_of(result), cos, -sin)  # a rotation's transpose turns the other way
-        return result, None, None
+        projected_grad = key_grad.new_empty(tokens, groups, query_grad.size(1) // groups + 2, head_dim)
+        # A rotation's transpose turns the other way.
+        _rotate_together(_views_of_heads(*grads), _views_of_projection(projected_grad), cos, -sin)
+        return projected_grad, None, None
 
 
-def _parts_of(projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of a projection: both halves of its queries and of its keys, and its values."""
+# The first and second halves of queries and of keys, and the values: five views [tokens, groups, heads, width].
+Views = tuple[torch.Tensor, ...]
+
+
+def _views_of_projection(projected: torch.Tensor) -> Views:
     queries, keys, values = projected[:, :, :-2], projected[:, :, -2:-1], projected[:, :, -1:]
     return *queries.chunk(2, dim=-1), *keys.chunk(2, dim=-1), values
 
 
-def _parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same views of what it falls into."""
-    groups = key.size(1)
-    queries = query.view(query.size(0), groups, -1, query.size(-1))
+def _views_of_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Views:
+    queries = query.view(query.size(0), key.size(1), -1, query.size(-1))
     return *queries.chunk(2, dim=-1), *key[:, :, None].chunk(2, dim=-1), value[:, :, None]
 
 
-def _turn_parts(*arguments: torch.Tensor) -> None:
-    """The parts of one of the two into those of the other, all as they lie: nothing is joined, each is read once."""
-    *parts, cos, sin = arguments
-    source, target = parts[:5], parts[5:]
+def _rotate(source: Views, target: Views, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Into halves as they lie: of torch.cat, torch.compile makes a kernel that reads its operands twice."""
     for half in (0, 2):  # of queries, of keys
         first, second = source[half : half + 2]
         target[half].copy_(first * cos - second * sin)
@@ -167,12 +167,12 @@ def _turn_parts(*arguments: torch.Tensor) -> None:
     target[-1].copy_(source[-1])
 
 
+# Two functions: torch.compile would make of one that meets both layouts a slower kernel, for any.
 @compiled
-def _part(*arguments: torch.Tensor) -> None:
-    _turn_parts(*arguments)
+def _rotate_apart(projection: Views, heads: Views, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    _rotate(projection, heads, cos, sin)
 
 
 @compiled
-def _join(*arguments: torch.Tensor) -> None:
-    """A function of its own: torch.compile would make of one that meets both layouts a slower kernel, for any."""
-    _turn_parts(*arguments)
+def _rotate_together(heads: Views, projection: Views, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    _rotate(heads, projection, cos, sin)

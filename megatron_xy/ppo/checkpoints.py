@@ -80,7 +80,8 @@ class PPOCheckpoints:
         iteration = states["actor"].iteration
         for worker in self._cast.trained:
             if worker.role is not None:
-                self._writers[worker.name].begin(worker.role, iteration=iteration)
+                train_iters = config.training.train_iters
+                self._writers[worker.name].begin(worker.role, iteration=iteration, train_iters=train_iters)
         course.begin(config, world, iteration=iteration)
         self._log.say(origin)
         critic = self._cast.workers["critic"].role

@@ -115,7 +115,7 @@ class RunCheckpoints:
             state.frozen_updates = dict(manifest.state.get(FROZEN_UPDATES, {}))
             state.continued_from = manifest.state.get("continued_from")
             origin = f"resuming from {folder} ({state.training.iteration} iterations done)"
-        self._writer.begin(role, iteration=state.training.iteration)
+        self._writer.begin(role, iteration=state.training.iteration, train_iters=config.training.train_iters)
         course.begin(config, role.groups, iteration=state.training.iteration)
         self._log.say(origin)
         if found is not None and self._exports.is_missing(state.training.iteration, found[0]):

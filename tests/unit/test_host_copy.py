@@ -54,20 +54,35 @@ def test_the_room_of_all_copies_is_made_before_the_first_one():
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_run_that_begins_has_the_room_of_its_first_checkpoint(tmp_path):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_that_begins_has_the_room_of_its_first_checkpoint(tmp_path, dtype):
+    from megatron_xy.bench.measure import full_samples
     from megatron_xy.checkpoint.state import TrainingState
     from megatron_xy.checkpoint.writer import CheckpointWriter
     from megatron_xy.config import ModelConfig, OptimizerConfig
     from megatron_xy.role import build_role_alone
+    from megatron_xy.training.train_step import train_step
 
     shape = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 2, "vocab_size": 64}
-    role = build_role_alone(ModelConfig(**shape, max_position_embeddings=32), optimizer=OptimizerConfig(), seed=1)
+    model = ModelConfig(**shape, max_position_embeddings=32, params_dtype=dtype)
+    role = build_role_alone(model, optimizer=OptimizerConfig(), seed=1)
     writer = CheckpointWriter(tmp_path, keep_latest=1, asynchronous=True, timeout_seconds=60)
-    writer.begin(role, iteration=0)
+    writer.begin(role, iteration=0, train_iters=1)
     before = {name: buffer.data_ptr() for name, buffer in writer._copy._buffers.items()}
+    batch = full_samples(bucket=16, micro_batch_tokens=32, vocab_size=64, seed=0)
+    train_step(role, [batch], num_sources=1, lr=1e-3, clip_grad=1.0)
     writer.save(role, TrainingState(), facts={})
     writer.finish(role.groups)
-    assert before and {name: buffer.data_ptr() for name, buffer in writer._copy._buffers.items()} == before
+    assert {name: buffer.data_ptr() for name, buffer in writer._copy._buffers.items()} == before
+    assert any("exp_avg_sq" in name for name in before)
+
+
+def test_a_run_that_has_nothing_left_to_do_makes_no_room(tmp_path):
+    from megatron_xy.checkpoint.writer import CheckpointWriter
+
+    writer = CheckpointWriter(tmp_path, keep_latest=1, asynchronous=True, timeout_seconds=60)
+    writer.begin(None, iteration=4, train_iters=4)
+    assert not writer._copy._buffers
 
 
 def test_a_copy_that_fails_does_not_hold_up_training():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -108,17 +109,12 @@ def test_on_a_cpu_nothing_is_compiled() -> None:
 
 
 ROWS, WEIGHT = drawn(TOKENS, WIDTH).detach(), drawn(WIDTH).detach()
-HALF_ROWS, PROJECTED = ROWS[:, : WIDTH // 2].contiguous(), drawn(TOKENS, 2, 5, WIDTH).detach()
-HEADS = tuple(drawn(TOKENS, heads, WIDTH).detach() for heads in (6, 2, 2))
-ANGLES = tuple(tensor.detach() for tensor in angles())
+HALF_ROWS = ROWS[:, : WIDTH // 2].contiguous()
 COLUMNS = torch.randint(WIDTH, (TOKENS,), generator=GENERATOR)
 COMPILED: dict[Callable[..., Any], tuple[Any, ...]] = {
     kernels._rms_norm_forward: (ROWS, WEIGHT, 1e-3),
     kernels._rms_norm_backward: (ROWS, ROWS, WEIGHT, ROWS[:, :1]),
     kernels._swiglu_forward: (ROWS,),
-    kernels._swiglu_gradient: (HALF_ROWS, *ROWS.chunk(2, dim=-1), *torch.zeros_like(ROWS).chunk(2, dim=-1)),
-    kernels._part: (*kernels._parts_of(PROJECTED), *kernels._parts(*map(torch.zeros_like, HEADS)), *ANGLES),
-    kernels._join: (*kernels._parts(*HEADS), *kernels._parts_of(torch.zeros_like(PROJECTED)), *ANGLES),
     losses._largest: (ROWS,),
     losses._sum_of_exponentials: (ROWS, ROWS[:, 0]),
     losses._softmax_gradient: (ROWS, ROWS[:, 0], ROWS[:, 1], COLUMNS, ROWS[:, 2], WIDTH - 3),
@@ -126,21 +122,54 @@ COMPILED: dict[Callable[..., Any], tuple[Any, ...]] = {
 
 
 def test_what_a_gpu_compiles_is_each_one_graph_with_the_same_result() -> None:
-    optimize = importlib.import_module("torch._dynamo").optimize  # torch.compile, which the stand-in replaces
     for compiled, arguments in COMPILED.items():
         function = compiled.__wrapped__  # type: ignore[attr-defined]
-        results = []
-        for call in (function, optimize("eager", nopython=True)(function)):
-            copies = copied(arguments)
+        expected = function(*arguments)
+        with torch.no_grad():
+            torch.testing.assert_close(one_graph(function)(*arguments), expected)
+
+
+def one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    optimize = importlib.import_module("torch._dynamo").optimize  # torch.compile, which the stand-in replaces
+    graph: Callable[..., Any] = optimize("aot_eager", nopython=True)(function)  # as far as a GPU's kernels
+    return graph
+
+
+def swiglu_gradient(tokens: int, width: int) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    result = torch.zeros(tokens, 2 * width)
+    parts = torch.randn(tokens, 2 * width).chunk(2, dim=-1)
+    return (torch.randn(tokens, width), *parts, *result.chunk(2, dim=-1)), [result]
+
+
+def rotation(tokens: int, width: int, *, apart: bool) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    make, zeros = (torch.randn, torch.zeros) if apart else (torch.zeros, torch.randn)
+    projected = make(tokens, 2, 5, width)
+    heads = [zeros(tokens, number, width) for number in (6, 2, 2)]
+    views = (kernels._views_of_projection(projected), kernels._views_of_heads(*heads))
+    turns = torch.randn(tokens, 1, 1, width // 2)
+    return (*(views if apart else views[::-1]), turns.cos(), turns.sin()), heads if apart else [projected]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "made"),
+    [
+        (kernels._swiglu_gradient, swiglu_gradient),
+        (kernels._rotate_apart, functools.partial(rotation, apart=True)),
+        (kernels._rotate_together, functools.partial(rotation, apart=False)),
+    ],
+)
+def test_what_a_gpu_compiles_writes_into_parts_of_tensors_of_any_length(compiled: Any, made: Any) -> None:
+    graph = one_graph(compiled.__wrapped__)
+    for tokens, width in ((7, 16), (5, 16), (1, 16), (64, 16), (7, 8), (9, 8)):
+        written = []
+        for function in (compiled.__wrapped__, graph):
+            torch.manual_seed(tokens)
+            arguments, results = made(tokens, width)
             with torch.no_grad():
-                returned = call(*copies)
-            results.append((returned, copies))  # what is written in place, too
-        torch.testing.assert_close(results[1], results[0])
-        assert returned is not None or not all(map(torch.equal, copies, arguments))
-
-
-def copied(arguments: tuple[Any, ...]) -> list[Any]:
-    return [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+                function(*arguments)
+            written.append(results)
+        assert all(result.count_nonzero() == result.numel() for result in written[0])
+        torch.testing.assert_close(written[1], written[0], rtol=1e-6, atol=1e-6)
 
 
 def test_the_gradient_of_swiglu_that_a_gpu_compiles_is_the_one_in_place() -> None:

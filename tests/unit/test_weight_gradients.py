@@ -31,11 +31,12 @@ def test_the_sum_goes_on_in_fp32_where_it_lies(dtype: torch.dtype, tolerance: fl
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.usefixtures("alone")
 def test_every_linear_layer_of_a_step_adds_up_so(is_tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    sums: list[tuple[int, ...]] = []
+    added = 0
     add = mcore._WeightGradients.wgrad_gemm_accum_fp32
 
     def count(inputs: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
-        sums.append(tuple(total.shape))
+        nonlocal added
+        added += 1
         add(inputs, grad, total)
 
     monkeypatch.setattr(mcore._WeightGradients, "wgrad_gemm_accum_fp32", staticmethod(count))
@@ -45,7 +46,13 @@ def test_every_linear_layer_of_a_step_adds_up_so(is_tied: bool, monkeypatch: pyt
     )  # fmt: skip
     role = build_role_alone(model, optimizer=OptimizerConfig(), seed=1)
     batches = [full_samples(bucket=16, micro_batch_tokens=32, vocab_size=64, seed=seed) for seed in range(3)]
-    train_step(role, batches, num_sources=1, lr=0.0, clip_grad=1.0)
-    assert len(sums) == 3 * (2 * 4 + 1)  # four linear layers in each of two, and the output layer
-    for parameter in role.chunks[0].parameters():
-        assert parameter.main_grad.abs().sum() > 0
+    sums = []
+    for is_fused in (True, False):
+        for module in role.chunks[0].modules():
+            if hasattr(module, "gradient_accumulation_fusion"):
+                module.gradient_accumulation_fusion = is_fused
+        train_step(role, batches, num_sources=1, lr=0.0, clip_grad=1.0)
+        sums.append([parameter.main_grad.clone() for parameter in role.chunks[0].parameters()])
+    assert added == 3 * (2 * 4 + 1)  # four linear layers in each of two, and the output layer
+    assert all(total.count_nonzero() for total in sums[0])
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-7)
