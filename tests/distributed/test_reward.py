@@ -157,6 +157,9 @@ def by_the_formula(reward: RewardConfig) -> tuple[float, float, list[float]]:
     weights = [named.parameter for named in role.named_parameters()]
     for weight in weights:
         weight.requires_grad_(True)
+    for module in model.modules():  # by autograd alone: there are no sums to add gradients to
+        if hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = False
 
     def values(pair: Pair, answer: Any) -> torch.Tensor:
         length = len(pair.prompt) + len(answer)
