@@ -77,10 +77,9 @@ class PPOCheckpoints:
                 if worker.role is not None:
                     load_state(worker.role, folder / worker.name, part)
             origin = f"resuming from {folder} ({states['actor'].iteration} iterations done)"
-        iteration = states["actor"].iteration
+        iteration, train_iters = states["actor"].iteration, config.training.train_iters
         for worker in self._cast.trained:
             if worker.role is not None:
-                train_iters = config.training.train_iters
                 self._writers[worker.name].begin(worker.role, iteration=iteration, train_iters=train_iters)
         course.begin(config, world, iteration=iteration)
         self._log.say(origin)

@@ -78,6 +78,10 @@ ON_A_CPU = {
 }
 
 
+# The most that is held in all, as a multiple of what autograd keeps: with full recomputation that is little.
+MOST = {"pp4 in fp32, recomputed": 1.6}
+
+
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """Bytes of the storages that autograd keeps for backward passes, those of weights left out, and their peak."""
 
@@ -164,7 +168,7 @@ def test_activations_are_those_of_the_real_rank(found: Any, name: str) -> None:
 def test_activations_are_what_autograd_keeps_and_the_work_at_hand(found: Any, name: str) -> None:
     """Counted by another way: what is saved for backward passes is most of what is held at the peak."""
     for dry, real in found[name]:
-        assert real["saved"] < dry["activations"] * (1 + ON_A_CPU.get(name, 0.0)) < 1.6 * real["saved"]
+        assert real["saved"] < dry["activations"] * (1 + ON_A_CPU.get(name, 0.0)) < MOST.get(name, 1.5) * real["saved"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
